@@ -1,0 +1,75 @@
+# `make demo` and `make test` do all the set-up they need: Python >= 3.10 and make are enough.
+#   make demo DEMO_ARGS="--help"     options of the demo
+#   make test PYTEST_ARGS="-k mask"  a part of the tests
+#   make venv PYTHON=python3.12      choose the interpreter
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?=
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/installed
+
+.PHONY: help venv demo test lint clean
+
+help:
+	@echo "make demo    pre-train, classify, detect, segment; writes runs/demo/report.html"
+	@echo "make test    lint, then all tests"
+	@echo "make lint    ruff and mypy"
+	@echo "make venv    only the virtual environment in $(VENV)"
+	@echo "make clean   remove $(VENV) and caches; runs/ stays"
+
+venv: $(STAMP)
+
+# The stamp is written last: an install that was cut short is taken up again.
+$(STAMP): setup.py constraints.txt
+	@set -eu; \
+	if ! $(PY) -m pip --version >/dev/null 2>&1; then \
+	  python=""; old=""; bare=""; \
+	  for candidate in $(or $(PYTHON),python3.12 python3.11 python3.10 python3 python); do \
+	    command -v "$$candidate" >/dev/null 2>&1 || continue; \
+	    if ! "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; then \
+	      old="$$old $$candidate"; continue; fi; \
+	    if ! "$$candidate" -c 'import venv, ensurepip' >/dev/null 2>&1; then \
+	      bare="$$bare $$candidate"; continue; fi; \
+	    python="$$candidate"; break; \
+	  done; \
+	  if [ -z "$$python" ]; then \
+	    if [ -n "$$bare" ]; then \
+	      echo "error: Python >= 3.10 is here ($${bare# }) but without its venv module;" \
+	        "install it (on Debian and Ubuntu the package python3-venv) and run make again" >&2; \
+	    elif [ -n "$$old" ]; then \
+	      echo "error: Python >= 3.10 is needed, and what was found is older or broken ($${old# });" \
+	        "install a newer Python, or name one with make PYTHON=/path/to/python" >&2; \
+	    else \
+	      echo "error: Python >= 3.10 is needed, and none was found on PATH;" \
+	        "install one, or name it with make PYTHON=/path/to/python" >&2; \
+	    fi; \
+	    exit 2; \
+	  fi; \
+	  echo "making $(VENV) with $$("$$python" --version)"; \
+	  "$$python" -m venv --clear $(VENV); \
+	fi; \
+	echo "installing the tested set into $(VENV) (some minutes and about 6 GB the first time)"; \
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all]'; \
+	touch $@
+
+demo: $(STAMP)
+	$(PY) -m transfer.demo $(DEMO_ARGS)
+
+test: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m pytest -q $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find mae_core transfer tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""The ``mae`` command. Only thin command files live here."""

@@ -1,0 +1,126 @@
+"""``mae``: one subcommand per task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mae_core.errors import UserError, user_errors
+
+app = typer.Typer(
+    name="mae",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Pre-train a ViT on your own images with a masked autoencoder, look at it, and fine-tune it. "
+    "Detection: python transfer/detection/train_net.py. Segmentation: python transfer/segmentation/train_net.py.",
+)
+
+ConfigAndOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[CONFIG.yaml] [KEY=VALUE]...",
+        help="A configuration file, and options that override it, such as data.path=images optim.epochs=100.",
+        show_default=False,
+    ),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder from its last checkpoint.")]
+
+
+def read_arguments(schema: Any, arguments: list[str] | None) -> Any:
+    """A configuration from a command line: at most one file, anywhere, and overrides."""
+    from mae_core.config import load_config
+
+    files = [argument for argument in arguments or [] if "=" not in argument]
+    if len(files) > 1:
+        raise UserError(f"one configuration file at a time, got {', '.join(files)}; options are written key=value")
+    return load_config(schema, files[0] if files else None, [a for a in arguments or [] if "=" in a])
+
+
+@app.command()
+def pretrain(arguments: ConfigAndOverrides = None, resume: Resume = False) -> None:
+    """Pre-train on a folder of images without labels. Writes encoder.safetensors.
+
+    Example: mae pretrain configs/pretrain/tiny_96.yaml data.path=images output=runs/mine
+    """
+    with user_errors():
+        from mae_core.config import PretrainConfig
+        from mae_core.training.pretrain import pretrain as run
+
+        run(read_arguments(PretrainConfig, arguments), resume=resume)
+
+
+@app.command()
+def finetune(arguments: ConfigAndOverrides = None, resume: Resume = False) -> None:
+    """Fine-tune an encoder on train/<class>/* and evaluate on val/<class>/*. Writes classifier.safetensors, metrics.json.
+
+    Example: mae finetune configs/finetune/tiny_96.yaml weights=runs/mine data.path=labelled output=runs/classes
+    """
+    with user_errors():
+        from mae_core.config import FinetuneConfig
+        from mae_core.training.finetune import finetune as run
+
+        run(read_arguments(FinetuneConfig, arguments), resume=resume)
+
+
+@app.command()
+def reconstruct(
+    weights: Annotated[Path, typer.Argument(help="A pre-training run, or a checkpoint of one.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
+    out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("reconstruction.png"),
+    ratio: Annotated[float | None, typer.Option(help="Share of hidden patches; the run's own by default.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the masks.")] = 0,
+    most: Annotated[int, typer.Option(min=1, help="Draw at most this many images.")] = 12,
+) -> None:
+    """Draw what a masked autoencoder makes of images: input, masked, prediction, pasted."""
+    with user_errors():
+        from mae_core.training.viewer import reconstruct_files
+
+        reconstruct_files(weights, images, out, ratio=ratio, seed=seed, most=most)
+
+
+@app.command()
+def inspect(file: Annotated[Path, typer.Argument(help="A weights file, a run, or a checkpoint.")]) -> None:
+    """Say what a weights file holds: architecture, sizes, target, and what it can be used for."""
+    with user_errors():
+        from mae_core.conversion.inspection import describe_file
+
+        typer.echo(describe_file(file))
+
+
+@app.command()
+def digits(
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = 0,
+    image_size: Annotated[int, typer.Option(help="Side of the images, in pixels.")] = 64,
+    unlabelled: Annotated[int, typer.Option(help="Images without labels.")] = 4000,
+    train: Annotated[int, typer.Option(help="Training images of each task.")] = 400,
+    test: Annotated[int, typer.Option(help="Validation images of each task.")] = 200,
+    workers: Annotated[int, typer.Option(help="Processes.")] = 2,
+) -> None:
+    """Write the embedded data set (scenes of real handwritten digits) as ImageFolder, COCO and label maps."""
+    with user_errors():
+        from mae_core.data.digits import write_digits
+        from mae_core.training.progress import Counter
+
+        write_digits(
+            out,
+            seed=seed,
+            image_size=image_size,
+            num_unlabelled=unlabelled,
+            num_train=train,
+            num_test=test,
+            workers=workers,
+            on_progress=Counter("composing scenes"),
+        )
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

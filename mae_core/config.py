@@ -1,0 +1,347 @@
+"""Run configurations: strict schemas, YAML files and ``a.b=c`` overrides.
+
+A key nobody knows is an error with a guess at what was meant; all errors of a configuration come at once, before any work.
+The defaults are the paper's (He et al. 2022, Tables 8 and 9; the released models' fine-tuning recipe).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mae_core.errors import UserError
+from mae_core.masking import MASKERS, num_visible
+from mae_core.models.sizes import SIZES
+from mae_core.patches import PatchGrid
+from mae_core.targets import TARGETS
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Size = Count | tuple[Count, Count]
+
+
+class ConfigError(UserError):
+    """A configuration that does not validate; lists every problem."""
+
+
+class Schema(BaseModel):
+    """Base of all configuration sections: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def one_of(table: Mapping[str, Any]) -> Any:
+    """A string that must name a row of ``table``; the error guesses which row was meant."""
+
+    def check(name: str) -> str:
+        if name not in table:
+            raise ValueError(f"unknown name {name!r}; {_hint(name, list(table))}")
+        return name
+
+    return Annotated[str, AfterValidator(check)]
+
+
+def _hint(given: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(given, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+
+
+class ModelConfig(Schema):
+    """The encoder."""
+
+    size: one_of(SIZES) = Field("base", description="a row of mae_core.models.sizes.SIZES")
+    patch_size: Count | None = Field(None, description="pixels; the size's own (14 for huge, else 16) when empty")
+
+
+class DecoderConfig(Schema):
+    """The pre-training decoder (paper, Table 1a and 1b)."""
+
+    width: Count = 512
+    depth: Count = 8
+    heads: Count = 16
+
+
+class MaskingConfig(Schema):
+    """What the encoder may not see (paper, Table 1f and Figure 5)."""
+
+    kind: one_of(MASKERS) = Field("random", description="a row of mae_core.masking.MASKERS")
+    ratio: float = Field(0.75, gt=0, lt=1)
+
+
+class TargetConfig(Schema):
+    """What the decoder predicts (paper, Table 1d)."""
+
+    kind: one_of(TARGETS) = Field("normalized_pixels", description="a row of mae_core.targets.TARGETS")
+
+
+class ImagesConfig(Schema):
+    """How images are read, in every task."""
+
+    path: Path | None = Field(None, description="the folder; see each command for the layout it expects")
+    image_size: Size = 224
+    channels: Literal[1, 3] = Field(3, description="1 reads images as greyscale, 3 as RGB")
+    mean: tuple[float, ...] | None = Field(None, description="per channel, of pixels in 0..1; ImageNet's when empty")
+    std: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    workers: Annotated[int, Field(ge=0)] = Field(2, description="processes that read images, per rank")
+    on_error: Literal["skip", "raise"] = Field(
+        "skip", description="an unreadable image is named, skipped and counted; or, read through first, refuses the run"
+    )
+
+    @model_validator(mode="after")
+    def _one_statistic_per_channel(self) -> ImagesConfig:
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if values is not None and len(values) != self.channels:
+                raise ValueError(f"{name} has {len(values)} values for {self.channels} channels")
+        return self
+
+
+class PretrainData(ImagesConfig):
+    """Unlabelled images: every image file below ``path``. Augmentation: random resized crop (bicubic) and flip."""
+
+    crop_scale: tuple[Fraction, Fraction] = Field((0.2, 1.0), description="area of the random crop")
+    hflip: Fraction = Field(0.5, description="probability of a horizontal flip")
+
+
+class OptimConfig(Schema):
+    """AdamW, linear warm-up, half-cosine decay. lr = base_lr * batch_size / 256."""
+
+    epochs: Annotated[float, Field(gt=0)]
+    warmup_epochs: Annotated[float, Field(ge=0)]
+    batch_size: Count = Field(description="images per step, over all ranks and accumulation rounds")
+    micro_batch: Count | None = Field(None, description="most images a device takes at once; the rest is accumulated")
+    base_lr: Annotated[float, Field(gt=0)]
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    betas: tuple[Fraction, Fraction]
+    clip_grad: Annotated[float, Field(gt=0)] | None = Field(None, description="largest gradient norm; none in the paper")
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate, by the linear scaling rule (paper, Table 8)."""
+        return self.base_lr * self.batch_size / 256
+
+
+class PretrainOptim(OptimConfig):
+    """Paper, Table 8."""
+
+    epochs: Annotated[float, Field(gt=0)] = 800
+    warmup_epochs: Annotated[float, Field(ge=0)] = 40
+    batch_size: Count = 4096
+    base_lr: Annotated[float, Field(gt=0)] = 1.5e-4
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+
+
+class LogConfig(Schema):
+    """How often a run writes what; in steps."""
+
+    every: Count = Field(20, description="a line in log.jsonl, TensorBoard and on the screen")
+    pictures_every: Count = Field(1000, description="reconstruction strips, or drawn predictions")
+    checkpoint_every: Count = 1000
+    keep_checkpoints: Count = Field(2, description="older ones are deleted")
+
+
+class RunConfig(Schema):
+    """What every kind of run has."""
+
+    output: Path = Field(description="the run directory; never overwritten")
+    seed: Annotated[int, Field(ge=0)] = 0
+    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 on a GPU that has it, else fp32")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    log: LogConfig = LogConfig()
+
+
+class PretrainConfig(RunConfig):
+    """``mae pretrain``."""
+
+    output: Path = Path("runs/pretrain")
+    model: ModelConfig = ModelConfig()
+    decoder: DecoderConfig = DecoderConfig()
+    masking: MaskingConfig = MaskingConfig()
+    target: TargetConfig = TargetConfig()
+    data: PretrainData = PretrainData()
+    optim: PretrainOptim = PretrainOptim()
+
+    @model_validator(mode="after")
+    def _patches_fit(self) -> PretrainConfig:
+        grid = PatchGrid.of(self.data.image_size, self.model.patch_size or SIZES[self.model.size].patch_size)
+        num_visible(grid.num_patches, self.masking.ratio)
+        return self
+
+
+class FinetuneData(ImagesConfig):
+    """``path/train/<class>/*`` and ``path/val/<class>/*`` (ImageFolder). Augmentation: the paper's Table 9, through timm."""
+
+    auto_augment: str | None = Field("rand-m9-mstd0.5-inc1", description="timm's auto-augment string; null for none")
+    crop_scale: tuple[Fraction, Fraction] = (0.08, 1.0)
+    hflip: Fraction = 0.5
+    random_erasing: Fraction = 0.25
+    mixup: Annotated[float, Field(ge=0)] = 0.8
+    cutmix: Annotated[float, Field(ge=0)] = 1.0
+    label_smoothing: Fraction = 0.1
+    test_crop: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="centre crop as a share of the resized image; 0.875 up to 224 pixels and 1.0 above when empty"
+    )
+
+
+class FinetuneOptim(OptimConfig):
+    """The released ViT-B's fine-tuning recipe (for normalised-pixel models)."""
+
+    epochs: Annotated[float, Field(gt=0)] = 100
+    warmup_epochs: Annotated[float, Field(ge=0)] = 5
+    batch_size: Count = 1024
+    base_lr: Annotated[float, Field(gt=0)] = 5e-4
+    min_lr: Annotated[float, Field(ge=0)] = 1e-6
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.65
+
+
+class ClassifierConfig(ModelConfig):
+    """The classifier; the trunk's size comes from the weights file where one is given."""
+
+    pooling: Literal["mean", "cls"] = "mean"
+    drop_path: Fraction = 0.1
+
+
+class FinetuneConfig(RunConfig):
+    """``mae finetune``."""
+
+    output: Path = Path("runs/finetune")
+    weights: Path | None = Field(None, description="encoder.safetensors of a run, or an official MAE file")
+    from_scratch: bool = Field(False, description="random initialisation instead of weights")
+    model: ClassifierConfig = ClassifierConfig()
+    data: FinetuneData = FinetuneData()
+    optim: FinetuneOptim = FinetuneOptim()
+    evaluate_every: Annotated[float, Field(gt=0)] = Field(10, description="epochs between evaluations; also at the end")
+    evaluation_batch: Count = 64
+
+    @model_validator(mode="after")
+    def _weights_or_scratch(self) -> FinetuneConfig:
+        if (self.weights is None) != self.from_scratch:
+            raise ValueError("give either weights=FILE or from_scratch=true")
+        return self
+
+
+Config = TypeVar("Config", bound=Schema)
+
+
+def load_config(schema: type[Config], path: Path | str | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file (or none: the defaults), apply ``a.b=c`` overrides, validate.
+
+    Raises ``ConfigError`` with every unknown key (and a guess at the one meant) and every bad value, each with its origin.
+    """
+    given: dict[str, Any] = {}
+    if path is not None:
+        given = _read_yaml(Path(path))
+    typed = _read_overrides(overrides)
+    try:
+        merged = OmegaConf.to_container(OmegaConf.merge(given, typed), resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path or 'overrides'}: {error}") from None
+    try:
+        return schema.model_validate(merged)
+    except ValidationError as error:
+        lines = [_explain(schema, problem, str(path), typed) for problem in error.errors()]
+    raise ConfigError("; ".join(lines) if len(lines) == 1 else "\n  ".join([f"{len(lines)} problems:", *lines]))
+
+
+def dump_config(config: Schema) -> str:
+    """The configuration as YAML that ``load_config`` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def config_differences(one: Schema, other: Schema) -> list[str]:
+    """``key: value -> value`` for every leaf that differs."""
+    left, right = _leaves(one.model_dump(mode="json")), _leaves(other.model_dump(mode="json"))
+    return [f"{key}: {left.get(key)} -> {right.get(key)}" for key in {**left, **right} if left.get(key) != right.get(key)]
+
+
+def leaf_names(schema: type[BaseModel], prefix: str = "") -> list[str]:
+    """Dotted names of all leaf options of a schema."""
+    names: list[str] = []
+    for name, field in schema.model_fields.items():
+        section = _section(field.annotation)
+        names += leaf_names(section, f"{prefix}{name}.") if section else [prefix + name]
+    return names
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    for kind in (annotation, *get_args(annotation)):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
+        raise ConfigError(
+            f"config file {path} does not exist" + (f"; did you mean {path.parent / near[0]}?" if near else "")
+        )
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path))
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold keys and values, not a {type(content).__name__}")
+    return content
+
+
+def _read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    for override in overrides:
+        if "=" not in override or override.startswith(("=", "-")):
+            raise ConfigError(f"{override!r} is not an override; write key=value, such as optim.epochs=100")
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))  # type: ignore[return-value]
+    except (OmegaConfBaseException, yaml.YAMLError, AttributeError) as error:
+        raise ConfigError(f"overrides {' '.join(overrides)}: {' '.join(str(error).split())}") from None
+
+
+def _explain(schema: type[BaseModel], problem: Any, path: str, typed: Mapping[str, Any]) -> str:
+    """One problem of pydantic's as one sentence with its origin."""
+    place = [str(part) for part in problem["loc"]]
+    section: type[BaseModel] | None = schema
+    depth = 0
+    for part in place:
+        if section is None or part not in section.model_fields:
+            break
+        section, depth = _section(section.model_fields[part].annotation), depth + 1
+    key = ".".join(place[: max(depth, 1)]) if problem["type"] != "extra_forbidden" else ".".join(place)
+    where = "command line" if _holds(typed, key) else path if path != "None" else "defaults"
+    if problem["type"] == "extra_forbidden":
+        known = leaf_names(schema)
+        siblings = [name for name in known if name.rpartition(".")[0] == key.rpartition(".")[0]]
+        near = difflib.get_close_matches(key.rpartition(".")[2], [s.rpartition(".")[2] for s in siblings], n=1)
+        guess = [s for s in siblings if near and s.rpartition(".")[2] == near[0]]
+        guess = guess or [n for n in known if n.rpartition(".")[2] == key.rpartition(".")[2]]
+        guess = guess or difflib.get_close_matches(key, known + list(schema.model_fields), n=1)
+        hint = f"did you mean {guess[0]!r}?" if guess else f"known here: {', '.join(siblings or schema.model_fields)}"
+        return f"{where}: unknown key {key!r}; {hint}"
+    message = problem["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    value = problem["input"]
+    got = f" (got {value!r})" if not isinstance(value, Mapping) and "ratio" not in message else ""
+    return f"{where}: {key or schema.__name__}: {message}{got}" if key else f"{where}: {message}"
+
+
+def _holds(tree: Mapping[str, Any], key: str) -> bool:
+    node: Any = tree
+    for part in key.split("."):
+        if not isinstance(node, Mapping) or part not in node:
+            return False
+        node = node[part]
+    return True

@@ -1,0 +1,1 @@
+"""Checkpoint files: reading, writing, matching to a model."""

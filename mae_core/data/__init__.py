@@ -1,0 +1,1 @@
+"""Images from folders, the resumable order they come in, and the embedded data set."""

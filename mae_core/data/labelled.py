@@ -1,0 +1,169 @@
+"""Images with one label each, in ImageFolder layout: ``train/<class>/*`` and ``val/<class>/*``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from timm.data import create_transform
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from mae_core.config import FinetuneData
+from mae_core.data.images import Statistics, Unreadable, UnreadableImage, list_images, read_image
+from mae_core.data.loading import Place
+from mae_core.data.unlabelled import MOST_IN_A_ROW
+from mae_core.errors import UserError
+from mae_core.seeds import AUGMENT, derive_seed, seeded
+
+
+class LabelledPaths(NamedTuple):
+    """Files of one split, their class indices, and the class names."""
+
+    paths: list[Path]
+    labels: list[int]
+    classes: list[str]
+
+
+def read_image_folder(root: Path | None) -> tuple[LabelledPaths, LabelledPaths]:
+    """The train and val splits below ``root``; classes are the folders of ``train``, sorted.
+
+    Raises ``UserError`` for missing splits, a class without images, and val classes that train does not have.
+    """
+    if root is None:
+        raise UserError("no image folder given; set data.path=FOLDER with train/<class>/* and val/<class>/* in it")
+    for split in ("train", "val"):
+        if not (root / split).is_dir():
+            there = sorted(p.name for p in root.iterdir())[:5] if root.is_dir() else None
+            found = f"it holds {', '.join(there) or 'nothing'}" if there is not None else "the folder does not exist"
+            raise UserError(f"{root} has no {split}/ folder ({found}); data.path needs train/<class>/* and val/<class>/*")
+    classes = _class_folders(root / "train")
+    if len(classes) < 2:
+        raise UserError(f"{root / 'train'} has {len(classes)} class folders; classification needs two or more")
+    strangers = sorted(set(_class_folders(root / "val")) - set(classes))
+    if strangers:
+        raise UserError(
+            f"{root / 'val'} has classes that train has not: {', '.join(strangers[:5])}; the classes of both must agree"
+        )
+    return _read_split(root / "train", classes), _read_split(root / "val", classes)
+
+
+def _class_folders(split: Path) -> list[str]:
+    return sorted(p.name for p in split.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _read_split(split: Path, classes: list[str]) -> LabelledPaths:
+    paths: list[Path] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        if split.name == "val" and not (split / name).is_dir():
+            continue
+        found = list_images(split / name)
+        paths += found
+        labels += [label] * len(found)
+    return LabelledPaths(paths, labels, classes)
+
+
+class LabelledSample(NamedTuple):
+    """An image (C, H, W), its class, and the unreadable files met; no pixels where the file itself is unreadable."""
+
+    pixels: Tensor | None
+    label: int
+    unreadable: list[Unreadable]
+
+
+@dataclass(frozen=True)
+class LabelledBatch:
+    """pixels (B, C, H, W) float32, normalised; labels (B,) int64."""
+
+    pixels: Tensor
+    labels: Tensor
+    unreadable: list[Unreadable]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device) -> LabelledBatch:
+        """Tensors on ``device``."""
+        moved = (t.to(device, non_blocking=True) for t in (self.pixels, self.labels))
+        return LabelledBatch(*moved, self.unreadable)
+
+    def split(self, size: int) -> list[LabelledBatch]:
+        """Consecutive parts of at most ``size`` samples."""
+        parts = zip(self.pixels.split(size), self.labels.split(size), strict=True)
+        return [LabelledBatch(pixels, labels, []) for pixels, labels in parts]
+
+
+class TrainImages(Dataset[LabelledSample]):
+    """Augmented training images by (epoch, index); an unreadable file is replaced by the next readable one."""
+
+    def __init__(self, files: LabelledPaths, data: FinetuneData, size: tuple[int, int], statistics: Statistics, seed: int) -> None:
+        self.files, self.channels, self.seed = files, len(statistics.mean), seed
+        self.transform = create_transform(
+            (self.channels, *size),
+            is_training=True,
+            scale=data.crop_scale,
+            hflip=data.hflip,
+            color_jitter=None,
+            auto_augment=data.auto_augment,
+            interpolation="bicubic",
+            mean=statistics.mean,
+            std=statistics.std,
+            re_prob=data.random_erasing,
+            re_mode="pixel",
+        )
+
+    def __len__(self) -> int:
+        return len(self.files.paths)
+
+    def __getitem__(self, place: Place) -> LabelledSample:
+        epoch, index = place
+        unreadable: list[Unreadable] = []
+        for shift in range(min(len(self), MOST_IN_A_ROW)):
+            chosen = (index + shift) % len(self)
+            try:
+                image = read_image(self.files.paths[chosen], self.channels)
+            except UnreadableImage as error:
+                unreadable.append(error.unreadable)
+                continue
+            with seeded(derive_seed(self.seed, AUGMENT, epoch, index)):
+                return LabelledSample(self.transform(image), self.files.labels[chosen], unreadable)
+        return LabelledSample(None, -1, unreadable)
+
+
+class TestImages(Dataset[LabelledSample]):
+    """Images as they are evaluated: shorter side resized, centre crop. Unreadable files have no pixels."""
+
+    __test__ = False
+
+    def __init__(self, files: LabelledPaths, data: FinetuneData, size: tuple[int, int], statistics: Statistics) -> None:
+        self.files, self.channels = files, len(statistics.mean)
+        self.transform = create_transform(
+            (self.channels, *size),
+            is_training=False,
+            interpolation="bicubic",
+            mean=statistics.mean,
+            std=statistics.std,
+            crop_pct=data.test_crop or (0.875 if max(size) <= 224 else 1.0),
+        )
+
+    def __len__(self) -> int:
+        return len(self.files.paths)
+
+    def __getitem__(self, index: int) -> LabelledSample:
+        try:
+            image = read_image(self.files.paths[index], self.channels)
+        except UnreadableImage as error:
+            return LabelledSample(None, self.files.labels[index], [error.unreadable])
+        return LabelledSample(self.transform(image), self.files.labels[index], [])
+
+
+def collate(samples: Sequence[LabelledSample]) -> LabelledBatch:
+    """Stack the samples that have pixels."""
+    there = [sample for sample in samples if sample.pixels is not None]
+    pixels = torch.stack([sample.pixels for sample in there]) if there else torch.empty(0)  # type: ignore[misc]
+    labels = torch.tensor([sample.label for sample in there], dtype=torch.int64)
+    return LabelledBatch(pixels, labels, [entry for sample in samples for entry in sample.unreadable])

@@ -1,0 +1,95 @@
+"""From samples to a stream of batches whose content depends on (run seed, step) alone, never on workers or ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from mae_core.data.images import Unreadable
+from mae_core.errors import UserError
+from mae_core.seeds import SHUFFLE, generator_at
+
+Place = tuple[int, int]
+"""(epoch, index): with the run's seed, all that a sample's augmentation and mask depend on."""
+
+
+class Batch(Protocol):
+    """What a loader yields: samples of one rank for one optimizer step."""
+
+    unreadable: list[Unreadable]
+
+    def __len__(self) -> int: ...
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors on ``device``."""
+        ...
+
+    def split(self, size: int) -> list[Batch]:
+        """Consecutive parts of at most ``size`` samples."""
+        ...
+
+
+def steps_for(length: int, batch_size: int, epochs: float) -> int:
+    """Optimizer steps of a run; the last one may reach into a further epoch so that no image is left out."""
+    return max(1, math.ceil(length * epochs / batch_size - 1e-9))
+
+
+class StepSampler(Sampler[list[Place]]):
+    """A batch sampler: one list of (epoch, index) per optimizer step, this rank's share of it.
+
+    The order is the seeded permutations of all epochs, one after another; a batch may span two epochs, so that a data set
+    of any size works and no tail is lost. All of its state is the step.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        seed: int,
+        *,
+        total_steps: int,
+        start_step: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        if batch_size % world:
+            raise UserError(f"batch size {batch_size} does not divide among {world} ranks; use a multiple of {world}")
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.start_step, self.total_steps = start_step, total_steps
+        self.rank, self.world = rank, world
+
+    def __len__(self) -> int:
+        return self.total_steps - self.start_step
+
+    def __iter__(self) -> Iterator[list[Place]]:
+        share = self.batch_size // self.world
+        orders: dict[int, list[int]] = {}
+        for step in range(self.start_step, self.total_steps):
+            first = step * self.batch_size + self.rank * share
+            places = []
+            for position in range(first, first + share):
+                epoch, cursor = divmod(position, self.length)
+                if epoch not in orders:
+                    orders = {kept: order for kept, order in orders.items() if kept == epoch - 1}
+                    generator = generator_at(self.seed, SHUFFLE, epoch)
+                    orders[epoch] = torch.randperm(self.length, generator=generator).tolist()
+                places.append((epoch, orders[epoch][cursor]))
+            yield places
+
+
+def make_loader(
+    dataset: Dataset[Any], sampler: Sampler[Any], collate: Callable[[list[Any]], Any], *, workers: int, pin: bool
+) -> DataLoader[Any]:
+    """A DataLoader over ``sampler``; worker processes leave no trace in what it yields."""
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=pin,
+        prefetch_factor=4 if workers else None,
+    )

@@ -1,0 +1,23 @@
+"""What a user did wrong, in one sentence, and how a command answers it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+EXIT_USER_ERROR = 2
+
+
+class UserError(ValueError):
+    """A mistake of the user's: the message says what was asked, what was found and what to do."""
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Around the body of a command: a ``UserError`` becomes ``error: ...`` on stderr and exit code 2, without a traceback."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(EXIT_USER_ERROR) from None

@@ -1,0 +1,60 @@
+"""Names inside a run directory, and how to find the weights in it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from mae_core.errors import UserError
+
+CONFIG = "config.yaml"
+LOG = "log.jsonl"
+ENCODER = "encoder.safetensors"
+CLASSIFIER = "classifier.safetensors"
+LOADING = "loading.json"
+METRICS = "metrics.json"
+CHECKPOINTS = "checkpoints"
+PICTURES = "pictures"
+MODEL = "model.safetensors"
+TRAINING_STATE = "training.pt"
+COMPLETE = "COMPLETE"
+
+
+def complete_checkpoints(run: Path) -> list[Path]:
+    """Checkpoint folders of a run that were written to the end, oldest first."""
+    folders = sorted((run / CHECKPOINTS).glob("step_*"), key=lambda folder: int(folder.name.removeprefix("step_")))
+    return [folder for folder in folders if is_complete(folder)]
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint has its COMPLETE marker and every file in it has the size the marker names."""
+    try:
+        sizes = json.loads((checkpoint / COMPLETE).read_text())
+        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, json.JSONDecodeError, AttributeError):
+        return False
+
+
+def resolve_weights(path: Path | str, *, decoder: bool = False) -> Path:
+    """The weights file meant by a file, a run directory or a checkpoint folder.
+
+    A run directory means its exported encoder, or, with ``decoder``, the full model of its last complete checkpoint.
+    Raises ``UserError`` where there is none.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        if not path.exists():
+            raise UserError(f"weights file {path} does not exist")
+        return path
+    if (path / MODEL).is_file():
+        if not is_complete(path):
+            raise UserError(f"checkpoint {path} is not complete; use an earlier one")
+        return path / MODEL
+    if not decoder:
+        for name in (ENCODER, CLASSIFIER):
+            if (path / name).is_file():
+                return path / name
+    found = complete_checkpoints(path)
+    if not found:
+        raise UserError(f"{path} holds no weights and no complete checkpoint; give a run directory or a weights file")
+    return found[-1] / MODEL

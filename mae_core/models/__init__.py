@@ -1,0 +1,1 @@
+"""Encoder, decoder and what is built from them."""

@@ -1,0 +1,44 @@
+"""MAE's light decoder (paper, section 3): visible tokens and mask tokens in, a prediction per patch out. Pre-training only."""
+
+from __future__ import annotations
+
+import torch
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from mae_core.errors import UserError
+from mae_core.masking import PatchMask
+from mae_core.models.encoder import LayerNorm, init_linear_and_norm
+from mae_core.patches import PatchGrid
+from mae_core.pos_embed import sincos_2d
+
+
+class MAEDecoder(nn.Module):
+    """A few transformer blocks on all patches of ``grid``, ending in a linear prediction of ``target_dim`` numbers a patch."""
+
+    def __init__(
+        self, encoder_width: int, grid: PatchGrid, target_dim: int, *, width: int = 512, depth: int = 8, heads: int = 16
+    ) -> None:
+        super().__init__()
+        if width % heads or width % 4:
+            raise UserError(f"decoder width {width} must be divisible by its heads ({heads}) and by 4")
+        self.embed = nn.Linear(encoder_width, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Parameter(sincos_2d(width, grid.rows, grid.cols), requires_grad=False)
+        self.blocks = nn.Sequential(*(Block(width, heads, qkv_bias=True, norm_layer=LayerNorm) for _ in range(depth)))
+        self.norm = LayerNorm(width)
+        self.pred = nn.Linear(width, target_dim)
+        init_linear_and_norm(self)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(self, tokens: Tensor, mask: PatchMask, *, hidden_only: bool = False) -> Tensor:
+        """(B, 1 + V, encoder_width) -> (B, N, target_dim) in raster order, or (B, N - V, target_dim) at ``mask.hidden_ids``."""
+        x = self.embed(tokens)
+        B, _, D = x.shape
+        canvas = self.mask_token.to(x.dtype).expand(B, mask.hidden.shape[1], D)
+        canvas = canvas.scatter(1, mask.visible_ids[:, :, None].expand(-1, -1, D), x[:, 1:])
+        x = torch.cat([x[:, :1], canvas], dim=1) + self.pos_embed
+        x = self.blocks(x)[:, 1:]
+        if hidden_only:
+            x = x.gather(1, mask.hidden_ids[:, :, None].expand(-1, -1, D))
+        return self.pred(self.norm(x))

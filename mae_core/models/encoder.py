@@ -1,0 +1,121 @@
+"""The ViT encoder: timm's ``VisionTransformer`` with MAE's positions, initialisation and a pass over visible patches only.
+
+The parameter names are timm's, which are the official MAE names, so that fine-tuning, layer-wise decay, export and
+conversion need no second ViT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Literal
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from mae_core.errors import UserError
+from mae_core.masking import PatchMask
+from mae_core.models.sizes import size_of
+from mae_core.patches import PatchGrid
+from mae_core.pos_embed import sincos_2d
+
+LayerNorm = partial(nn.LayerNorm, eps=1e-6)
+"""The released weights were trained with this epsilon, in encoder and decoder."""
+
+Pooling = Literal["mean", "cls"]
+
+
+class ViTEncoder(VisionTransformer):
+    """A ViT of a named size; with ``num_classes`` it is a classifier.
+
+    Sequence layout: cls token, then patches in raster order. ``pooling="mean"`` averages the patch tokens of the last block
+    and normalises after (``fc_norm``), as the paper's fine-tuning does; ``"cls"`` takes the normalised cls token.
+    """
+
+    def __init__(
+        self,
+        size: str = "base",
+        *,
+        image_size: int | Sequence[int] = 224,
+        patch_size: int | None = None,
+        in_chans: int = 3,
+        num_classes: int = 0,
+        pooling: Pooling | None = None,
+        drop_path: float = 0.0,
+    ) -> None:
+        shape = size_of(size)
+        patch = patch_size or shape.patch_size
+        grid = PatchGrid.of(image_size, patch)
+        super().__init__(
+            img_size=grid.image_size,
+            patch_size=patch,
+            in_chans=in_chans,
+            num_classes=num_classes,
+            global_pool={"mean": "avg", "cls": "token", None: ""}[pooling],
+            embed_dim=shape.width,
+            depth=shape.depth,
+            num_heads=shape.heads,
+            drop_path_rate=drop_path,
+            norm_layer=LayerNorm,
+            weight_init="skip",
+        )
+        self.size = size
+        self.grid = grid
+        self.initialize()
+
+    def initialize(self) -> None:
+        """MAE's initialisation (official ``initialize_weights``): xavier-uniform weights, zero biases, sine-cosine positions.
+
+        The patch embedding counts as one linear layer over its patch; its bias keeps the convolution's default.
+        """
+        init_linear_and_norm(self)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.embed_dim, -1))
+        nn.init.normal_(self.cls_token, std=0.02)
+        with torch.no_grad():
+            self.pos_embed.copy_(sincos_2d(self.embed_dim, self.grid.rows, self.grid.cols))
+        if isinstance(self.head, nn.Linear):
+            nn.init.trunc_normal_(self.head.weight, std=2e-5)
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the images it takes."""
+        return self.patch_embed.proj.in_channels
+
+    def check_images(self, images: Tensor) -> None:
+        """Raise ``UserError`` unless ``images`` is (B, C, H, W) of this encoder's channels and size."""
+        wanted = (self.in_channels, *self.grid.image_size)
+        if images.ndim != 4 or tuple(images.shape[1:]) != wanted:
+            raise UserError(
+                f"this encoder takes images (B, {wanted[0]}, {wanted[1]}, {wanted[2]}), got {tuple(images.shape)}; "
+                "resize them, or load the encoder with image_size=(H, W) and in_chans=C"
+            )
+
+    def embed(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, N, D): patch embeddings with their positions, no cls token."""
+        self.check_images(images)
+        return self.patch_embed(images) + self.pos_embed[:, 1:]
+
+    def encode(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, 1 + N, D): cls token and patch tokens in raster order, normalised; nothing is masked."""
+        self.check_images(images)
+        return self.forward_features(images)
+
+    def encode_visible(self, images: Tensor, mask: PatchMask) -> Tensor:
+        """(B, C, H, W) and a mask -> (B, 1 + V, D): the encoder's pass over the visible patches alone (paper, section 3)."""
+        tokens = self.embed(images)
+        visible = tokens.gather(1, mask.visible_ids[:, :, None].expand(-1, -1, tokens.shape[2]))
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(images), -1, -1)
+        return self.norm(self.blocks(torch.cat([cls, visible], dim=1)))
+
+
+def init_linear_and_norm(module: nn.Module) -> None:
+    """Xavier-uniform for every linear layer (fused qkv as one matrix), zero biases, LayerNorm at identity."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+        elif isinstance(layer, nn.LayerNorm):
+            nn.init.ones_(layer.weight)
+            nn.init.zeros_(layer.bias)

@@ -1,0 +1,68 @@
+"""Who we are under ``torchrun``; one process is a world of one."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mae_core.errors import UserError
+
+
+class Place(NamedTuple):
+    """This process among the ranks, and its device."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and talks."""
+        return self.rank == 0
+
+
+def join(device: str) -> Place:
+    """Join the process group that ``torchrun`` announces (NCCL on GPUs, gloo on CPUs), or stay alone.
+
+    ``device``: auto, cpu or cuda. Raises ``UserError`` for cuda where there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda was asked for, but torch sees no GPU; use device=auto or device=cpu")
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if on_gpu:
+        torch.cuda.set_device(local)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if on_gpu else "gloo")
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return Place(rank, world, torch.device("cuda", local) if on_gpu else torch.device("cpu"))
+
+
+def leave() -> None:
+    """Leave the process group, if we are in one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """The mean of a tensor over all ranks, on every rank."""
+    return sum_over_ranks(values) / dist.get_world_size() if dist.is_initialized() else values
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The sum of a tensor over all ranks, on every rank."""
+    if dist.is_initialized():
+        values = values.clone()
+        dist.all_reduce(values)
+    return values

@@ -1,0 +1,172 @@
+"""The training loop: one function, for pre-training, fine-tuning and the engines that bring no loop of their own.
+
+The batch size is that of an optimizer step over all ranks and accumulation rounds, so that neither changes what is computed.
+All randomness of a step comes from (run seed, step, rank); with the sampler's, the state of a run is model, optimizer, step.
+"""
+
+from __future__ import annotations
+
+import random
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from timm.scheduler import CosineLRScheduler
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mae_core.config import OptimConfig
+from mae_core.data.loading import Batch, steps_for
+from mae_core.errors import UserError
+from mae_core.seeds import STEP, derive_seed
+from mae_core.training.distributed import mean_over_ranks
+from mae_core.training.progress import Progress
+from mae_core.training.run import Run
+
+MOST_NON_FINITE_STEPS = 10
+LossOf = Callable[[nn.Module, Any], dict[str, Tensor]]
+"""(model, batch) -> named scalars; "loss" is what is minimised, the mean over the batch."""
+Hook = tuple[int, Callable[[int], None]]
+"""(every so many steps, what to do then); also called after the last step."""
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How long and how fast."""
+
+    total_steps: int
+    warmup_steps: int
+    lr: float
+    min_lr: float = 0.0
+    micro_batch: int | None = None
+    clip_grad: float | None = None
+
+    @classmethod
+    def of(cls, optim: OptimConfig, length: int) -> FitSettings:
+        """From a configuration and the number of training images."""
+        return cls(
+            total_steps=steps_for(length, optim.batch_size, optim.epochs),
+            warmup_steps=round(length * optim.warmup_epochs / optim.batch_size),
+            lr=optim.lr,
+            min_lr=optim.min_lr,
+            micro_batch=optim.micro_batch,
+            clip_grad=optim.clip_grad,
+        )
+
+
+class FitResult(NamedTuple):
+    """The mean loss of the last log interval, seconds this process trained, images per second over them."""
+
+    loss: float
+    seconds: float
+    images_per_second: float
+
+
+def cosine_schedule(optimizer: torch.optim.Optimizer, settings: FitSettings) -> CosineLRScheduler:
+    """Linear warm-up from 0, half-cosine to ``min_lr``, per step (paper, A.1; official ``lr_sched.py``); honours lr_scale."""
+    warmup = min(settings.warmup_steps, settings.total_steps - 1)
+    for group in optimizer.param_groups:
+        group["lr"] = settings.lr
+        group["initial_lr"] = settings.lr
+    return CosineLRScheduler(
+        optimizer,
+        t_initial=settings.total_steps - warmup,
+        lr_min=settings.min_lr,
+        warmup_t=warmup,
+        warmup_lr_init=0.0,
+        warmup_prefix=True,
+        t_in_epochs=False,
+    )
+
+
+def fit(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    loss_of: LossOf,
+    optimizer: torch.optim.Optimizer,
+    *,
+    run: Run,
+    settings: FitSettings,
+    start_step: int = 0,
+    hooks: Sequence[Hook] = (),
+    metadata: dict[str, Any] | None = None,
+) -> FitResult:
+    """Train from ``start_step`` to ``settings.total_steps``; ``batches`` yields one batch (this rank's share) per step.
+
+    Logs, checkpoints and calls the hooks as the run's configuration says. A step whose loss is not finite on any rank is
+    skipped on all and recorded; ten in a row end the run with a ``UserError``.
+    """
+    log = run.config.log
+    schedule = cosine_schedule(optimizer, settings)
+    parallel = DistributedDataParallel(model) if run.world > 1 else model
+    precision = torch.autocast(run.device.type, run.precision, enabled=run.precision != torch.float32)
+    progress = Progress(run, start_step, settings.total_steps, log.every)
+    stream, bad_steps = iter(batches), 0
+    model.train()
+    for step in range(start_step, settings.total_steps):
+        schedule.step_update(step)
+        seed_everything(derive_seed(run.config.seed, STEP, step, run.rank))
+        with progress.waiting():
+            batch = next(stream)
+        run.note_unreadable(batch.unreadable)
+        optimizer.zero_grad(set_to_none=True)
+        losses = backward(parallel, batch, loss_of, run.device, precision, settings.micro_batch)
+        if finite := bool(torch.isfinite(losses["loss"])):
+            if settings.clip_grad is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), settings.clip_grad)
+            optimizer.step()
+        bad_steps = 0 if finite else bad_steps + 1
+        done = step + 1
+        if not finite:
+            run.record({"event": "non-finite loss, step skipped", "step": done})
+            run.say(f"step {done}: the loss is not finite; the step is skipped")
+        progress.step(done, len(batch) * run.world, losses if finite else {}, max(g["lr"] for g in optimizer.param_groups))
+        if bad_steps == MOST_NON_FINITE_STEPS:
+            raise UserError(f"the loss was not finite for {bad_steps} steps, up to step {done}; lower optim.base_lr")
+        last = done == settings.total_steps
+        for every, hook in hooks:
+            if done % every == 0 or last:
+                with progress.paused():
+                    hook(done)
+                model.train()
+        if done % log.checkpoint_every == 0 or last:
+            with progress.paused():
+                run.checkpoint(done, model, optimizer, metadata or {})
+    return FitResult(progress.loss, progress.seconds, progress.images_per_second)
+
+
+def backward(
+    model: nn.Module,
+    batch: Batch,
+    loss_of: LossOf,
+    device: torch.device,
+    precision: torch.autocast,
+    micro_batch: int | None,
+) -> dict[str, Tensor]:
+    """Gradients of the mean loss over ``batch``, in parts of ``micro_batch`` -> the losses, averaged over all ranks."""
+    parts = batch.split(micro_batch or len(batch))
+    totals: dict[str, Tensor] = {}
+    for number, part in enumerate(parts):
+        wait = isinstance(model, DistributedDataParallel) and number < len(parts) - 1
+        with model.no_sync() if wait else nullcontext():
+            with precision:
+                losses = loss_of(model, part.to(device))
+            share = len(part) / len(batch)
+            (losses["loss"] * share).backward()
+        for name, value in losses.items():
+            totals[name] = totals.get(name, 0.0) + value.detach().float() * share
+    averaged = mean_over_ranks(torch.stack(list(totals.values())))
+    return dict(zip(totals, averaged, strict=True))
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global generators of torch, numpy and Python."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+

@@ -1,0 +1,134 @@
+"""``mae pretrain``: images without labels -> encoder.safetensors (paper, section 3 and A.1)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.optim import param_groups_weight_decay
+from torch import Tensor, nn
+
+from mae_core.config import PretrainConfig
+from mae_core.conversion.files import write_weights
+from mae_core.conversion.loading import describe_encoder
+from mae_core.data.images import check_all, list_images, statistics_of
+from mae_core.data.loading import StepSampler, make_loader
+from mae_core.data.unlabelled import PretrainBatch, UnlabelledImages, collate
+from mae_core.layout import ENCODER
+from mae_core.models.mae import MaskedAutoencoder, build_mae
+from mae_core.training import distributed
+from mae_core.training.loop import FitResult, FitSettings, fit, seed_everything
+from mae_core.training.pictures import fixed_mask, reconstruction_strip
+from mae_core.training.progress import Counter
+from mae_core.training.run import check_output, open_run
+
+NUM_PICTURES = 6
+
+
+def build_pretrain_model(config: PretrainConfig) -> MaskedAutoencoder:
+    """The masked autoencoder a configuration describes."""
+    return build_mae(
+        config.model.size,
+        image_size=config.data.image_size,
+        patch_size=config.model.patch_size,
+        in_chans=config.data.channels,
+        decoder_depth=config.decoder.depth,
+        decoder_width=config.decoder.width,
+        decoder_heads=config.decoder.heads,
+        target=config.target.kind,
+        masking=config.masking.kind,
+        mask_ratio=config.masking.ratio,
+    )
+
+
+def pretrain_metadata(model: MaskedAutoencoder, config: PretrainConfig) -> dict[str, Any]:
+    """What the weights of a run say about themselves."""
+    statistics = statistics_of(config.data)
+    return {
+        **describe_encoder(model),
+        "mean": statistics.mean,
+        "std": statistics.std,
+        "target": config.target.kind,
+        "masking": config.masking.kind,
+        "mask_ratio": config.masking.ratio,
+        "decoder_heads": config.decoder.heads,
+        "pooling": "cls token and patch tokens, normalised",
+        "epochs": config.optim.epochs,
+    }
+
+
+def pretrain_loss(model: nn.Module, batch: PretrainBatch) -> dict[str, Tensor]:
+    """The masked autoencoder's loss; each sample's mask comes from its own seed."""
+    return {"loss": model(batch.pixels, generator=batch.generators()).loss}
+
+
+def pretrain(config: PretrainConfig, *, resume: bool = False) -> FitResult:
+    """Run a pre-training; writes the run directory. Raises ``UserError`` for everything a user can get wrong."""
+    check_output(config, resume=resume)
+    paths = list_images(config.data.path)
+    if config.data.on_error == "raise":
+        check_all(paths, config.data.channels, on_progress=Counter("checking images"))
+    images = UnlabelledImages(paths, config.data, config.seed)
+    views = images.fixed_views(NUM_PICTURES)
+    settings = FitSettings.of(config.optim, len(images))
+    seed_everything(config.seed)
+    model = build_pretrain_model(config)
+    metadata = pretrain_metadata(model, config)
+
+    run = open_run(config, resume=resume)
+    model.to(run.device)
+    # Biases and 1-D tensors are not decayed; the cls and mask tokens are, as in the official code.
+    groups = param_groups_weight_decay(model, config.optim.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=config.optim.betas, fused=True)
+    start = run.restore(model, optimizer) if resume else 0
+    announce(run.say, config, model, len(images), settings)
+    sampler = StepSampler(
+        len(images),
+        config.optim.batch_size,
+        config.seed,
+        start_step=start,
+        total_steps=settings.total_steps,
+        rank=run.rank,
+        world=run.world,
+    )
+    loader = make_loader(images, sampler, collate, workers=config.data.workers, pin=run.device.type == "cuda")
+    mask = fixed_mask(model, len(views), config.seed)
+
+    def draw(step: int) -> None:
+        if run.is_main:
+            strip = reconstruction_strip(model, views, mask, statistics_of(config.data))
+            run.picture(f"step_{step:08d}", strip, step)
+
+    result = fit(
+        model,
+        loader,
+        pretrain_loss,
+        optimizer,
+        run=run,
+        settings=settings,
+        start_step=start,
+        hooks=[(config.log.pictures_every, draw)],
+        metadata=metadata,
+    )
+    if run.is_main:
+        write_weights(run.folder / ENCODER, model.encoder.state_dict(), metadata)
+    run.say(f"wrote {run.folder / ENCODER}")
+    run.close()
+    distributed.leave()
+    return result
+
+
+def announce(say: Any, config: PretrainConfig, model: MaskedAutoencoder, num_images: int, settings: FitSettings) -> None:
+    """Print what is about to happen."""
+    grid = model.encoder.grid
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    hidden = fixed_mask(model, 1, 0).hidden_ids.shape[1]
+    say(
+        f"{num_images} images, {grid.image_size[0]}x{grid.image_size[1]}x{config.data.channels}; "
+        f"ViT-{config.model.size} with {grid.patch}x{grid.patch} patches, {parameters:.1f} M parameters with decoder; "
+        f"{hidden} of {grid.num_patches} patches hidden; target {config.target.kind}"
+    )
+    say(
+        f"{settings.total_steps} steps of {config.optim.batch_size} images = {config.optim.epochs:g} epochs, "
+        f"warm-up {settings.warmup_steps} steps, peak lr {settings.lr:.3g}; writing to {config.output}"
+    )

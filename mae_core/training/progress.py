@@ -1,0 +1,109 @@
+"""What a run says while it works: loss, images per second, the share of time spent waiting for data, time left."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from mae_core.training.run import Run
+
+SLOW_DATA_SHARE = 0.3
+
+
+class Progress:
+    """Counts steps, images and waiting time; logs every ``every`` steps, and rewrites a status line on a terminal."""
+
+    def __init__(self, run: Run, start_step: int, total_steps: int, every: int) -> None:
+        self.run, self.total, self.every = run, total_steps, every
+        self.first = self.done = start_step
+        self.loss = float("nan")
+        self.seconds = self.images_per_second = 0.0
+        self._images = 0
+        self._started = time.perf_counter()
+        self._interval = self._started
+        self._waited = self._paused = 0.0
+        self._interval_images, self._interval_steps = 0, 0
+        self._sums: dict[str, float | Tensor] = {}
+        self._warned = False
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around the wait for the next batch."""
+        before = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - before
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around work that is not training: pictures, evaluation, checkpoints."""
+        before = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - before
+
+    def step(self, done: int, images: int, losses: Mapping[str, Tensor], lr: float) -> None:
+        """Count a step; log if it is time to."""
+        self.done = done
+        self._interval_images += images
+        if losses:
+            self._interval_steps += 1
+            for name, value in losses.items():
+                self._sums[name] = self._sums.get(name, 0.0) + value
+        if done % self.every == 0 or done == self.total:
+            self._log(lr)
+
+    def _log(self, lr: float) -> None:
+        seconds = max(time.perf_counter() - self._interval - self._paused, 1e-9)
+        self.seconds += seconds
+        self._images += self._interval_images
+        self.images_per_second = self._images / self.seconds
+        means = {name: float(value) / max(self._interval_steps, 1) for name, value in self._sums.items()}
+        self.loss = means.get("loss", float("nan"))
+        waiting = self._waited / seconds
+        rate = self._interval_images / seconds
+        left = (self.total - self.done) * self.seconds / max(self.done - self.first, 1)
+        self.run.record(
+            {"step": self.done, **means, "lr": lr, "images_per_second": round(rate, 2), "data_wait": round(waiting, 4)}
+        )
+        self.run.say(
+            f"step {self.done}/{self.total}  loss {self.loss:.4f}  lr {lr:.2e}  {rate:.0f} images/s  "
+            f"waiting for data {waiting:.0%}  {clock(left)} left"
+        )
+        if waiting > SLOW_DATA_SHARE and not self._warned and self.done - self.first >= 2 * self.every:
+            self._warned = True
+            self.run.say(f"training waits {waiting:.0%} of its time for data: raise data.workers, or store smaller images")
+        self._interval = time.perf_counter()
+        self._waited = self._paused = 0.0
+        self._interval_images = self._interval_steps = 0
+        self._sums = {}
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss, or m:ss under an hour."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class Counter:
+    """Progress of work that is counted in items: a line every few seconds, or one line rewritten on a terminal."""
+
+    def __init__(self, what: str, *, seconds_between: float = 2.0) -> None:
+        self.what, self.between = what, seconds_between
+        self._started = self._last = time.perf_counter()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Report ``done`` of ``total``."""
+        now = time.perf_counter()
+        if now - self._last < self.between and done < total:
+            return
+        self._last = now
+        rate = done / max(now - self._started, 1e-9)
+        line = f"{self.what} {done}/{total}  {rate:.0f}/s  {clock((total - done) / max(rate, 1e-9))} left"
+        if sys.stdout.isatty():
+            print(f"\r\x1b[2K{line}", end="\n" if done == total else "", flush=True)
+        else:
+            print(line, flush=True)

@@ -1,0 +1,199 @@
+"""The run directory: claimed once, written by rank 0, never overwritten."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from mae_core import __version__
+from mae_core.atomic import atomic_path, write_text
+from mae_core.config import RunConfig, config_differences, dump_config, load_config
+from mae_core.data.images import Unreadable, refuse_unreadable
+from mae_core.errors import UserError
+from mae_core.layout import CHECKPOINTS, CLASSIFIER, CONFIG, ENCODER, LOG, PICTURES, complete_checkpoints
+from mae_core.training import distributed
+from mae_core.training.checkpoints import load_checkpoint, save_checkpoint
+
+MAY_CHANGE = ("data.workers", "data.on_error", "log.", "device", "output", "optim.micro_batch", "data.path")
+"""Options a resumed run may change: they say where and how fast, not what is computed."""
+
+
+def check_output(config: RunConfig, *, resume: bool) -> None:
+    """Refuse, before any work, a folder that holds a run, or a resume that has nothing to resume or another configuration."""
+    folder = config.output
+    marks = [name for name in (CONFIG, LOG, CHECKPOINTS, ENCODER, CLASSIFIER) if (folder / name).exists()]
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output {folder} is a file; choose a folder with output=FOLDER")
+    if not resume:
+        if marks:
+            raise UserError(
+                f"output folder {folder} already holds a run ({', '.join(marks)}); add --resume to continue it, "
+                "or choose another with output=FOLDER"
+            )
+        return
+    if not (folder / CONFIG).is_file() or not complete_checkpoints(folder):
+        raise UserError(f"nothing to resume: {folder} has no complete checkpoint; start without --resume in a new folder")
+    stored = load_config(type(config), folder / CONFIG)
+    changed = [line for line in config_differences(stored, config) if not line.startswith(MAY_CHANGE)]
+    if changed:
+        raise UserError(
+            f"{folder} was started with another configuration ({'; '.join(changed[:5])}); "
+            "resume with the one in its config.yaml, or start a new run with output=FOLDER"
+        )
+
+
+class Run:
+    """A run directory and this process's place in the world; on ranks other than 0 every write is a no-op."""
+
+    def __init__(self, config: RunConfig, place: distributed.Place) -> None:
+        self.config = config
+        self.folder: Path = config.output
+        self.rank, self.world, self.device = place
+        self.is_main = place.is_main
+        self.unreadable: dict[str, str] = {}
+        self._board: Any = None
+
+    @property
+    def precision(self) -> torch.dtype:
+        """What the forward pass computes in: bf16 where asked for, or by default where the GPU has it."""
+        wanted = self.config.precision
+        if wanted == "auto":
+            fast = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+            wanted = "bf16" if fast else "fp32"
+        return torch.bfloat16 if wanted == "bf16" else torch.float32
+
+    def say(self, text: str) -> None:
+        """Print a line, on rank 0."""
+        if self.is_main:
+            print(text, flush=True)
+
+    def record(self, entry: Mapping[str, Any]) -> None:
+        """Append a line to log.jsonl, and numbers that have a step to TensorBoard."""
+        if not self.is_main:
+            return
+        with (self.folder / LOG).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**entry, "time": round(time.time(), 3)}) + "\n")
+        if "step" in entry:
+            for name, value in entry.items():
+                if name != "step" and isinstance(value, int | float):
+                    self.board.add_scalar(name, value, entry["step"])
+
+    @property
+    def board(self) -> Any:
+        """The TensorBoard writer, opened at first use."""
+        if self._board is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(self.folder / "tensorboard"))
+        return self._board
+
+    def picture(self, name: str, image: Image.Image, step: int | None = None) -> Path:
+        """Write ``pictures/<name>.png``, and show it in TensorBoard where it has a step."""
+        path = self.folder / PICTURES / f"{name}.png"
+        if self.is_main:
+            with atomic_path(path) as temporary:
+                image.save(temporary)
+            if step is not None:
+                import numpy as np
+
+                self.board.add_image(name.rpartition("_")[0] or name, np.asarray(image), step, dataformats="HWC")
+        return path
+
+    def note_unreadable(self, found: list[Unreadable]) -> None:
+        """Name each unreadable file once, in the log and on the screen; with ``data.on_error=raise``, stop the run."""
+        if found and self.config.data.on_error == "raise":  # type: ignore[attr-defined]
+            refuse_unreadable(found)
+        for path, reason in found:
+            if path not in self.unreadable:
+                self.unreadable[path] = reason
+                self.record({"event": "unreadable", "path": path, "reason": reason})
+                self.say(f"skipped unreadable image {path} ({reason})")
+
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+        """Load the last complete checkpoint -> steps done; the log forgets what came after it."""
+        checkpoint = load_checkpoint(self.folder)
+        model.load_state_dict(checkpoint.model)
+        optimizer.load_state_dict(checkpoint.optimizer)
+        if self.is_main:
+            lines = (self.folder / LOG).read_text(encoding="utf-8").splitlines(keepends=True)
+            write_text(self.folder / LOG, "".join(line for line in lines if _until(line, checkpoint.step)))
+        distributed.barrier()
+        self.say(f"resuming {self.folder} after step {checkpoint.step}")
+        return checkpoint.step
+
+    def checkpoint(
+        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, metadata: Mapping[str, Any]
+    ) -> None:
+        """Save what a resume needs; all ranks wait until it is on disk."""
+        if self.is_main:
+            keep = self.config.log.keep_checkpoints
+            save_checkpoint(self.folder, step, model.state_dict(), optimizer.state_dict(), metadata, keep=keep)
+        distributed.barrier()
+
+    def close(self) -> None:
+        """Say how many files were skipped; flush the writers."""
+        if self.unreadable:
+            self.say(f"{len(self.unreadable)} unreadable images were skipped; {self.folder / LOG} names them")
+        if self._board is not None:
+            self._board.close()
+
+
+def open_run(config: RunConfig, *, resume: bool) -> Run:
+    """Claim the run directory and write its config.yaml and environment.json; see ``check_output`` for what is refused."""
+    place = distributed.join(config.device)
+    run = Run(config, place)
+    if place.is_main:
+        check_output(config, resume=resume)
+        try:
+            config.output.mkdir(parents=True, exist_ok=True)
+            write_text(config.output / CONFIG, dump_config(config))
+        except OSError as error:
+            raise UserError(f"cannot write to output folder {config.output}: {error.strerror}") from None
+        write_text(config.output / "environment.json", json.dumps(environment(run.device), indent=2) + "\n")
+    distributed.barrier()
+    return run
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Versions and hardware, for the record."""
+    import numpy
+    import timm
+    import torchvision
+
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
+    return {
+        "mae_core": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "timm": timm.__version__,
+        "numpy": numpy.__version__,
+        "platform": platform.platform(),
+        "processor": processor_name(),
+        "threads": str(torch.get_num_threads()),
+        "gpu": gpu,
+    }
+
+
+def processor_name() -> str:
+    """The CPU's model name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _until(line: str, step: int) -> bool:
+    try:
+        return json.loads(line).get("step", 0) <= step
+    except json.JSONDecodeError:
+        return False

@@ -1,0 +1,75 @@
+"""Installs `mae_core`, `transfer` and the `mae` command. Lower bounds are here, the tested set in constraints.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).resolve().parent
+
+
+def read_version() -> str:
+    """Return `__version__` of mae_core as written in its source: importing it would need torch at build time."""
+    source = (HERE / "mae_core" / "__init__.py").read_text(encoding="utf-8")
+    match = re.search(r'^__version__ = "([^"]+)"$', source, flags=re.MULTILINE)
+    if match is None:
+        raise RuntimeError('mae_core/__init__.py holds no line of the form __version__ = "x.y.z"')
+    return match.group(1)
+
+
+def read_description() -> str:
+    """Return the README's text, or an empty text where a source archive lacks it."""
+    readme = HERE / "README.md"
+    return readme.read_text(encoding="utf-8") if readme.exists() else ""
+
+
+CORE = [
+    "torch>=2.8",
+    "torchvision>=0.23",
+    "timm>=1.0.20",
+    "pydantic>=2.7",
+    "omegaconf>=2.3",
+    "typer>=0.12",
+    "rich>=13.0",
+    "safetensors>=0.4.5",
+    "tensorboard>=2.15",
+    "numpy>=1.26",
+    "Pillow>=10.1",
+]
+DETECTION = ["pycocotools>=2.0.8"]
+# mmseg does not depend on mmcv and mmengine, so all three are named; what else it imports it pulls in itself.
+SEGMENTATION = ["onedl-mmcv>=2.3.6", "onedl-mmengine>=0.10.12", "onedl-mmsegmentation>=1.4.2"]
+DEMO = ["scikit-learn>=1.4", "matplotlib>=3.8", *DETECTION, *SEGMENTATION]
+DEV = [
+    "pytest>=8.0",
+    "pytest-timeout>=2.3",
+    "hypothesis>=6.100",
+    "websocket-client>=1.7",
+    "transformers>=4.48",
+    "fvcore>=0.1.5.post20221221",
+    "ruff>=0.14",
+    "mypy>=1.11",
+    "pre-commit>=3.7",
+]
+
+setup(
+    name="mae-transfer",
+    version=read_version(),
+    description="Pre-train a ViT with a masked autoencoder, then turn it into a classifier, a detector and a segmenter",
+    long_description=read_description(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["mae_core", "mae_core.*", "transfer", "transfer.*"]),
+    package_data={"mae_core": ["**/*.yaml"], "transfer": ["**/*.yaml", "**/*.html"]},
+    python_requires=">=3.10",
+    install_requires=CORE,
+    extras_require={
+        "detection": DETECTION,
+        "segmentation": SEGMENTATION,
+        "demo": DEMO,
+        "dev": DEV,
+        "all": [*DEMO, *DEV],
+    },
+    entry_points={"console_scripts": ["mae = mae_core.cli.main:main"]},
+)

@@ -1,0 +1,1 @@
+"""Transfer of a pre-trained encoder to detection and segmentation."""
