@@ -22,7 +22,8 @@ def fsync_path(path: Path) -> None:
 
 @contextmanager
 def atomic_path(final: Path | str) -> Iterator[Path]:
-    """Yield a temporary sibling of ``final`` to write to; on success it takes the name ``final``, on failure it is removed.
+    """Yield a temporary sibling of ``final`` to write to; on success it takes the name ``final``, on failure it is
+    removed.
 
     The parent folder is made when missing. Whoever reads ``final`` sees the old file or the new one, never a part.
     """

@@ -1,6 +1,7 @@
 """Run configurations: strict schemas, YAML files and ``a.b=c`` overrides.
 
-A key nobody knows is an error with a guess at what was meant; all errors of a configuration come at once, before any work.
+A key nobody knows is an error with a guess at what was meant; all errors of a configuration come at once, before any
+work.
 The defaults are the paper's (He et al. 2022, Tables 8 and 9; the released models' fine-tuning recipe).
 """
 
@@ -121,7 +122,9 @@ class OptimConfig(Schema):
     min_lr: Annotated[float, Field(ge=0)] = 0.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     betas: tuple[Fraction, Fraction]
-    clip_grad: Annotated[float, Field(gt=0)] | None = Field(None, description="largest gradient norm; none in the paper")
+    clip_grad: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="largest gradient norm; none in the paper"
+    )
 
     @property
     def lr(self) -> float:
@@ -177,7 +180,8 @@ class PretrainConfig(RunConfig):
 
 
 class FinetuneData(ImagesConfig):
-    """``path/train/<class>/*`` and ``path/val/<class>/*`` (ImageFolder). Augmentation: the paper's Table 9, through timm."""
+    """``path/train/<class>/*`` and ``path/val/<class>/*`` (ImageFolder). Augmentation: the paper's Table 9, through
+    timm."""
 
     auto_augment: str | None = Field("rand-m9-mstd0.5-inc1", description="timm's auto-augment string; null for none")
     crop_scale: tuple[Fraction, Fraction] = (0.08, 1.0)
@@ -235,7 +239,8 @@ Config = TypeVar("Config", bound=Schema)
 def load_config(schema: type[Config], path: Path | str | None, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file (or none: the defaults), apply ``a.b=c`` overrides, validate.
 
-    Raises ``ConfigError`` with every unknown key (and a guess at the one meant) and every bad value, each with its origin.
+    Raises ``ConfigError`` with every unknown key (and a guess at the one meant) and every bad value, each with its
+    origin.
     """
     given: dict[str, Any] = {}
     if path is not None:
@@ -260,7 +265,9 @@ def dump_config(config: Schema) -> str:
 def config_differences(one: Schema, other: Schema) -> list[str]:
     """``key: value -> value`` for every leaf that differs."""
     left, right = _leaves(one.model_dump(mode="json")), _leaves(other.model_dump(mode="json"))
-    return [f"{key}: {left.get(key)} -> {right.get(key)}" for key in {**left, **right} if left.get(key) != right.get(key)]
+    return [
+        f"{key}: {left.get(key)} -> {right.get(key)}" for key in {**left, **right} if left.get(key) != right.get(key)
+    ]
 
 
 def leaf_names(schema: type[BaseModel], prefix: str = "") -> list[str]:

@@ -15,7 +15,8 @@ class UserError(ValueError):
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Around the body of a command: a ``UserError`` becomes ``error: ...`` on stderr and exit code 2, without a traceback."""
+    """Around the body of a command: a ``UserError`` becomes ``error: ...`` on stderr and exit code 2, without a
+    traceback."""
     try:
         yield
     except UserError as error:

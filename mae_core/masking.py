@@ -13,7 +13,8 @@ from mae_core.errors import UserError
 from mae_core.patches import PatchGrid
 
 Randomness = torch.Generator | Sequence[torch.Generator] | None
-"""One generator for a batch, or one per sample (what a sample hides then depends on that sample alone); None: the global one."""
+"""One generator for a batch, or one per sample (what a sample hides then depends on that sample alone); None: the
+global one."""
 
 
 @dataclass(frozen=True)
@@ -33,17 +34,21 @@ class PatchMask:
     def from_hidden(cls, hidden: Tensor) -> PatchMask:
         """Build from (B, N) bool, True = removed.
 
-        Raises ``UserError`` for another type or shape, for samples that hide different numbers of patches, and where nothing
-        is hidden or nothing visible.
+        Raises ``UserError`` for another type or shape, for samples that hide different numbers of patches, and where
+        nothing is hidden or nothing visible.
         """
         if hidden.ndim != 2 or hidden.dtype != torch.bool:
             raise UserError(f"a patch mask is (B, N) bool, True = hidden; got {tuple(hidden.shape)} {hidden.dtype}")
         counts = hidden.sum(dim=1)
         if counts.numel() and bool((counts != counts[0]).any()):
-            raise UserError(f"samples hide different numbers of patches ({counts.tolist()}); make them equal in a batch")
+            raise UserError(
+                f"samples hide different numbers of patches ({counts.tolist()}); make them equal in a batch"
+            )
         num_hidden, num_patches = int(counts[0]) if counts.numel() else 0, hidden.shape[1]
         if not 0 < num_hidden < num_patches:
-            raise UserError(f"{num_hidden} of {num_patches} patches hidden; at least one must be hidden and one visible")
+            raise UserError(
+                f"{num_hidden} of {num_patches} patches hidden; at least one must be hidden and one visible"
+            )
         order = hidden.to(torch.uint8).argsort(dim=1, stable=True)
         num_visible = num_patches - num_hidden
         return cls(hidden=hidden, visible_ids=order[:, :num_visible], hidden_ids=order[:, num_visible:])

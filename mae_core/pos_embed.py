@@ -10,8 +10,9 @@ from torch import Tensor
 def sincos_2d(width: int, rows: int, cols: int, *, prefix: int = 1) -> Tensor:
     """Position table (1, prefix + rows*cols, width) in float32; prefix (cls) rows are zero.
 
-    Column first, as in the released MAE weights: ``[sin(x) | cos(x) | sin(y) | cos(y)]`` for a patch in column x and row y,
-    positions are integers from 0, frequencies ``10000 ** (-k / (width/4))``. Raises ``ValueError`` unless 4 divides width.
+    Column first, as in the released MAE weights: ``[sin(x) | cos(x) | sin(y) | cos(y)]`` for a patch in column x and
+    row y; positions are integers from 0, frequencies ``10000 ** (-k / (width/4))``. Raises ``ValueError`` unless 4
+    divides width.
     """
     if width % 4:
         raise ValueError(f"a 2-D sine-cosine embedding needs a width divisible by 4, not {width}")

@@ -14,7 +14,8 @@ SHUFFLE, AUGMENT, MASK, STEP, MIX = range(5)
 
 
 def derive_seed(seed: int, *place: int) -> int:
-    """A 63-bit seed for a place in a run, such as ``(stream, epoch, index)``: equal input, equal output, on every machine."""
+    """A 63-bit seed for a place in a run, such as ``(stream, epoch, index)``: equal input, equal output, on every
+    machine."""
     return int(np.random.SeedSequence([seed, *place]).generate_state(1, np.uint64)[0] >> 1)
 
 

@@ -26,7 +26,9 @@ ConfigAndOverrides = Annotated[
         show_default=False,
     ),
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder from its last checkpoint.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Continue the run in the output folder from its last checkpoint.")
+]
 
 
 def read_arguments(schema: Any, arguments: list[str] | None) -> Any:
@@ -54,7 +56,8 @@ def pretrain(arguments: ConfigAndOverrides = None, resume: Resume = False) -> No
 
 @app.command()
 def finetune(arguments: ConfigAndOverrides = None, resume: Resume = False) -> None:
-    """Fine-tune an encoder on train/<class>/* and evaluate on val/<class>/*. Writes classifier.safetensors, metrics.json.
+    """Fine-tune an encoder on train/<class>/* and evaluate on val/<class>/*. Writes classifier.safetensors,
+    metrics.json.
 
     Example: mae finetune configs/finetune/tiny_96.yaml weights=runs/mine data.path=labelled output=runs/classes
     """

@@ -16,12 +16,15 @@ def describe_file(path: Path | str) -> str:
     decoder = any(name.startswith(("decoder.", "decoder_")) for name in state)
     classes = state["head.weight"].shape[0] if "head.weight" in state else None
     known = ", ".join(f"{key} {metadata[key]}" for key in ("target", "mask_ratio", "epochs", "step") if key in metadata)
-    uses = ["finetune", "detection", "segmentation"] + (["reconstruct"] if any(n.startswith("decoder.") for n in state) else [])
+    uses = ["finetune", "detection", "segmentation"] + (
+        ["reconstruct"] if any(n.startswith("decoder.") for n in state) else []
+    )
     parameters = sum(tensor.numel() for tensor in state.values())
     lines = [
         f"file       {source.path}",
         f"format     {metadata.get('format', 'official MAE names, no metadata')}",
-        f"encoder    ViT-{source.size}: width {source.shape.width}, depth {source.shape.depth}, heads {source.shape.heads}",
+        f"encoder    ViT-{source.size}: width {source.shape.width}, depth {source.shape.depth}, "
+        f"heads {source.shape.heads}",
         f"patches    {source.patch_size}x{source.patch_size}, grid {source.grid[0]}x{source.grid[1]} "
         f"(images {source.image_size[0]}x{source.image_size[1]}), {source.in_chans} channels",
         f"decoder    {'yes' if decoder else 'no'}",

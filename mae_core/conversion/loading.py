@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from mae_core.conversion.files import read_weights
 from mae_core.errors import UserError
+from mae_core.layout import resolve_weights
 from mae_core.masking import MASKERS
 from mae_core.models.encoder import Pooling, ViTEncoder
 from mae_core.models.mae import MaskedAutoencoder, build_mae
 from mae_core.models.sizes import SIZES, ViTSize
 from mae_core.patches import PatchGrid
 from mae_core.pos_embed import resize_pos_embed
-from mae_core.layout import resolve_weights
 
 ENCODER_PREFIX = "encoder."
 DECODER_REASON = "the decoder is for pre-training only"
@@ -77,7 +77,8 @@ class LoadReport:
 
 
 def shape_of_state(state: Mapping[str, Tensor]) -> tuple[str, int, int, int]:
-    """(size name, patch, channels, positions) of an encoder's tensors. Raises ``UserError`` where they are not a known ViT."""
+    """(size name, patch, channels, positions) of an encoder's tensors. Raises ``UserError`` where they are not a
+    known ViT."""
     try:
         width, channels, patch, _ = state["patch_embed.proj.weight"].shape
         positions = state["pos_embed"].shape[1] - 1
@@ -116,8 +117,11 @@ class EncoderFile:
         return self.grid[0] * self.patch_size, self.grid[1] * self.patch_size
 
     def check_asked(self, **asked: Any) -> None:
-        """Raise ``UserError`` where something asked for (size, patch_size, in_chans; None: not asked) is not the file's."""
-        wrong = [(name, want, getattr(self, name)) for name, want in asked.items() if want not in (None, getattr(self, name))]
+        """Raise ``UserError`` where something asked for (size, patch_size, in_chans; None: not asked) is not the
+        file's."""
+        wrong = [
+            (name, want, getattr(self, name)) for name, want in asked.items() if want not in (None, getattr(self, name))
+        ]
         if wrong:
             told = "; ".join(f"{name} {want} was asked for, the file has {found}" for name, want, found in wrong)
             raise UserError(f"{self.path} is another architecture: {told}; use the file's, or another file")
@@ -153,8 +157,10 @@ def fit_state(
 ) -> LoadReport:
     """Copy an encoder's tensors into ``model``; position embeddings are resized to ``grid``.
 
-    ``new``: patterns of the model's tensors that the file cannot have. ``unused``: patterns of the file's tensors that the
-    model does not take -> why. ``rename``: file name -> model name where they differ. Raises ``UserError`` when any other
+    ``new``: patterns of the model's tensors that the file cannot have. ``unused``: patterns of the file's tensors
+    that the
+    model does not take -> why. ``rename``: file name -> model name where they differ. Raises ``UserError`` when any
+    other
     tensor is left over on either side or has another shape: a model never starts half loaded.
     """
     unused = {**DECODER_KEYS, **(unused or {})}
@@ -205,8 +211,11 @@ def fit_state(
     return report
 
 
-def load_encoder(path: Path | str, *, image_size: int | Sequence[int] | None = None, in_chans: int | None = None) -> ViTEncoder:
-    """The encoder of any known weights file, run directory or checkpoint, in eval mode; positions resized to ``image_size``.
+def load_encoder(
+    path: Path | str, *, image_size: int | Sequence[int] | None = None, in_chans: int | None = None
+) -> ViTEncoder:
+    """The encoder of any known weights file, run directory or checkpoint, in eval mode; positions resized to
+    ``image_size``.
 
     Raises ``UserError`` where the file does not hold one, or was trained on another number of channels.
     """
@@ -246,7 +255,9 @@ def classifier_from(
     return model, report
 
 
-def build_classifier(encoder_file: Path | str, num_classes: int, pooling: Pooling = "mean", **options: Any) -> ViTEncoder:
+def build_classifier(
+    encoder_file: Path | str, num_classes: int, pooling: Pooling = "mean", **options: Any
+) -> ViTEncoder:
     """A classifier on the encoder of a weights file, for a loop of one's own (paper, A.1).
 
     ``pooling="mean"`` leaves the pre-trained final norm behind and learns a new one after pooling, as the paper does.

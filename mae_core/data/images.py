@@ -44,7 +44,8 @@ def list_images(folder: Path | None) -> list[Path]:
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
     if not paths:
         raise UserError(
-            f"no images below {folder} (looked for {', '.join(sorted(IMAGE_SUFFIXES))}); set data.path to a folder of images"
+            f"no images below {folder} (looked for {', '.join(sorted(IMAGE_SUFFIXES))}); "
+            "set data.path to a folder of images"
         )
     return paths
 
@@ -74,7 +75,8 @@ def refuse_unreadable(found: Iterable[Unreadable]) -> None:
 
 
 def check_all(paths: Sequence[Path], channels: int, *, on_progress: Callable[[int, int], None] | None = None) -> None:
-    """Decode every file; what ``data.on_error=raise`` does before a run starts. Raises ``UserError`` at the first bad one."""
+    """Decode every file; what ``data.on_error=raise`` does before a run starts. Raises ``UserError`` at the first bad
+    one."""
 
     def problem(path: Path) -> Unreadable | None:
         try:

@@ -39,7 +39,9 @@ def read_image_folder(root: Path | None) -> tuple[LabelledPaths, LabelledPaths]:
         if not (root / split).is_dir():
             there = sorted(p.name for p in root.iterdir())[:5] if root.is_dir() else None
             found = f"it holds {', '.join(there) or 'nothing'}" if there is not None else "the folder does not exist"
-            raise UserError(f"{root} has no {split}/ folder ({found}); data.path needs train/<class>/* and val/<class>/*")
+            raise UserError(
+                f"{root} has no {split}/ folder ({found}); data.path needs train/<class>/* and val/<class>/*"
+            )
     classes = _class_folders(root / "train")
     if len(classes) < 2:
         raise UserError(f"{root / 'train'} has {len(classes)} class folders; classification needs two or more")
@@ -100,7 +102,9 @@ class LabelledBatch:
 class TrainImages(Dataset[LabelledSample]):
     """Augmented training images by (epoch, index); an unreadable file is replaced by the next readable one."""
 
-    def __init__(self, files: LabelledPaths, data: FinetuneData, size: tuple[int, int], statistics: Statistics, seed: int) -> None:
+    def __init__(
+        self, files: LabelledPaths, data: FinetuneData, size: tuple[int, int], statistics: Statistics, seed: int
+    ) -> None:
         self.files, self.channels, self.seed = files, len(statistics.mean), seed
         self.transform = create_transform(
             (self.channels, *size),

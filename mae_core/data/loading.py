@@ -41,7 +41,8 @@ def steps_for(length: int, batch_size: int, epochs: float) -> int:
 class StepSampler(Sampler[list[Place]]):
     """A batch sampler: one list of (epoch, index) per optimizer step, this rank's share of it.
 
-    The order is the seeded permutations of all epochs, one after another; a batch may span two epochs, so that a data set
+    The order is the seeded permutations of all epochs, one after another; a batch may span two epochs, so that a data
+    set
     of any size works and no tail is lost. All of its state is the step.
     """
 

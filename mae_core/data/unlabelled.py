@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,7 +101,7 @@ class UnlabelledImages(Dataset[Sample]):
         starts = [number * len(self.paths) // count for number in range(count)] + [len(self.paths)]
         views: list[Tensor] = []
         problems: list[Unreadable] = []
-        for start, stop in zip(starts, starts[1:], strict=False):
+        for start, stop in pairwise(starts):
             for path in self.paths[start : min(stop, start + MOST_IN_A_ROW)]:
                 try:
                     views.append(self.view(read_image(path, self.channels)))
@@ -108,7 +109,9 @@ class UnlabelledImages(Dataset[Sample]):
                 except UnreadableImage as error:
                     problems.append(error.unreadable)
         if not views:
-            raise UserError(f"none of {len(problems)} images tried can be read; the first, {problems[0].path}: {problems[0].reason}")
+            raise UserError(
+                f"none of {len(problems)} images tried can be read; the first, {problems[0].path}: {problems[0].reason}"
+            )
         return torch.stack(views)
 
 
@@ -117,12 +120,15 @@ def collate(samples: list[Sample]) -> PretrainBatch:
     unreadable = [entry for sample in samples for entry in sample.unreadable]
     pixels = [sample.pixels for sample in samples if sample.pixels is not None]
     if len(pixels) < len(samples):
-        raise UserError(f"{MOST_IN_A_ROW} images in a row cannot be read, the last is {unreadable[-1].path}; check data.path")
+        raise UserError(
+            f"{MOST_IN_A_ROW} images in a row cannot be read, the last is {unreadable[-1].path}; check data.path"
+        )
     return PretrainBatch(torch.stack(pixels), [sample.mask_seed for sample in samples], unreadable)
 
 
 def centre_view(size: tuple[int, int], statistics: Statistics) -> v2.Compose:
-    """PIL image -> (C, H, W): the largest centred part of the target's aspect ratio, resized (bicubic), standardised."""
+    """PIL image -> (C, H, W): the largest centred part of the target's aspect ratio, resized (bicubic),
+    standardised."""
 
     def crop(image: Image.Image) -> Image.Image:
         height, width = size

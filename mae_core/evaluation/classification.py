@@ -14,7 +14,8 @@ from mae_core.training.run import Run
 
 
 class Accuracy(NamedTuple):
-    """Counts, not means, so that parts add up: confusion (classes, classes) int64 [truth, prediction]; hits among the top 5."""
+    """Counts, not means, so that parts add up: confusion (classes, classes) int64 [truth, prediction]; hits among the
+    top 5."""
 
     confusion: Tensor
     top5_hits: int

@@ -1,4 +1,5 @@
-"""MAE's light decoder (paper, section 3): visible tokens and mask tokens in, a prediction per patch out. Pre-training only."""
+"""MAE's light decoder (paper, section 3): visible tokens and mask tokens in, a prediction per patch out. Pre-training
+only."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from mae_core.pos_embed import sincos_2d
 
 
 class MAEDecoder(nn.Module):
-    """A few transformer blocks on all patches of ``grid``, ending in a linear prediction of ``target_dim`` numbers a patch."""
+    """A few transformer blocks on all patches of ``grid``, ending in a linear prediction of ``target_dim`` numbers a
+    patch."""
 
     def __init__(
         self, encoder_width: int, grid: PatchGrid, target_dim: int, *, width: int = 512, depth: int = 8, heads: int = 16
@@ -32,7 +34,8 @@ class MAEDecoder(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, tokens: Tensor, mask: PatchMask, *, hidden_only: bool = False) -> Tensor:
-        """(B, 1 + V, encoder_width) -> (B, N, target_dim) in raster order, or (B, N - V, target_dim) at ``mask.hidden_ids``."""
+        """(B, 1 + V, encoder_width) -> (B, N, target_dim) in raster order, or (B, N - V, target_dim) at
+        ``mask.hidden_ids``."""
         x = self.embed(tokens)
         B, _, D = x.shape
         canvas = self.mask_token.to(x.dtype).expand(B, mask.hidden.shape[1], D)

@@ -1,4 +1,5 @@
-"""The ViT encoder: timm's ``VisionTransformer`` with MAE's positions, initialisation and a pass over visible patches only.
+"""The ViT encoder: timm's ``VisionTransformer`` with MAE's positions, initialisation and a pass over visible patches
+only.
 
 The parameter names are timm's, which are the official MAE names, so that fine-tuning, layer-wise decay, export and
 conversion need no second ViT.
@@ -29,7 +30,8 @@ Pooling = Literal["mean", "cls"]
 class ViTEncoder(VisionTransformer):
     """A ViT of a named size; with ``num_classes`` it is a classifier.
 
-    Sequence layout: cls token, then patches in raster order. ``pooling="mean"`` averages the patch tokens of the last block
+    Sequence layout: cls token, then patches in raster order. ``pooling="mean"`` averages the patch tokens of the last
+    block
     and normalises after (``fc_norm``), as the paper's fine-tuning does; ``"cls"`` takes the normalised cls token.
     """
 
@@ -65,7 +67,8 @@ class ViTEncoder(VisionTransformer):
         self.initialize()
 
     def initialize(self) -> None:
-        """MAE's initialisation (official ``initialize_weights``): xavier-uniform weights, zero biases, sine-cosine positions.
+        """MAE's initialisation (official ``initialize_weights``): xavier-uniform weights, zero biases, sine-cosine
+        positions.
 
         The patch embedding counts as one linear layer over its patch; its bias keeps the convolution's default.
         """
@@ -102,7 +105,8 @@ class ViTEncoder(VisionTransformer):
         return self.forward_features(images)
 
     def encode_visible(self, images: Tensor, mask: PatchMask) -> Tensor:
-        """(B, C, H, W) and a mask -> (B, 1 + V, D): the encoder's pass over the visible patches alone (paper, section 3)."""
+        """(B, C, H, W) and a mask -> (B, 1 + V, D): the encoder's pass over the visible patches alone (paper, section
+        3)."""
         tokens = self.embed(images)
         visible = tokens.gather(1, mask.visible_ids[:, :, None].expand(-1, -1, tokens.shape[2]))
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(images), -1, -1)

@@ -17,7 +17,8 @@ from mae_core.targets import TARGETS, Target
 
 
 class MAEOutput(NamedTuple):
-    """loss: scalar, mean over hidden patches; prediction: (B, N, target_dim) in raster order, in training only the hidden
+    """loss: scalar, mean over hidden patches; prediction: (B, N, target_dim) in raster order, in training only the
+    hidden
     patches (B, N - V, target_dim), in the order of ``mask.hidden_ids``; mask: what was hidden."""
 
     loss: Tensor
@@ -26,8 +27,10 @@ class MAEOutput(NamedTuple):
 
 
 class Reconstruction(NamedTuple):
-    """Images (B, C, H, W) in the model's normalised pixels: ``masked`` has zeros (the mean colour) where patches are hidden,
-    ``predicted`` is the prediction everywhere, ``pasted`` shows the input where visible and the prediction where hidden."""
+    """Images (B, C, H, W) in the model's normalised pixels: ``masked`` has zeros (the mean colour) where patches are
+    hidden,
+    ``predicted`` is the prediction everywhere, ``pasted`` shows the input where visible and the prediction where
+    hidden."""
 
     masked: Tensor
     predicted: Tensor
@@ -37,7 +40,9 @@ class Reconstruction(NamedTuple):
 class MaskedAutoencoder(nn.Module):
     """Encoder + masker + decoder + target."""
 
-    def __init__(self, encoder: ViTEncoder, decoder: MAEDecoder, masker: Masker, target: Target, target_name: str) -> None:
+    def __init__(
+        self, encoder: ViTEncoder, decoder: MAEDecoder, masker: Masker, target: Target, target_name: str
+    ) -> None:
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
@@ -56,7 +61,8 @@ class MaskedAutoencoder(nn.Module):
             mask = self.masker(len(images), self.encoder.grid, generator)
         elif mask.hidden.shape != (len(images), self.encoder.grid.num_patches):
             raise UserError(
-                f"mask {tuple(mask.hidden.shape)} does not fit {len(images)} images of {self.encoder.grid.num_patches} patches"
+                f"mask {tuple(mask.hidden.shape)} does not fit {len(images)} images "
+                f"of {self.encoder.grid.num_patches} patches"
             )
         mask = mask.to(images.device)
         prediction = self.decoder(self.encoder.encode_visible(images, mask), mask, hidden_only=self.training)
@@ -68,7 +74,8 @@ class MaskedAutoencoder(nn.Module):
         return MAEOutput(loss, prediction, mask)
 
     def reconstruct(self, images: Tensor, output: MAEOutput) -> Reconstruction:
-        """Pictures of an output computed in eval mode; see ``target.shows_truth`` for what they may borrow from the truth."""
+        """Pictures of an output computed in eval mode; see ``target.shows_truth`` for what they may borrow from the
+        truth."""
         grid = self.encoder.grid
         truth = patchify(images.float(), grid.patch)
         predicted = self.target.to_pixels(output.prediction.float(), images.float(), grid.patch)
@@ -90,7 +97,8 @@ def build_mae(
     masking: str = "random",
     mask_ratio: float = 0.75,
 ) -> MaskedAutoencoder:
-    """A masked autoencoder with the paper's defaults; ``patch_size=None`` is the size's own (14 for huge, 16 otherwise).
+    """A masked autoencoder with the paper's defaults; ``patch_size=None`` is the size's own (14 for huge, 16
+    otherwise).
 
     Raises ``UserError`` for unknown names and sizes that do not fit.
     """

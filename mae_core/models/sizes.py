@@ -23,14 +23,15 @@ class ViTSize:
 
 
 SIZES = {
-    "nano": ViTSize(128, 8, 4),
+    "nano": ViTSize(128, 6, 4),
     "tiny": ViTSize(192, 12, 3),
     "small": ViTSize(384, 12, 6),
     "base": ViTSize(768, 12, 12),
     "large": ViTSize(1024, 24, 16),
     "huge": ViTSize(1280, 32, 16, patch_size=14),
 }
-"""``nano`` is for tests and for the demonstration on a laptop; tiny and small are DeiT's shapes; the rest are the paper's."""
+"""``nano`` is for tests and for the demonstration on a laptop; tiny and small are DeiT's shapes; the rest are the
+paper's."""
 
 
 def size_of(name: str) -> ViTSize:

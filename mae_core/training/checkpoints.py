@@ -35,7 +35,8 @@ def save_checkpoint(
     *,
     keep: int,
 ) -> Path:
-    """Write ``checkpoints/step_<step>`` in a temporary sibling, flush it to disk, rename it; then delete all but ``keep``.
+    """Write ``checkpoints/step_<step>`` in a temporary sibling, flush it to disk, rename it; then delete all but
+    ``keep``.
 
     The COMPLETE marker is written last and names the size of each file, so that a reader recognises a torn folder.
     """
@@ -48,7 +49,9 @@ def save_checkpoint(
     write_weights(temporary / MODEL, model, {**metadata, "step": step})
     torch.save({"step": step, "optimizer": optimizer}, temporary / TRAINING_STATE)
     fsync_path(temporary / TRAINING_STATE)
-    write_text(temporary / COMPLETE, json.dumps({name: (temporary / name).stat().st_size for name in (MODEL, TRAINING_STATE)}))
+    write_text(
+        temporary / COMPLETE, json.dumps({name: (temporary / name).stat().st_size for name in (MODEL, TRAINING_STATE)})
+    )
     fsync_path(temporary)
     if final.exists():
         shutil.rmtree(final)

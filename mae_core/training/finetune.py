@@ -30,7 +30,8 @@ from mae_core.training.run import check_output, open_run
 
 
 def build_model(config: FinetuneConfig, num_classes: int) -> tuple[ViTEncoder, LoadReport | None, Statistics]:
-    """The classifier, the report of its weights (None from scratch), and the pixel statistics its encoder was trained with.
+    """The classifier, the report of its weights (None from scratch), and the pixel statistics its encoder was trained
+    with.
 
     Raises ``UserError`` where the configuration contradicts the weights file.
     """
@@ -84,8 +85,12 @@ def finetune(config: FinetuneConfig, *, resume: bool = False) -> dict[str, Any]:
     num_classes = len(train_files.classes)
     if config.data.on_error == "raise":
         check_all(train_files.paths + val_files.paths, config.data.channels, on_progress=Counter("checking images"))
-    if (config.data.mixup or config.data.cutmix) and (config.optim.batch_size % 2 or (config.optim.micro_batch or 0) % 2):
-        raise UserError("mixup and cutmix need even optim.batch_size and optim.micro_batch; or set data.mixup=0 data.cutmix=0")
+    if (config.data.mixup or config.data.cutmix) and (
+        config.optim.batch_size % 2 or (config.optim.micro_batch or 0) % 2
+    ):
+        raise UserError(
+            "mixup and cutmix need even optim.batch_size and optim.micro_batch; or set data.mixup=0 data.cutmix=0"
+        )
     seed_everything(config.seed)
     model, report, statistics = build_model(config, num_classes)
     settings = FitSettings.of(config.optim, len(train_files.paths))
@@ -130,7 +135,9 @@ def finetune(config: FinetuneConfig, *, resume: bool = False) -> dict[str, Any]:
     def evaluate(step: int) -> None:
         metrics.update(evaluate_classifier(model, test_loader, run, num_classes).as_dict(train_files.classes))
         run.record({"step": step, "top1": metrics["top1"], "top5": metrics["top5"]})
-        run.say(f"step {step}: top-1 {metrics['top1']:.2f} %, top-5 {metrics['top5']:.2f} % on {metrics['images']} images")
+        run.say(
+            f"step {step}: top-1 {metrics['top1']:.2f} %, top-5 {metrics['top5']:.2f} % on {metrics['images']} images"
+        )
 
     every = max(1, round(config.evaluate_every * len(train_files.paths) / config.optim.batch_size))
     metadata = {

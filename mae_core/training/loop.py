@@ -1,13 +1,14 @@
 """The training loop: one function, for pre-training, fine-tuning and the engines that bring no loop of their own.
 
-The batch size is that of an optimizer step over all ranks and accumulation rounds, so that neither changes what is computed.
-All randomness of a step comes from (run seed, step, rank); with the sampler's, the state of a run is model, optimizer, step.
+The batch size is that of an optimizer step over all ranks and accumulation rounds, so that neither changes what is
+computed.
+All randomness of a step comes from (run seed, step, rank); with the sampler's, the state of a run is model,
+optimizer, step.
 """
 
 from __future__ import annotations
 
 import random
-
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -67,7 +68,8 @@ class FitResult(NamedTuple):
 
 
 def cosine_schedule(optimizer: torch.optim.Optimizer, settings: FitSettings) -> CosineLRScheduler:
-    """Linear warm-up from 0, half-cosine to ``min_lr``, per step (paper, A.1; official ``lr_sched.py``); honours lr_scale."""
+    """Linear warm-up from 0, half-cosine to ``min_lr``, per step (paper, A.1; official ``lr_sched.py``); honours
+    lr_scale."""
     warmup = min(settings.warmup_steps, settings.total_steps - 1)
     for group in optimizer.param_groups:
         group["lr"] = settings.lr
@@ -97,7 +99,8 @@ def fit(
 ) -> FitResult:
     """Train from ``start_step`` to ``settings.total_steps``; ``batches`` yields one batch (this rank's share) per step.
 
-    Logs, checkpoints and calls the hooks as the run's configuration says. A step whose loss is not finite on any rank is
+    Logs, checkpoints and calls the hooks as the run's configuration says. A step whose loss is not finite on any rank
+    is
     skipped on all and recorded; ten in a row end the run with a ``UserError``.
     """
     log = run.config.log
@@ -124,7 +127,9 @@ def fit(
         if not finite:
             run.record({"event": "non-finite loss, step skipped", "step": done})
             run.say(f"step {done}: the loss is not finite; the step is skipped")
-        progress.step(done, len(batch) * run.world, losses if finite else {}, max(g["lr"] for g in optimizer.param_groups))
+        progress.step(
+            done, len(batch) * run.world, losses if finite else {}, max(g["lr"] for g in optimizer.param_groups)
+        )
         if bad_steps == MOST_NON_FINITE_STEPS:
             raise UserError(f"the loss was not finite for {bad_steps} steps, up to step {done}; lower optim.base_lr")
         last = done == settings.total_steps
@@ -168,5 +173,3 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
-
-

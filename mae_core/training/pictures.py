@@ -16,7 +16,8 @@ from mae_core.seeds import MASK, generator_at
 
 PANEL_SIDE = 160
 GAP = 6
-TITLE_HEIGHT = 34
+TITLE_HEIGHT = 20
+TRUTH_NOTE = "* shown with the mean and std of each true patch, which the target leaves out"
 INK, PAPER = (30, 30, 30), (255, 255, 255)
 
 
@@ -26,10 +27,13 @@ def fixed_mask(model: MaskedAutoencoder, count: int, seed: int) -> PatchMask:
 
 
 @torch.no_grad()
-def reconstruction_strip(model: MaskedAutoencoder, pixels: Tensor, mask: PatchMask, statistics: Statistics) -> Image.Image:
+def reconstruction_strip(
+    model: MaskedAutoencoder, pixels: Tensor, mask: PatchMask, statistics: Statistics
+) -> Image.Image:
     """A row per image: input, masked, prediction, pasted (visible input and predicted hidden patches).
 
-    pixels (B, C, H, W), normalised with ``statistics``. Where the target needs the truth to become pixels, the panels say so.
+    pixels (B, C, H, W), normalised with ``statistics``. Where the target needs the truth to become pixels, the panels
+    say so.
     """
     device = next(model.parameters()).device
     training = model.training
@@ -37,14 +41,14 @@ def reconstruction_strip(model: MaskedAutoencoder, pixels: Tensor, mask: PatchMa
     output = model(pixels.to(device), mask=mask)
     shown = model.reconstruct(pixels.to(device), output)
     model.train(training)
-    note = "\nusing each true patch's mean and std" if model.target.shows_truth else ""
+    star = "*" if model.target.shows_truth else ""
     hidden = mask.hidden.float().mean().item()
-    titles = ["input", f"masked\n{hidden:.0%} of patches hidden", f"prediction{note}", f"pasted into the input{note}"]
+    titles = ["input", f"{hidden:.0%} hidden", f"prediction{star}", f"pasted{star}"]
     columns = [pixels, *(panel.cpu() for panel in shown)]
     rows = [[to_image(column[index], statistics) for column in columns] for index in range(len(pixels))]
     for index, row in enumerate(rows):
         row[1] = _grey_out(row[1], mask.hidden[index].cpu().numpy(), model.encoder.grid.rows)
-    return tile(rows, titles)
+    return tile(rows, titles, TRUTH_NOTE if star else "")
 
 
 def to_image(pixels: Tensor, statistics: Statistics) -> Image.Image:
@@ -55,20 +59,22 @@ def to_image(pixels: Tensor, statistics: Statistics) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(values.transpose(1, 2, 0)))
 
 
-def tile(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str], side: int = PANEL_SIDE) -> Image.Image:
-    """Panels of one size in rows under column titles; small images are enlarged without smoothing to about ``side`` pixels."""
+def tile(
+    rows: Sequence[Sequence[Image.Image]], titles: Sequence[str], note: str = "", *, side: int = PANEL_SIDE
+) -> Image.Image:
+    """Panels of one size in rows under column titles, above a note; small images are enlarged without smoothing to
+    about
+    ``side`` pixels."""
     width, height = rows[0][0].size
     scale = max(1, round(side / max(width, height)))
     width, height = width * scale, height * scale
-    font = ImageFont.load_default(size=11)
-    sheet = Image.new(
-        "RGB",
-        (len(titles) * (width + GAP) + GAP, TITLE_HEIGHT + len(rows) * (height + GAP)),
-        PAPER,
-    )
+    font = ImageFont.load_default(size=12)
+    bottom = TITLE_HEIGHT + len(rows) * (height + GAP)
+    sheet = Image.new("RGB", (len(titles) * (width + GAP) + GAP, bottom + (TITLE_HEIGHT if note else 0)), PAPER)
     pen = ImageDraw.Draw(sheet)
+    pen.text((GAP, bottom), note, fill=INK, font=font)
     for column, title in enumerate(titles):
-        pen.multiline_text((GAP + column * (width + GAP), 3), title, fill=INK, font=font, spacing=1)
+        pen.text((GAP + column * (width + GAP), 2), title, fill=INK, font=font)
     for line, row in enumerate(rows):
         for column, panel in enumerate(row):
             place = (GAP + column * (width + GAP), TITLE_HEIGHT + line * (height + GAP))

@@ -118,7 +118,9 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> FitResult:
     return result
 
 
-def announce(say: Any, config: PretrainConfig, model: MaskedAutoencoder, num_images: int, settings: FitSettings) -> None:
+def announce(
+    say: Any, config: PretrainConfig, model: MaskedAutoencoder, num_images: int, settings: FitSettings
+) -> None:
     """Print what is about to happen."""
     grid = model.encoder.grid
     parameters = sum(p.numel() for p in model.parameters()) / 1e6

@@ -74,7 +74,9 @@ class Progress:
         )
         if waiting > SLOW_DATA_SHARE and not self._warned and self.done - self.first >= 2 * self.every:
             self._warned = True
-            self.run.say(f"training waits {waiting:.0%} of its time for data: raise data.workers, or store smaller images")
+            self.run.say(
+                f"training waits {waiting:.0%} of its time for data: raise data.workers, or store smaller images"
+            )
         self._interval = time.perf_counter()
         self._waited = self._paused = 0.0
         self._interval_images = self._interval_steps = 0

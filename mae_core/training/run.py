@@ -18,7 +18,7 @@ from mae_core.atomic import atomic_path, write_text
 from mae_core.config import RunConfig, config_differences, dump_config, load_config
 from mae_core.data.images import Unreadable, refuse_unreadable
 from mae_core.errors import UserError
-from mae_core.layout import CHECKPOINTS, CLASSIFIER, CONFIG, ENCODER, LOG, PICTURES, complete_checkpoints
+from mae_core.layout import CHECKPOINTS, CLASSIFIER, CONFIG, ENCODER, ENVIRONMENT, LOG, PICTURES, complete_checkpoints
 from mae_core.training import distributed
 from mae_core.training.checkpoints import load_checkpoint, save_checkpoint
 
@@ -27,7 +27,8 @@ MAY_CHANGE = ("data.workers", "data.on_error", "log.", "device", "output", "opti
 
 
 def check_output(config: RunConfig, *, resume: bool) -> None:
-    """Refuse, before any work, a folder that holds a run, or a resume that has nothing to resume or another configuration."""
+    """Refuse, before any work, a folder that holds a run, or a resume that has nothing to resume or another
+    configuration."""
     folder = config.output
     marks = [name for name in (CONFIG, LOG, CHECKPOINTS, ENCODER, CLASSIFIER) if (folder / name).exists()]
     if folder.exists() and not folder.is_dir():
@@ -40,7 +41,9 @@ def check_output(config: RunConfig, *, resume: bool) -> None:
             )
         return
     if not (folder / CONFIG).is_file() or not complete_checkpoints(folder):
-        raise UserError(f"nothing to resume: {folder} has no complete checkpoint; start without --resume in a new folder")
+        raise UserError(
+            f"nothing to resume: {folder} has no complete checkpoint; start without --resume in a new folder"
+        )
     stored = load_config(type(config), folder / CONFIG)
     changed = [line for line in config_differences(stored, config) if not line.startswith(MAY_CHANGE)]
     if changed:
@@ -147,7 +150,8 @@ class Run:
 
 
 def open_run(config: RunConfig, *, resume: bool) -> Run:
-    """Claim the run directory and write its config.yaml and environment.json; see ``check_output`` for what is refused."""
+    """Claim the run directory and write its config.yaml and environment.json; see ``check_output`` for what is
+    refused."""
     place = distributed.join(config.device)
     run = Run(config, place)
     if place.is_main:
@@ -157,7 +161,7 @@ def open_run(config: RunConfig, *, resume: bool) -> Run:
             write_text(config.output / CONFIG, dump_config(config))
         except OSError as error:
             raise UserError(f"cannot write to output folder {config.output}: {error.strerror}") from None
-        write_text(config.output / "environment.json", json.dumps(environment(run.device), indent=2) + "\n")
+        write_text(config.output / ENVIRONMENT, json.dumps(environment(run.device), indent=2) + "\n")
     distributed.barrier()
     return run
 

@@ -25,7 +25,8 @@ def reconstruct_files(
 ) -> Path:
     """Draw reconstruction strips of image files (or of the first of a folder) into the picture ``out``.
 
-    Raises ``UserError`` for unreadable images, weights without a decoder, a ratio outside (0, 1) and an existing ``out``.
+    Raises ``UserError`` for unreadable images, weights without a decoder, a ratio outside (0, 1) and an
+    existing ``out``.
     """
     if out.suffix.lower() not in PICTURE_SUFFIXES:
         raise UserError(f"--out {out} is not a picture; end it in {', '.join(PICTURE_SUFFIXES)}")
