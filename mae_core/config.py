@@ -38,15 +38,15 @@ class Schema(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-def one_of(table: Mapping[str, Any]) -> Any:
-    """A string that must name a row of ``table``; the error guesses which row was meant."""
+def row_of(table: Mapping[str, Any]) -> AfterValidator:
+    """Validates that a string names a row of ``table``; the error guesses which row was meant."""
 
     def check(name: str) -> str:
         if name not in table:
             raise ValueError(f"unknown name {name!r}; {_hint(name, list(table))}")
         return name
 
-    return Annotated[str, AfterValidator(check)]
+    return AfterValidator(check)
 
 
 def _hint(given: str, known: Sequence[str]) -> str:
@@ -57,7 +57,7 @@ def _hint(given: str, known: Sequence[str]) -> str:
 class ModelConfig(Schema):
     """The encoder."""
 
-    size: one_of(SIZES) = Field("base", description="a row of mae_core.models.sizes.SIZES")
+    size: Annotated[str, row_of(SIZES)] = Field("base", description="a row of mae_core.models.sizes.SIZES")
     patch_size: Count | None = Field(None, description="pixels; the size's own (14 for huge, else 16) when empty")
 
 
@@ -72,14 +72,14 @@ class DecoderConfig(Schema):
 class MaskingConfig(Schema):
     """What the encoder may not see (paper, Table 1f and Figure 5)."""
 
-    kind: one_of(MASKERS) = Field("random", description="a row of mae_core.masking.MASKERS")
+    kind: Annotated[str, row_of(MASKERS)] = Field("random", description="a row of mae_core.masking.MASKERS")
     ratio: float = Field(0.75, gt=0, lt=1)
 
 
 class TargetConfig(Schema):
     """What the decoder predicts (paper, Table 1d)."""
 
-    kind: one_of(TARGETS) = Field("normalized_pixels", description="a row of mae_core.targets.TARGETS")
+    kind: Annotated[str, row_of(TARGETS)] = Field("normalized_pixels", description="a row of mae_core.targets.TARGETS")
 
 
 class ImagesConfig(Schema):
@@ -305,7 +305,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold keys and values, not a {type(content).__name__}")
-    return content
+    return {str(key): value for key, value in content.items()}
 
 
 def _read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
@@ -313,7 +313,7 @@ def _read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         if "=" not in override or override.startswith(("=", "-")):
             raise ConfigError(f"{override!r} is not an override; write key=value, such as optim.epochs=100")
     try:
-        return OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))  # type: ignore[return-value]
+        return dict(OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides))))  # type: ignore[arg-type]
     except (OmegaConfBaseException, yaml.YAMLError, AttributeError) as error:
         raise ConfigError(f"overrides {' '.join(overrides)}: {' '.join(str(error).split())}") from None
 
@@ -332,10 +332,11 @@ def _explain(schema: type[BaseModel], problem: Any, path: str, typed: Mapping[st
     if problem["type"] == "extra_forbidden":
         known = leaf_names(schema)
         siblings = [name for name in known if name.rpartition(".")[0] == key.rpartition(".")[0]]
+        guess = [n for n in known if n.rpartition(".")[2] == key.rpartition(".")[2]]
         near = difflib.get_close_matches(key.rpartition(".")[2], [s.rpartition(".")[2] for s in siblings], n=1)
-        guess = [s for s in siblings if near and s.rpartition(".")[2] == near[0]]
-        guess = guess or [n for n in known if n.rpartition(".")[2] == key.rpartition(".")[2]]
-        guess = guess or difflib.get_close_matches(key, known + list(schema.model_fields), n=1)
+        guess = guess or [s for s in siblings if near and s.rpartition(".")[2] == near[0]]
+        if not guess and not ("." in key and siblings):
+            guess = difflib.get_close_matches(key, known + list(schema.model_fields), n=1)
         hint = f"did you mean {guess[0]!r}?" if guess else f"known here: {', '.join(siblings or schema.model_fields)}"
         return f"{where}: unknown key {key!r}; {hint}"
     message = problem["msg"].removeprefix("Value error, ")

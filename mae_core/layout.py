@@ -23,16 +23,17 @@ COMPLETE = "COMPLETE"
 
 def complete_checkpoints(run: Path) -> list[Path]:
     """Checkpoint folders of a run that were written to the end, oldest first."""
-    folders = sorted((run / CHECKPOINTS).glob("step_*"), key=lambda folder: int(folder.name.removeprefix("step_")))
-    return [folder for folder in folders if is_complete(folder)]
+    named = [(folder.name.removeprefix("step_"), folder) for folder in (run / CHECKPOINTS).glob("step_*")]
+    folders = sorted((int(step), folder) for step, folder in named if step.isdecimal())
+    return [folder for _, folder in folders if is_complete(folder)]
 
 
 def is_complete(checkpoint: Path) -> bool:
     """Whether a checkpoint has its COMPLETE marker and every file in it has the size the marker names."""
     try:
         sizes = json.loads((checkpoint / COMPLETE).read_text())
-        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, json.JSONDecodeError, AttributeError):
+        return bool(sizes) and all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, AttributeError):
         return False
 
 

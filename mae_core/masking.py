@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from mae_core.errors import UserError
 from mae_core.patches import PatchGrid
 
-Randomness = torch.Generator | Sequence[torch.Generator] | None
+Randomness: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
 """One generator for a batch, or one per sample (what a sample hides then depends on that sample alone); None: the
 global one."""
 

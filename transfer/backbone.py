@@ -36,7 +36,8 @@ class DenseViT(ViTEncoder):
     cls_token      keep the cls token in the sequence (it never reaches the maps); needs global attention
     checkpointing  recompute each block in the backward pass: less memory, about a third more time
 
-    The stored position table belongs to ``image_size``; it is resized (bicubic) to the input's grid on every call. No final
+    The stored position table belongs to ``image_size``; it is resized (bicubic) to the input's grid on every call. No
+    final
     norm is applied. Images are padded with zeros at the right and the bottom to whole patches.
     """
 
@@ -54,9 +55,7 @@ class DenseViT(ViTEncoder):
         drop_path: float = 0.0,
         checkpointing: bool = False,
     ) -> None:
-        super().__init__(
-            size, image_size=image_size, patch_size=patch_size, in_chans=in_chans, drop_path=drop_path
-        )
+        super().__init__(size, image_size=image_size, patch_size=patch_size, in_chans=in_chans, drop_path=drop_path)
         if window is not None and cls_token:
             raise ValueError("window attention has no place for a cls token; use cls_token=False or window=None")
         self.taps = tuple(SIZES[size].quarter_taps if taps is None else taps)
@@ -101,7 +100,8 @@ class DenseViT(ViTEncoder):
 
 
 def _run_block(block: nn.Module, x: Tensor, grid: tuple[int, int], window: int | None) -> Tensor:
-    """One transformer block on (B, N, D) tokens, its attention inside windows of ``window`` x ``window`` patches if given."""
+    """One transformer block on (B, N, D) tokens, its attention inside windows of ``window`` x ``window`` patches if
+    given."""
     if window is None:
         return block(x)
     normed, layout = partition_windows(block.norm1(x), grid, window)

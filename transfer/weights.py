@@ -28,7 +28,8 @@ def load_pretrained(backbone: DenseViT, path: Path | str) -> LoadReport:
 def build_backbone(
     weights: Path | str | None, *, size: str | None = None, **options: object
 ) -> tuple[DenseViT, LoadReport | None]:
-    """A ``DenseViT`` for a weights file (its size, patch, channels and grid), or with ``weights=None`` a random one of ``size``.
+    """A ``DenseViT`` for a weights file (its size, patch, channels and grid), or with ``weights=None`` a random one
+    of ``size``.
 
     ``options`` go to ``DenseViT``. With weights, ``size`` must be the file's where it is given.
     """

@@ -101,6 +101,7 @@ def digits(
     unlabelled: Annotated[int, typer.Option(help="Images without labels.")] = 4000,
     train: Annotated[int, typer.Option(help="Training images of each task.")] = 400,
     test: Annotated[int, typer.Option(help="Validation images of each task.")] = 200,
+    clutter: Annotated[float, typer.Option(help="Strength of what lies around the digits; 0 is none, 1 a lot.")] = 1.0,
     workers: Annotated[int, typer.Option(help="Processes.")] = 2,
 ) -> None:
     """Write the embedded data set (scenes of real handwritten digits) as ImageFolder, COCO and label maps."""
@@ -115,6 +116,7 @@ def digits(
             num_unlabelled=unlabelled,
             num_train=train,
             num_test=test,
+            clutter=clutter,
             workers=workers,
             on_progress=Counter("composing scenes"),
         )

@@ -81,16 +81,16 @@ def shape_of_state(state: Mapping[str, Tensor]) -> tuple[str, int, int, int]:
     known ViT."""
     try:
         width, channels, patch, _ = state["patch_embed.proj.weight"].shape
-        positions = state["pos_embed"].shape[1] - 1
+        _, length, _ = state["pos_embed"].shape
     except (KeyError, ValueError):
         raise UserError(
-            f"no MAE encoder in it: patch_embed.proj.weight and pos_embed are missing; its first tensors are "
+            "no MAE encoder in it: patch_embed.proj.weight or pos_embed is missing or of another shape; it starts with "
             f"{', '.join(list(state)[:4])}"
         ) from None
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     for name, size in SIZES.items():
         if (size.width, size.depth) == (width, depth):
-            return name, patch, channels, positions
+            return name, patch, channels, length - 1
     raise UserError(f"a ViT of width {width} and depth {depth} is none of {', '.join(SIZES)}")
 
 
@@ -143,7 +143,7 @@ def read_encoder(path: Path | str) -> EncoderFile:
     grid = tuple(metadata.get("grid") or (int(positions**0.5), positions // max(int(positions**0.5), 1)))
     if grid[0] * grid[1] != positions:
         raise UserError(f"{path}: {positions} positions do not fill a {grid[0]}x{grid[1]} grid; the file is damaged")
-    return EncoderFile(path, state, metadata, size, patch, channels, grid)  # type: ignore[arg-type]
+    return EncoderFile(path, state, metadata, size, patch, channels, grid)
 
 
 def fit_state(
@@ -273,8 +273,14 @@ def load_mae(path: Path | str, *, target: str | None = None) -> MaskedAutoencode
     """
     path = resolve_weights(path, decoder=True)
     state, metadata = read_weights(path)
-    if not any(name.startswith("decoder.") for name in state):
-        raise UserError(f"{path} has no decoder; give the run directory or a checkpoint's model.safetensors")
+    if "decoder.embed.weight" not in state:
+        raise UserError(
+            f"{path} has no decoder (decoder.embed.weight); give the run directory or a checkpoint's model.safetensors"
+        )
+    metadata = {**metadata, "target": target or metadata.get("target")}
+    unsaid = [name for name in ("decoder_heads", "target") if metadata.get(name) is None]
+    if unsaid:
+        raise UserError(f"the metadata of {path} lacks {' and '.join(unsaid)}; give the checkpoint as its run wrote it")
     source = read_encoder(path)
     decoder_width = state["decoder.embed.weight"].shape[0]
     model = build_mae(
@@ -285,13 +291,14 @@ def load_mae(path: Path | str, *, target: str | None = None) -> MaskedAutoencode
         decoder_depth=len({name.split(".")[2] for name in state if name.startswith("decoder.blocks.")}),
         decoder_width=decoder_width,
         decoder_heads=int(metadata["decoder_heads"]),
-        target=target or metadata["target"],
+        target=metadata["target"],
         masking=metadata.get("masking", next(iter(MASKERS))),
         mask_ratio=float(metadata.get("mask_ratio", 0.75)),
     )
-    left_over = model.state_dict().keys() ^ state.keys()
-    if left_over:
-        raise UserError(f"{path} is not a complete MAE; it differs in {', '.join(sorted(left_over)[:4])}")
+    shapes, wanted = ({name: tensor.shape for name, tensor in each.items()} for each in (state, model.state_dict()))
+    differing = sorted(name for name in {**shapes, **wanted} if shapes.get(name) != wanted.get(name))
+    if differing:
+        raise UserError(f"{path} is not a complete MAE; it differs in {', '.join(differing[:4])}")
     model.load_state_dict(state)
     return model.eval()
 

@@ -95,7 +95,7 @@ def bend_glyph(generator: np.random.Generator, glyph: np.ndarray, height: float,
     The stroke is cropped to what is visible and one pixel around it, at most `limit` pixels a side.
     """
     threshold = min(generator.uniform(0.42, 0.58), 0.7 * float(glyph.max()))
-    angle, shear = np.deg2rad(generator.uniform(-14, 14)), generator.uniform(-0.2, 0.2)
+    angle, shear = np.deg2rad(generator.uniform(-10, 10)), generator.uniform(-0.12, 0.12)
     rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     forward = rotation @ np.array([[1, shear], [0, 1]]) @ np.diag((generator.uniform(0.85, 1.2), 1.0))
     reach = 8.5 * _ZOOM * np.abs(forward).sum(axis=1).max()
@@ -118,12 +118,11 @@ def paint_stroke(generator: np.random.Generator, canvas: np.ndarray, stroke: Str
     height, width = stroke.ink.shape
     region = canvas[top : top + height, left : left + width]
     around = region[stroke.ink > 0.3 * stroke.threshold] @ LUMA
-    inks = _pick_colours(generator, float(np.quantile(around, 0.1)), float(np.quantile(around, 0.9)))
+    inks = _pick_colours(generator, float(np.quantile(around, 0.9)))
     if generator.random() < 0.4:
         inks[1] = inks[0]
     glow = generator.uniform(0.35, 0.9)
-    dark_ink = inks[0] @ LUMA < around.mean()
-    rim = np.clip(around.mean() + (70 if dark_ink else -70), 0, 255)
+    rim = max(around.mean() - 70, 0.0)
     halo = np.clip(stroke.ink / stroke.threshold, 0, 1) ** 1.5 * glow
     region += (rim - region) * halo[..., None]
 
@@ -155,13 +154,9 @@ def _cover(stroke: Stroke) -> np.ndarray:
     return np.clip(0.5 + (stroke.ink - stroke.threshold) * steepness, 0, 1)
 
 
-def _pick_colours(generator: np.random.Generator, low: float, high: float) -> np.ndarray:
-    """Two random colours (2, 3), both clearly darker than `low` or both brighter than `high`, where there is room."""
-    room = np.maximum((low - _MIN_CONTRAST, 255 - high - _MIN_CONTRAST), 1.0)
-    if generator.random() < room[0] / room.sum():
-        brightness = room[0] * generator.random((2, 1))
-    else:
-        brightness = 255 - room[1] * generator.random((2, 1))
+def _pick_colours(generator: np.random.Generator, high: float) -> np.ndarray:
+    """Two random colours (2, 3), both clearly brighter than `high`."""
+    brightness = 255 - max(255 - high - _MIN_CONTRAST, 1.0) * generator.random((2, 1))
     tint = generator.normal(0, 70, (1, 3)) + generator.normal(0, 30, (2, 3))
     return _with_brightness(tint, brightness)
 

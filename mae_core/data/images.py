@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
@@ -35,19 +35,27 @@ class UnreadableImage(Exception):
 
 
 def list_images(folder: Path | None) -> list[Path]:
-    """All image files below ``folder``, sorted. Raises ``UserError`` where the folder is missing or holds none."""
+    """All image files below ``folder``, sorted, hidden ones left out.
+
+    Raises ``UserError`` where the folder is missing or holds none.
+    """
     if folder is None:
         raise UserError("no image folder given; set data.path=FOLDER")
     if not folder.is_dir():
         found = "is a file" if folder.exists() else "does not exist"
         raise UserError(f"image folder {folder} {found}; set data.path to a folder of images")
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not _hidden(p, folder))
     if not paths:
         raise UserError(
             f"no images below {folder} (looked for {', '.join(sorted(IMAGE_SUFFIXES))}); "
             "set data.path to a folder of images"
         )
     return paths
+
+
+def _hidden(path: Path, folder: Path) -> bool:
+    """Whether the file, or a folder on the way to it, is a dot file: thumbnails and notebook copies are no data."""
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
 def read_image(path: Path, channels: int) -> Image.Image:
@@ -107,7 +115,17 @@ class Statistics(NamedTuple):
     std: tuple[float, ...]
 
 
-def statistics_of(data: ImagesConfig) -> Statistics:
-    """What the configuration says, or ImageNet's."""
+def statistics_of(data: ImagesConfig, weights: Mapping[str, Any] | None = None) -> Statistics:
+    """What the metadata of the weights says (their encoder expects such pixels), else the configuration, else
+    ImageNet's.
+
+    Raises ``UserError`` where the configuration contradicts the weights.
+    """
     mean, std = (GREY_MEAN, GREY_STD) if data.channels == 1 else (IMAGENET_MEAN, IMAGENET_STD)
-    return Statistics(data.mean or mean, data.std or std)
+    found = {"mean": data.mean or mean, "std": data.std or std}
+    for name in found:
+        theirs = tuple((weights or {}).get(name) or found[name])
+        if getattr(data, name) not in (None, theirs):
+            raise UserError(f"data.{name}={found[name]} was asked for, but the weights were trained with {theirs}")
+        found[name] = theirs
+    return Statistics(**found)

@@ -90,8 +90,8 @@ class LabelledBatch:
 
     def to(self, device: torch.device) -> LabelledBatch:
         """Tensors on ``device``."""
-        moved = (t.to(device, non_blocking=True) for t in (self.pixels, self.labels))
-        return LabelledBatch(*moved, self.unreadable)
+        pixels, labels = (t.to(device, non_blocking=True) for t in (self.pixels, self.labels))
+        return LabelledBatch(pixels, labels, self.unreadable)
 
     def split(self, size: int) -> list[LabelledBatch]:
         """Consecutive parts of at most ``size`` samples."""
@@ -100,25 +100,34 @@ class LabelledBatch:
 
 
 class TrainImages(Dataset[LabelledSample]):
-    """Augmented training images by (epoch, index); an unreadable file is replaced by the next readable one."""
+    """Augmented training images by (epoch, index); an unreadable file is replaced by the next readable one.
+
+    Raises ``UserError`` for an auto-augment string that timm does not know.
+    """
 
     def __init__(
         self, files: LabelledPaths, data: FinetuneData, size: tuple[int, int], statistics: Statistics, seed: int
     ) -> None:
         self.files, self.channels, self.seed = files, len(statistics.mean), seed
-        self.transform = create_transform(
-            (self.channels, *size),
-            is_training=True,
-            scale=data.crop_scale,
-            hflip=data.hflip,
-            color_jitter=None,
-            auto_augment=data.auto_augment,
-            interpolation="bicubic",
-            mean=statistics.mean,
-            std=statistics.std,
-            re_prob=data.random_erasing,
-            re_mode="pixel",
-        )
+        try:
+            self.transform = create_transform(
+                (self.channels, *size),
+                is_training=True,
+                scale=data.crop_scale,
+                hflip=data.hflip,
+                color_jitter=None,
+                auto_augment=data.auto_augment,
+                interpolation="bicubic",
+                mean=statistics.mean,
+                std=statistics.std,
+                re_prob=data.random_erasing,
+                re_mode="pixel",
+            )
+        except (AssertionError, ValueError, KeyError) as error:
+            raise UserError(
+                f"data.auto_augment={data.auto_augment} is not understood by timm ({error}); "
+                "use rand-m9-mstd0.5-inc1, or null for none"
+            ) from None
 
     def __len__(self) -> int:
         return len(self.files.paths)
@@ -168,6 +177,6 @@ class TestImages(Dataset[LabelledSample]):
 def collate(samples: Sequence[LabelledSample]) -> LabelledBatch:
     """Stack the samples that have pixels."""
     there = [sample for sample in samples if sample.pixels is not None]
-    pixels = torch.stack([sample.pixels for sample in there]) if there else torch.empty(0)  # type: ignore[misc]
+    pixels = torch.stack([sample.pixels for sample in there]) if there else torch.empty(0)
     labels = torch.tensor([sample.label for sample in there], dtype=torch.int64)
     return LabelledBatch(pixels, labels, [entry for sample in samples for entry in sample.unreadable])

@@ -38,6 +38,13 @@ def steps_for(length: int, batch_size: int, epochs: float) -> int:
     return max(1, math.ceil(length * epochs / batch_size - 1e-9))
 
 
+def share_of(batch_size: int, world: int) -> int:
+    """Images of each batch that fall to one of ``world`` ranks. Raises ``UserError`` where they do not divide."""
+    if batch_size % world:
+        raise UserError(f"batch size {batch_size} does not divide among {world} ranks; use a multiple of {world}")
+    return batch_size // world
+
+
 class StepSampler(Sampler[list[Place]]):
     """A batch sampler: one list of (epoch, index) per optimizer step, this rank's share of it.
 
@@ -57,22 +64,19 @@ class StepSampler(Sampler[list[Place]]):
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        if batch_size % world:
-            raise UserError(f"batch size {batch_size} does not divide among {world} ranks; use a multiple of {world}")
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.start_step, self.total_steps = start_step, total_steps
-        self.rank, self.world = rank, world
+        self.rank, self.share = rank, share_of(batch_size, world)
 
     def __len__(self) -> int:
         return self.total_steps - self.start_step
 
     def __iter__(self) -> Iterator[list[Place]]:
-        share = self.batch_size // self.world
         orders: dict[int, list[int]] = {}
         for step in range(self.start_step, self.total_steps):
-            first = step * self.batch_size + self.rank * share
+            first = step * self.batch_size + self.rank * self.share
             places = []
-            for position in range(first, first + share):
+            for position in range(first, first + self.share):
                 epoch, cursor = divmod(position, self.length)
                 if epoch not in orders:
                     orders = {kept: order for kept, order in orders.items() if kept == epoch - 1}

@@ -25,6 +25,9 @@ MIN_IMAGE_SIZE = 32
 MIN_VISIBLE_RATIO = 0.75
 """Share of its pixels that an occluded digit keeps: a digit that would hide more moves away, or is left out."""
 
+DARKNESS = 0.55
+"""The background is dimmed to this share, so that digits are light on dark, like chalk."""
+
 _OCCLUDING_RATIO = 0.4  # share of the digits that may cover older ones
 _PLACEMENT_TRIES = 12
 
@@ -65,7 +68,7 @@ def compose_scene(
     image_size  side in pixels, at least 32
     digits      fewest and most digits to place; one that finds no place without hiding another is left out, except
                 the first. The class of the first is `index % 10`, so any ten scenes in a row hold every class.
-                A digit alone is about 1/2 to 3/4 of the image high, one of several about 1/4 to 1/2.
+                A digit alone is about 0.7 to 0.95 of the image high, one of several about 1/4 to 1/2.
     clutter     strength of the texture and number of distracting shapes: 0 is a plain background, 1 the default
 
     Raises UserError for an unknown split, a negative number, an image too small or an empty range of digits.
@@ -87,7 +90,7 @@ def compose_scene(
     pool_labels = load_source()[1][pool]
     glyphs = load_glyphs()
 
-    canvas = paint_background(generator, image_size, clutter)
+    canvas = DARKNESS * paint_background(generator, image_size, clutter)
     for _ in range(generator.binomial(3, min(0.35 * clutter, 1.0))):
         height = generator.uniform(0.25, 0.5) * image_size
         paint_fragment(generator, canvas, bend_glyph(generator, glyphs[generator.choice(pool)], height, image_size))
@@ -99,7 +102,7 @@ def compose_scene(
     for position in range(num_digits):
         label = index % NUM_CLASSES if position == 0 else int(generator.integers(NUM_CLASSES))
         glyph = glyphs[generator.choice(pool[pool_labels == label])]
-        height = image_size * (generator.uniform(0.5, 0.78) if num_digits == 1 else generator.uniform(0.28, 0.5))
+        height = image_size * (generator.uniform(0.7, 0.95) if num_digits == 1 else generator.uniform(0.28, 0.5))
         stroke = bend_glyph(generator, glyph, height, image_size)
         place = _find_place(generator, stroke.mask, masks, areas)
         if place is None:

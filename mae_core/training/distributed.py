@@ -25,6 +25,11 @@ class Place(NamedTuple):
         return self.rank == 0
 
 
+def world_size() -> int:
+    """How many ranks ``torchrun`` announces; known before they join."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def join(device: str) -> Place:
     """Join the process group that ``torchrun`` announces (NCCL on GPUs, gloo on CPUs), or stay alone.
 
@@ -33,7 +38,7 @@ def join(device: str) -> Place:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda was asked for, but torch sees no GPU; use device=auto or device=cpu")
     on_gpu = device != "cpu" and torch.cuda.is_available()
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = world_size()
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if on_gpu:
         torch.cuda.set_device(local)

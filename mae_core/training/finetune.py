@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler
 
@@ -17,13 +16,14 @@ from mae_core.conversion.files import write_weights
 from mae_core.conversion.loading import LoadReport, classifier_from, describe_encoder, read_encoder
 from mae_core.data.images import Statistics, check_all, statistics_of
 from mae_core.data.labelled import LabelledBatch, TestImages, TrainImages, collate, read_image_folder
-from mae_core.data.loading import StepSampler, make_loader
+from mae_core.data.loading import StepSampler, make_loader, share_of
 from mae_core.errors import UserError
 from mae_core.evaluation.classification import evaluate_classifier
 from mae_core.layout import CLASSIFIER, LOADING, METRICS
 from mae_core.models.encoder import ViTEncoder
 from mae_core.patches import as_pair
 from mae_core.training import distributed
+from mae_core.training.groups import layer_decay_groups
 from mae_core.training.loop import FitSettings, fit, seed_everything
 from mae_core.training.progress import Counter
 from mae_core.training.run import check_output, open_run
@@ -53,9 +53,7 @@ def build_model(config: FinetuneConfig, num_classes: int) -> tuple[ViTEncoder, L
         in_chans=config.data.channels,
     )
     model, report = classifier_from(source, **options)
-    mean, std = (source.metadata.get(name) for name in ("mean", "std"))
-    statistics = Statistics(tuple(mean), tuple(std)) if mean and std else statistics_of(config.data)
-    return model, report, statistics
+    return model, report, statistics_of(config.data, source.metadata)
 
 
 def finetune_loss(config: FinetuneConfig, num_classes: int) -> Any:
@@ -85,15 +83,18 @@ def finetune(config: FinetuneConfig, *, resume: bool = False) -> dict[str, Any]:
     num_classes = len(train_files.classes)
     if config.data.on_error == "raise":
         check_all(train_files.paths + val_files.paths, config.data.channels, on_progress=Counter("checking images"))
-    if (config.data.mixup or config.data.cutmix) and (
-        config.optim.batch_size % 2 or (config.optim.micro_batch or 0) % 2
-    ):
+    share = share_of(config.optim.batch_size, distributed.world_size())
+    if (config.data.mixup or config.data.cutmix) and (share % 2 or (config.optim.micro_batch or 0) % 2):
         raise UserError(
-            "mixup and cutmix need even optim.batch_size and optim.micro_batch; or set data.mixup=0 data.cutmix=0"
+            f"mixup and cutmix need an even number of images on a rank ({share} of optim.batch_size fall to each) and "
+            "an even optim.micro_batch; or set data.mixup=0 data.cutmix=0"
         )
     seed_everything(config.seed)
     model, report, statistics = build_model(config, num_classes)
     settings = FitSettings.of(config.optim, len(train_files.paths))
+    size = as_pair(config.data.image_size)
+    train_images = TrainImages(train_files, config.data, size, statistics, config.seed)
+    test_images = TestImages(val_files, config.data, size, statistics)
 
     run = open_run(config, resume=resume)
     if report is not None and run.is_main:
@@ -102,15 +103,11 @@ def finetune(config: FinetuneConfig, *, resume: bool = False) -> dict[str, Any]:
     elif report is None:
         run.say("training from scratch: no weights are loaded")
     model.to(run.device)
-    groups = param_groups_layer_decay(
-        model,
-        weight_decay=config.optim.weight_decay,
-        no_weight_decay_list=tuple(model.no_weight_decay()),
-        layer_decay=config.optim.layer_decay,
+    groups = layer_decay_groups(
+        model, len(model.blocks), layer_decay=config.optim.layer_decay, weight_decay=config.optim.weight_decay
     )
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=config.optim.betas, fused=True)
     start = run.restore(model, optimizer) if resume else 0
-    size = as_pair(config.data.image_size)
     sampler = StepSampler(
         len(train_files.paths),
         config.optim.batch_size,
@@ -121,11 +118,9 @@ def finetune(config: FinetuneConfig, *, resume: bool = False) -> dict[str, Any]:
         world=run.world,
     )
     on_gpu = run.device.type == "cuda"
-    train_images = TrainImages(train_files, config.data, size, statistics, config.seed)
     train_loader = make_loader(train_images, sampler, collate, workers=config.data.workers, pin=on_gpu)
-    share = BatchSampler(range(run.rank, len(val_files.paths), run.world), config.evaluation_batch, drop_last=False)
-    test_images = TestImages(val_files, config.data, size, statistics)
-    test_loader = make_loader(test_images, share, collate, workers=config.data.workers, pin=on_gpu)  # type: ignore[arg-type]
+    mine = BatchSampler(range(run.rank, len(val_files.paths), run.world), config.evaluation_batch, drop_last=False)
+    test_loader = make_loader(test_images, mine, collate, workers=config.data.workers, pin=on_gpu)
     run.say(
         f"{len(train_files.paths)} training and {len(val_files.paths)} validation images of {num_classes} classes; "
         f"{settings.total_steps} steps of {config.optim.batch_size}, peak lr {settings.lr:.3g}; writing to {run.folder}"

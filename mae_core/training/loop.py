@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mae_core.config import OptimConfig
-from mae_core.data.loading import Batch, steps_for
+from mae_core.data.loading import Batch, share_of, steps_for
 from mae_core.errors import UserError
 from mae_core.seeds import STEP, derive_seed
-from mae_core.training.distributed import mean_over_ranks
+from mae_core.training.distributed import mean_over_ranks, world_size
 from mae_core.training.progress import Progress
 from mae_core.training.run import Run
 
@@ -48,7 +48,11 @@ class FitSettings:
 
     @classmethod
     def of(cls, optim: OptimConfig, length: int) -> FitSettings:
-        """From a configuration and the number of training images."""
+        """From a configuration and the number of training images.
+
+        Raises ``UserError`` where the batch does not divide among the ranks, before anything is written.
+        """
+        share_of(optim.batch_size, world_size())
         return cls(
             total_steps=steps_for(length, optim.batch_size, optim.epochs),
             warmup_steps=round(length * optim.warmup_epochs / optim.batch_size),

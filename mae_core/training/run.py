@@ -125,7 +125,7 @@ class Run:
         checkpoint = load_checkpoint(self.folder)
         model.load_state_dict(checkpoint.model)
         optimizer.load_state_dict(checkpoint.optimizer)
-        if self.is_main:
+        if self.is_main and (self.folder / LOG).is_file():
             lines = (self.folder / LOG).read_text(encoding="utf-8").splitlines(keepends=True)
             write_text(self.folder / LOG, "".join(line for line in lines if _until(line, checkpoint.step)))
         distributed.barrier()

@@ -1,0 +1,38 @@
+# UperNet on an MAE-pre-trained ViT, as in BEiT's and the MAE paper's (A.4) transfer to ADE20K.
+# A leaf config adds what depends on the data and the encoder's size: num_classes, in_channels, channels, test_cfg.
+model = dict(
+    type="EncoderDecoder",
+    data_preprocessor=dict(
+        type="SegDataPreProcessor",
+        # ImageNet's, as in the released MAE; train_net.py replaces them by those of the weights file
+        mean=[123.675, 116.28, 103.53],
+        std=[58.395, 57.12, 57.375],
+        bgr_to_rgb=True,
+        pad_val=0,
+        seg_pad_val=255,
+        test_cfg=dict(size_divisor=32),
+    ),
+    backbone=dict(type="MAECoreViT", drop_path=0.1),
+    neck=dict(type="Feature2Pyramid", rescales=[4, 2, 1, 0.5], norm_cfg=dict(type="SyncBN", requires_grad=True)),
+    decode_head=dict(
+        type="UPerHead",
+        in_index=[0, 1, 2, 3],
+        pool_scales=(1, 2, 3, 6),
+        dropout_ratio=0.1,
+        norm_cfg=dict(type="SyncBN", requires_grad=True),
+        align_corners=False,
+        loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=1.0),
+    ),
+    auxiliary_head=dict(
+        type="FCNHead",
+        in_index=2,
+        channels=256,
+        num_convs=1,
+        concat_input=False,
+        dropout_ratio=0.1,
+        norm_cfg=dict(type="SyncBN", requires_grad=True),
+        align_corners=False,
+        loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=0.4),
+    ),
+    train_cfg=dict(),
+)

@@ -1,0 +1,75 @@
+# The embedded digit scenes with the nano encoder, on a CPU: 48 x 48 pixels, class 0 the background, 1..10 the digits.
+#
+#   python transfer/segmentation/train_net.py configs/segmentation/digits.py \
+#       --weights runs/pretrain/encoder.safetensors --work-dir runs/segmenter --cfg-options data_root=PATH/segmentation
+#
+# A variable below can be set under --cfg-options like any key; what is computed from it follows.
+_base_ = ["_base_/upernet.py", "_base_/runtime.py"]
+
+data_root = "runs/demo/data/segmentation"
+num_classes = 11
+size = "nano"
+width = 128  # of the encoder's tokens
+head_width = 64
+crop_size = 48
+patch_size = 8
+batch_size = 16
+workers = 0
+iterations = 200
+warmup = max(2, iterations // 20)
+lr = 1e-3
+
+model = dict(
+    data_preprocessor=dict(size=(crop_size, crop_size)),
+    backbone=dict(size=size, image_size=crop_size, patch_size=patch_size, drop_path=0.0),
+    neck=dict(embed_dim=width, rescales=[2, 1, 0.5, 0.25]),  # patches of 8: the strides are 4, 8, 16, 32 as ever
+    decode_head=dict(in_channels=[width] * 4, channels=head_width, num_classes=num_classes),
+    auxiliary_head=dict(in_channels=width, channels=head_width, num_classes=num_classes),
+    test_cfg=dict(mode="whole"),
+)
+
+train_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="LoadAnnotations"),
+    dict(type="RandomResize", scale=(crop_size, crop_size), ratio_range=(0.8, 1.25), keep_ratio=True),
+    dict(type="RandomCrop", crop_size=(crop_size, crop_size)),  # no flips: a digit has one way up
+    dict(type="PackSegInputs"),
+]
+test_pipeline = [dict(type="LoadImageFromFile"), dict(type="LoadAnnotations"), dict(type="PackSegInputs")]
+train_dataloader = dict(
+    batch_size=batch_size,
+    num_workers=workers,
+    persistent_workers=workers > 0,
+    sampler=dict(type="InfiniteSampler", shuffle=True),
+    dataset=dict(
+        type="LabelledFolder",
+        data_root=data_root,
+        data_prefix=dict(img_path="images/training", seg_map_path="annotations/training"),
+        pipeline=train_pipeline,
+    ),
+)
+val_dataloader = dict(
+    batch_size=batch_size,
+    num_workers=workers,
+    persistent_workers=workers > 0,
+    sampler=dict(type="DefaultSampler", shuffle=False),
+    dataset=dict(
+        type="LabelledFolder",
+        data_root=data_root,
+        data_prefix=dict(img_path="images/validation", seg_map_path="annotations/validation"),
+        pipeline=test_pipeline,
+    ),
+)
+test_dataloader = val_dataloader
+
+optim_wrapper = dict(
+    type="OptimWrapper",
+    optimizer=dict(type="AdamW", lr=lr, betas=(0.9, 0.999), weight_decay=0.05),
+    constructor="MAECoreLayerDecay",
+    paramwise_cfg=dict(layer_decay_rate=0.75),
+)
+param_scheduler = [
+    dict(type="LinearLR", start_factor=1e-6, by_epoch=False, begin=0, end=warmup),
+    dict(type="PolyLR", eta_min=0.0, power=1.0, begin=warmup, end=iterations, by_epoch=False),
+]
+train_cfg = dict(type="IterBasedTrainLoop", max_iters=iterations, val_interval=iterations)

@@ -1,0 +1,89 @@
+# A few hundred of your own images, on one machine, with or without a GPU: ViT-Tiny and a narrow UperNet.
+#
+#   python transfer/segmentation/train_net.py configs/segmentation/small_data.py \
+#       --weights runs/pretrain/encoder.safetensors --work-dir runs/segmenter \
+#       --cfg-options data_root=data/camvid num_classes=11
+#
+# data_root holds images/{training,validation}/* (any format), annotations/{training,validation}/*.png of the same names
+# (one channel, the value is the class) and classes.txt (a line value<TAB>name for each value).
+# reduce_zero_label=True: 0 is void and the classes count from 1. False: 0 is a class like any other.
+# A variable below can be set under --cfg-options like any key; what is computed from it follows.
+_base_ = ["_base_/upernet.py", "_base_/runtime.py"]
+
+data_root = "data/own"
+num_classes = 11
+reduce_zero_label = True
+size = "tiny"
+width = 192  # of the encoder's tokens; 128 nano, 384 small, 768 base, 1024 large
+head_width = 64
+crop_size = 192  # images are resized to this shortest side, and cropped to it in training
+batch_size = 8
+workers = 2
+iterations = 1000
+warmup = max(2, iterations // 20)
+lr = 5e-4
+
+model = dict(
+    data_preprocessor=dict(size=(crop_size, crop_size)),
+    backbone=dict(size=size, image_size=crop_size),
+    neck=dict(embed_dim=width),
+    decode_head=dict(in_channels=[width] * 4, channels=head_width, num_classes=num_classes),
+    auxiliary_head=dict(in_channels=width, channels=head_width, num_classes=num_classes),
+    test_cfg=dict(mode="slide", crop_size=(crop_size, crop_size), stride=(crop_size * 2 // 3, crop_size * 2 // 3)),
+)
+
+train_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="LoadAnnotations"),
+    dict(type="RandomResize", scale=(4 * crop_size, crop_size), ratio_range=(0.5, 2.0), keep_ratio=True),
+    dict(type="RandomCrop", crop_size=(crop_size, crop_size), cat_max_ratio=0.75),
+    dict(type="RandomFlip", prob=0.5),
+    dict(type="PhotoMetricDistortion"),
+    dict(type="PackSegInputs"),
+]
+test_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="Resize", scale=(4 * crop_size, crop_size), keep_ratio=True),
+    dict(type="LoadAnnotations"),  # after Resize: the truth keeps its size
+    dict(type="PackSegInputs"),
+]
+train_dataloader = dict(
+    batch_size=batch_size,
+    num_workers=workers,
+    persistent_workers=workers > 0,
+    sampler=dict(type="InfiniteSampler", shuffle=True),
+    dataset=dict(
+        type="LabelledFolder",
+        data_root=data_root,
+        data_prefix=dict(img_path="images/training", seg_map_path="annotations/training"),
+        reduce_zero_label=reduce_zero_label,
+        pipeline=train_pipeline,
+    ),
+)
+val_dataloader = dict(
+    batch_size=1,
+    num_workers=workers,
+    persistent_workers=workers > 0,
+    sampler=dict(type="DefaultSampler", shuffle=False),
+    dataset=dict(
+        type="LabelledFolder",
+        data_root=data_root,
+        data_prefix=dict(img_path="images/validation", seg_map_path="annotations/validation"),
+        reduce_zero_label=reduce_zero_label,
+        pipeline=test_pipeline,
+    ),
+)
+test_dataloader = val_dataloader
+
+optim_wrapper = dict(
+    type="AmpOptimWrapper",  # train_net.py trains in fp32 where there is no GPU
+    dtype="bfloat16",
+    optimizer=dict(type="AdamW", lr=lr, betas=(0.9, 0.999), weight_decay=0.05),
+    constructor="MAECoreLayerDecay",
+    paramwise_cfg=dict(layer_decay_rate=0.75),
+)
+param_scheduler = [
+    dict(type="LinearLR", start_factor=1e-6, by_epoch=False, begin=0, end=warmup),
+    dict(type="PolyLR", eta_min=0.0, power=1.0, begin=warmup, end=iterations, by_epoch=False),
+]
+train_cfg = dict(type="IterBasedTrainLoop", max_iters=iterations, val_interval=iterations)

@@ -1,0 +1,105 @@
+"""What the tests share: one thread, quiet property tests, generated images, and a small pre-training run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for the processes the tests start
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from PIL import Image
+
+torch.set_num_threads(1)
+settings.register_profile(
+    "project", deadline=None, max_examples=25, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("project")
+
+PRETRAIN_OPTIONS = (
+    "model.size=nano",
+    "model.patch_size=8",
+    "decoder.width=32",
+    "decoder.depth=1",
+    "decoder.heads=2",
+    "data.image_size=32",
+    "data.workers=0",
+    "optim.warmup_epochs=0",
+    "optim.batch_size=4",
+    "log.every=1",
+    "device=cpu",
+)
+
+
+def _picture(rng: np.random.Generator, side: tuple[int, int]) -> Image.Image:
+    """Smooth random colours: something an autoencoder could learn, and every file another."""
+    coarse = rng.integers(0, 256, (5, 4, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize(side, Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="session")
+def write_images() -> Callable[..., list[Path]]:
+    """(folder, count, size=(width, height), seed, suffix) -> paths of generated images."""
+
+    def write(
+        folder: Path, count: int = 8, *, size: tuple[int, int] = (48, 40), seed: int = 0, suffix: str = ".png"
+    ) -> list[Path]:
+        folder.mkdir(parents=True, exist_ok=True)
+        rng = np.random.default_rng(seed)
+        paths = [folder / f"{number:03d}{suffix}" for number in range(count)]
+        for path in paths:
+            _picture(rng, size).save(path)
+        return paths
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def write_classes(write_images: Callable[..., list[Path]]) -> Callable[..., Path]:
+    """(root, train images a class, val images a class) -> an ImageFolder of three classes."""
+
+    def write(root: Path, train: int = 4, val: int = 3) -> Path:
+        for number, name in enumerate(("ash", "birch", "cedar")):
+            write_images(root / "train" / name, train, seed=number)
+            write_images(root / "val" / name, val, seed=100 + number)
+        return root
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def pretrain_options() -> tuple[str, ...]:
+    """Overrides of a pre-training that takes milliseconds a step: ViT-nano, 16 patches of 8 pixels, batches of 4."""
+    return PRETRAIN_OPTIONS
+
+
+@pytest.fixture(scope="session")
+def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """(arguments of the interpreter) -> a finished process, its output as text."""
+
+    def run(arguments: Sequence[str | Path], *, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def pretrained(
+    tmp_path_factory: pytest.TempPathFactory, write_images: Callable[..., list[Path]], pretrain_options: tuple[str, ...]
+) -> Path:
+    """The folder of a finished pre-training run of four steps; tests must not write to it."""
+    from mae_core.config import PretrainConfig, load_config
+    from mae_core.training.pretrain import pretrain
+
+    root = tmp_path_factory.mktemp("pretrained")
+    write_images(root / "images", 8)
+    options = [*pretrain_options, f"data.path={root / 'images'}", f"output={root / 'run'}", "optim.epochs=2"]
+    pretrain(load_config(PretrainConfig, None, options))
+    return root / "run"

@@ -1,0 +1,194 @@
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mae_core.config import (
+    ConfigError,
+    FinetuneConfig,
+    PretrainConfig,
+    config_differences,
+    dump_config,
+    leaf_names,
+    load_config,
+)
+
+SHIPPED = sorted((Path(__file__).parents[2] / "configs" / "pretrain").glob("*.yaml"))
+
+
+def refusal(schema, path, overrides=()) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(schema, path, overrides)
+    return str(caught.value)
+
+
+def test_all_errors_come_at_once_each_with_its_origin(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("masking: {ration: 0.75}\noptim: {epochs: -3}\nmodl: {size: base}\n")
+    message = refusal(PretrainConfig, file, ["data.image_sise=96", "log.every=often"])
+    assert message.startswith("5 problems:")
+    lines = message.splitlines()[1:]
+    assert len(lines) == 5
+    assert f"{file}: unknown key 'masking.ration'; did you mean 'masking.ratio'?" in message
+    assert f"{file}: unknown key 'modl'; did you mean 'model'?" in message
+    assert "command line: unknown key 'data.image_sise'; did you mean 'data.image_size'?" in message
+    assert any(f"{file}: optim.epochs" in line and "greater than 0" in line and "-3" in line for line in lines)
+    assert any("command line: log.every" in line and "'often'" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    "given, meant",
+    [
+        ("mask_ratio=0.5", "masking.ratio"),
+        ("ratio=0.5", "masking.ratio"),
+        ("epochs=3", "optim.epochs"),
+        ("data.batch_size=4", "optim.batch_size"),
+        ("model.sizes=base", "model.size"),
+        ("decoder.dept=2", "decoder.depth"),
+        ("outptu=x", "output"),
+    ],
+)
+def test_an_unknown_key_on_the_command_line_is_guessed(given, meant):
+    message = refusal(PretrainConfig, None, [given])
+    assert message == f"command line: unknown key {given.partition('=')[0]!r}; did you mean {meant!r}?"
+
+
+def test_a_key_like_no_other_names_the_known_ones():
+    message = refusal(PretrainConfig, None, ["masking.zzz=1"])
+    assert "unknown key 'masking.zzz'" in message and "masking.kind" in message and "masking.ratio" in message
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ("model.size=bas", "unknown name 'bas'; did you mean 'base'?"),
+        ("masking.kind=radom", "did you mean 'random'?"),
+        ("target.kind=pixel", "did you mean 'pixels'?"),
+        ("masking.ratio=1.0", "masking.ratio: input should be less than 1"),
+        ("masking.ratio=0", "masking.ratio: input should be greater than 0"),
+        ("masking.ratio=0.999", "keeps 0 of 196 patches"),
+        ("data.image_size=225", "225x225 does not split into 16x16 patches; use 240x240"),
+        ("data.image_size=[224,230]", "224x230 does not split"),
+        ("model.patch_size=15", "does not split into 15x15"),
+        ("data.mean=[0.5]", "mean has 1 values for 3 channels"),
+        ("data.channels=2", "data.channels"),
+        ("data.std=[0.1,0.1,0]", "data.std: input should be greater than 0 (got 0)"),
+        ("data.crop_scale=[0.2,1.2]", "data.crop_scale"),
+        ("optim.batch_size=0", "optim.batch_size: input should be greater than or equal to 1 (got 0)"),
+        ("precision=fp8", "precision"),
+        ("log=3", "log"),
+    ],
+)
+def test_a_bad_value_is_named_with_its_place(given, message):
+    text = refusal(PretrainConfig, None, [given])
+    assert message in text
+    assert "\n" not in text
+
+
+def test_the_patch_of_the_size_is_the_one_that_must_fit():
+    assert load_config(PretrainConfig, None, ["model.size=huge"]).data.image_size == 224  # 16 x 16 patches of 14
+    assert "does not split into 14x14" in refusal(PretrainConfig, None, ["model.size=huge", "data.image_size=256"])
+
+
+@pytest.mark.parametrize("given", [["weights=a", "from_scratch=true"], []])
+def test_weights_or_from_scratch(given):
+    assert "give either weights=FILE or from_scratch=true" in refusal(FinetuneConfig, None, given)
+
+
+def test_a_missing_file_suggests_its_neighbour(tmp_path):
+    (tmp_path / "tiny_96.yaml").write_text("")
+    message = refusal(PretrainConfig, tmp_path / "tiny96.yaml")
+    assert message.endswith(f"does not exist; did you mean {tmp_path / 'tiny_96.yaml'}?")
+    assert refusal(PretrainConfig, tmp_path / "other" / "x.yaml").endswith("does not exist")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"a: [1", "is not YAML"),
+        (b"\xff\xfe\x00bad", "is not YAML"),
+        (b"- 1\n- 2\n", "must hold keys and values"),
+        (b"just words", ""),
+        (b"optim: {epochs: '${nowhere}'}", "nowhere"),
+        (b"a: 1\na: 2\n", "a"),
+    ],
+)
+def test_a_file_that_is_no_configuration(tmp_path, content, message):
+    file = tmp_path / "broken.yaml"
+    file.write_bytes(content)
+    text = refusal(PretrainConfig, file)
+    assert message in text and str(file) in text
+
+
+@pytest.mark.parametrize(
+    "given", ["optim.epochs", "--epochs=3", "=3", "-x=1", "optim.epochs=[1", "a..b=1", "model.size.x=1"]
+)
+def test_what_is_no_override_is_refused(given):
+    refusal(PretrainConfig, None, [given])
+
+
+def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("optim: {epochs: 7, base_lr: 1e-3}\n")
+    config = load_config(PretrainConfig, file, ["optim.epochs=9", "data.path=some/where"])
+    assert (config.optim.epochs, config.optim.base_lr, config.optim.weight_decay) == (9, 1e-3, 0.05)
+    assert config.data.path == Path("some/where")
+
+
+def test_an_empty_file_is_the_defaults(tmp_path):
+    (tmp_path / "empty.yaml").write_text("# nothing\n")
+    assert load_config(PretrainConfig, tmp_path / "empty.yaml") == PretrainConfig()
+
+
+@given(
+    st.sampled_from(["nano", "tiny", "base"]),
+    st.floats(0.1, 0.9),
+    st.one_of(st.integers(1, 20).map(lambda n: n * 16), st.tuples(*[st.integers(2, 9).map(lambda n: n * 16)] * 2)),
+    st.floats(1e-6, 1.0),
+    st.one_of(st.none(), st.text(alphabet="abc /._-é", min_size=1, max_size=12)),
+    st.sampled_from([None, [0.5], [1e-3]]),
+)
+def test_dumping_and_loading_gives_the_same_configuration(tmp_path_factory, size, ratio, side, lr, path, mean):
+    sections = {
+        "model": {"size": size, "patch_size": 4},
+        "masking": {"ratio": ratio},
+        "data": {"image_size": side, "path": path, "mean": mean, "channels": 1 if mean else 3},
+        "optim": {"base_lr": lr},
+    }
+    config = PretrainConfig.model_validate(sections)
+    file = tmp_path_factory.mktemp("round") / "config.yaml"
+    file.write_text(dump_config(config), encoding="utf-8")
+    assert load_config(PretrainConfig, file) == config
+    assert config_differences(config, load_config(PretrainConfig, file)) == []
+
+
+def test_differences_name_the_leaves():
+    one = PretrainConfig()
+    other = load_config(PretrainConfig, None, ["optim.epochs=3", "seed=1"])
+    assert config_differences(one, other) == ["seed: 0 -> 1", "optim.epochs: 800.0 -> 3.0"]
+
+
+def test_a_configuration_is_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        PretrainConfig().seed = 3
+
+
+def test_the_defaults_are_the_papers():
+    pretrain, finetune = PretrainConfig(), load_config(FinetuneConfig, None, ["from_scratch=true"])
+    assert pretrain.optim.lr == pytest.approx(2.4e-3)
+    assert (pretrain.optim.betas, pretrain.optim.weight_decay, pretrain.optim.warmup_epochs) == ((0.9, 0.95), 0.05, 40)
+    assert (pretrain.masking.ratio, pretrain.data.crop_scale, pretrain.decoder.width) == (0.75, (0.2, 1.0), 512)
+    assert finetune.optim.lr == pytest.approx(2e-3)
+    assert (finetune.optim.layer_decay, finetune.data.mixup, finetune.data.cutmix) == (0.65, 0.8, 1.0)
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda path: path.name)
+def test_shipped_pretraining_files_are_valid(file):
+    assert isinstance(load_config(PretrainConfig, file), PretrainConfig)
+
+
+def test_leaf_names_are_dotted_and_unique():
+    names = leaf_names(FinetuneConfig)
+    assert {"weights", "optim.layer_decay", "data.path", "log.every"} <= set(names)
+    assert len(names) == len(set(names))

@@ -1,0 +1,256 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from mae_core.config import FinetuneData, ImagesConfig, PretrainData
+from mae_core.data import labelled, unlabelled
+from mae_core.data.images import (
+    GREY_MEAN,
+    Statistics,
+    UnreadableImage,
+    check_all,
+    list_images,
+    read_image,
+    statistics_of,
+)
+from mae_core.data.labelled import TestImages, TrainImages, read_image_folder
+from mae_core.data.unlabelled import UnlabelledImages, centre_view
+from mae_core.errors import UserError
+
+
+def noise(side: tuple[int, int] = (40, 30), seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side[1], side[0], 3), dtype=np.uint8))
+
+
+def reason_of(path: Path, channels: int = 3) -> str:
+    with pytest.raises(UnreadableImage) as caught:
+        read_image(path, channels)
+    assert caught.value.unreadable.path == str(path)
+    reason = caught.value.unreadable.reason
+    assert reason and "\n" not in reason
+    return reason
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK"])
+@pytest.mark.parametrize("channels, wanted", [(1, "L"), (3, "RGB")])
+def test_every_8_bit_mode_becomes_grey_or_rgb(tmp_path, mode, channels, wanted):
+    path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
+    noise().convert(mode).save(path)
+    image = read_image(path, channels)
+    assert (image.mode, image.size) == (wanted, (40, 30))
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", b"\xff\xd8\xff\xe0"])
+def test_what_is_no_image_is_unreadable(tmp_path, content):
+    (tmp_path / "x.jpg").write_bytes(content)
+    assert reason_of(tmp_path / "x.jpg") == "not an image"
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".bmp", ".tif", ".webp"])
+def test_a_truncated_image_is_unreadable(tmp_path, suffix):
+    path = tmp_path / f"x{suffix}"
+    noise((200, 200)).save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    reason_of(path)
+
+
+def test_16_bit_images_are_refused_by_name(tmp_path):
+    Image.fromarray(np.full((4, 4), 40_000, dtype=np.uint16)).save(tmp_path / "deep.png")
+    assert "8 bits a channel" in reason_of(tmp_path / "deep.png")
+    Image.fromarray(np.ones((4, 4), dtype=np.float32)).save(tmp_path / "float.tif")
+    assert "8 bits a channel" in reason_of(tmp_path / "float.tif")
+
+
+def test_a_folder_or_a_missing_file_is_unreadable_not_a_crash(tmp_path):
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "link.jpg").symlink_to(tmp_path / "gone.jpg")
+    for name in ("folder.jpg", "link.jpg", "none.jpg"):
+        reason_of(tmp_path / name)
+
+
+@settings(max_examples=150)
+@given(
+    suffix=st.sampled_from([".jpg", ".png", ".bmp", ".tif", ".webp", ".ppm", ".gif"]),
+    place=st.floats(0, 1),
+    junk=st.binary(min_size=1, max_size=12),
+    cut=st.booleans(),
+)
+def test_damage_of_any_kind_is_an_image_or_a_reason(tmp_path_factory, suffix, place, junk, cut):
+    path = tmp_path_factory.getbasetemp() / f"fuzz{suffix}"
+    noise((12, 9)).save(path)
+    content = bytearray(path.read_bytes())
+    start = int(place * len(content))
+    content[start : start + len(junk)] = junk
+    path.write_bytes(content[: start + len(junk)] if cut else content)
+    try:
+        image = read_image(path, 3)
+    except UnreadableImage as error:
+        assert error.unreadable.reason
+    else:
+        assert image.mode == "RGB"
+
+
+def test_images_are_found_below_a_folder_sorted_hidden_ones_left_out(tmp_path, write_images):
+    write_images(tmp_path / "b", 2)
+    write_images(tmp_path / "a" / "deep", 1, suffix=".JPG")
+    write_images(tmp_path / ".cache", 1)
+    (tmp_path / "a" / "._0.png").write_bytes(b"")
+    (tmp_path / "notes.txt").write_text("")
+    found = [str(path.relative_to(tmp_path)) for path in list_images(tmp_path)]
+    assert found == ["a/deep/000.JPG", "b/000.png", "b/001.png"]
+
+
+@pytest.mark.parametrize(
+    "what, message", [("none", "does not exist"), ("file", "is a file"), ("empty", "no images below")]
+)
+def test_a_folder_without_images_is_refused(tmp_path, what, message):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=message):
+        list_images(tmp_path / what)
+    with pytest.raises(UserError, match=r"set data\.path"):
+        list_images(None)
+
+
+def test_reading_everything_first_names_the_bad_file(tmp_path, write_images):
+    paths = write_images(tmp_path, 6)
+    seen = []
+    check_all(paths, 3, on_progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (6, 6)
+    paths[4].write_bytes(paths[4].read_bytes()[:60])
+    with pytest.raises(UserError, match=r"004\.png cannot be read"):
+        check_all(paths, 3)
+
+
+def test_statistics_follow_the_channels_and_the_configuration():
+    assert statistics_of(ImagesConfig(channels=1)).mean == GREY_MEAN
+    assert len(statistics_of(ImagesConfig()).std) == 3
+    given_ones = statistics_of(ImagesConfig(mean=(0.1, 0.2, 0.3)))
+    assert given_ones.mean == (0.1, 0.2, 0.3) and given_ones.std == statistics_of(ImagesConfig()).std
+
+
+def pretrain_set(paths: list[Path], seed: int = 0) -> UnlabelledImages:
+    return UnlabelledImages(paths, PretrainData(image_size=16), seed)
+
+
+def test_a_sample_depends_on_seed_epoch_and_index_alone(tmp_path, write_images):
+    paths = write_images(tmp_path, 4)
+    images = pretrain_set(paths)
+    first = images[(2, 3)]
+    torch.manual_seed(99), np.random.seed(99)
+    images[(0, 0)], images[(1, 2)]
+    again = pretrain_set(paths)[(2, 3)]
+    assert torch.equal(first.pixels, again.pixels) and first.mask_seed == again.mask_seed
+    assert first.pixels.shape == (3, 16, 16) and first.pixels.dtype == torch.float32
+    for other in (images[(3, 3)], images[(2, 1)], pretrain_set(paths, seed=1)[(2, 3)]):
+        assert not torch.equal(first.pixels, other.pixels) and first.mask_seed != other.mask_seed
+
+
+def test_a_labelled_sample_depends_on_seed_epoch_and_index_alone(tmp_path, write_classes):
+    files = read_image_folder(write_classes(tmp_path))[0]
+    data = FinetuneData(image_size=16)
+
+    def sample(seed: int, place: tuple[int, int]) -> torch.Tensor:
+        torch.manual_seed(sum(place)), np.random.seed(seed + 5)
+        return TrainImages(files, data, (16, 16), statistics_of(data), seed)[place].pixels
+
+    assert torch.equal(sample(0, (1, 2)), sample(0, (1, 2)))
+    images = TrainImages(files, data, (16, 16), statistics_of(data), 0)
+    images[(0, 0)]
+    assert torch.equal(images[(1, 2)].pixels, sample(0, (1, 2)))
+    assert not torch.equal(sample(0, (1, 2)), sample(0, (2, 2)))
+    assert not torch.equal(sample(0, (1, 2)), sample(1, (1, 2)))
+
+
+def test_an_unreadable_file_is_replaced_and_reported(tmp_path, write_images):
+    paths = write_images(tmp_path, 4)
+    for number in (1, 2):
+        paths[number].write_bytes(b"broken")
+    images = pretrain_set(paths)
+    sample = images[(0, 1)]
+    assert [entry.path for entry in sample.unreadable] == [str(paths[1]), str(paths[2])]
+    batch = unlabelled.collate([sample, images[(0, 0)]])
+    assert len(batch) == 2 and len(batch.unreadable) == 2
+    parts = batch.split(1)
+    assert [len(part) for part in parts] == [1, 1] and torch.equal(parts[1].pixels[0], batch.pixels[1])
+    assert [len(images.fixed_views(count)) for count in (1, 2, 3)] == [1, 2, 2]  # of files 1 alone no view can be made
+
+
+def test_a_folder_of_broken_files_is_refused(tmp_path, write_images):
+    paths = write_images(tmp_path, 3)
+    for path in paths:
+        path.write_bytes(b"broken")
+    images = pretrain_set(paths)
+    with pytest.raises(UserError, match="none of 3 images tried can be read"):
+        images.fixed_views(2)
+    with pytest.raises(UserError, match=r"cannot be read.*002\.png"):
+        unlabelled.collate([images[(0, 0)]])
+
+
+def test_unreadable_test_images_are_left_out_never_replaced(tmp_path, write_classes):
+    files = read_image_folder(write_classes(tmp_path))[1]
+    files.paths[1].write_bytes(b"broken")
+    data = FinetuneData(image_size=16)
+    images = TestImages(files, data, (16, 16), statistics_of(data))
+    batch = labelled.collate([images[index] for index in range(3)])
+    assert len(batch) == 2 and [entry.path for entry in batch.unreadable] == [str(files.paths[1])]
+    assert len(labelled.collate([images[1]])) == 0
+
+
+def test_classes_are_the_folders_of_train(tmp_path, write_classes):
+    root = write_classes(tmp_path, train=2, val=1)
+    train, val = read_image_folder(root)
+    assert train.classes == val.classes == ["ash", "birch", "cedar"]
+    assert train.labels == [0, 0, 1, 1, 2, 2] and val.labels == [0, 1, 2]
+
+
+def break_folder(root: Path, how: str) -> None:
+    for path in sorted(root.rglob("*"), reverse=True):
+        relative = str(path.relative_to(root))
+        doomed = {
+            "no val": relative.startswith("val"),
+            "no train": relative.startswith("train"),
+            "one class": relative.startswith(("train/b", "train/c", "val/b", "val/c")),
+            "empty class": relative.startswith("train/birch/"),
+            "stranger": relative.startswith("train/cedar"),
+        }[how]
+        if doomed:
+            path.rmdir() if path.is_dir() else path.unlink()
+
+
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        ("no val", r"has no val/ folder \(it holds train\)"),
+        ("no train", r"has no train/ folder \(it holds val\)"),
+        ("one class", "has 1 class folders; classification needs two or more"),
+        ("empty class", "no images below .*birch"),
+        ("stranger", "has classes that train has not: cedar"),
+    ],
+)
+def test_an_image_folder_out_of_shape_is_refused(tmp_path, write_classes, how, message):
+    root = write_classes(tmp_path)
+    break_folder(root, how)
+    with pytest.raises(UserError, match=message):
+        read_image_folder(root)
+
+
+def test_no_image_folder_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"set data\.path"):
+        read_image_folder(None)
+    with pytest.raises(UserError, match="the folder does not exist"):
+        read_image_folder(tmp_path / "none")
+
+
+@pytest.mark.parametrize("size, box", [((80, 40), (20, 0, 60, 40)), ((40, 80), (0, 20, 40, 60))])
+def test_a_centre_view_is_the_largest_centred_part(size, box):
+    statistics = Statistics((0.5,) * 3, (0.25,) * 3)
+    image = noise(size)
+    view = centre_view((40, 40), statistics)(image)
+    expected = (torch.from_numpy(np.array(image.crop(box))).permute(2, 0, 1) / 255 - 0.5) / 0.25
+    torch.testing.assert_close(view, expected, atol=1e-5, rtol=0)

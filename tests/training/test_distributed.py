@@ -1,0 +1,77 @@
+"""Two ranks compute what one computes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mae_core.config import PretrainConfig, load_config
+from mae_core.conversion.files import read_weights
+from mae_core.training.pretrain import pretrain
+
+pytestmark = pytest.mark.slow
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "mae_core.cli.main"]
+
+
+def losses_of(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory, write_images, pretrain_options) -> tuple[Path, list[str]]:
+    """A run of ten steps on one rank, and its options."""
+    root = tmp_path_factory.mktemp("ranks")
+    write_images(root / "images", 11)
+    options = [*pretrain_options, f"data.path={root / 'images'}", "optim.epochs=3.6", "optim.warmup_epochs=1"]
+    options += ["optim.base_lr=0.01", "optim.clip_grad=1.0"]
+    pretrain(load_config(PretrainConfig, None, [*options, f"output={root / 'one'}"]))
+    assert len(losses_of(root / "one")) == 10
+    return root / "one", options
+
+
+def assert_same_run(run: Path, expected: Path) -> None:
+    assert losses_of(run) == pytest.approx(losses_of(expected), rel=1e-5)
+    weights, wanted = (read_weights(path / "encoder.safetensors")[0] for path in (run, expected))
+    for name, tensor in wanted.items():
+        # Adam turns rounding of a gradient near zero into a step of up to lr: single weights may differ by more.
+        assert (weights[name] - tensor).abs().mean() < 1e-6, name
+
+
+def test_two_ranks_compute_the_losses_of_one(tmp_path, one_rank, run_python):
+    expected, options = one_rank
+    result = run_python([*TORCHRUN, "pretrain", *options, f"output={tmp_path / 'two'}"])
+    assert result.returncode == 0, result.stderr
+    assert_same_run(tmp_path / "two", expected)
+    assert result.stdout.count("step 10/10") == 1, "only one rank talks"
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3])
+def test_accumulation_computes_the_losses_of_whole_batches(tmp_path, one_rank, micro_batch):
+    expected, options = one_rank
+    options = [*options, f"output={tmp_path / 'run'}", f"optim.micro_batch={micro_batch}"]
+    pretrain(load_config(PretrainConfig, None, options))
+    assert_same_run(tmp_path / "run", expected)
+
+
+def test_a_batch_that_does_not_divide_is_refused_before_anything_is_written(tmp_path, one_rank, monkeypatch):
+    """As the two ranks of a torchrun would, without starting them."""
+    from mae_core.errors import UserError
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    options = [*one_rank[1], f"output={tmp_path / 'run'}", "optim.batch_size=5"]
+    with pytest.raises(UserError, match="batch size 5 does not divide among 2 ranks"):
+        pretrain(load_config(PretrainConfig, None, options))
+    assert not (tmp_path / "run").exists()
+    assert not torch.distributed.is_initialized()
+
+
+def test_two_ranks_count_every_validation_image_once(tmp_path, write_classes, run_python):
+    data = write_classes(tmp_path / "data", train=3, val=3)  # 9 validation images: no rank gets half of them
+    options = ["from_scratch=true", "model.size=nano", "model.patch_size=16", "data.image_size=32", "data.workers=0"]
+    options += ["optim.epochs=1", "optim.warmup_epochs=0", "optim.batch_size=4", "device=cpu", "evaluation_batch=2"]
+    result = run_python([*TORCHRUN, "finetune", *options, f"data.path={data}", f"output={tmp_path / 'run'}"])
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["images"] == 9

@@ -1,0 +1,50 @@
+"""Every option of a configuration is looked at while a run runs: a stronger proof than finding its name in the code."""
+
+from __future__ import annotations
+
+import pytest
+
+from mae_core.config import FinetuneConfig, PretrainConfig, RunConfig, Schema, load_config
+from mae_core.training.finetune import finetune
+from mae_core.training.pretrain import pretrain
+
+pytestmark = pytest.mark.slow
+
+
+def leaves(config: Schema) -> set[tuple[int, str]]:
+    """(identity of the section, option) of every leaf."""
+    found: set[tuple[int, str]] = set()
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        found |= leaves(value) if isinstance(value, Schema) else {(id(config), name)}
+    return found
+
+
+def options_not_read(config: RunConfig, run, monkeypatch) -> list[str]:
+    """Options of ``config`` that nobody asks for while ``run(config)`` runs."""
+    wanted, read = leaves(config), set()
+
+    def watch(self: Schema, name: str):
+        read.add((id(self), name))
+        return super(Schema, self).__getattribute__(name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Schema, "__getattribute__", watch, raising=False)
+        run(config)
+    return sorted(name for _, name in wanted - read)
+
+
+def test_a_pretraining_reads_every_option(tmp_path, write_images, pretrain_options, monkeypatch):
+    write_images(tmp_path / "images", 4)
+    options = [*pretrain_options, f"data.path={tmp_path / 'images'}", f"output={tmp_path / 'run'}", "optim.epochs=1"]
+    assert options_not_read(load_config(PretrainConfig, None, options), pretrain, monkeypatch) == []
+
+
+def test_a_finetuning_reads_every_option(tmp_path, write_classes, monkeypatch):
+    data = write_classes(tmp_path / "data", train=2, val=1)
+    options = ["model.size=nano", "model.patch_size=16", "data.image_size=32", "data.workers=0", "device=cpu"]
+    options += ["optim.epochs=1", "optim.batch_size=2", f"data.path={data}", f"output={tmp_path / 'run'}"]
+    config = load_config(FinetuneConfig, None, [*options, "from_scratch=true"])
+    # from_scratch is what the schema checks weights=FILE against; a run looks at the weights.
+    # pictures_every has nothing to draw in a classification.
+    assert set(options_not_read(config, finetune, monkeypatch)) <= {"from_scratch", "pictures_every"}

@@ -1,0 +1,83 @@
+"""A small COCO data set: bright shapes on dark noise, class ids with gaps, polygons and run-length masks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+CATEGORIES = [{"id": 20, "name": "disc"}, {"id": 3, "name": "bar"}, {"id": 7, "name": "frame"}]
+COLOURS = {3: (220, 60, 60), 7: (60, 220, 60), 20: (80, 80, 240)}
+
+
+def runs_of(mask: np.ndarray) -> dict[str, object]:
+    """Uncompressed run lengths, column by column, background first."""
+    flat = np.concatenate([[False], mask.ravel(order="F"), [False]])
+    edges = np.flatnonzero(flat[1:] != flat[:-1])
+    edges = np.concatenate([[0], edges, [mask.size]])
+    counts = np.diff(edges).tolist()
+    return {"size": list(mask.shape), "counts": counts[:-1] if counts[-1] == 0 else counts}
+
+
+def draw_shape(category: int, height: int, width: int, box: tuple[int, int, int, int]) -> np.ndarray:
+    """A (height, width) bool mask that fills ``box`` (x, y, width, height) from edge to edge."""
+    x, y, w, h = box
+    mask = np.zeros((height, width), dtype=bool)
+    mask[y : y + h, x : x + w] = True
+    if category == 7:
+        mask[y + 3 : y + h - 3, x + 3 : x + w - 3] = False
+    if category == 20:
+        rows, cols = np.mgrid[:height, :width] + 0.5
+        mask &= ((rows - y - h / 2) / (h / 2)) ** 2 + ((cols - x - w / 2) / (w / 2)) ** 2 <= 1.0
+    return mask
+
+
+@pytest.fixture(scope="session")
+def write_coco() -> Callable[..., Path]:
+    """(root, train images, val images, size=(width, height)) -> a folder with train/, val/ and annotations/."""
+
+    def write(root: Path, train: int = 4, val: int = 3, *, size: tuple[int, int] = (64, 48), val_seed: int = 1) -> Path:
+        for name, count, seed in (("train", train, 0), ("val", val, val_seed)):
+            write_part(root, name, count, size, np.random.default_rng(seed))
+        return root
+
+    return write
+
+
+def write_part(root: Path, name: str, count: int, size: tuple[int, int], rng: np.random.Generator) -> None:
+    """One half of the set: two shapes an image, one in its left half and one in its right."""
+    width, height = size
+    (root / name).mkdir(parents=True, exist_ok=True)
+    images, annotations = [], []
+    for number in range(count):
+        pixels = rng.integers(0, 50, (height, width, 3), dtype=np.uint8)
+        for side in (0, 1):
+            category = list(COLOURS)[(2 * number + side) % len(COLOURS)]
+            w, h = rng.integers(14, width // 2 - 4), rng.integers(14, height - 4)
+            x = side * width // 2 + rng.integers(1, width // 2 - w)
+            y = rng.integers(1, height - h)
+            box = (int(x), int(y), int(w), int(h))
+            mask = draw_shape(category, height, width, box)
+            pixels[mask] = COLOURS[category]
+            x, y, w, h = box
+            corners = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": 10 * number + 5,
+                    "category_id": category,
+                    "bbox": list(box),
+                    "area": int(mask.sum()),
+                    "iscrowd": 0,
+                    "segmentation": corners if category == 3 else runs_of(mask),
+                }
+            )
+        Image.fromarray(pixels).save(root / name / f"{number:03d}.png")
+        images.append({"id": 10 * number + 5, "file_name": f"{number:03d}.png", "height": height, "width": width})
+    (root / "annotations").mkdir(exist_ok=True)
+    content = {"images": images, "annotations": annotations, "categories": CATEGORIES}
+    (root / "annotations" / f"instances_{name}.json").write_text(json.dumps(content))

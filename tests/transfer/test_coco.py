@@ -1,0 +1,306 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mae_core.data.images import Statistics, UnreadableImage
+from mae_core.errors import UserError
+from transfer.detection.coco import (
+    Category,
+    Part,
+    check_same_categories,
+    decode_masks,
+    encode_masks,
+    read_coco,
+)
+from transfer.detection.config import DetectionData
+from transfer.detection.samples import (
+    TrainingSamples,
+    WholeImages,
+    boxes_of,
+    collate,
+    collate_readable,
+    place_whole,
+    read_checked,
+    target_on,
+)
+from transfer.detection.scores import Detections, average_precision, coco_results
+
+PLAIN = Statistics((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory, write_coco):
+    return write_coco(tmp_path_factory.mktemp("coco"))
+
+
+@pytest.fixture(scope="module")
+def coco(root):
+    return read_coco(Part(root / "train", root / "annotations" / "instances_train.json"))
+
+
+@pytest.fixture
+def edited(root, tmp_path):
+    """(change(content)) -> the part whose json was changed so."""
+
+    def edit(change):
+        content = json.loads((root / "annotations" / "instances_train.json").read_text())
+        content = change(content) or content
+        path = tmp_path / "edited.json"
+        path.write_text(json.dumps(content))
+        return Part(root / "train", path)
+
+    return edit
+
+
+def detections_of_truth(coco):
+    """The annotations themselves, as if a detector had found them."""
+    found = []
+    for index, image in enumerate(coco.images):
+        boxes = torch.tensor([(x, y, x + w, y + h) for x, y, w, h in (i.box for i in image.instances)]).reshape(-1, 4)
+        labels = torch.tensor([i.label for i in image.instances])
+        codes = encode_masks(decode_masks(image, image.instances))
+        found.append(Detections(index, boxes.float(), torch.full((len(labels),), 0.9), labels, codes))
+    return found
+
+
+# ---- reading
+
+
+def test_category_ids_with_gaps_become_labels_in_their_order(coco):
+    assert coco.names == ["bar", "frame", "disc"]
+    assert [coco.category_id(label) for label in (1, 2, 3)] == [3, 7, 20]
+
+
+def test_polygons_and_both_run_lengths_decode_to_the_same_mask(edited, coco):
+    def compress(content):
+        for annotation, code in zip(content["annotations"], codes, strict=True):
+            annotation["segmentation"] = {"size": list(code["size"]), "counts": code["counts"].decode()}
+
+    masks = [decode_masks(image, image.instances) for image in coco.images]
+    codes = [code for image_masks in masks for code in encode_masks(image_masks)]
+    again = read_coco(edited(compress))
+    for image, expected in zip(again.images, masks, strict=True):
+        assert np.array_equal(decode_masks(image, image.instances), expected)
+    kinds = {type(i.shape) for image in coco.images for i in image.instances}
+    assert kinds == {tuple, bytes}  # the set has polygons and run lengths, and neither is kept as pixels
+
+
+def test_masks_fill_their_boxes(coco):
+    for image in coco.images:
+        masks = torch.from_numpy(decode_masks(image, image.instances))
+        x1, y1, x2, y2 = boxes_of(masks).T
+        assert torch.stack([x1, y1, x2 - x1, y2 - y1], 1).tolist() == [list(i.box) for i in image.instances]
+
+
+def first(content):
+    return content["annotations"][0]
+
+
+WRONG = {
+    "unknown category": (lambda c: first(c).update(category_id=4), r"annotation 1 has category_id 4, .*\(3, 7, 20\)"),
+    "unknown image": (lambda c: first(c).update(image_id=99), "annotation 1 has image_id 99"),
+    "no box": (lambda c: first(c).pop("bbox") and None, "annotation 1 has no bbox"),
+    "bad box": (lambda c: first(c).update(bbox=[1, 2, -3, 4]), r"bbox \[1, 2, -3, 4\]"),
+    "no mask": (lambda c: first(c).update(segmentation=[]), "annotation 1 has no segmentation"),
+    "short polygon": (lambda c: first(c).update(segmentation=[[1, 2, 3, 4]]), "three or more x, y pairs"),
+    "mask of another size": (
+        lambda c: first(c).update(segmentation={"size": [9, 9], "counts": [81]}),
+        r"mask of \[9, 9\] .*image has \[48, 64\]",
+    ),
+    "runs too short": (
+        lambda c: first(c).update(segmentation={"size": [48, 64], "counts": [81]}),
+        "runs of 81 pixels in all, but its image has 3072",
+    ),
+    "odd mask": (lambda c: first(c).update(segmentation={"rle": 1}), "neither polygons nor a run-length code"),
+    "doubled annotation": (lambda c: c["annotations"][1].update(id=1), "annotation id 1 appears twice"),
+    "doubled image": (lambda c: c["images"][1].update(id=5), "image id 5 appears twice"),
+    "doubled category": (lambda c: c["categories"][1].update(id=20), "category id 20 appears twice"),
+    "image without size": (lambda c: c["images"][0].pop("height") and None, "image 5 has no height"),
+    "missing image": (lambda c: c["images"][2].update(file_name="no.png"), r"image id 25 is .*no\.png.*\(1 of 4 "),
+    "not COCO": (lambda c: {"boxes": []}, "not COCO, it has no list of images, annotations, categories"),
+    "a list": (lambda c: [1, 2], "not COCO"),
+    "odd record": (lambda c: c["images"].append(3), "images holds 3 in place of a record"),
+    "no classes": (lambda c: c.update(categories=[]), "empty list of categories"),
+    "nameless class": (lambda c: c["categories"][0].pop("name") and None, "category without"),
+}
+
+
+@pytest.mark.parametrize("change, message", WRONG.values(), ids=WRONG)
+def test_what_is_wrong_is_named_with_file_and_id(edited, change, message):
+    part = edited(change)
+    with pytest.raises(UserError, match=message) as error:
+        read_coco(part)
+    assert str(part.annotations) in str(error.value)
+
+
+def test_a_missing_json_and_a_missing_folder(root):
+    annotations = root / "annotations" / "instances_train.json"
+    with pytest.raises(UserError, match=r"annotation file .*nowhere\.json does not exist"):
+        read_coco(Part(root / "train", root / "nowhere.json"))
+    with pytest.raises(UserError, match=r"image folder .*nowhere of .*instances_train\.json does not exist"):
+        read_coco(Part(root / "nowhere", annotations))
+
+
+def test_a_file_that_is_not_json(root):
+    with pytest.raises(UserError, match=r"000\.png is not JSON"):
+        read_coco(Part(root / "train", root / "train" / "000.png"))
+
+
+def test_categories_that_differ_are_named():
+    ours, theirs = [Category(1, "cat"), Category(2, "dog")], [Category(1, "cat"), Category(2, "hound")]
+    check_same_categories(ours, Path("a.json"), ours, Path("b.json"))
+    with pytest.raises(UserError, match=r"b\.json and a\.json differ in 1 categories \(id 2 is 'hound' .* 'dog'"):
+        check_same_categories(ours, Path("a.json"), theirs, Path("b.json"))
+    with pytest.raises(UserError, match=r"id 2 is 'absent'"):
+        check_same_categories(ours, Path("a.json"), ours[:1], Path("b.json"))
+
+
+# ---- samples
+
+
+def samples(coco, seed=0, **options):
+    return TrainingSamples(coco, DetectionData(image_size=(32, 40), **options), PLAIN, seed)
+
+
+def test_a_sample_depends_on_seed_epoch_and_index_alone(coco):
+    def equal(one, other):
+        return torch.equal(one.pixels, other.pixels) and torch.equal(one.target["masks"], other.target["masks"])
+
+    one = samples(coco)[(3, 1)]
+    torch.manual_seed(99)
+    assert equal(one, samples(coco)[(3, 1)])
+    assert not equal(one, samples(coco)[(4, 1)])
+    assert not equal(one, samples(coco, seed=1)[(3, 1)])
+
+
+def test_samples_leave_the_global_generator_alone(coco):
+    before = torch.get_rng_state()
+    samples(coco)[(0, 0)]
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("scale", [(0.3, 0.3), (1.0, 1.0), (2.5, 2.5)])
+def test_masks_boxes_and_pixels_move_together(coco, scale):
+    dataset = samples(coco, resize_scale=scale, hflip=0.5, vflip=0.5)
+    seen = 0
+    for epoch in range(6):
+        sample = dataset[(epoch, 0)]
+        assert sample.pixels.shape == (3, 32, 40) and sample.target["masks"].shape[1:] == (32, 40)
+        assert torch.equal(sample.target["boxes"], boxes_of(sample.target["masks"]))
+        rows, cols = sample.size
+        assert sample.pixels[:, rows:].abs().sum() == sample.pixels[:, :, cols:].abs().sum() == 0
+        for mask in sample.target["masks"]:
+            inner = mask & (torch.nn.functional.max_pool2d((~mask)[None].float(), 3, 1, 1)[0] == 0)
+            if inner.any():
+                assert sample.pixels.amax(0)[inner].mean() > 0.7  # shapes are bright, the ground below 0.2
+                seen += 1
+    assert seen or scale[0] < 1
+
+
+def test_crowds_and_objects_out_of_sight_are_not_learned(edited):
+    part = edited(lambda content: first(content).update(iscrowd=1))
+    image = read_coco(part).images[0]
+    placement = place_whole(image.height, image.width, (48, 64))
+    assert len(target_on(image, placement)["labels"]) == len(image.instances) - 1
+    away = placement._replace(height=480, width=640, top=432, left=576)
+    assert len(target_on(image, away)["labels"]) == 0
+
+
+def test_an_image_without_objects_is_a_sample(edited):
+    def empty(content):
+        content["annotations"] = [a for a in content["annotations"] if a["image_id"] != 5]
+
+    target = samples(read_coco(edited(empty)))[(0, 0)].target
+    assert target["boxes"].shape == (0, 4) and target["masks"].shape == (0, 32, 40)
+
+
+def test_an_unreadable_image_is_replaced_and_reported(tmp_path, write_coco):
+    root = write_coco(tmp_path)
+    (root / "train" / "001.png").write_bytes(b"no image")
+    coco = read_coco(Part(root / "train", root / "annotations" / "instances_train.json"))
+    batch = collate([samples(coco)[(0, index)] for index in (0, 1)])
+    assert len(batch) == 2 and [Path(entry.path).name for entry in batch.unreadable] == ["001.png"]
+    whole = WholeImages(coco, DetectionData(image_size=32), PLAIN)
+    batch = collate_readable([whole[0], whole[1], whole[2]])
+    assert batch.indices == [0, 2] and len(batch.unreadable) == 1
+
+
+def test_an_image_of_another_size_than_annotated_is_unreadable(tmp_path, write_coco):
+    root = write_coco(tmp_path)
+    Image.new("RGB", (10, 12)).save(root / "train" / "000.png")
+    coco = read_coco(Part(root / "train", root / "annotations" / "instances_train.json"))
+    with pytest.raises(UnreadableImage, match="it is 10x12, its annotations are for 64x48"):
+        read_checked(coco.images[0], 3)
+
+
+def test_a_batch_splits_into_consecutive_parts(coco):
+    batch = collate([samples(coco)[(0, index)] for index in range(3)])
+    parts = batch.split(2)
+    assert [len(part) for part in parts] == [2, 1]
+    assert torch.equal(torch.cat([part.pixels for part in parts]), batch.pixels)
+    assert parts[1].indices == [2] and parts[1].targets[0] is batch.targets[2]
+
+
+# ---- scores
+
+
+def test_truth_against_itself_is_perfect(coco):
+    scores = average_precision(coco, coco_results(coco, detections_of_truth(coco)))
+    for kind in ("bbox", "segm"):
+        assert scores[kind]["AP"] == scores[kind]["AP50"] == scores[kind]["AP75"] == 1.0
+        assert scores[kind]["APl"] is None  # no object is larger than 96 x 96
+        assert set(scores[kind]["per_class"]) == {"bar", "frame", "disc"}
+
+
+def test_nothing_found_scores_zero(coco):
+    assert average_precision(coco, [])["segm"]["AP"] == 0.0
+
+
+def test_a_set_without_annotations_is_refused(edited):
+    coco = read_coco(edited(lambda content: content.update(annotations=[])))
+    with pytest.raises(UserError, match="has no annotations"):
+        average_precision(coco, [])
+
+
+def test_scores_equal_pycocotools_called_by_hand(coco, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    found = []
+    for detections in detections_of_truth(coco):
+        boxes = detections.boxes + torch.from_numpy(rng.normal(0, 2, detections.boxes.shape)).float()
+        scores = torch.from_numpy(rng.random(len(boxes))).float()
+        labels = torch.where(torch.from_numpy(rng.random(len(boxes)) < 0.2), 1, detections.labels)
+        masks = [np.roll(mask, rng.integers(-3, 4, 2), (0, 1)) for mask in decode(detections.codes)]
+        found.append(Detections(detections.image_index, boxes, scores, labels, encode_masks(np.stack(masks))))
+    results = coco_results(coco, found)
+    ours = average_precision(coco, results)
+    assert capsys.readouterr().out == ""
+    (tmp_path / "results.json").write_text(json.dumps(results))
+
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    truth = COCO(str(coco.path))
+    for kind in ("bbox", "segm"):
+        trimmed = json.loads((tmp_path / "results.json").read_text())
+        if kind == "segm":
+            for result in trimmed:
+                del result["bbox"]
+        evaluation = COCOeval(truth, truth.loadRes(trimmed), kind)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+        names = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+        expected = [None if value == -1 else value for value in evaluation.stats[:6]]
+        assert [ours[kind][name] for name in names] == pytest.approx(expected)
+        assert ours[kind]["AR"] == pytest.approx(evaluation.stats[8])
+        assert 0 < ours[kind]["AP"] < 1
+
+
+def decode(codes):
+    from pycocotools import mask
+
+    return mask.decode(codes).astype(bool).transpose(2, 0, 1)

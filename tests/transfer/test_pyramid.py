@@ -1,0 +1,75 @@
+import pytest
+import torch
+
+from mae_core.errors import UserError
+from mae_core.models.sizes import SIZES
+from transfer.backbone import DenseViT, Level
+from transfer.pyramid import NORMS, FourStagePyramid, PyramidBackbone, group_norm, sync_batch_norm
+
+
+def levels(patch: int, width: int = 32) -> list[Level]:
+    return [Level(f"block{n}", width, patch) for n in range(4)]
+
+
+@pytest.mark.parametrize("patch, strides", [(16, [4, 8, 16, 32]), (8, [2, 4, 8, 16]), (12, [3, 6, 12, 24])])
+def test_four_stages_are_quarter_half_one_and_two_patches(patch, strides):
+    pyramid = FourStagePyramid(levels(patch))
+    assert [level.stride for level in pyramid.levels] == strides
+    maps = pyramid([torch.randn(2, 32, 6, 4) for _ in range(4)])
+    image = (6 * patch, 4 * patch)
+    for level, x in zip(pyramid.levels, maps, strict=True):
+        assert x.shape == (2, level.channels, image[0] // level.stride, image[1] // level.stride)
+
+
+def test_third_stage_is_the_map_itself_and_fourth_its_maxima():
+    maps = [torch.randn(1, 32, 4, 6) for _ in range(4)]
+    out = FourStagePyramid(levels(16))(maps)
+    assert torch.equal(out[2], maps[2])
+    assert torch.equal(out[3], maps[3].unflatten(2, (2, 2)).unflatten(4, (3, 2)).amax(dim=(3, 5)))
+
+
+def test_odd_grids_lose_no_row():
+    out = FourStagePyramid(levels(8))([torch.randn(1, 32, 5, 3) for _ in range(4)])
+    assert out[3].shape == (1, 32, 3, 2)
+
+
+def test_first_stage_is_the_published_stack():
+    stage = FourStagePyramid(levels(16)).stages[0]
+    assert [type(layer).__name__ for layer in stage] == ["ConvTranspose2d", "GroupNorm", "GELU", "ConvTranspose2d"]
+
+
+def test_a_patch_that_four_does_not_divide_is_refused():
+    with pytest.raises(UserError, match="not 14; use 16 or 8"):
+        FourStagePyramid(levels(14))
+
+
+@pytest.mark.parametrize("width", [size.width for size in SIZES.values()])
+def test_norm_groups_divide_every_width(width):
+    assert group_norm(width).num_groups == 32
+
+
+def test_norm_groups_of_an_odd_width():
+    assert group_norm(48).num_groups == 16
+
+
+def test_sync_bn_is_plain_bn_in_one_process():
+    assert type(sync_batch_norm(8)) is torch.nn.BatchNorm2d
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_pyramid_backbone_emits_what_it_declares(norm):
+    vit = DenseViT("nano", image_size=(48, 64), patch_size=8, window=4)
+    backbone = PyramidBackbone(vit, channels=24, norm=NORMS[norm])
+    assert [(level.name, level.stride) for level in backbone.levels] == [
+        ("p2", 2), ("p3", 4), ("p4", 8), ("p5", 16), ("p6", 32),
+    ]  # fmt: skip
+    maps = backbone(torch.randn(2, 3, 64, 96))
+    assert list(maps) == [level.name for level in backbone.levels]
+    for level in backbone.levels:
+        assert maps[level.name].shape == (2, 24, 64 // level.stride, 96 // level.stride)
+
+
+def test_every_parameter_of_the_pyramid_gets_a_gradient():
+    backbone = PyramidBackbone(DenseViT("nano", image_size=32, patch_size=8), channels=16, norm=NORMS["gn"])
+    sum(x.square().sum() for x in backbone(torch.randn(1, 3, 32, 32)).values()).backward()
+    assert [name for name, p in backbone.named_parameters() if p.grad is None] == []

@@ -1,0 +1,249 @@
+"""A chain of commands and its report: pre-train once, then train each task from scratch and from the encoder.
+
+Every stage is the command a user would type, run as its own process, so that the report's commands are the ones that
+ran.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mae_core.errors import UserError
+from mae_core.layout import ENCODER, ENVIRONMENT, LOADING, LOG, METRICS, PICTURES
+from mae_core.training.progress import clock
+from transfer.report import Curve, Picture, Report, TaskResult, write_report
+
+ROOT = Path(__file__).resolve().parents[1]
+ARMS = SCRATCH, PRETRAINED = ("scratch", "pre-trained")
+MOST_ABREAST = 4
+SECONDS_BETWEEN_LINES = 15
+QUIET = {"PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore", "COLUMNS": "120"}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One downstream task: the command that trains it, and where its headline metric is in metrics.json."""
+
+    name: str
+    metric: str
+    metric_path: tuple[str, ...]
+    data: Path
+    command: str
+    from_scratch: str
+    from_encoder: str
+    note: str = ""
+
+    def command_line(self, *, encoder: Path | None, output: Path, seed: int) -> list[str]:
+        """The command of one run; ``encoder=None`` trains from scratch."""
+        start = self.from_scratch if encoder is None else self.from_encoder
+        parts = f"{self.command} {start}".split()
+        places = {"encoder": encoder, "data": self.data, "output": output, "seed": seed}
+        return [part.format(**places) for part in parts]
+
+
+class Job(NamedTuple):
+    """A command, as a user would type it."""
+
+    name: str
+    command: list[str]
+
+
+class Stage:
+    """Runs jobs as processes of ``threads`` threads, ``parallel`` at a time, and tells now and then what each is
+    doing."""
+
+    def __init__(self, folder: Path, *, parallel: int, threads: int) -> None:
+        self.folder, self.parallel, self.threads = folder, parallel, threads
+        self._status: dict[str, str] = {}
+
+    def run(self, jobs: Sequence[Job]) -> None:
+        """Run all jobs. Raises ``UserError`` naming the log of one that failed."""
+        finished = threading.Event()
+        teller = threading.Thread(target=self._tell, args=(finished,), daemon=True)
+        teller.start()
+        try:
+            with ThreadPoolExecutor(self.parallel) as pool:
+                list(pool.map(self._run_one, jobs))
+        finally:
+            finished.set()
+            teller.join()
+
+    def _run_one(self, job: Job) -> None:
+        log = self.folder / "logs" / f"{job.name.replace(' ', '_')}.txt"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        environment = {**os.environ, **QUIET, "OMP_NUM_THREADS": str(self.threads), "PYTHONPATH": path}
+        started, last = time.perf_counter(), ""
+        with (
+            log.open("w", encoding="utf-8") as file,
+            subprocess.Popen(
+                executable(job.command),
+                cwd=ROOT,
+                env=environment,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            ) as process,
+        ):
+            file.write(f"$ {shlex.join(job.command)}\n")
+            for line in process.stdout or ():
+                file.write(line)
+                file.flush()
+                if line.strip():
+                    self._status[job.name] = last = line.strip()
+        self._status.pop(job.name, None)
+        if process.returncode:
+            raise UserError(f"{job.name} failed ({last}); {log} holds all it said")
+        print(f"  {job.name}: done in {clock(time.perf_counter() - started)}", flush=True)
+
+    def _tell(self, finished: threading.Event) -> None:
+        while not finished.wait(SECONDS_BETWEEN_LINES):
+            for name, status in sorted(self._status.copy().items()):
+                print(f"  {name}: {status[:120]}", flush=True)
+
+
+def executable(command: Sequence[str]) -> list[str]:
+    """A command as a user types it -> one that runs in this environment."""
+    runners = {"mae": [sys.executable, "-m", "mae_core.cli.main"], "python": [sys.executable]}
+    return [*runners[command[0]], *command[1:]]
+
+
+def read_log(run: Path, key: str) -> list[tuple[float, float]]:
+    """(step, value) pairs of a run's log.jsonl."""
+    entries = [json.loads(line) for line in (run / LOG).read_text(encoding="utf-8").splitlines()]
+    return [(entry["step"], entry[key]) for entry in entries if key in entry and "step" in entry]
+
+
+def read_metric(run: Path, path: Sequence[str]) -> float:
+    """One number of a finished run's metrics.json."""
+    value: Any = json.loads((run / METRICS).read_text(encoding="utf-8"))
+    for key in path:
+        value = value[key]
+    return float(value)
+
+
+def pretraining_pictures(run: Path) -> list[Picture]:
+    """The first and the last reconstruction strip."""
+    strips = sorted((run / PICTURES).glob("step_*.png"))
+    caption = (
+        "Fixed scenes and masks. The decoder predicts each patch up to its mean and contrast; to show the prediction "
+        "as pixels, those two numbers are taken from the true patch."
+    )
+    names = [f"Reconstructions after {int(strip.stem.removeprefix('step_'))} steps" for strip in strips]
+    return [Picture(names[i], caption, strips[i]) for i in sorted({0, len(strips) - 1})]
+
+
+def prediction_pictures(task: Task, scratch: Path, pretrained: Path) -> list[Picture]:
+    """What each arm predicts on validation images, beside the truth; runs that draw nothing show nothing."""
+    found = []
+    for arm, run in zip(ARMS, (scratch, pretrained), strict=True):
+        drawn = sorted((run / PICTURES).glob("*.png"))
+        if drawn:
+            found.append(
+                Picture(f"{task.name.capitalize()}, {arm}", "Validation images, the first seed's run.", drawn[-1])
+            )
+    return found
+
+
+def run_chain(
+    folder: Path,
+    *,
+    title: str,
+    pretrain: str,
+    tasks: Sequence[Task],
+    seeds: Sequence[int],
+    data: Job | None = None,
+    commands: Sequence[tuple[str, str]] = (),
+    cores: int | None = None,
+) -> Path:
+    """Run ``data`` (if any), ``pretrain`` (``{output}`` is its run directory) and every arm of every task -> the
+    report.
+
+    A finished pre-training in ``folder`` is used again. Raises ``UserError`` where a stage fails.
+    """
+    if not (ROOT / "configs").is_dir():
+        raise UserError(f"this runs from a clone of the repository; {ROOT} has no configs folder")
+    folder = folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    cores = cores or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    alone = Stage(folder, parallel=1, threads=cores)
+    abreast = Stage(folder, parallel=min(cores, MOST_ABREAST), threads=1)
+    started = time.perf_counter()
+    timings: dict[str, float] = {}
+
+    def timed(stage: Stage, name: str, jobs: Sequence[Job]) -> None:
+        print(f"{name} ({len(jobs)} runs)" if len(jobs) > 1 else name, flush=True)
+        before = time.perf_counter()
+        stage.run(jobs)
+        timings[name] = time.perf_counter() - before
+
+    if data is not None:
+        timed(alone, data.name, [data])
+    encoder = folder / "pretrain"
+    pretraining = Job("pre-training", [part.format(output=encoder) for part in pretrain.split()])
+    if not (encoder / ENCODER).is_file():
+        timed(alone, pretraining.name, [pretraining])
+
+    results: dict[str, TaskResult] = {}
+    curves = [Curve("Pre-training", "loss on hidden patches", {"pre-training": read_log(encoder, "loss")})]
+    pictures = pretraining_pictures(encoder)
+    shown = [*commands, (pretraining.name, shlex.join(pretraining.command))]
+    reports = []
+    for task in tasks:
+        runs = {(arm, seed): folder / task.name / f"{arm}_{seed}" for seed in seeds for arm in ARMS}
+        jobs = [
+            Job(
+                f"{task.name} {arm} {seed}",
+                task.command_line(encoder=encoder if arm == PRETRAINED else None, output=run, seed=seed),
+            )
+            for (arm, seed), run in runs.items()
+        ]
+        timed(abreast, task.name, jobs)
+        scratch, pretrained = ([read_metric(runs[arm, seed], task.metric_path) for seed in seeds] for arm in ARMS)
+        print(f"  {task.metric}: from scratch {_numbers(scratch)}, pre-trained {_numbers(pretrained)}", flush=True)
+        results[task.name] = TaskResult(task.metric, scratch, pretrained, note=task.note)
+        losses = {f"{arm}, seed {seed}": read_log(run, "loss") for (arm, seed), run in runs.items()}
+        curves.append(Curve(task.name.capitalize(), "training loss", losses))
+        pictures += prediction_pictures(task, runs[SCRATCH, seeds[0]], runs[PRETRAINED, seeds[0]])
+        shown += [(job.name, shlex.join(job.command)) for job in jobs[:2]]
+        reports.append(loading_line(task.name, runs[PRETRAINED, seeds[0]] / LOADING))
+    seconds = time.perf_counter() - started
+    environment = json.loads((encoder / ENVIRONMENT).read_text(encoding="utf-8"))
+    report = Report(
+        title=title,
+        seconds=seconds,
+        tasks=results,
+        curves=curves,
+        pictures=pictures,
+        timings=timings,
+        environment={**environment, "cores": str(cores), "seeds": ", ".join(map(str, seeds))},
+        commands=shown,
+        loading_reports="\n".join(reports),
+    )
+    path = write_report(report, folder)
+    print(f"done in {clock(seconds)}; open {path}", flush=True)
+    return path
+
+
+def loading_line(task: str, path: Path) -> str:
+    """A hand-over of the encoder in a line."""
+    report = json.loads(path.read_text(encoding="utf-8"))
+    counts = ", ".join(
+        f"{len(report[part])} {part}" for part in ("loaded", "renamed", "resized", "new", "unused", "refused")
+    )
+    return f"{task}: {counts}; {report['share']:.1%} of the model's parameters come from the encoder"
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return " ".join(f"{value:.4g}" for value in values)

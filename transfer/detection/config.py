@@ -1,0 +1,116 @@
+"""Configuration of a detector run. The defaults are the MAE paper's detector.
+
+Numbers: "Benchmarking Detection Transfer Learning with Vision Transformers" (arXiv 2111.11429, sections 2.1 to 2.5)
+for backbone, schedule and augmentation; detectron2's Mask R-CNN FPN configuration for what the paper leaves open.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from mae_core.config import Count, Fraction, ImagesConfig, OptimConfig, RunConfig, Schema, Size, row_of
+from mae_core.models.sizes import SIZES
+from transfer.engines import engines_for
+from transfer.pyramid import NORMS
+
+DETECTOR = "detector.safetensors"
+"""The trained detector inside a run directory."""
+
+Positive = Annotated[float, Field(gt=0)]
+
+
+class DetectorConfig(Schema):
+    """The network: DenseViT, four-stage pyramid, FPN, and the heads of Mask R-CNN."""
+
+    size: Annotated[str, row_of(SIZES)] | None = Field(None, description="the file's when empty; base from scratch")
+    patch_size: Count | None = Field(None, description="the weights file's when empty; the size's own from scratch")
+    window: Count | None = Field(16, description="side of the attention windows in patches; null for global attention")
+    drop_path: Fraction = 0.1
+    checkpointing: bool = Field(False, description="recompute blocks in the backward pass: less memory, more time")
+    norm: Annotated[str, row_of(NORMS)] = Field("sync_bn", description="in FPN and heads; gn or ln for small batches")
+    fpn_channels: Count = 256
+    anchor_scale: Positive = Field(8.0, description="side of an anchor in strides of its level: 32..512 with patch 16")
+    anchor_ratios: tuple[Positive, ...] = Field((0.5, 1.0, 2.0), min_length=1, description="height / width")
+    rpn_convs: Count = 2
+    head_channels: Count = 256
+    box_convs: Annotated[int, Field(ge=0)] = 4
+    box_features: Count = 1024
+    mask_convs: Annotated[int, Field(ge=0)] = 4
+
+
+class SamplingConfig(Schema):
+    """How many candidates each stage looks at."""
+
+    rpn_anchors: Count = Field(256, description="anchors per image in the loss of the proposal network")
+    pre_nms_train: Count = Field(2000, description="proposals per level before suppression")
+    pre_nms_test: Count = 1000
+    proposals: Count = Field(1000, description="proposals per image after suppression")
+    rois: Count = Field(512, description="proposals per image in the loss of the heads, a quarter of them positive")
+
+
+class InferenceConfig(Schema):
+    """From the heads' outputs to detections."""
+
+    score_threshold: Fraction = 0.05
+    nms_threshold: Fraction = 0.5
+    detections: Count = Field(100, description="most detections of an image")
+    test_batch: Count = Field(1, description="images at once")
+    picture_score: Fraction = Field(0.5, description="detections below this are left out of pictures, not of scores")
+    num_pictures: Annotated[int, Field(ge=0)] = Field(8, description="validation images drawn at the end")
+
+
+class DetectionData(ImagesConfig):
+    """COCO instances: ``path`` with train/, val/ and annotations/instances_{train,val}.json, or the four by name.
+
+    Augmentation is large-scale jitter: resize to a random share of the canvas, crop or pad to the canvas, flip.
+    """
+
+    image_size: Size = Field(1024, description="side, or (height, width), of the canvas every image is put on")
+    train_images: Path | None = None
+    train_annotations: Path | None = None
+    val_images: Path | None = None
+    val_annotations: Path | None = None
+    resize_scale: tuple[Positive, Positive] = Field((0.1, 2.0), description="range of the jitter; (1, 1) for none")
+    hflip: Fraction = 0.5
+    vflip: Fraction = Field(0.0, description="for images without an up, such as microscopy")
+
+    @model_validator(mode="after")
+    def _range_ascends(self) -> DetectionData:
+        if self.resize_scale[0] > self.resize_scale[1]:
+            raise ValueError(f"resize_scale {self.resize_scale} must ascend")
+        return self
+
+
+class DetectionOptim(OptimConfig):
+    """The published recipe for pre-trained ViTs: lr 8e-5 at 64 images, which is 3.2e-4 per 256."""
+
+    epochs: Positive = 100
+    warmup_epochs: Annotated[float, Field(ge=0)] = 0.25
+    batch_size: Count = 64
+    base_lr: Positive = 3.2e-4
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="per block; 1 is none")
+
+
+class DetectionConfig(RunConfig):
+    """``transfer/detection/train_net.py``."""
+
+    output: Path = Path("runs/detection")
+    engine: Annotated[str, row_of(engines_for("detection"))] = "torchvision"
+    weights: Path | None = Field(None, description="an encoder, or a run that has one; with --eval-only a detector")
+    from_scratch: bool = Field(False, description="random initialisation instead of weights")
+    model: DetectorConfig = DetectorConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    data: DetectionData = DetectionData()
+    optim: DetectionOptim = DetectionOptim()
+    test: InferenceConfig = InferenceConfig()
+
+    @model_validator(mode="after")
+    def _weights_or_scratch(self) -> DetectionConfig:
+        if (self.weights is None) != self.from_scratch:
+            raise ValueError("give either weights=FILE or from_scratch=true")
+        return self

@@ -1,0 +1,227 @@
+"""From annotated images to batches: where an image lies on the canvas, large-scale jitter, what the network gets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms.v2 import functional as F
+
+from mae_core.data.images import Statistics, Unreadable, UnreadableImage, read_image
+from mae_core.data.loading import Place
+from mae_core.data.unlabelled import MOST_IN_A_ROW
+from mae_core.errors import UserError
+from mae_core.patches import as_pair
+from mae_core.seeds import AUGMENT, generator_at
+from transfer.detection.coco import CocoImage, CocoSet, decode_masks
+from transfer.detection.config import DetectionData
+
+Target = dict[str, Tensor]
+"""boxes (n, 4) float32 x1 y1 x2 y2 in canvas pixels; labels (n,) int64 from 1; masks (n, H, W) bool of the canvas."""
+
+
+class Placement(NamedTuple):
+    """How an image lies on the canvas: resized to (height, width), cropped from (top, left), flipped, then padded.
+
+    The padding is at the right and the bottom; ``visible`` is the (height, width) that is not padding.
+    """
+
+    height: int
+    width: int
+    top: int
+    left: int
+    canvas: tuple[int, int]
+    hflip: bool = False
+    vflip: bool = False
+
+    @property
+    def visible(self) -> tuple[int, int]:
+        """(height, width) of the part of the canvas that shows the image."""
+        return min(self.height - self.top, self.canvas[0]), min(self.width - self.left, self.canvas[1])
+
+    def image(self, image: Image.Image, statistics: Statistics) -> Tensor:
+        """The canvas (C, H, W) float32, standardised; padding is zero, which is the mean colour."""
+        rows, cols = self.visible
+        pixels = F.pil_to_tensor(image)
+        pixels = F.resize(pixels, [self.height, self.width], antialias=True)
+        pixels = pixels[:, self.top : self.top + rows, self.left : self.left + cols]
+        pixels = pixels.flip(self._flipped) if self._flipped else pixels
+        pixels = F.normalize(F.to_dtype(pixels, torch.float32, scale=True), list(statistics.mean), list(statistics.std))
+        return F.pad(pixels, [0, 0, self.canvas[1] - cols, self.canvas[0] - rows])
+
+    def masks(self, masks: np.ndarray) -> Tensor:
+        """(n, h, w) bool of the original image -> (n, canvas height, canvas width) bool, by nearest neighbour."""
+        rows, cols = self.visible
+        y = ((np.arange(rows) + self.top + 0.5) * masks.shape[1] / self.height).astype(int)
+        x = ((np.arange(cols) + self.left + 0.5) * masks.shape[2] / self.width).astype(int)
+        moved = torch.from_numpy(np.ascontiguousarray(masks[:, y[:, None], x]))
+        moved = moved.flip(self._flipped) if self._flipped else moved
+        canvas = torch.zeros(len(masks), *self.canvas, dtype=torch.bool)
+        canvas[:, :rows, :cols] = moved
+        return canvas
+
+    @property
+    def _flipped(self) -> list[int]:
+        return [axis for axis, flip in ((-2, self.vflip), (-1, self.hflip)) if flip]
+
+
+def place_whole(height: int, width: int, canvas: tuple[int, int]) -> Placement:
+    """The whole image as large as it fits, at the top left: what evaluation uses."""
+    scale = min(canvas[0] / height, canvas[1] / width)
+    return Placement(max(1, round(height * scale)), max(1, round(width * scale)), 0, 0, canvas)
+
+
+def place_jittered(
+    height: int, width: int, canvas: tuple[int, int], data: DetectionData, generator: torch.Generator
+) -> Placement:
+    """Large-scale jitter: ``place_whole`` times a random scale; a random part where that is larger than the canvas."""
+    scale, down, right, hflip, vflip = torch.rand(5, generator=generator).tolist()
+    low, high = data.resize_scale
+    fit = min(canvas[0] / height, canvas[1] / width) * (low + scale * (high - low))
+    new_height, new_width = max(1, round(height * fit)), max(1, round(width * fit))
+    top, left = int(down * (max(0, new_height - canvas[0]) + 1)), int(right * (max(0, new_width - canvas[1]) + 1))
+    return Placement(new_height, new_width, top, left, canvas, hflip < data.hflip, vflip < data.vflip)
+
+
+def boxes_of(masks: Tensor) -> Tensor:
+    """Tight boxes of non-empty masks: (n, H, W) bool -> (n, 4) float32 x1 y1 x2 y2, x2 and y2 exclusive."""
+    edges = []
+    for occupied in (masks.any(dim=1), masks.any(dim=2)):
+        positions = torch.arange(occupied.shape[1])
+        first = torch.where(occupied, positions, occupied.shape[1]).amin(dim=1)
+        edges.append((first, torch.where(occupied, positions, -1).amax(dim=1) + 1))
+    (left, right), (top, bottom) = edges
+    return torch.stack([left, top, right, bottom], dim=1).float()
+
+
+class Sample(NamedTuple):
+    """pixels (C, H, W), None where the image could not be read; size is the part of the canvas that is not padding."""
+
+    pixels: Tensor | None
+    size: tuple[int, int]
+    target: Target
+    image_index: int
+    unreadable: list[Unreadable]
+
+
+@dataclass(frozen=True)
+class DetectionBatch:
+    """pixels (B, C, H, W) float32, standardised; per sample the visible size, the target, and the index in its set."""
+
+    pixels: Tensor
+    sizes: list[tuple[int, int]]
+    targets: list[Target]
+    indices: list[int]
+    unreadable: list[Unreadable]
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def to(self, device: torch.device) -> DetectionBatch:
+        """Tensors on ``device``."""
+        targets = [{name: x.to(device, non_blocking=True) for name, x in target.items()} for target in self.targets]
+        pixels = self.pixels.to(device, non_blocking=True)
+        return DetectionBatch(pixels, self.sizes, targets, self.indices, self.unreadable)
+
+    def split(self, size: int) -> list[DetectionBatch]:
+        """Consecutive parts of at most ``size`` samples."""
+        parts = [slice(start, start + size) for start in range(0, len(self), size)]
+        return [DetectionBatch(self.pixels[p], self.sizes[p], self.targets[p], self.indices[p], []) for p in parts]
+
+
+class TrainingSamples(Dataset[Sample]):
+    """Jittered samples by (epoch, index); equal seed and place, equal sample, whoever computes it.
+
+    Boxes are those of the visible masks; objects of which nothing is left are dropped, crowds are not learned from. An
+    unreadable image is replaced by the next readable one and reported.
+    """
+
+    def __init__(self, coco: CocoSet, data: DetectionData, statistics: Statistics, seed: int) -> None:
+        self.coco, self.data, self.statistics, self.seed = coco, data, statistics, seed
+        self.canvas = as_pair(data.image_size)
+
+    def __len__(self) -> int:
+        return len(self.coco.images)
+
+    def __getitem__(self, place: Place) -> Sample:
+        epoch, index = place
+        unreadable: list[Unreadable] = []
+        for shift in range(min(len(self), MOST_IN_A_ROW)):
+            record = self.coco.images[(index + shift) % len(self)]
+            try:
+                image = read_checked(record, self.data.channels)
+            except UnreadableImage as error:
+                unreadable.append(error.unreadable)
+                continue
+            generator = generator_at(self.seed, AUGMENT, epoch, index)
+            placement = place_jittered(record.height, record.width, self.canvas, self.data, generator)
+            pixels = placement.image(image, self.statistics)
+            return Sample(pixels, placement.visible, target_on(record, placement), index, unreadable)
+        return Sample(None, self.canvas, {}, index, unreadable)
+
+
+class WholeImages(Dataset[Sample]):
+    """Whole images by index, for evaluation; no target. An unreadable one has no pixels."""
+
+    def __init__(self, coco: CocoSet, data: DetectionData, statistics: Statistics) -> None:
+        self.coco, self.data, self.statistics = coco, data, statistics
+        self.canvas = as_pair(data.image_size)
+
+    def __len__(self) -> int:
+        return len(self.coco.images)
+
+    def placement(self, index: int) -> Placement:
+        """Where image ``index`` lies on the canvas."""
+        record = self.coco.images[index]
+        return place_whole(record.height, record.width, self.canvas)
+
+    def __getitem__(self, index: int) -> Sample:
+        try:
+            image = read_checked(self.coco.images[index], self.data.channels)
+        except UnreadableImage as error:
+            return Sample(None, self.canvas, {}, index, [error.unreadable])
+        placement = self.placement(index)
+        return Sample(placement.image(image, self.statistics), placement.visible, {}, index, [])
+
+
+def target_on(record: CocoImage, placement: Placement) -> Target:
+    """What is to be found on the canvas: the instances of an image, without crowds and those out of sight."""
+    instances = [instance for instance in record.instances if not instance.crowd]
+    masks = placement.masks(decode_masks(record, instances))
+    labels = torch.tensor([instance.label for instance in instances], dtype=torch.int64)
+    kept = masks.any(dim=2).any(dim=1)
+    return {"boxes": boxes_of(masks[kept]), "labels": labels[kept], "masks": masks[kept]}
+
+
+def read_checked(record: CocoImage, channels: int) -> Image.Image:
+    """The image of a record. Raises ``UnreadableImage`` where it cannot be read or has not the size in the json."""
+    image = read_image(record.path, channels)
+    if image.size != (record.width, record.height):
+        raise UnreadableImage(
+            record.path, f"it is {image.width}x{image.height}, its annotations are for {record.width}x{record.height}"
+        )
+    return image
+
+
+def collate(samples: list[Sample]) -> DetectionBatch:
+    """A batch of training samples. Raises ``UserError`` where a place had no readable image near it."""
+    batch = collate_readable(samples)
+    if len(batch) < len(samples):
+        last = batch.unreadable[-1].path
+        raise UserError(f"{MOST_IN_A_ROW} images in a row cannot be read, the last is {last}; check data.path")
+    return batch
+
+
+def collate_readable(samples: list[Sample]) -> DetectionBatch:
+    """A batch of the samples that could be read; it may be empty."""
+    good = [sample for sample in samples if sample.pixels is not None]
+    pixels = torch.stack([sample.pixels for sample in good]) if good else torch.zeros(0)
+    unreadable = [entry for sample in samples for entry in sample.unreadable]
+    return DetectionBatch(
+        pixels, [s.size for s in good], [s.target for s in good], [s.image_index for s in good], unreadable
+    )

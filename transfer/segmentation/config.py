@@ -1,0 +1,221 @@
+"""What is done to an mmseg config before it runs: options of the command line, facts of the weights file, the machine.
+
+Nothing here imports mmseg; a config is its nested dicts and lists.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mae_core.conversion.loading import EncoderFile
+from mae_core.errors import UserError
+from mae_core.models.sizes import size_of
+
+BACKBONE = "MAECoreViT"
+BASES = "_base_"
+
+
+def check_config_exists(path: Path) -> None:
+    """Raise ``UserError``, with a guess, unless ``path`` is a Python file."""
+    if not path.is_file() or path.suffix != ".py":
+        near = guess(path.name, [other.name for other in path.parent.glob("*.py")])
+        raise UserError(f"config {path} does not exist or is not a .py file; {near}")
+
+
+def variables_of(source: str) -> set[str]:
+    """Names that a config file assigns at its top level, its bases aside."""
+    return {name for name, _ in _assignments(ast.parse(source)) if name != BASES}
+
+
+def with_variables(source: str, values: Mapping[str, Any], folder: Path) -> str:
+    """A config's source with top-level assignments replaced, so that whatever is computed from them follows.
+
+    mmengine merges options into the finished config only, where a changed ``crop_size`` or ``data_root`` would reach no
+    pipeline. Bases, relative to ``folder``, become absolute.
+    """
+    tree = ast.parse(source)
+    for name, assignment in _assignments(tree):
+        if name in values:
+            assignment.value = ast.parse(repr(values[name]), mode="eval").body
+        elif name == BASES:
+            given = ast.literal_eval(assignment.value)
+            bases = [given] if isinstance(given, str) else list(given)
+            paths = [base if "::" in base else str(folder / base) for base in bases]
+            assignment.value = ast.parse(repr(paths), mode="eval").body
+    return ast.unparse(tree)
+
+
+def _assignments(tree: ast.Module) -> Iterator[tuple[str, ast.Assign]]:
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
+            yield node.targets[0].id, node
+
+
+def check_key(
+    config: Mapping[str, Any], key: str, accepted: Callable[[str, Mapping[str, Any]], Collection[str]]
+) -> None:
+    """Raise ``UserError`` with a guess unless ``key`` (``a.b.0.c``) is in the config or its parent takes it.
+
+    ``accepted(path, node)`` names what a section takes besides the keys it has, such as the arguments of its ``type``.
+    """
+    node: Any = config
+    place: list[str] = []
+    for part in key.split("."):
+        where = ".".join(place)
+        if isinstance(node, Mapping):
+            known = set(node) | set(accepted(where, node))
+            if part not in known:
+                prefix = f"{where}." if where else ""
+                hint = guess(prefix + part, [prefix + name for name in known])
+                raise UserError(f"unknown config option {key!r}; {hint}")
+            if part not in node:
+                return  # taken by the section's type, which checks what is below
+            node = node[part]
+        elif isinstance(node, Sequence) and not isinstance(node, str):
+            if not part.isdigit() or int(part) >= len(node):
+                raise UserError(f"config option {key!r}: {where} is a list of {len(node)}; give an index below that")
+            node = node[int(part)]
+        else:
+            raise UserError(f"config option {key!r}: {where} is {node!r} and has no {part!r}")
+        place.append(part)
+
+
+def guess(given: str, known: Collection[str]) -> str:
+    """What may have been meant: the nearest of ``known``, or all of them."""
+    near = difflib.get_close_matches(given, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(known)) or 'nothing'}"
+
+
+def fit_to_weights(config: MutableMapping[str, Any], source: EncoderFile, options: Collection[str] = ()) -> list[str]:
+    """Put size, patch, channels and normalisation of a weights file into a config; returns what to tell the user.
+
+    Raises ``UserError`` where the config, or an option the user gave (``options``: their keys), says otherwise.
+    """
+    backbone = config["model"]["backbone"]
+    if backbone["type"] != BACKBONE:
+        raise UserError(f"weights go into a {BACKBONE} backbone, and this config builds a {backbone['type']}")
+    facts = {"size": source.size, "patch_size": source.patch_size, "in_chans": source.in_chans}
+    for key, found in facts.items():
+        stated = backbone.get(key)
+        if stated not in (None, found):
+            raise UserError(
+                f"the config builds an encoder with {key}={stated}, and {source.path} holds one with {key}={found}; "
+                f"use weights that fit, or set {key} in the config"
+            )
+        backbone[key] = found
+    backbone["weights"] = str(source.path)
+    notes = []
+    if source.in_chans == 1 and read_grey(config):
+        notes.append("images are read as greyscale, like those of the weights; colour distortion is left out")
+    preprocessor = config["model"].get("data_preprocessor") or config["data_preprocessor"]
+    for key in ("mean", "std"):
+        if not source.metadata.get(key):
+            continue
+        found = [round(255 * value, 4) for value in source.metadata[key]]
+        stated = list(preprocessor.get(key) or [])
+        if len(stated) == len(found) and all(abs(a - b) < 0.01 for a, b in zip(stated, found, strict=True)):
+            continue
+        if f"model.data_preprocessor.{key}" in options:
+            raise UserError(f"{key}={stated} was asked for, but {source.path} was trained with {found}; leave it out")
+        preprocessor[key] = found
+        notes.append(f"{key} {found} of the weights replaces {stated} of the config")
+    return notes
+
+
+def read_grey(config: MutableMapping[str, Any]) -> bool:
+    """Make every pipeline read one channel; whether anything had to change."""
+    changed = False
+    for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
+        dataset = config.get(name, {}).get("dataset", {})
+        steps = [step for step in dataset.get("pipeline", []) if step["type"] != "PhotoMetricDistortion"]
+        for step in steps:
+            if step["type"] == "LoadImageFromFile" and step.get("color_type") != "grayscale":
+                step["color_type"] = "grayscale"
+                changed = True
+        if steps:
+            dataset["pipeline"] = steps
+    return changed
+
+
+def check_widths(config: Mapping[str, Any]) -> None:
+    """Raise ``UserError`` where neck or heads do not take maps as wide as the encoder's, or disagree on the classes."""
+    model = config["model"]
+    if model["backbone"]["type"] != BACKBONE:
+        return
+    size = model["backbone"].get("size", "base")
+    width = size_of(size).width
+    stated = {"model.neck.embed_dim": [model["neck"]["embed_dim"]]} if model.get("neck") else {}
+    for head in heads_of(config):
+        stated["in_channels"] = stated.get("in_channels", []) + list(_flat(head["in_channels"]))
+    for name, values in stated.items():
+        if set(values) != {width}:
+            raise UserError(f"{name} is {values}, but maps of a {size} encoder are {width} wide; set width={width}")
+    numbers = {head["num_classes"] for head in heads_of(config)}
+    if len(numbers) > 1:
+        raise UserError(f"the heads disagree on num_classes: {sorted(numbers)}; give all the same")
+
+
+def check_schedule(config: Mapping[str, Any]) -> None:
+    """Raise ``UserError`` for a learning-rate phase without steps, which mmengine meets only when its run has begun."""
+    phases = config.get("param_scheduler") or []
+    for phase in [phases] if isinstance(phases, Mapping) else phases:
+        begin, end = phase.get("begin", 0), phase.get("end")
+        if end is not None and end <= begin:
+            raise UserError(
+                f"the {phase['type']} phase of param_scheduler runs from step {begin} to {end}; train for more steps"
+            )
+
+
+def heads_of(config: Mapping[str, Any]) -> list[Any]:
+    """The decode head and the auxiliary heads of a segmentor's config."""
+    auxiliary = config["model"].get("auxiliary_head") or []
+    return [config["model"]["decode_head"], *([auxiliary] if isinstance(auxiliary, Mapping) else auxiliary)]
+
+
+def _flat(value: Any) -> Sequence[int]:
+    return [value] if isinstance(value, int) else value
+
+
+def fit_to_machine(config: MutableMapping[str, Any], *, gpu: bool, bf16: bool) -> list[str]:
+    """Precision and worker settings that this machine can run; returns what to tell the user."""
+    notes = []
+    wrapper = config["optim_wrapper"]
+    if wrapper.get("type") != "AmpOptimWrapper":
+        notes.append("precision: fp32, as the config says")
+    elif not gpu:
+        notes.append(f"precision: fp32; there is no GPU for the config's {wrapper.get('dtype', 'mixed precision')}")
+        wrapper["type"] = "OptimWrapper"
+        for key in ("dtype", "loss_scale", "use_fsdp"):
+            wrapper.pop(key, None)
+    else:
+        if wrapper.get("dtype") == "bfloat16" and not bf16:
+            wrapper["dtype"] = "float16"
+        notes.append(f"precision: mixed, {wrapper.get('dtype') or 'float16'}")
+    for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
+        loader = config.get(name)
+        if loader and not loader.get("num_workers"):
+            loader["persistent_workers"] = False
+    return notes
+
+
+def sections(node: Any) -> Iterator[MutableMapping[str, Any]]:
+    """Every dict in a nested config, itself included."""
+    if isinstance(node, MutableMapping):
+        yield node
+        for value in list(node.values()):
+            yield from sections(value)
+    elif isinstance(node, list | tuple):
+        for value in node:
+            yield from sections(value)
+
+
+def check_steps_left(checkpoint: Path, config: Mapping[str, Any]) -> None:
+    """Raise ``UserError`` where a checkpoint already is at the config's last step."""
+    done, last = re.fullmatch(r"iter_(\d+)", checkpoint.stem), config["train_cfg"].get("max_iters")
+    if done is not None and last is not None and int(done[1]) >= last:
+        raise UserError(f"{checkpoint} has done all {last} steps; raise train_cfg.max_iters to go on")
