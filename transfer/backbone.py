@@ -34,6 +34,10 @@ class DenseViT(ViTEncoder):
     window         side of the attention windows in patches, None for global attention everywhere
     global_blocks  blocks that attend globally although ``window`` is set; the taps when None
     cls_token      keep the cls token in the sequence (it never reaches the maps); needs global attention
+    tap_norm       standardise each emitted map per channel (BatchNorm without affine, as the paper's linear probe
+    does):
+                   the raw maps of a pre-trained trunk differ a hundredfold in scale between channels, which costs a
+                   short training dear; the published recipes do without
     checkpointing  recompute each block in the backward pass: less memory, about a third more time
 
     The stored position table belongs to ``image_size``; it is resized (bicubic) to the input's grid on every call. No
@@ -53,6 +57,7 @@ class DenseViT(ViTEncoder):
         global_blocks: Sequence[int] | None = None,
         cls_token: bool = False,
         drop_path: float = 0.0,
+        tap_norm: bool = False,
         checkpointing: bool = False,
     ) -> None:
         super().__init__(size, image_size=image_size, patch_size=patch_size, in_chans=in_chans, drop_path=drop_path)
@@ -67,6 +72,8 @@ class DenseViT(ViTEncoder):
         if not cls_token:
             self.cls_token = None
         self.norm = nn.Identity()
+        norms = [nn.BatchNorm2d(self.embed_dim, eps=1e-6, affine=False) if tap_norm else nn.Identity() for _ in self.taps]
+        self.tap_norms = nn.ModuleList(norms)
 
     @property
     def levels(self) -> tuple[Level, ...]:
@@ -95,7 +102,8 @@ class DenseViT(ViTEncoder):
             else:
                 x = _run_block(block, x, (rows, cols), window)
             if index in self.taps:
-                maps.append(x[:, prefix:].transpose(1, 2).unflatten(2, (rows, cols)))
+                tapped = x[:, prefix:].transpose(1, 2).unflatten(2, (rows, cols))
+                maps.append(self.tap_norms[len(maps)](tapped))
         return maps
 
 

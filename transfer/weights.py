@@ -22,7 +22,7 @@ def load_pretrained(backbone: DenseViT, path: Path | str) -> LoadReport:
     }
     if backbone.cls_token is None:
         unused["cls_token"] = "this backbone has no cls token"
-    return fit_state(backbone, source, grid=backbone.grid[:2], unused=unused)
+    return fit_state(backbone, source, grid=backbone.grid[:2], new=("tap_norms.*",), unused=unused)
 
 
 def build_backbone(

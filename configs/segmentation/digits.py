@@ -1,4 +1,4 @@
-# The embedded digit scenes with the nano encoder, on a CPU: 48 x 48 pixels, class 0 the background, 1..10 the digits.
+# The embedded digit scenes with the nano encoder, on a CPU: 48 x 48 pixels; plain, stripes, checks, dots and digit.
 #
 #   python transfer/segmentation/train_net.py configs/segmentation/digits.py \
 #       --weights runs/pretrain/encoder.safetensors --work-dir runs/segmenter --cfg-options data_root=PATH/segmentation
@@ -7,17 +7,17 @@
 _base_ = ["_base_/upernet.py", "_base_/runtime.py"]
 
 data_root = "runs/demo/data/segmentation"
-num_classes = 11
+num_classes = 5
 size = "nano"
 width = 128  # of the encoder's tokens
 head_width = 64
 crop_size = 48
 patch_size = 8
-batch_size = 16
+batch_size = 8
 workers = 0
-iterations = 200
+iterations = 300
 warmup = max(2, iterations // 20)
-lr = 1e-3
+lr = 1.2e-3
 
 model = dict(
     data_preprocessor=dict(size=(crop_size, crop_size)),
@@ -66,7 +66,7 @@ optim_wrapper = dict(
     type="OptimWrapper",
     optimizer=dict(type="AdamW", lr=lr, betas=(0.9, 0.999), weight_decay=0.05),
     constructor="MAECoreLayerDecay",
-    paramwise_cfg=dict(layer_decay_rate=0.75),
+    paramwise_cfg=dict(layer_decay_rate=0.9),
 )
 param_scheduler = [
     dict(type="LinearLR", start_factor=1e-6, by_epoch=False, begin=0, end=warmup),

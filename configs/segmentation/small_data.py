@@ -1,7 +1,7 @@
 # A few hundred of your own images, on one machine, with or without a GPU: ViT-Tiny and a narrow UperNet.
 #
 #   python transfer/segmentation/train_net.py configs/segmentation/small_data.py \
-#       --weights runs/pretrain/encoder.safetensors --work-dir runs/segmenter \
+#       --weights runs/mine --work-dir runs/segmenter \
 #       --cfg-options data_root=data/camvid num_classes=11
 #
 # data_root holds images/{training,validation}/* (any format), annotations/{training,validation}/*.png of the same names
@@ -14,19 +14,20 @@ data_root = "data/own"
 num_classes = 11
 reduce_zero_label = True
 size = "tiny"
+patch_size = 12  # the weights file's
 width = 192  # of the encoder's tokens; 128 nano, 384 small, 768 base, 1024 large
 head_width = 64
 crop_size = 192  # images are resized to this shortest side, and cropped to it in training
 batch_size = 8
 workers = 2
-iterations = 1000
+iterations = 2000
 warmup = max(2, iterations // 20)
 lr = 5e-4
 
 model = dict(
     data_preprocessor=dict(size=(crop_size, crop_size)),
-    backbone=dict(size=size, image_size=crop_size),
-    neck=dict(embed_dim=width),
+    backbone=dict(size=size, image_size=crop_size, patch_size=patch_size),
+    neck=dict(embed_dim=width, rescales=[2, 1, 0.5, 0.25]),  # patches of 12: the strides are 6, 12, 24, 48
     decode_head=dict(in_channels=[width] * 4, channels=head_width, num_classes=num_classes),
     auxiliary_head=dict(in_channels=width, channels=head_width, num_classes=num_classes),
     test_cfg=dict(mode="slide", crop_size=(crop_size, crop_size), stride=(crop_size * 2 // 3, crop_size * 2 // 3)),

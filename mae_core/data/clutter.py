@@ -46,8 +46,14 @@ def draw_palette(generator: np.random.Generator, num_colours: int) -> np.ndarray
     return np.clip(brightness + tint - (tint @ LUMA)[:, None], 8, 247).astype(np.float32)
 
 
-def paint_background(generator: np.random.Generator, size: int, clutter: float = 1.0) -> np.ndarray:
-    """A background without any digit: (size, size, 3) float32 in 0..255.
+TEXTURES = ("plain", "stripes", "checks", "dots")
+"""What a pixel of the background belongs to, by its value in a texture map."""
+
+_REGIONS = 3
+
+
+def paint_background(generator: np.random.Generator, size: int, clutter: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    """A background without any digit: (size, size, 3) float32 in 0..255, and its texture map (size, size) uint8.
 
     `clutter` scales the strength of the texture and the number of distracting shapes; 0 leaves a soft two-colour field.
     """
@@ -56,15 +62,19 @@ def paint_background(generator: np.random.Generator, size: int, clutter: float =
     canvas = _blend(palette[0], palette[1], _step(field, generator.uniform(0.8, 3.0)))
     canvas += clutter * generator.uniform(3, 14) * smooth_noise(generator, size, 4, channels=3).transpose(1, 2, 0)
 
-    for _ in range(generator.binomial(3, min(0.6 * clutter, 1.0))):
-        edge = generator.normal(0, 0.5) + smooth_noise(generator, size, int(generator.integers(1, 4)))[0]
-        cover = _step(edge, 8.0) * generator.uniform(0.45, 0.95)
-        first, second = palette[generator.choice(len(palette), 2, replace=False)]
-        canvas = _blend(canvas, _blend(first, second, _weave(generator, size)), cover)
+    textures: np.ndarray = np.zeros((size, size), dtype=np.uint8)
+    for _ in range(generator.binomial(_REGIONS, min(1.2 * clutter, 1.0))):
+        edge = generator.normal(0, 0.3) + smooth_noise(generator, size, int(generator.integers(1, 3)))[0]
+        cover = _step(edge, 40.0) * generator.uniform(0.8, 1.0)
+        colours = palette[generator.choice(len(palette), 4, replace=False)]
+        first, second = (colours[pick(colours @ LUMA)] for pick in (np.argmin, np.argmax))
+        kind = int(generator.integers(1, len(TEXTURES)))
+        canvas = _blend(canvas, _blend(first, second, _weave(generator, size, TEXTURES[kind])), cover)
+        textures[edge > 0] = kind
 
     grain_cells = max(2, size // int(generator.integers(2, 6)))
     canvas += clutter * generator.uniform(1, 8) * smooth_noise(generator, size, grain_cells)[0][..., None]
-    return _draw_shapes(generator, np.clip(canvas, 0, 255), palette, clutter)
+    return _draw_shapes(generator, np.clip(canvas, 0, 255), palette, clutter), textures
 
 
 def _step(field: np.ndarray, sharpness: float) -> np.ndarray:
@@ -76,17 +86,14 @@ def _blend(under: np.ndarray, over: np.ndarray, cover: np.ndarray) -> np.ndarray
     return (under + (over - under) * cover[..., None]).astype(np.float32)
 
 
-def _weave(generator: np.random.Generator, size: int) -> np.ndarray:
-    """Stripes, checks, dots or coarse noise with bent lines: (size, size) float32 in 0..1."""
-    kind = generator.choice(("stripes", "checks", "dots", "noise"), p=(0.4, 0.2, 0.15, 0.25))
-    if kind == "noise":
-        return _step(smooth_noise(generator, size, int(generator.integers(5, 12)))[0], generator.uniform(1.0, 4.0))
+def _weave(generator: np.random.Generator, size: int, kind: str) -> np.ndarray:
+    """Stripes, checks or dots with bent lines: (size, size) float32 in 0..1."""
     angle = generator.uniform(0, np.pi)
     turns = 2 * np.pi * generator.uniform(3, 9) / size
     row, column = np.mgrid[:size, :size].astype(np.float32) * np.float32(turns)
     bend_u, bend_v = smooth_noise(generator, size, 2, channels=2) * generator.uniform(0, 0.8)
     u = np.sin(column * np.cos(angle) + row * np.sin(angle) + bend_u + generator.uniform(0, 6.28))
-    sharpness = generator.uniform(1.5, 10)
+    sharpness = generator.uniform(3, 10)
     if kind == "stripes":
         return _step(u, sharpness)
     v = np.sin(row * np.cos(angle) - column * np.sin(angle) + bend_v + generator.uniform(0, 6.28))

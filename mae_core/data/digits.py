@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from mae_core.data.glyphs import NUM_CLASSES, DigitIndices, digit_indices
-from mae_core.data.scenes import Scene, compose_scene
+from mae_core.data.scenes import LABEL_NAMES, Scene, compose_scene
 from mae_core.errors import UserError
 
 __all__ = [
@@ -156,8 +156,7 @@ def write_digits(
                     on_progress(done, total)
         for part, records in annotations.items():
             layout.detection_json(part).write_text(json.dumps(_coco(records)), encoding="utf-8")
-        names = ("background", *CLASS_NAMES)
-        layout.segmentation_classes.write_text("".join(f"{value}\t{name}\n" for value, name in enumerate(names)))
+        layout.segmentation_classes.write_text("".join(f"{value}\t{name}\n" for value, name in enumerate(LABEL_NAMES)))
         readme = _readme(seed, image_size, clutter, num_unlabelled, train_sizes, test_sizes)
         (folder / "README.txt").write_text(readme, encoding="utf-8")
     return DigitsLayout(out)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mae_core.data.clutter import paint_background
+from mae_core.data.clutter import TEXTURES, paint_background
 from mae_core.data.glyphs import (
     NUM_CLASSES,
     bend_glyph,
@@ -17,6 +17,9 @@ from mae_core.data.glyphs import (
     paint_stroke,
 )
 from mae_core.errors import UserError
+
+LABEL_NAMES = (*TEXTURES, "digit")
+"""Class names of `Scene.label_map`, by value."""
 
 SPLITS = {"unlabelled": "train", "train": "train", "test": "test"}
 """Scene split -> the half of the digit images it draws from. The order numbers the random streams: append only."""
@@ -40,17 +43,19 @@ class Scene:
     labels  (n,) int64, 0..9
     boxes   (n, 4) float32, x1 y1 x2 y2 in pixels, tight around the visible mask, x2 and y2 exclusive
     masks   (n, H, W) bool, the visible part of each digit: no two overlap
+    textures  (H, W) uint8, what the background is made of, a row of `TEXTURES`; defined under the digits too
     """
 
     image: np.ndarray
     labels: np.ndarray
     boxes: np.ndarray
     masks: np.ndarray
+    textures: np.ndarray
 
     @property
     def label_map(self) -> np.ndarray:
-        """(H, W) uint8: 0 is background, digit d is d + 1."""
-        return (self.masks * (self.labels[:, None, None] + 1)).sum(axis=0).astype(np.uint8)
+        """(H, W) uint8: the background's texture, and `len(TEXTURES)` where a digit is; see `LABEL_NAMES`."""
+        return np.where(self.masks.any(axis=0), len(TEXTURES), self.textures).astype(np.uint8)
 
 
 def compose_scene(
@@ -90,7 +95,8 @@ def compose_scene(
     pool_labels = load_source()[1][pool]
     glyphs = load_glyphs()
 
-    canvas = DARKNESS * paint_background(generator, image_size, clutter)
+    background, textures = paint_background(generator, image_size, clutter)
+    canvas = DARKNESS * background
     for _ in range(generator.binomial(3, min(0.35 * clutter, 1.0))):
         height = generator.uniform(0.25, 0.5) * image_size
         paint_fragment(generator, canvas, bend_glyph(generator, glyphs[generator.choice(pool)], height, image_size))
@@ -114,7 +120,9 @@ def compose_scene(
 
     noise = generator.standard_normal(canvas.shape, dtype=np.float32) * generator.uniform(0.5, 3.0)
     image = np.clip(canvas * _light(generator, image_size) + noise, 0, 255).astype(np.uint8)
-    return Scene(image=image, labels=np.array(labels, dtype=np.int64), boxes=_boxes(masks), masks=masks)
+    return Scene(
+        image=image, labels=np.array(labels, dtype=np.int64), boxes=_boxes(masks), masks=masks, textures=textures
+    )
 
 
 def _find_place(

@@ -29,6 +29,7 @@ class DetectorConfig(Schema):
     patch_size: Count | None = Field(None, description="the weights file's when empty; the size's own from scratch")
     window: Count | None = Field(16, description="side of the attention windows in patches; null for global attention")
     drop_path: Fraction = 0.1
+    tap_norm: bool = Field(False, description="standardise the trunk's maps: for short trainings on small sets")
     checkpointing: bool = Field(False, description="recompute blocks in the backward pass: less memory, more time")
     norm: Annotated[str, row_of(NORMS)] = Field("sync_bn", description="in FPN and heads; gn or ln for small batches")
     fpn_channels: Count = 256

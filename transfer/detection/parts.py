@@ -69,6 +69,7 @@ def build_trunk(config: DetectionConfig) -> Trunk:
             in_chans=data.channels,
             window=model.window,
             drop_path=model.drop_path,
+            tap_norm=model.tap_norm,
             checkpointing=model.checkpointing,
         )
         return Trunk(vit, None, statistics_of(data))
@@ -81,6 +82,7 @@ def build_trunk(config: DetectionConfig) -> Trunk:
         in_chans=source.in_chans,
         window=model.window,
         drop_path=model.drop_path,
+        tap_norm=model.tap_norm,
         checkpointing=model.checkpointing,
     )
     report = load_pretrained(vit, config.weights)

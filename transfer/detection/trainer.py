@@ -216,6 +216,7 @@ def load_detector(
         patch_size=detector.patch_size,
         in_chans=metadata["in_chans"],
         window=detector.window,
+        tap_norm=detector.tap_norm,
     )
     model = build(vit, len(metadata["categories"]), detector, sampling, test)
     try:
