@@ -16,8 +16,11 @@ from pathlib import Path
 from mae_core.errors import user_errors
 from transfer.chain import Task, run_chain
 
+PRETRAIN = "mae pretrain configs/pretrain/tiny_96.yaml"
+FINETUNE = "configs/finetune/tiny_96.yaml optim.epochs=6 optim.warmup_epochs=1"
 DETECT = "transfer/detection/train_net.py --config-file configs/detection/small_data.yaml optim.epochs=4"
 SEGMENT = "transfer/segmentation/train_net.py configs/segmentation/small_data.py"
+STEPS = "iterations=300"
 
 
 def real_tasks(imagenette: Path, nuclei: Path, camvid: Path) -> tuple[Task, ...]:
@@ -28,8 +31,7 @@ def real_tasks(imagenette: Path, nuclei: Path, camvid: Path) -> tuple[Task, ...]
             metric="top-1 accuracy (%)",
             metric_path=("top1",),
             data=imagenette,
-            command="mae finetune configs/finetune/tiny_96.yaml optim.epochs=6 optim.warmup_epochs=1 data.path={data}
-            output={output} seed={seed}",
+            command=f"mae finetune {FINETUNE} data.path={{data}} output={{output}} seed={{seed}}",
             from_scratch="from_scratch=true optim.layer_decay=1",
             from_encoder="weights={encoder}",
         ),
@@ -47,7 +49,8 @@ def real_tasks(imagenette: Path, nuclei: Path, camvid: Path) -> tuple[Task, ...]
             metric="mIoU (%)",
             metric_path=("mIoU",),
             data=camvid,
-            command=f"python {SEGMENT} --work-dir {{output}} --cfg-options data_root={{data}} iterations=300 randomness.seed={{seed}}",
+            command=f"python {SEGMENT} --work-dir {{output}} "
+            f"--cfg-options {STEPS} data_root={{data}} randomness.seed={{seed}}",
             from_scratch="optim_wrapper.paramwise_cfg.layer_decay_rate=1.0",
             from_encoder="--weights {encoder}",
         ),
@@ -66,8 +69,7 @@ def main() -> None:
         run_chain(
             given.out,
             title="MAE transfer on imagenette, nuclei and camvid",
-            pretrain="mae pretrain configs/pretrain/tiny_96.yaml "
-            f"data.path={given.imagenette.resolve() / 'train'} output={{output}}",
+            pretrain=(*PRETRAIN.split(), f"data.path={given.imagenette.resolve() / 'train'}", "output={output}"),
             tasks=real_tasks(given.imagenette.resolve(), given.nuclei.resolve(), given.camvid.resolve()),
             seeds=range(given.seeds),
         )

@@ -72,8 +72,9 @@ class DenseViT(ViTEncoder):
         if not cls_token:
             self.cls_token = None
         self.norm = nn.Identity()
-        norms = [nn.BatchNorm2d(self.embed_dim, eps=1e-6, affine=False) if tap_norm else nn.Identity() for _ in self.taps]
-        self.tap_norms = nn.ModuleList(norms)
+        self.tap_norms = nn.ModuleList(
+            nn.BatchNorm2d(self.embed_dim, eps=1e-6, affine=False) if tap_norm else nn.Identity() for _ in self.taps
+        )
 
     @property
     def levels(self) -> tuple[Level, ...]:

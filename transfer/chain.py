@@ -160,7 +160,7 @@ def run_chain(
     folder: Path,
     *,
     title: str,
-    pretrain: str,
+    pretrain: Sequence[str],
     tasks: Sequence[Task],
     seeds: Sequence[int],
     data: Job | None = None,
@@ -191,7 +191,7 @@ def run_chain(
     if data is not None:
         timed(alone, data.name, [data])
     encoder = folder / "pretrain"
-    pretraining = Job("pre-training", [part.format(output=encoder) for part in pretrain.split()])
+    pretraining = Job("pre-training", [part.replace("{output}", str(encoder)) for part in pretrain])
     if not (encoder / ENCODER).is_file():
         timed(alone, pretraining.name, [pretraining])
 

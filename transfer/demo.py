@@ -16,6 +16,7 @@ from mae_core.errors import UserError, user_errors
 from transfer.chain import Job, Task, run_chain
 
 DATA_SIZES = "--image-size 48 --clutter 0.5 --unlabelled 4000 --train 1000 --test 300 --workers 2"
+PRETRAIN = "mae pretrain configs/pretrain/digits.yaml"
 DETECT = "transfer/detection/train_net.py --config-file configs/detection/digits.yaml"
 SEGMENT = "transfer/segmentation/train_net.py configs/segmentation/digits.py"
 
@@ -96,7 +97,7 @@ def run_demo(folder: Path, num_seeds: int = 2) -> Path:
         folder,
         title="MAE transfer demo",
         data=Job("composing scenes of handwritten digits", ["mae", "digits", str(data), *DATA_SIZES.split()]),
-        pretrain=f"mae pretrain configs/pretrain/digits.yaml data.path={data / 'unlabelled'} output={{output}}",
+        pretrain=(*PRETRAIN.split(), f"data.path={data / 'unlabelled'}", "output={output}"),
         tasks=digit_tasks(data),
         seeds=range(num_seeds),
         commands=OWN_DATA_COMMANDS,
