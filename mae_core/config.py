@@ -15,7 +15,16 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from mae_core.errors import UserError
 from mae_core.masking import MASKERS, num_visible
@@ -26,6 +35,16 @@ from mae_core.targets import TARGETS
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Size = Count | tuple[Count, Count]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _ascending(values: tuple[float, float]) -> tuple[float, float]:
+    if values[0] > values[1]:
+        raise ValueError("the smaller number comes first")
+    return values
+
+
+CropScale = Annotated[tuple[Fraction, Fraction], AfterValidator(_ascending)]
 
 
 class ConfigError(UserError):
@@ -33,9 +52,29 @@ class ConfigError(UserError):
 
 
 class Schema(BaseModel):
-    """Base of all configuration sections: frozen, unknown keys refused."""
+    """Base of all configuration sections: frozen, unknown keys and infinite numbers refused, ``~`` is the home."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _name_of_digits(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads a folder that is called 2024 as a number."""
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return str(value) if number and info.field_name and _is_path(cls, info.field_name) else value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _home(cls, value: Any) -> Any:
+        try:
+            return value.expanduser() if isinstance(value, Path) else value
+        except RuntimeError:
+            raise ValueError(f"there is no home folder for {value}") from None
+
+
+def _is_path(schema: type[BaseModel], name: str) -> bool:
+    annotation = schema.model_fields[name].annotation
+    return Path in (annotation, *get_args(annotation))
 
 
 def row_of(table: Mapping[str, Any]) -> AfterValidator:
@@ -107,7 +146,7 @@ class ImagesConfig(Schema):
 class PretrainData(ImagesConfig):
     """Unlabelled images: every image file below ``path``. Augmentation: random resized crop (bicubic) and flip."""
 
-    crop_scale: tuple[Fraction, Fraction] = Field((0.2, 1.0), description="area of the random crop")
+    crop_scale: CropScale = Field((0.2, 1.0), description="area of the random crop")
     hflip: Fraction = Field(0.5, description="probability of a horizontal flip")
 
 
@@ -121,7 +160,7 @@ class OptimConfig(Schema):
     base_lr: Annotated[float, Field(gt=0)]
     min_lr: Annotated[float, Field(ge=0)] = 0.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    betas: tuple[Fraction, Fraction]
+    betas: tuple[Beta, Beta]
     clip_grad: Annotated[float, Field(gt=0)] | None = Field(
         None, description="largest gradient norm; none in the paper"
     )
@@ -139,7 +178,7 @@ class PretrainOptim(OptimConfig):
     warmup_epochs: Annotated[float, Field(ge=0)] = 40
     batch_size: Count = 4096
     base_lr: Annotated[float, Field(gt=0)] = 1.5e-4
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
 
 
 class LogConfig(Schema):
@@ -155,7 +194,7 @@ class RunConfig(Schema):
     """What every kind of run has."""
 
     output: Path = Field(description="the run directory; never overwritten")
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 on a GPU that has it, else fp32")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     log: LogConfig = LogConfig()
@@ -180,11 +219,11 @@ class PretrainConfig(RunConfig):
 
 
 class FinetuneData(ImagesConfig):
-    """``path/train/<class>/*`` and ``path/val/<class>/*`` (ImageFolder). Augmentation: the paper's Table 9, through
-    timm."""
+    """``path/train/<class>/*`` and ``path/val/<class>/*`` (ImageFolder). Augmentation, through timm: the paper's
+    Table 9, and the random erasing of the released recipe (FINETUNE.md of the official code)."""
 
     auto_augment: str | None = Field("rand-m9-mstd0.5-inc1", description="timm's auto-augment string; null for none")
-    crop_scale: tuple[Fraction, Fraction] = (0.08, 1.0)
+    crop_scale: CropScale = (0.08, 1.0)
     hflip: Fraction = 0.5
     random_erasing: Fraction = 0.25
     mixup: Annotated[float, Field(ge=0)] = 0.8
@@ -203,7 +242,7 @@ class FinetuneOptim(OptimConfig):
     batch_size: Count = 1024
     base_lr: Annotated[float, Field(gt=0)] = 5e-4
     min_lr: Annotated[float, Field(ge=0)] = 1e-6
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.65
 
 
@@ -246,6 +285,7 @@ def load_config(schema: type[Config], path: Path | str | None, overrides: Sequen
     if path is not None:
         given = _read_yaml(Path(path))
     typed = _read_overrides(overrides)
+    _keep_names_as_typed(schema, typed, overrides)
     try:
         merged = OmegaConf.to_container(OmegaConf.merge(given, typed), resolve=True)
     except OmegaConfBaseException as error:
@@ -253,7 +293,9 @@ def load_config(schema: type[Config], path: Path | str | None, overrides: Sequen
     try:
         return schema.model_validate(merged)
     except ValidationError as error:
-        lines = [_explain(schema, problem, str(path), typed) for problem in error.errors()]
+        problems = error.errors()
+    in_file = _messages_of(schema, given) if path is not None else set()
+    lines = [_explain(schema, problem, str(path), typed, in_file) for problem in problems]
     raise ConfigError("; ".join(lines) if len(lines) == 1 else "\n  ".join([f"{len(lines)} problems:", *lines]))
 
 
@@ -318,8 +360,40 @@ def _read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         raise ConfigError(f"overrides {' '.join(overrides)}: {' '.join(str(error).split())}") from None
 
 
-def _explain(schema: type[BaseModel], problem: Any, path: str, typed: Mapping[str, Any]) -> str:
-    """One problem of pydantic's as one sentence with its origin."""
+def _keep_names_as_typed(schema: type[BaseModel], typed: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Paths that YAML took for numbers: ``output=007`` is a folder 007."""
+    for override in overrides:
+        key, _, text = override.partition("=")
+        *way, name = key.split(".")
+        section: type[BaseModel] | None = schema
+        node: Any = typed
+        for part in way:
+            known = section is not None and part in section.model_fields
+            section = _section(section.model_fields[part].annotation) if section is not None and known else None
+            node = node.get(part) if isinstance(node, Mapping) else None
+        if section is not None and name in section.model_fields and _is_path(section, name) and node is not None:
+            if isinstance(node[name], int | float):
+                node[name] = text
+
+
+def _messages_of(schema: type[BaseModel], given: Mapping[str, Any]) -> set[tuple[Any, str]]:
+    """(place, message) of every problem that a file has on its own."""
+    try:
+        schema.model_validate(OmegaConf.to_container(OmegaConf.create(dict(given)), resolve=True))
+    except ValidationError as error:
+        return {(problem["loc"], problem["msg"]) for problem in error.errors()}
+    except OmegaConfBaseException:
+        pass
+    return set()
+
+
+def _explain(
+    schema: type[BaseModel], problem: Any, path: str, typed: Mapping[str, Any], in_file: set[tuple[Any, str]]
+) -> str:
+    """One problem of pydantic's as one sentence with its origin.
+
+    A problem between options, which has no key of its own, comes from the command line where the file alone lacks it.
+    """
     place = [str(part) for part in problem["loc"]]
     section: type[BaseModel] | None = schema
     depth = 0
@@ -328,7 +402,12 @@ def _explain(schema: type[BaseModel], problem: Any, path: str, typed: Mapping[st
             break
         section, depth = _section(section.model_fields[part].annotation), depth + 1
     key = ".".join(place[: max(depth, 1)]) if problem["type"] != "extra_forbidden" else ".".join(place)
-    where = "command line" if _holds(typed, key) else path if path != "None" else "defaults"
+    between = section is not None and problem["type"] == "value_error"
+    if between:
+        blamed = bool(typed) and (problem["loc"], problem["msg"]) not in in_file
+    else:
+        blamed = _holds(typed, key)
+    where = "command line" if blamed else path if path != "None" else "defaults"
     if problem["type"] == "extra_forbidden":
         known = leaf_names(schema)
         siblings = [name for name in known if name.rpartition(".")[0] == key.rpartition(".")[0]]

@@ -10,6 +10,7 @@ from mae_core.errors import UserError
 CONFIG = "config.yaml"
 LOG = "log.jsonl"
 ENVIRONMENT = "environment.json"
+DATA = "data.json"
 ENCODER = "encoder.safetensors"
 CLASSIFIER = "classifier.safetensors"
 LOADING = "loading.json"

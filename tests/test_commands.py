@@ -259,6 +259,7 @@ def test_finetune_prints_the_report_and_its_accuracy(tmp_path, classes, pretrain
         (["{root}/empty", "{root}/images"], "no complete checkpoint"),
         (["{run}", "{root}/images", "--out", "{root}/strip.txt"], "strip.txt is not a picture; end it in .png"),
         (["{run}", "{root}/images", "--out", "{root}/images/000.png"], "000.png exists"),
+        (["{run}", "{root}/images", "--out", "{root}/bad.jpg/x.png"], "cannot write {root}/bad.jpg/x.png"),
     ],
 )
 def test_wrong_input_to_reconstruct(tmp_path, images, pretrained, arguments, message):
@@ -293,6 +294,11 @@ def test_inspect_of_a_torn_checkpoint_says_so(tmp_path, pretrained):
     shutil.copytree(next((pretrained / "checkpoints").iterdir()), torn)
     (torn / "COMPLETE").unlink()
     assert "is not complete" in error_of(mae("inspect", torn))
+
+
+def test_digits_into_a_place_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "cannot write" in error_of(mae("digits", tmp_path / "file" / "digits", "--workers", "1"))
 
 
 @pytest.mark.parametrize("arguments", [["pretrain", "--epochs=3"], ["train"], ["inspect"], ["reconstruct", "x"]])

@@ -148,7 +148,7 @@ def prediction_pictures(task: Task, scratch: Path, pretrained: Path) -> list[Pic
     """What each arm predicts on validation images, beside the truth; runs that draw nothing show nothing."""
     found = []
     for arm, run in zip(ARMS, (scratch, pretrained), strict=True):
-        drawn = sorted((run / PICTURES).glob("*.png"))
+        drawn = sorted((run / PICTURES).glob("step_*.png"))
         if drawn:
             found.append(
                 Picture(f"{task.name.capitalize()}, {arm}", "Validation images, the first seed's run.", drawn[-1])

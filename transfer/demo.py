@@ -19,6 +19,7 @@ DATA_SIZES = "--image-size 48 --clutter 0.5 --unlabelled 4000 --train 1000 --tes
 PRETRAIN = "mae pretrain configs/pretrain/digits.yaml"
 DETECT = "transfer/detection/train_net.py --config-file configs/detection/digits.yaml"
 SEGMENT = "transfer/segmentation/train_net.py configs/segmentation/digits.py"
+SAME = "one configuration for both arms"
 
 
 def digit_tasks(data: Path) -> tuple[Task, ...]:
@@ -32,6 +33,7 @@ def digit_tasks(data: Path) -> tuple[Task, ...]:
             command="mae finetune configs/finetune/digits.yaml data.path={data} output={output} seed={seed}",
             from_scratch="from_scratch=true",
             from_encoder="weights={encoder}",
+            note="1000 labelled scenes, 14 epochs; " + SAME,
         ),
         Task(
             name="detection",
@@ -41,6 +43,7 @@ def digit_tasks(data: Path) -> tuple[Task, ...]:
             command=f"python {DETECT} data.path={{data}} output={{output}} seed={{seed}}",
             from_scratch="from_scratch=true",
             from_encoder="weights={encoder}",
+            note="200 steps of 8 scenes; " + SAME,
         ),
         Task(
             name="segmentation",
@@ -50,6 +53,7 @@ def digit_tasks(data: Path) -> tuple[Task, ...]:
             command=f"python {SEGMENT} --work-dir {{output}} --cfg-options data_root={{data}} randomness.seed={{seed}}",
             from_scratch="",
             from_encoder="--weights {encoder}",
+            note="300 steps of 8 scenes; " + SAME,
         ),
     )
 

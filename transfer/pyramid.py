@@ -13,13 +13,13 @@ from functools import partial
 from math import gcd
 
 import torch
-import torch.distributed as dist
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from mae_core.errors import UserError
+from mae_core.training.distributed import world_size
 from transfer.backbone import DenseViT, Level
 
 Norm = Callable[[int], nn.Module]
@@ -34,9 +34,12 @@ def group_norm(channels: int) -> nn.Module:
 
 
 def sync_batch_norm(channels: int) -> nn.Module:
-    """BatchNorm over all ranks in a distributed run on GPUs, otherwise over the batch of this process."""
-    spread = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    return nn.SyncBatchNorm(channels) if spread and torch.cuda.is_available() else nn.BatchNorm2d(channels)
+    """BatchNorm over all ranks in a distributed run on GPUs, otherwise over the batch of this process.
+
+    Networks are built before the ranks join: what ``torchrun`` announces decides.
+    """
+    spread = world_size() > 1 and torch.cuda.is_available()
+    return nn.SyncBatchNorm(channels) if spread else nn.BatchNorm2d(channels)
 
 
 NORMS: dict[str, Norm | None] = {
@@ -61,7 +64,9 @@ class FourStagePyramid(nn.Module):
             raise ValueError(f"a four-stage pyramid takes four maps, not {len(levels)}")
         widths, patch = [level.channels for level in levels], levels[0].stride
         if patch % 4:
-            raise UserError(f"a four-stage pyramid needs a patch size that 4 divides, not {patch}; use 16 or 8")
+            raise UserError(
+                f"a four-stage pyramid needs a patch size that 4 divides, not {patch}; use one such as 8, 12 or 16"
+            )
         self.stages = nn.ModuleList(
             [
                 nn.Sequential(

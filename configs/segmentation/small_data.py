@@ -5,14 +5,18 @@
 #       --cfg-options data_root=data/camvid num_classes=11
 #
 # data_root holds images/{training,validation}/* (any format), annotations/{training,validation}/*.png of the same names
-# (one channel, the value is the class) and classes.txt (a line value<TAB>name for each value).
-# reduce_zero_label=True: 0 is void and the classes count from 1. False: 0 is a class like any other.
+# (one channel, the value is the class, 255 is ignored) and, if you like, classes.txt (a line value<TAB>name for each
+# value; without it the classes are called after their values: class 1, class 2, ...).
+# reduce_zero_label=True, as set below: 0 is void, and the num_classes classes are 1..num_classes.
+# reduce_zero_label=False: 0 is a class like any other, and the classes are 0..num_classes-1.
+# on_error: an image that cannot be read is named, counted and left out (skip), or stops the run (raise).
 # A variable below can be set under --cfg-options like any key; what is computed from it follows.
 _base_ = ["_base_/upernet.py", "_base_/runtime.py"]
 
 data_root = "data/own"
 num_classes = 11
 reduce_zero_label = True
+on_error = "skip"
 size = "tiny"
 patch_size = 12  # the weights file's
 width = 192  # of the encoder's tokens; 128 nano, 384 small, 768 base, 1024 large
@@ -57,7 +61,9 @@ train_dataloader = dict(
         type="LabelledFolder",
         data_root=data_root,
         data_prefix=dict(img_path="images/training", seg_map_path="annotations/training"),
+        num_classes=num_classes,
         reduce_zero_label=reduce_zero_label,
+        on_error=on_error,
         pipeline=train_pipeline,
     ),
 )
@@ -70,7 +76,9 @@ val_dataloader = dict(
         type="LabelledFolder",
         data_root=data_root,
         data_prefix=dict(img_path="images/validation", seg_map_path="annotations/validation"),
+        num_classes=num_classes,
         reduce_zero_label=reduce_zero_label,
+        on_error=on_error,
         pipeline=test_pipeline,
     ),
 )

@@ -16,9 +16,8 @@ def describe_file(path: Path | str) -> str:
     decoder = any(name.startswith(("decoder.", "decoder_")) for name in state)
     classes = state["head.weight"].shape[0] if "head.weight" in state else None
     known = ", ".join(f"{key} {metadata[key]}" for key in ("target", "mask_ratio", "epochs", "step") if key in metadata)
-    uses = ["finetune", "detection", "segmentation"] + (
-        ["reconstruct"] if any(n.startswith("decoder.") for n in state) else []
-    )
+    uses = ["detection", "segmentation"] if classes else ["finetune", "detection", "segmentation"]
+    uses += ["reconstruct"] if any(n.startswith("decoder.") for n in state) else []
     parameters = sum(tensor.numel() for tensor in state.values())
     lines = [
         f"file       {source.path}",

@@ -6,13 +6,15 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from mae_core.config import RunConfig
 from mae_core.conversion.files import read_weights
 from mae_core.errors import UserError
 from mae_core.layout import resolve_weights
@@ -24,6 +26,9 @@ from mae_core.patches import PatchGrid
 from mae_core.pos_embed import resize_pos_embed
 
 ENCODER_PREFIX = "encoder."
+OPTIONS = {"in_chans": "data.channels"}
+"""Attribute of an ``EncoderFile`` -> the option that asks for it, where they differ."""
+AnyRun = TypeVar("AnyRun", bound=RunConfig)
 DECODER_REASON = "the decoder is for pre-training only"
 DECODER_KEYS = {
     pattern: DECODER_REASON
@@ -116,6 +121,11 @@ class EncoderFile:
         """(height, width) it was trained at."""
         return self.grid[0] * self.patch_size, self.grid[1] * self.patch_size
 
+    @property
+    def has_norm(self) -> bool:
+        """Whether it has the norm that follows the last block; a classifier on mean-pooled patches has none."""
+        return "norm.weight" in self.state or "fc_norm.weight" not in self.state
+
     def check_asked(self, **asked: Any) -> None:
         """Raise ``UserError`` where something asked for (size, patch_size, in_chans; None: not asked) is not the
         file's."""
@@ -123,7 +133,9 @@ class EncoderFile:
             (name, want, getattr(self, name)) for name, want in asked.items() if want not in (None, getattr(self, name))
         ]
         if wrong:
-            told = "; ".join(f"{name} {want} was asked for, the file has {found}" for name, want, found in wrong)
+            told = "; ".join(
+                f"{OPTIONS.get(name, name)} {want} was asked for, the file has {found}" for name, want, found in wrong
+            )
             raise UserError(f"{self.path} is another architecture: {told}; use the file's, or another file")
 
 
@@ -140,10 +152,34 @@ def read_encoder(path: Path | str) -> EncoderFile:
         size, patch, channels, positions = shape_of_state(state)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    grid = tuple(metadata.get("grid") or (int(positions**0.5), positions // max(int(positions**0.5), 1)))
+    side = int(positions**0.5)
+    grid = metadata.get("grid") or (side, positions // max(side, 1))
+    if not (isinstance(grid, list | tuple) and len(grid) == 2 and all(type(cells) is int for cells in grid)):
+        raise UserError(
+            f"{path}: its metadata names the grid {grid!r}, which is not [rows, columns]; the file is damaged"
+        )
+    grid = (grid[0], grid[1])
     if grid[0] * grid[1] != positions:
         raise UserError(f"{path}: {positions} positions do not fill a {grid[0]}x{grid[1]} grid; the file is damaged")
     return EncoderFile(path, state, metadata, size, patch, channels, grid)
+
+
+def with_channels_of(source: EncoderFile, config: AnyRun) -> AnyRun:
+    """``config`` with the ``data.channels`` of the weights, unless the user set another.
+
+    Raises ``UserError`` where the rest of ``data`` does not go with them.
+    """
+    data = config.data  # type: ignore[attr-defined]
+    if "channels" in data.model_fields_set or data.channels == source.in_chans:
+        return config
+    try:
+        data = type(data).model_validate({**data.model_dump(exclude_unset=True), "channels": source.in_chans})
+    except ValidationError as error:
+        problem = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise UserError(
+            f"{source.path} has {source.in_chans} channels, which data does not go with: {problem}"
+        ) from None
+    return config.model_copy(update={"data": data})
 
 
 def fit_state(
@@ -220,6 +256,11 @@ def load_encoder(
     Raises ``UserError`` where the file does not hold one, or was trained on another number of channels.
     """
     source = read_encoder(path)
+    if not source.has_norm:
+        raise UserError(
+            f"{source.path} is a classifier on mean-pooled patches and has no final norm of its tokens; "
+            "load the encoder it was fine-tuned from"
+        )
     encoder = ViTEncoder(
         source.size,
         image_size=source.image_size if image_size is None else image_size,

@@ -184,15 +184,20 @@ def _sizes(name: str, given: int | Mapping[str, int]) -> dict[str, int]:
 
 @contextmanager
 def _folder_at_once(final: Path) -> Iterator[Path]:
-    """Yield a new sibling folder that takes the name `final` when the body succeeds and is removed when it does not."""
+    """Yield a new sibling folder that takes the name `final` when the body succeeds and is removed when it does not.
+
+    Raises UserError where it cannot be written.
+    """
     folder = final.absolute().parent / f".{final.name}-{os.getpid()}.partial"
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
     try:
+        folder.mkdir(parents=True)
         yield folder
         if final.exists():
             final.rmdir()
         folder.rename(final)
+    except OSError as error:
+        raise UserError(f"cannot write {final}: {error.strerror or error}; choose another place") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

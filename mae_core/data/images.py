@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from PIL import Image, UnidentifiedImageError
 
@@ -17,6 +19,11 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 GREY_MEAN, GREY_STD = (0.449,), (0.226,)
 """ImageNet's statistics averaged over the channels."""
+
+MOST_IN_A_ROW = 100
+"""This many unreadable files one after another mean that the folder is wrong, not that some files are damaged."""
+
+Found = TypeVar("Found")
 
 
 class Unreadable(NamedTuple):
@@ -35,7 +42,7 @@ class UnreadableImage(Exception):
 
 
 def list_images(folder: Path | None) -> list[Path]:
-    """All image files below ``folder``, sorted, hidden ones left out.
+    """All image files below ``folder``, sorted, hidden ones left out; linked folders are looked into.
 
     Raises ``UserError`` where the folder is missing or holds none.
     """
@@ -44,7 +51,7 @@ def list_images(folder: Path | None) -> list[Path]:
     if not folder.is_dir():
         found = "is a file" if folder.exists() else "does not exist"
         raise UserError(f"image folder {folder} {found}; set data.path to a folder of images")
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not _hidden(p, folder))
+    paths = sorted(_files_below(folder))
     if not paths:
         raise UserError(
             f"no images below {folder} (looked for {', '.join(sorted(IMAGE_SUFFIXES))}); "
@@ -53,9 +60,21 @@ def list_images(folder: Path | None) -> list[Path]:
     return paths
 
 
-def _hidden(path: Path, folder: Path) -> bool:
-    """Whether the file, or a folder on the way to it, is a dot file: thumbnails and notebook copies are no data."""
-    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+def _files_below(folder: Path, way: tuple[str, ...] = ()) -> Iterator[Path]:
+    """Image files below ``folder`` but dot files and what is in dot folders: thumbnails, notebook copies.
+
+    ``way``: the real folders above. A link back to one of them is not followed.
+    """
+    real = os.path.realpath(folder)
+    if real in way or not os.access(folder, os.R_OK | os.X_OK):
+        return
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if os.path.isdir(path):
+            yield from _files_below(path, (*way, real))
+        elif path.suffix.lower() in IMAGE_SUFFIXES:
+            yield path
 
 
 def read_image(path: Path, channels: int) -> Image.Image:
@@ -80,6 +99,61 @@ def refuse_unreadable(found: Iterable[Unreadable]) -> None:
     """Raise ``UserError`` naming the first of ``found``, if there is one."""
     for path, reason in found:
         raise UserError(f"image {path} cannot be read ({reason}); mend or remove it, or set data.on_error=skip")
+
+
+class MaybePixels(Protocol):
+    """A sample: no pixels where neither its file nor any of those after it could be read."""
+
+    @property
+    def pixels(self) -> Any: ...
+
+    @property
+    def unreadable(self) -> list[Unreadable]: ...
+
+
+def next_readable(index: int, length: int, read: Callable[[int], Found]) -> tuple[int, Found | None, list[Unreadable]]:
+    """``read`` the place ``index`` of ``length``, or the first after it that does not raise ``UnreadableImage``.
+
+    Returns the place read, what was read there (None where ``MOST_IN_A_ROW`` places failed) and what failed before.
+    """
+    unreadable: list[Unreadable] = []
+    for shift in range(min(length, MOST_IN_A_ROW)):
+        place = (index + shift) % length
+        try:
+            return place, read(place), unreadable
+        except UnreadableImage as error:
+            unreadable.append(error.unreadable)
+    return index, None, unreadable
+
+
+def check_found(samples: Iterable[MaybePixels]) -> None:
+    """Raise ``UserError`` where ``next_readable`` found nothing for one of ``samples``."""
+    for sample in samples:
+        if sample.pixels is None:
+            count, last = len(sample.unreadable), sample.unreadable[-1]
+            raise UserError(
+                f"{count} images in a row cannot be read, the last is {last.path} ({last.reason}); check data.path"
+            )
+
+
+def read_some(paths: Sequence[Path], channels: int, count: int) -> list[Image.Image]:
+    """At most ``count`` images spread over ``paths``. Raises ``UserError`` where none of those tried can be read."""
+    count = min(count, len(paths))
+    starts = [number * len(paths) // count for number in range(count)] + [len(paths)]
+    images: list[Image.Image] = []
+    problems: list[Unreadable] = []
+    for start, stop in pairwise(starts):
+        for path in paths[start : min(stop, start + MOST_IN_A_ROW)]:
+            try:
+                images.append(read_image(path, channels))
+                break
+            except UnreadableImage as error:
+                problems.append(error.unreadable)
+    if not images:
+        raise UserError(
+            f"none of {len(problems)} images tried can be read; the first, {problems[0].path}: {problems[0].reason}"
+        )
+    return images
 
 
 def check_all(paths: Sequence[Path], channels: int, *, on_progress: Callable[[int, int], None] | None = None) -> None:

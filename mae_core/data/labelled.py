@@ -5,19 +5,37 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from timm.data import create_transform
+from PIL import Image
+from timm.data import auto_augment, create_transform
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from mae_core.config import FinetuneData
-from mae_core.data.images import Statistics, Unreadable, UnreadableImage, list_images, read_image
+from mae_core.data.images import (
+    Statistics,
+    Unreadable,
+    UnreadableImage,
+    check_found,
+    list_images,
+    next_readable,
+    read_image,
+)
 from mae_core.data.loading import Place
-from mae_core.data.unlabelled import MOST_IN_A_ROW
 from mae_core.errors import UserError
 from mae_core.seeds import AUGMENT, derive_seed, seeded
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **options: Any) -> Image.Image:
+    """timm's posterize, where no bits leave a black image."""
+    return auto_augment.posterize(image, bits_to_keep, **options) if bits_to_keep else Image.new(image.mode, image.size)
+
+
+# timm (up to 1.0.31 at least) lets RandAugment ask for ``ImageOps.posterize(image, 0)``, which Pillow 13 refuses with a
+# ValueError and Pillow <= 12 answered with a black image. Remove this once timm no longer asks.
+auto_augment.NAME_TO_OP.update({name: _posterize for name in auto_augment.NAME_TO_OP if name.startswith("Posterize")})
 
 
 class LabelledPaths(NamedTuple):
@@ -31,7 +49,8 @@ class LabelledPaths(NamedTuple):
 def read_image_folder(root: Path | None) -> tuple[LabelledPaths, LabelledPaths]:
     """The train and val splits below ``root``; classes are the folders of ``train``, sorted.
 
-    Raises ``UserError`` for missing splits, a class without images, and val classes that train does not have.
+    Raises ``UserError`` for missing splits, a class without images, val classes that train does not have, and a val
+    split without any.
     """
     if root is None:
         raise UserError("no image folder given; set data.path=FOLDER with train/<class>/* and val/<class>/* in it")
@@ -50,7 +69,10 @@ def read_image_folder(root: Path | None) -> tuple[LabelledPaths, LabelledPaths]:
         raise UserError(
             f"{root / 'val'} has classes that train has not: {', '.join(strangers[:5])}; the classes of both must agree"
         )
-    return _read_split(root / "train", classes), _read_split(root / "val", classes)
+    train, val = _read_split(root / "train", classes), _read_split(root / "val", classes)
+    if not val.paths:
+        raise UserError(f"{root / 'val'} holds no images to evaluate on; data.path needs val/<class>/*")
+    return train, val
 
 
 def _class_folders(split: Path) -> list[str]:
@@ -134,17 +156,13 @@ class TrainImages(Dataset[LabelledSample]):
 
     def __getitem__(self, place: Place) -> LabelledSample:
         epoch, index = place
-        unreadable: list[Unreadable] = []
-        for shift in range(min(len(self), MOST_IN_A_ROW)):
-            chosen = (index + shift) % len(self)
-            try:
-                image = read_image(self.files.paths[chosen], self.channels)
-            except UnreadableImage as error:
-                unreadable.append(error.unreadable)
-                continue
-            with seeded(derive_seed(self.seed, AUGMENT, epoch, index)):
-                return LabelledSample(self.transform(image), self.files.labels[chosen], unreadable)
-        return LabelledSample(None, -1, unreadable)
+        chosen, image, unreadable = next_readable(
+            index, len(self), lambda place: read_image(self.files.paths[place], self.channels)
+        )
+        if image is None:
+            return LabelledSample(None, -1, unreadable)
+        with seeded(derive_seed(self.seed, AUGMENT, epoch, index)):
+            return LabelledSample(self.transform(image), self.files.labels[chosen], unreadable)
 
 
 class TestImages(Dataset[LabelledSample]):
@@ -175,7 +193,13 @@ class TestImages(Dataset[LabelledSample]):
 
 
 def collate(samples: Sequence[LabelledSample]) -> LabelledBatch:
-    """Stack the samples that have pixels."""
+    """A batch of training samples. Raises ``UserError`` where a place had no readable image near it."""
+    check_found(samples)
+    return collate_readable(samples)
+
+
+def collate_readable(samples: Sequence[LabelledSample]) -> LabelledBatch:
+    """A batch of the samples that could be read; it may be empty."""
     there = [sample for sample in samples if sample.pixels is not None]
     pixels = torch.stack([sample.pixels for sample in there]) if there else torch.empty(0)
     labels = torch.tensor([sample.label for sample in there], dtype=torch.int64)

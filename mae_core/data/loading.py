@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -89,12 +90,34 @@ class StepSampler(Sampler[list[Place]]):
 def make_loader(
     dataset: Dataset[Any], sampler: Sampler[Any], collate: Callable[[list[Any]], Any], *, workers: int, pin: bool
 ) -> DataLoader[Any]:
-    """A DataLoader over ``sampler``; worker processes leave no trace in what it yields."""
-    return DataLoader(
+    """A DataLoader over ``sampler``; worker processes leave no trace in what it yields, nor in a ``UserError`` of
+    ``collate``."""
+    return _Loader(
         dataset,
         batch_sampler=sampler,
-        collate_fn=collate,
+        collate_fn=partial(_batch_or_refusal, collate),
         num_workers=workers,
         pin_memory=pin,
         prefetch_factor=4 if workers else None,
     )
+
+
+class _Loader(DataLoader[Any]):
+    """Raises the refusals that ``_batch_or_refusal`` made of batches: a worker would wrap them in its traceback."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return _raise_refusals(super().__iter__())  # not a generator itself: torch draws a seed when iteration starts
+
+
+def _batch_or_refusal(collate: Callable[[list[Any]], Any], samples: list[Any]) -> Any:
+    try:
+        return collate(samples)
+    except UserError as error:
+        return error
+
+
+def _raise_refusals(batches: Iterator[Any]) -> Iterator[Any]:
+    for batch in batches:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,14 +15,18 @@ from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode, v2
 
 from mae_core.config import PretrainData
-from mae_core.data.images import Statistics, Unreadable, UnreadableImage, read_image, statistics_of
+from mae_core.data.images import (
+    Statistics,
+    Unreadable,
+    check_found,
+    next_readable,
+    read_image,
+    read_some,
+    statistics_of,
+)
 from mae_core.data.loading import Place
-from mae_core.errors import UserError
 from mae_core.patches import as_pair
 from mae_core.seeds import AUGMENT, MASK, derive_seed, seeded
-
-MOST_IN_A_ROW = 100
-"""This many unreadable files one after another mean that the folder is wrong, not that some files are damaged."""
 
 
 class Sample(NamedTuple):
@@ -80,63 +84,43 @@ class UnlabelledImages(Dataset[Sample]):
 
     def __getitem__(self, place: Place) -> Sample:
         epoch, index = place
-        unreadable: list[Unreadable] = []
         mask_seed = derive_seed(self.seed, MASK, epoch, index)
-        for shift in range(min(len(self.paths), MOST_IN_A_ROW)):
-            try:
-                image = read_image(self.paths[(index + shift) % len(self.paths)], self.channels)
-            except UnreadableImage as error:
-                unreadable.append(error.unreadable)
-                continue
-            with seeded(derive_seed(self.seed, AUGMENT, epoch, index)):
-                return Sample(self.transform(image), mask_seed, unreadable)
-        return Sample(None, mask_seed, unreadable)
+        _, image, unreadable = next_readable(
+            index, len(self), lambda place: read_image(self.paths[place], self.channels)
+        )
+        if image is None:
+            return Sample(None, mask_seed, unreadable)
+        with seeded(derive_seed(self.seed, AUGMENT, epoch, index)):
+            return Sample(self.transform(image), mask_seed, unreadable)
 
     def fixed_views(self, count: int) -> Tensor:
         """(V, C, H, W), V <= count: centre crops of images spread over the data set, for pictures to compare over time.
 
         Raises ``UserError`` where none of the images tried can be read.
         """
-        count = min(count, len(self.paths))
-        starts = [number * len(self.paths) // count for number in range(count)] + [len(self.paths)]
-        views: list[Tensor] = []
-        problems: list[Unreadable] = []
-        for start, stop in pairwise(starts):
-            for path in self.paths[start : min(stop, start + MOST_IN_A_ROW)]:
-                try:
-                    views.append(self.view(read_image(path, self.channels)))
-                    break
-                except UnreadableImage as error:
-                    problems.append(error.unreadable)
-        if not views:
-            raise UserError(
-                f"none of {len(problems)} images tried can be read; the first, {problems[0].path}: {problems[0].reason}"
-            )
-        return torch.stack(views)
+        return torch.stack([self.view(image) for image in read_some(self.paths, self.channels, count)])
 
 
 def collate(samples: list[Sample]) -> PretrainBatch:
     """Stack samples. Raises ``UserError`` where a place had no readable image near it."""
+    check_found(samples)
     unreadable = [entry for sample in samples for entry in sample.unreadable]
     pixels = [sample.pixels for sample in samples if sample.pixels is not None]
-    if len(pixels) < len(samples):
-        raise UserError(
-            f"{MOST_IN_A_ROW} images in a row cannot be read, the last is {unreadable[-1].path}; check data.path"
-        )
     return PretrainBatch(torch.stack(pixels), [sample.mask_seed for sample in samples], unreadable)
 
 
 def centre_view(size: tuple[int, int], statistics: Statistics) -> v2.Compose:
     """PIL image -> (C, H, W): the largest centred part of the target's aspect ratio, resized (bicubic),
     standardised."""
-
-    def crop(image: Image.Image) -> Image.Image:
-        height, width = size
-        scale = min(image.width / width, image.height / height)
-        return v2.functional.center_crop(image, [max(1, round(height * scale)), max(1, round(width * scale))])
-
     resize = v2.Resize(list(size), interpolation=InterpolationMode.BICUBIC)
-    return v2.Compose([v2.Lambda(crop), resize, to_normalized(statistics)])
+    return v2.Compose([v2.Lambda(partial(_crop_to_ratio, size=size)), resize, to_normalized(statistics)])
+
+
+def _crop_to_ratio(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The largest centred part of the aspect ratio of ``size`` (height, width)."""
+    height, width = size
+    scale = min(image.width / width, image.height / height)
+    return v2.functional.center_crop(image, [max(1, round(height * scale)), max(1, round(width * scale))])
 
 
 def to_normalized(statistics: Statistics) -> v2.Compose:

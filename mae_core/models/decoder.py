@@ -33,15 +33,11 @@ class MAEDecoder(nn.Module):
         init_linear_and_norm(self)
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def forward(self, tokens: Tensor, mask: PatchMask, *, hidden_only: bool = False) -> Tensor:
-        """(B, 1 + V, encoder_width) -> (B, N, target_dim) in raster order, or (B, N - V, target_dim) at
-        ``mask.hidden_ids``."""
+    def forward(self, tokens: Tensor, mask: PatchMask) -> Tensor:
+        """(B, 1 + V, encoder_width) -> (B, N, target_dim) in raster order."""
         x = self.embed(tokens)
         B, _, D = x.shape
         canvas = self.mask_token.to(x.dtype).expand(B, mask.hidden.shape[1], D)
         canvas = canvas.scatter(1, mask.visible_ids[:, :, None].expand(-1, -1, D), x[:, 1:])
         x = torch.cat([x[:, :1], canvas], dim=1) + self.pos_embed
-        x = self.blocks(x)[:, 1:]
-        if hidden_only:
-            x = x.gather(1, mask.hidden_ids[:, :, None].expand(-1, -1, D))
-        return self.pred(self.norm(x))
+        return self.pred(self.norm(self.blocks(x)[:, 1:]))

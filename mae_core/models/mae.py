@@ -17,9 +17,8 @@ from mae_core.targets import TARGETS, Target
 
 
 class MAEOutput(NamedTuple):
-    """loss: scalar, mean over hidden patches; prediction: (B, N, target_dim) in raster order, in training only the
-    hidden
-    patches (B, N - V, target_dim), in the order of ``mask.hidden_ids``; mask: what was hidden."""
+    """loss: scalar, mean over hidden patches; prediction: (B, N, target_dim) in raster order, of visible patches too;
+    mask: what was hidden."""
 
     loss: Tensor
     prediction: Tensor
@@ -65,17 +64,15 @@ class MaskedAutoencoder(nn.Module):
                 f"of {self.encoder.grid.num_patches} patches"
             )
         mask = mask.to(images.device)
-        prediction = self.decoder(self.encoder.encode_visible(images, mask), mask, hidden_only=self.training)
+        prediction = self.decoder(self.encoder.encode_visible(images, mask), mask)
         target = self.target(images.float(), self.encoder.grid.patch)
         hidden = mask.hidden_ids[:, :, None]
-        target = target.gather(1, hidden.expand(-1, -1, target.shape[2]))
-        guess = prediction if self.training else prediction.gather(1, hidden.expand(-1, -1, prediction.shape[2]))
-        loss = (guess.float() - target).square().mean()
+        truth, guess = (values.gather(1, hidden.expand(-1, -1, values.shape[2])) for values in (target, prediction))
+        loss = (guess.float() - truth).square().mean()
         return MAEOutput(loss, prediction, mask)
 
     def reconstruct(self, images: Tensor, output: MAEOutput) -> Reconstruction:
-        """Pictures of an output computed in eval mode; see ``target.shows_truth`` for what they may borrow from the
-        truth."""
+        """Pictures of an output; see ``target.shows_truth`` for what they may borrow from the truth."""
         grid = self.encoder.grid
         truth = patchify(images.float(), grid.patch)
         predicted = self.target.to_pixels(output.prediction.float(), images.float(), grid.patch)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from mae_core.errors import UserError
+
+Value = TypeVar("Value")
 
 
 class Place(NamedTuple):
@@ -70,4 +72,13 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     if dist.is_initialized():
         values = values.clone()
         dist.all_reduce(values)
+    return values
+
+
+def gather(value: Value) -> list[Value]:
+    """The values of all ranks, in their order, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Value] = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
     return values

@@ -13,9 +13,22 @@ from torch.utils.data import BatchSampler
 from mae_core.atomic import write_json
 from mae_core.config import FinetuneConfig
 from mae_core.conversion.files import write_weights
-from mae_core.conversion.loading import LoadReport, classifier_from, describe_encoder, read_encoder
-from mae_core.data.images import Statistics, check_all, statistics_of
-from mae_core.data.labelled import LabelledBatch, TestImages, TrainImages, collate, read_image_folder
+from mae_core.conversion.loading import (
+    LoadReport,
+    classifier_from,
+    describe_encoder,
+    read_encoder,
+    with_channels_of,
+)
+from mae_core.data.images import Statistics, check_all, read_some, statistics_of
+from mae_core.data.labelled import (
+    LabelledBatch,
+    TestImages,
+    TrainImages,
+    collate,
+    collate_readable,
+    read_image_folder,
+)
 from mae_core.data.loading import StepSampler, make_loader, share_of
 from mae_core.errors import UserError
 from mae_core.evaluation.classification import evaluate_classifier
@@ -27,6 +40,33 @@ from mae_core.training.groups import layer_decay_groups
 from mae_core.training.loop import FitSettings, fit, seed_everything
 from mae_core.training.progress import Counter
 from mae_core.training.run import check_output, open_run
+
+LARGE_RECIPE = "base_lr 1e-3, layer_decay 0.75, drop_path 0.2, 50 epochs"
+RELEASED_RECIPES = {"large": LARGE_RECIPE, "huge": LARGE_RECIPE.replace("0.2,", "0.3,")}
+"""FINETUNE.md of the official code, where it differs from the defaults."""
+IMAGES_TRIED = 4
+
+
+def as_weights_say(config: FinetuneConfig) -> FinetuneConfig:
+    """``config`` with the size and the channels of its weights file where the user set none: what config.yaml records.
+
+    Raises ``UserError`` where the file is broken.
+    """
+    if config.weights is None:
+        return config
+    source = read_encoder(config.weights)
+    if "size" not in config.model.model_fields_set:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"size": source.size})})
+    return with_channels_of(source, config)
+
+
+def unfit_recipe(config: FinetuneConfig) -> str | None:
+    """What to say of the defaults where they are for another size than the model's."""
+    released = RELEASED_RECIPES.get(config.model.size)
+    chosen = config.optim.model_fields_set & {"base_lr", "layer_decay", "epochs"}
+    if released is None or chosen or "drop_path" in config.model.model_fields_set:
+        return None
+    return f"the defaults are ViT-B's; the released recipe for {config.model.size} is {released}"
 
 
 def build_model(config: FinetuneConfig, num_classes: int) -> tuple[ViTEncoder, LoadReport | None, Statistics]:
@@ -78,11 +118,14 @@ def finetune_loss(config: FinetuneConfig, num_classes: int) -> Any:
 
 def finetune(config: FinetuneConfig, *, resume: bool = False) -> dict[str, Any]:
     """Fine-tune and evaluate; returns what metrics.json holds. Raises ``UserError`` for what a user can get wrong."""
+    config = as_weights_say(config)
     check_output(config, resume=resume)
     train_files, val_files = read_image_folder(config.data.path)
     num_classes = len(train_files.classes)
     if config.data.on_error == "raise":
         check_all(train_files.paths + val_files.paths, config.data.channels, on_progress=Counter("checking images"))
+    for files in (train_files, val_files):
+        read_some(files.paths, config.data.channels, IMAGES_TRIED)
     share = share_of(config.optim.batch_size, distributed.world_size())
     if (config.data.mixup or config.data.cutmix) and (share % 2 or (config.optim.micro_batch or 0) % 2):
         raise UserError(
@@ -96,12 +139,14 @@ def finetune(config: FinetuneConfig, *, resume: bool = False) -> dict[str, Any]:
     train_images = TrainImages(train_files, config.data, size, statistics, config.seed)
     test_images = TestImages(val_files, config.data, size, statistics)
 
-    run = open_run(config, resume=resume)
+    run = open_run(config, resume=resume, files=train_files.paths + val_files.paths)
     if report is not None and run.is_main:
         report.print()
         write_json(run.folder / LOADING, report.as_dict())
     elif report is None:
         run.say("training from scratch: no weights are loaded")
+    if (advice := unfit_recipe(config)) is not None:
+        run.say(advice)
     model.to(run.device)
     groups = layer_decay_groups(
         model, len(model.blocks), layer_decay=config.optim.layer_decay, weight_decay=config.optim.weight_decay
@@ -120,7 +165,7 @@ def finetune(config: FinetuneConfig, *, resume: bool = False) -> dict[str, Any]:
     on_gpu = run.device.type == "cuda"
     train_loader = make_loader(train_images, sampler, collate, workers=config.data.workers, pin=on_gpu)
     mine = BatchSampler(range(run.rank, len(val_files.paths), run.world), config.evaluation_batch, drop_last=False)
-    test_loader = make_loader(test_images, mine, collate, workers=config.data.workers, pin=on_gpu)
+    test_loader = make_loader(test_images, mine, collate_readable, workers=config.data.workers, pin=on_gpu)
     run.say(
         f"{len(train_files.paths)} training and {len(val_files.paths)} validation images of {num_classes} classes; "
         f"{settings.total_steps} steps of {config.optim.batch_size}, peak lr {settings.lr:.3g}; writing to {run.folder}"

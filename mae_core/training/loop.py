@@ -1,7 +1,8 @@
 """The training loop: one function, for pre-training, fine-tuning and the engines that bring no loop of their own.
 
 The batch size is that of an optimizer step over all ranks and accumulation rounds, so that neither changes what is
-computed.
+computed where each sample is computed by itself, as in pre-training. Mixup, drop path and batch norm look at, or draw
+for, the images that a device has at once: with these, ranks and accumulation rounds change the numbers.
 All randomness of a step comes from (run seed, step, rank); with the sampler's, the state of a run is model,
 optimizer, step.
 """
@@ -116,9 +117,9 @@ def fit(
     model.train()
     for step in range(start_step, settings.total_steps):
         schedule.step_update(step)
-        seed_everything(derive_seed(run.config.seed, STEP, step, run.rank))
         with progress.waiting():
             batch = next(stream)
+        seed_everything(derive_seed(run.config.seed, STEP, step, run.rank))  # after: a loader that starts draws a number
         run.note_unreadable(batch.unreadable)
         optimizer.zero_grad(set_to_none=True)
         losses = backward(parallel, batch, loss_of, run.device, precision, settings.micro_batch)

@@ -75,7 +75,7 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> FitResult:
     model = build_pretrain_model(config)
     metadata = pretrain_metadata(model, config)
 
-    run = open_run(config, resume=resume)
+    run = open_run(config, resume=resume, files=paths)
     model.to(run.device)
     # Biases and 1-D tensors are not decayed; the cls and mask tokens are, as in the official code.
     groups = param_groups_weight_decay(model, config.optim.weight_decay)

@@ -15,7 +15,7 @@ SLOW_DATA_SHARE = 0.3
 
 
 class Progress:
-    """Counts steps, images and waiting time; logs every ``every`` steps, and rewrites a status line on a terminal."""
+    """Counts steps, images and waiting time; logs every ``every`` steps."""
 
     def __init__(self, run: Run, start_step: int, total_steps: int, every: int) -> None:
         self.run, self.total, self.every = run, total_steps, every
@@ -60,6 +60,7 @@ class Progress:
         self.seconds += seconds
         self._images += self._interval_images
         self.images_per_second = self._images / self.seconds
+        self.run.share_unreadable()
         means = {name: float(value) / max(self._interval_steps, 1) for name, value in self._sums.items()}
         self.loss = means.get("loss", float("nan"))
         waiting = self._waited / seconds

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,26 @@ from torch import nn
 
 from mae_core import __version__
 from mae_core.atomic import atomic_path, write_text
-from mae_core.config import RunConfig, config_differences, dump_config, load_config
+from mae_core.config import PretrainConfig, RunConfig, config_differences, dump_config, load_config
 from mae_core.data.images import Unreadable, refuse_unreadable
 from mae_core.errors import UserError
-from mae_core.layout import CHECKPOINTS, CLASSIFIER, CONFIG, ENCODER, ENVIRONMENT, LOG, PICTURES, complete_checkpoints
+from mae_core.layout import (
+    CHECKPOINTS,
+    CLASSIFIER,
+    CONFIG,
+    DATA,
+    ENCODER,
+    ENVIRONMENT,
+    LOG,
+    PICTURES,
+    complete_checkpoints,
+)
 from mae_core.training import distributed
 from mae_core.training.checkpoints import load_checkpoint, save_checkpoint
 
-MAY_CHANGE = ("data.workers", "data.on_error", "log.", "device", "output", "optim.micro_batch", "data.path")
-"""Options a resumed run may change: they say where and how fast, not what is computed."""
+MAY_CHANGE = ("data.workers", "data.on_error", "log.", "device", "output", "data.path")
+"""Options a resumed run may change: they say where and how fast, not what is computed. Data may move, see
+``check_data``; a pre-training may change optim.micro_batch too, for its samples do not depend on their neighbours."""
 
 
 def check_output(config: RunConfig, *, resume: bool) -> None:
@@ -45,11 +57,31 @@ def check_output(config: RunConfig, *, resume: bool) -> None:
             f"nothing to resume: {folder} has no complete checkpoint; start without --resume in a new folder"
         )
     stored = load_config(type(config), folder / CONFIG)
-    changed = [line for line in config_differences(stored, config) if not line.startswith(MAY_CHANGE)]
+    may_change = (*MAY_CHANGE, "optim.micro_batch") if isinstance(config, PretrainConfig) else MAY_CHANGE
+    changed = [line for line in config_differences(stored, config) if not line.startswith(may_change)]
     if changed:
         raise UserError(
             f"{folder} was started with another configuration ({'; '.join(changed[:5])}); "
             "resume with the one in its config.yaml, or start a new run with output=FOLDER"
+        )
+
+
+def fingerprint(files: Sequence[Path], root: Path | None) -> dict[str, Any]:
+    """What says whether two lists of files below ``root`` are the same data set: their number, a hash of their names
+    relative to it."""
+    names = "\n".join((file.relative_to(root) if root else file).as_posix() for file in files)
+    return {"images": len(files), "sha256": hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()}
+
+
+def check_data(config: RunConfig, found: Mapping[str, Any]) -> None:
+    """Refuse a resume on another data set than the one the run started on, as its data.json describes it."""
+    file = config.output / DATA
+    started = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else found
+    if dict(started) != dict(found):
+        counts = f"{started['images']} images then, {found['images']} now"
+        raise UserError(
+            f"{config.output} was started on other images ({counts}, or other names); set data.path to the same files, "
+            "or start a new run with output=FOLDER"
         )
 
 
@@ -62,7 +94,9 @@ class Run:
         self.rank, self.world, self.device = place
         self.is_main = place.is_main
         self.unreadable: dict[str, str] = {}
+        self._untold: list[Unreadable] = []
         self._board: Any = None
+        self._restored: int | None = None
 
     @property
     def precision(self) -> torch.dtype:
@@ -95,7 +129,8 @@ class Run:
         if self._board is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(self.folder / "tensorboard"))
+            purge = None if self._restored is None else self._restored + 1
+            self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=purge)
         return self._board
 
     def picture(self, name: str, image: Image.Image, step: int | None = None) -> Path:
@@ -111,14 +146,25 @@ class Run:
         return path
 
     def note_unreadable(self, found: list[Unreadable]) -> None:
-        """Name each unreadable file once, in the log and on the screen; with ``data.on_error=raise``, stop the run."""
+        """Name each unreadable file once, in the log and on the screen; with ``data.on_error=raise``, stop the run.
+
+        Those of other ranks are named at the next ``share_unreadable``.
+        """
         if found and self.config.data.on_error == "raise":  # type: ignore[attr-defined]
             refuse_unreadable(found)
         for path, reason in found:
             if path not in self.unreadable:
                 self.unreadable[path] = reason
+                self._untold.append(Unreadable(path, reason))
                 self.record({"event": "unreadable", "path": path, "reason": reason})
                 self.say(f"skipped unreadable image {path} ({reason})")
+
+    def share_unreadable(self) -> None:
+        """Tell rank 0 of the unreadable files that other ranks met; all ranks must call it."""
+        for found in distributed.gather(self._untold):
+            if self.is_main:
+                self.note_unreadable([entry for entry in found if entry.path not in self.unreadable])
+        self._untold = []
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
         """Load the last complete checkpoint -> steps done; the log forgets what came after it."""
@@ -128,6 +174,7 @@ class Run:
         if self.is_main and (self.folder / LOG).is_file():
             lines = (self.folder / LOG).read_text(encoding="utf-8").splitlines(keepends=True)
             write_text(self.folder / LOG, "".join(line for line in lines if _until(line, checkpoint.step)))
+        self._restored = checkpoint.step
         distributed.barrier()
         self.say(f"resuming {self.folder} after step {checkpoint.step}")
         return checkpoint.step
@@ -142,16 +189,20 @@ class Run:
         distributed.barrier()
 
     def close(self) -> None:
-        """Say how many files were skipped; flush the writers."""
+        """Say how many files were skipped on all ranks, all of which must call it; flush the writers."""
+        self.share_unreadable()
         if self.unreadable:
             self.say(f"{len(self.unreadable)} unreadable images were skipped; {self.folder / LOG} names them")
         if self._board is not None:
             self._board.close()
 
 
-def open_run(config: RunConfig, *, resume: bool) -> Run:
-    """Claim the run directory and write its config.yaml and environment.json; see ``check_output`` for what is
-    refused."""
+def open_run(config: RunConfig, *, resume: bool, files: Sequence[Path] | None = None) -> Run:
+    """Claim the run directory and write its config.yaml, environment.json and, of the ``files`` below data.path,
+    data.json; see ``check_output`` and ``check_data`` for what is refused."""
+    data = None if files is None else fingerprint(files, config.data.path)  # type: ignore[attr-defined]
+    if resume and data is not None:
+        check_data(config, data)
     place = distributed.join(config.device)
     run = Run(config, place)
     if place.is_main:
@@ -161,6 +212,8 @@ def open_run(config: RunConfig, *, resume: bool) -> Run:
             write_text(config.output / CONFIG, dump_config(config))
         except OSError as error:
             raise UserError(f"cannot write to output folder {config.output}: {error.strerror}") from None
+        if data is not None:
+            write_text(config.output / DATA, json.dumps(data, indent=2) + "\n")
         write_text(config.output / ENVIRONMENT, json.dumps(environment(run.device), indent=2) + "\n")
     distributed.barrier()
     return run

@@ -75,6 +75,11 @@ def test_a_key_like_no_other_names_the_known_ones():
         ("data.channels=2", "data.channels"),
         ("data.std=[0.1,0.1,0]", "data.std: input should be greater than 0 (got 0)"),
         ("data.crop_scale=[0.2,1.2]", "data.crop_scale"),
+        ("data.crop_scale=[0.8,0.2]", "data.crop_scale: the smaller number comes first"),
+        ("optim.betas=[0.9,1.0]", "optim.betas: input should be less than 1"),
+        ("optim.base_lr=.inf", "optim.base_lr: input should be a finite number"),
+        ("optim.epochs=.nan", "optim.epochs: input should be"),
+        (f"seed={2**63}", "seed: input should be less than"),
         ("optim.batch_size=0", "optim.batch_size: input should be greater than or equal to 1 (got 0)"),
         ("precision=fp8", "precision"),
         ("log=3", "log"),
@@ -192,3 +197,21 @@ def test_leaf_names_are_dotted_and_unique():
     names = leaf_names(FinetuneConfig)
     assert {"weights", "optim.layer_decay", "data.path", "log.every"} <= set(names)
     assert len(names) == len(set(names))
+
+
+def test_what_does_not_go_together_is_blamed_on_who_said_it(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("model: {patch_size: 16}\n")
+    assert refusal(PretrainConfig, file, ["data.image_size=50"]).startswith("command line: ")
+    file.write_text("data: {image_size: 50}\n")
+    assert refusal(PretrainConfig, file, ["data.workers=1"]).startswith(f"{file}: ")
+    file.write_text("data: {mean: [0.5]}\n")
+    assert refusal(PretrainConfig, file, ["data.workers=1"]).startswith(f"{file}: data: mean has 1 values")
+
+
+def test_paths_are_names_and_know_the_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = load_config(PretrainConfig, None, ["output=007", "data.path=~/images"])
+    assert (config.output, config.data.path) == (Path("007"), tmp_path / "images")
+    (tmp_path / "mine.yaml").write_text("output: 2024\n")
+    assert load_config(PretrainConfig, tmp_path / "mine.yaml").output == Path("2024")

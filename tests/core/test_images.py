@@ -1,3 +1,4 @@
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -6,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from timm.data import auto_augment
 
 from mae_core.config import FinetuneData, ImagesConfig, PretrainData
 from mae_core.data import labelled, unlabelled
@@ -19,6 +21,7 @@ from mae_core.data.images import (
     statistics_of,
 )
 from mae_core.data.labelled import TestImages, TrainImages, read_image_folder
+from mae_core.data.loading import make_loader
 from mae_core.data.unlabelled import UnlabelledImages, centre_view
 from mae_core.errors import UserError
 
@@ -103,6 +106,18 @@ def test_images_are_found_below_a_folder_sorted_hidden_ones_left_out(tmp_path, w
     (tmp_path / "notes.txt").write_text("")
     found = [str(path.relative_to(tmp_path)) for path in list_images(tmp_path)]
     assert found == ["a/deep/000.JPG", "b/000.png", "b/001.png"]
+
+
+def test_linked_folders_are_looked_into_once_around_a_loop(tmp_path, write_images):
+    write_images(tmp_path / "elsewhere", 2)
+    write_images(tmp_path / "images" / "here", 1)
+    (tmp_path / "images" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "images" / "here" / "up").symlink_to(tmp_path / "images")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "images")
+    (tmp_path / "images" / ".secret").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "images" / "itself").symlink_to(tmp_path / "images" / "itself")
+    found = [str(path.relative_to(tmp_path / "images")) for path in list_images(tmp_path / "images")]
+    assert found == ["here/000.png", "linked/000.png", "linked/001.png"]
 
 
 @pytest.mark.parametrize(
@@ -197,9 +212,54 @@ def test_unreadable_test_images_are_left_out_never_replaced(tmp_path, write_clas
     files.paths[1].write_bytes(b"broken")
     data = FinetuneData(image_size=16)
     images = TestImages(files, data, (16, 16), statistics_of(data))
-    batch = labelled.collate([images[index] for index in range(3)])
+    batch = labelled.collate_readable([images[index] for index in range(3)])
     assert len(batch) == 2 and [entry.path for entry in batch.unreadable] == [str(files.paths[1])]
-    assert len(labelled.collate([images[1]])) == 0
+    assert len(labelled.collate_readable([images[1]])) == 0
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_training_images_without_a_readable_one_are_refused_in_the_parent(tmp_path, write_classes, workers):
+    """With the count and the last reason, and without the traceback of a worker."""
+    files = read_image_folder(write_classes(tmp_path))[0]
+    for path in files.paths:
+        path.write_bytes(b"broken")
+    data = FinetuneData(image_size=16)
+    images = TrainImages(files, data, (16, 16), statistics_of(data), 0)
+    loader = make_loader(images, [[(0, 0), (0, 1)]], labelled.collate, workers=workers, pin=False)
+    with pytest.raises(UserError, match=r"^12 images in a row cannot be read, the last is .*003\.png \(not an image\)"):
+        list(loader)
+
+
+def test_data_sets_travel_to_spawned_workers(tmp_path, write_classes):
+    train, val = read_image_folder(write_classes(tmp_path))
+    data = FinetuneData(image_size=16)
+    statistics = statistics_of(data)
+    for images, place in (
+        (pretrain_set(train.paths), (1, 2)),
+        (TrainImages(train, data, (16, 16), statistics, 0), (1, 2)),
+        (TestImages(val, data, (16, 16), statistics), 2),
+    ):
+        copy = pickle.loads(pickle.dumps(images))
+        assert torch.equal(copy[place].pixels, images[place].pixels)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_default_augmentation_survives_posterizing_to_no_bits(tmp_path, write_classes, channels):
+    files = read_image_folder(write_classes(tmp_path))[0]
+    data = FinetuneData(image_size=16, channels=channels)
+    for seed in range(25):
+        images = TrainImages(files, data, (16, 16), statistics_of(data), seed)
+        for index in range(len(images)):
+            assert images[(0, index)].pixels.isfinite().all()
+    picture = noise().convert("L" if channels == 1 else "RGB")
+    for name in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal"):
+        black = auto_augment.NAME_TO_OP[name](picture, 0)
+        assert (black.mode, black.size) == (picture.mode, picture.size) and not np.asarray(black).any()
+        assert set(np.unique(np.asarray(auto_augment.NAME_TO_OP[name](picture, 1)))) == {0, 128}
+    strong = FinetuneData(image_size=16, channels=channels, auto_augment="rand-m1-mstd3-inc0")
+    images = TrainImages(files, strong, (16, 16), statistics_of(strong), 0)
+    for epoch in range(20):
+        images[(epoch, 0)]
 
 
 def test_classes_are_the_folders_of_train(tmp_path, write_classes):
@@ -216,6 +276,7 @@ def break_folder(root: Path, how: str) -> None:
             "no val": relative.startswith("val"),
             "no train": relative.startswith("train"),
             "one class": relative.startswith(("train/b", "train/c", "val/b", "val/c")),
+            "empty val": relative.startswith("val/"),
             "empty class": relative.startswith("train/birch/"),
             "stranger": relative.startswith("train/cedar"),
         }[how]
@@ -229,6 +290,7 @@ def break_folder(root: Path, how: str) -> None:
         ("no val", r"has no val/ folder \(it holds train\)"),
         ("no train", r"has no train/ folder \(it holds val\)"),
         ("one class", "has 1 class folders; classification needs two or more"),
+        ("empty val", "val holds no images to evaluate on"),
         ("empty class", "no images below .*birch"),
         ("stranger", "has classes that train has not: cedar"),
     ],

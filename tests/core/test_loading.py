@@ -420,3 +420,18 @@ def test_inspect_describes_a_file(encoder_file, pretrained):
     assert "target pixels, epochs 3" in text
     assert "reconstruct" not in text
     assert "reconstruct" in describe_file(sorted((pretrained / "checkpoints").iterdir())[-1])
+
+
+def test_a_mean_pooled_classifier_is_not_an_encoder_and_inspect_says_so(tmp_path, encoder_file):
+    model = build_classifier(encoder_file, 4)
+    path = tmp_path / "classifier.safetensors"
+    write_weights(path, model.state_dict(), describe_encoder(model))
+    assert "no final norm" in refusal(load_encoder, path)
+    assert "use it for detection, segmentation" in describe_file(path)
+
+
+@pytest.mark.parametrize("grid", ["4x6", [4], [4.0, 6.0], {"rows": 4}, 24])
+def test_a_grid_that_is_not_two_numbers_is_refused(tmp_path, encoder, grid):
+    path = tmp_path / "odd.safetensors"
+    write_weights(path, encoder.state_dict(), {**describe_encoder(encoder), "grid": grid})
+    assert "which is not [rows, columns]" in refusal(read_encoder, path)

@@ -75,3 +75,16 @@ def test_two_ranks_count_every_validation_image_once(tmp_path, write_classes, ru
     result = run_python([*TORCHRUN, "finetune", *options, f"data.path={data}", f"output={tmp_path / 'run'}"])
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["images"] == 9
+
+
+def test_unreadable_images_of_every_rank_are_named_and_counted(tmp_path, write_images, pretrain_options, run_python):
+    paths = write_images(tmp_path / "images", 8)
+    for path in paths[1::2]:
+        path.write_bytes(b"broken")
+    options = [*pretrain_options, f"data.path={tmp_path / 'images'}", f"output={tmp_path / 'run'}", "optim.epochs=1"]
+    result = run_python([*TORCHRUN, "pretrain", *options])
+    assert result.returncode == 0, result.stderr
+    assert "4 unreadable images were skipped" in result.stdout
+    entries = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    named = sorted(entry["path"] for entry in entries if entry.get("event") == "unreadable")
+    assert named == [str(path) for path in paths[1::2]]

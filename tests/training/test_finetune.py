@@ -17,7 +17,7 @@ from mae_core.errors import UserError
 from mae_core.evaluation.classification import evaluate_classifier
 from mae_core.layout import complete_checkpoints
 from mae_core.models.encoder import ViTEncoder
-from mae_core.training.finetune import build_model, finetune
+from mae_core.training.finetune import build_model, finetune, unfit_recipe
 from mae_core.training.run import open_run
 
 OPTIONS = (
@@ -175,7 +175,7 @@ def test_the_trunk_is_the_encoders_and_the_head_is_new(data, pretrained):
     [
         (["model.size=base"], "size base was asked for, the file has nano"),
         (["model.patch_size=16"], "patch_size 16 was asked for, the file has 8"),
-        (["data.channels=1"], "in_chans 1 was asked for, the file has 3"),
+        (["data.channels=1"], r"data\.channels 1 was asked for, the file has 3"),
         (["data.image_size=36"], "does not split into 8x8 patches"),
         (["optim.batch_size=5"], "mixup and cutmix need an even"),
         (["optim.batch_size=6", "optim.micro_batch=3"], "mixup and cutmix need an even"),
@@ -231,6 +231,26 @@ def test_greyscale_images_are_pretrained_and_finetuned_on(tmp_path, data, pretra
     options = [*pretrain_options, "data.channels=1", f"data.path={data / 'train'}", "optim.epochs=1"]
     pretrain(load_config(PretrainConfig, None, [*options, f"output={tmp_path / 'encoder'}"]))
     options = [f"weights={tmp_path / 'encoder'}", f"data.path={data}", f"output={tmp_path / 'run'}", "optim.epochs=4"]
-    with pytest.raises(UserError, match="in_chans 3 was asked for, the file has 1"):
-        finetune(configuration(*options))
-    assert finetune(configuration(*options, "data.channels=1"))["images"] == 9
+    with pytest.raises(UserError, match=r"data\.channels 3 was asked for, the file has 1"):
+        finetune(configuration(*options, "data.channels=3"))
+    assert finetune(configuration(*options))["images"] == 9  # nobody asked: as the file says
+    stored = load_config(FinetuneConfig, tmp_path / "run" / "config.yaml")
+    assert (stored.data.channels, stored.model.size) == (1, "nano")
+    finetune(stored, resume=True)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_split_without_a_readable_image_is_refused_before_anything_is_written(tmp_path, write_classes, split):
+    root = write_classes(tmp_path / "data", train=2, val=1)
+    for path in (root / split).rglob("*.png"):
+        path.write_bytes(b"broken")
+    with pytest.raises(UserError, match="images tried can be read"):
+        finetune(configuration(*SCRATCH, f"data.path={root}", f"output={tmp_path / 'run'}"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_recipe_of_another_size_is_named():
+    large = ["from_scratch=true", "model.size=large"]
+    assert "large is base_lr 1e-3, layer_decay 0.75, drop_path 0.2" in unfit_recipe(configuration(*large))
+    assert unfit_recipe(configuration(*large, "optim.base_lr=1e-3")) is None
+    assert unfit_recipe(configuration("from_scratch=true")) is None

@@ -164,3 +164,14 @@ def test_the_seed_of_the_caller_does_not_matter(tmp_path, write_images, pretrain
         pretrain(load_config(PretrainConfig, None, [*pretrain_options, *options]))
     one, two = (tmp_path / str(number) / "encoder.safetensors" for number in range(2))
     assert one.read_bytes() == two.read_bytes()
+
+
+def test_data_may_move_but_not_change(finished, pretrained, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(pretrained.parent / "images", moved)
+    pretrain(configuration(finished, f"data.path={moved}", "optim.micro_batch=2"), resume=True)
+    (moved / "000.png").rename(moved / "other.png")
+    before = contents(finished)
+    with pytest.raises(UserError, match="was started on other images"):
+        pretrain(configuration(finished, f"data.path={moved}"), resume=True)
+    assert contents(finished) == before

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from mae_core.data.images import Statistics, UnreadableImage
+from mae_core.data.loading import make_loader
 from mae_core.errors import UserError
 from transfer.detection.coco import (
     Category,
@@ -22,10 +23,10 @@ from transfer.detection.samples import (
     WholeImages,
     boxes_of,
     collate,
-    collate_readable,
     place_whole,
     read_checked,
     target_on,
+    without_gaps,
 )
 from transfer.detection.scores import Detections, average_precision, coco_results
 
@@ -124,6 +125,41 @@ WRONG = {
     "not COCO": (lambda c: {"boxes": []}, "not COCO, it has no list of images, annotations, categories"),
     "a list": (lambda c: [1, 2], "not COCO"),
     "odd record": (lambda c: c["images"].append(3), "images holds 3 in place of a record"),
+    "polygon of strings": (lambda c: first(c).update(segmentation=[["a"] * 6]), "annotation 1 has a polygon with 'a'"),
+    "polygon of nan": (lambda c: first(c).update(segmentation=[[float("nan")] * 6]), "annotation 1 has a polygon with"),
+    "box of nan": (lambda c: first(c).update(bbox=[1, 2, float("nan"), 4]), "annotation 1 has bbox"),
+    "area in words": (lambda c: first(c).update(area="big"), "annotation 1 has area 'big'"),
+    "odd crowd": (lambda c: first(c).update(iscrowd=[2]), r"annotation 1 has iscrowd \[2\]"),
+    "height in words": (lambda c: c["images"][0].update(height="tall"), "image 5 has height 'tall'"),
+    "no height": (lambda c: c["images"][0].update(height=0), "image 5 has height 0"),
+    "endless width": (lambda c: c["images"][0].update(width=float("inf")), "image 5 has width inf"),
+    "numeric file name": (lambda c: c["images"][0].update(file_name=7), "image 5 has file_name 7"),
+    "list as image id": (lambda c: c["images"][0].update(id=[5]), r"image id \[5\] is no number"),
+    "ids of two types": (lambda c: c["images"][0].update(id="5"), "image id '5' is a string, but others are numbers"),
+    "list as annotation id": (lambda c: first(c).update(id=[1]), r"annotation id \[1\] is no number"),
+    "list as annotation's image": (lambda c: first(c).update(image_id=[5]), r"annotation 1 has image_id \[5\]"),
+    "list as category": (lambda c: first(c).update(category_id=[3]), r"annotation 1 has category_id \[3\]"),
+    "size of a mask is a number": (
+        lambda c: first(c).update(segmentation={"size": 9, "counts": [81]}),
+        "annotation 1 has a mask of 9",
+    ),
+    **{
+        f"counts {counts!r}": (
+            lambda c, counts=counts: first(c).update(segmentation={"size": [48, 64], "counts": counts}),
+            message,
+        )
+        for counts, message in [
+            (["a", 3], "annotation 1 has run-length counts that are broken"),
+            ([-3, 3075], "annotation 1 has run-length counts that are broken"),
+            (7, "annotation 1 has run-length counts that are broken"),
+            ("", "annotation 1 has run-length counts that are broken"),
+            ("!!garbage!!", "annotation 1 has run-length counts that are broken"),
+            ("\u00e9", "annotation 1 has run-length counts that are broken"),
+            ("ooooooooooo1", "annotation 1 has run-length counts that are broken"),
+            ("1P", "annotation 1 has run-length counts that are broken"),
+            ("114", "annotation 1 has runs of 6 pixels in all, but its image has 3072"),
+        ]
+    },
     "no classes": (lambda c: c.update(categories=[]), "empty list of categories"),
     "nameless class": (lambda c: c["categories"][0].pop("name") and None, "category without"),
 }
@@ -135,6 +171,17 @@ def test_what_is_wrong_is_named_with_file_and_id(edited, change, message):
     with pytest.raises(UserError, match=message) as error:
         read_coco(part)
     assert str(part.annotations) in str(error.value)
+
+
+def test_compressed_codes_are_accepted_whole_and_refused_cut(edited):
+    rng = np.random.default_rng(0)
+    for density in (0.0, 0.02, 0.5, 1.0):
+        code = encode_masks(rng.random((1, 48, 64)) < density)[0]["counts"].decode()
+        part = edited(lambda c, code=code: first(c).update(segmentation={"size": [48, 64], "counts": code}))
+        assert read_coco(part).images[0].instances[0].shape == code.encode()
+        part = edited(lambda c, code=code: first(c).update(segmentation={"size": [48, 64], "counts": code[:-2]}))
+        with pytest.raises(UserError, match=r"edited\.json: annotation 1 has run"):
+            read_coco(part)
 
 
 def test_a_missing_json_and_a_missing_folder(root):
@@ -225,8 +272,21 @@ def test_an_unreadable_image_is_replaced_and_reported(tmp_path, write_coco):
     batch = collate([samples(coco)[(0, index)] for index in (0, 1)])
     assert len(batch) == 2 and [Path(entry.path).name for entry in batch.unreadable] == ["001.png"]
     whole = WholeImages(coco, DetectionData(image_size=32), PLAIN)
-    batch = collate_readable([whole[0], whole[1], whole[2]])
+    batch = collate([whole[0], whole[1], whole[2]])
     assert batch.indices == [0, 2] and len(batch.unreadable) == 1
+
+
+def test_a_gap_is_a_value_in_the_batch_and_raised_where_batches_are_used(tmp_path, write_coco):
+    root = write_coco(tmp_path)
+    for path in (root / "train").iterdir():
+        Image.new("RGB", (10, 12)).save(path)
+    coco = read_coco(Part(root / "train", root / "annotations" / "instances_train.json"))
+    loader = make_loader(samples(coco), [[(0, 0), (0, 1)]], collate, workers=1, pin=False)
+    batch = next(iter(loader))
+    assert (len(batch), batch.gaps) == (0, 2)
+    with pytest.raises(UserError, match=r"^8 images in a row.*\.png \(it is 10x12, .* are for 64x48\)") as error:
+        next(without_gaps(loader))
+    assert "Traceback" not in str(error.value)
 
 
 def test_an_image_of_another_size_than_annotated_is_unreadable(tmp_path, write_coco):
@@ -254,6 +314,17 @@ def test_truth_against_itself_is_perfect(coco):
         assert scores[kind]["AP"] == scores[kind]["AP50"] == scores[kind]["AP75"] == 1.0
         assert scores[kind]["APl"] is None  # no object is larger than 96 x 96
         assert set(scores[kind]["per_class"]) == {"bar", "frame", "disc"}
+
+
+@pytest.mark.parametrize("name", [lambda n: n, lambda n: f"object {n}"], ids=["from 0", "strings"])
+def test_scores_do_not_depend_on_the_annotations_ids(edited, name):
+    def rename(content):
+        for number, annotation in enumerate(content["annotations"]):
+            annotation["id"] = name(number)
+
+    coco = read_coco(edited(rename))
+    scores = average_precision(coco, coco_results(coco, detections_of_truth(coco)))
+    assert scores["bbox"]["AP"] == scores["segm"]["AP"] == 1.0
 
 
 def test_nothing_found_scores_zero(coco):

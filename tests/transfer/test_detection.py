@@ -18,6 +18,7 @@ from transfer.detection.engine_torchvision import build_mask_rcnn
 from transfer.detection.parts import locate
 from transfer.detection.rois import LevelPool, mask_targets, paste_mask
 from transfer.detection.samples import TrainingSamples, WholeImages, boxes_of, collate
+from transfer.detection.train_net import check_one_process, main, parse_arguments
 from transfer.detection.trainer import detection_losses, to_original
 
 TINY = (
@@ -258,10 +259,95 @@ def test_an_interrupted_run_ends_in_the_same_weights(configure, tmp_path, monkey
     monkeypatch.setattr(trainer, "detection_losses", real)
     train_detector(config, resume=True)
     whole, resumed = (read_weights(tmp_path / name / "detector.safetensors")[0] for name in ("whole", "broken"))
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    differing = [name for name in whole if not torch.equal(whole[name], resumed[name])]
+    assert not differing
+
+
+def test_resuming_a_finished_run_leaves_it_as_it_is(configure, tmp_path, capsys):
+    config, run = configure("optim.epochs=1"), tmp_path / "run"
+    metrics = train_detector(config)
+    assert metrics["training"]["loss"] > 0 and metrics["training"]["seconds"] > 0
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in run.rglob("*") if path.is_file()}
+    assert train_detector(config, resume=True) == metrics
+    assert "is a finished run" in capsys.readouterr().out
+    assert {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in run.rglob("*") if p.is_file()} == before
+
+    (run / "metrics.json").unlink()  # stopped between the last step and the end of its evaluation
+    again = train_detector(config, resume=True)
+    assert again["bbox"] == metrics["bbox"]
+    assert again["training"] == {"steps": metrics["training"]["steps"], "seconds": None, "loss": None}
+    assert "NaN" not in (run / "metrics.json").read_text()
+
+
+def test_scoring_makes_its_folder_and_overwrites_nothing(configure, tmp_path, write_coco):
+    train_detector(configure("optim.epochs=1"))
+    run, scored = tmp_path / "run", tmp_path / "deep" / "scored"
+    before = (run / "metrics.json").read_bytes()
+    other = write_coco(tmp_path / "other", val_seed=0)
+    (other / "val" / "001.png").write_bytes(b"no image")
+
+    def options(output):
+        return configure(f"weights={run}", f"output={output}", f"data.path={other}", scratch=False)
+
+    assert evaluate_detector(options(scored))["images"] == 2
+    assert "001.png" in (scored / "log.jsonl").read_text()
+    for output in (scored, run):
+        with pytest.raises(UserError, match=r"already holds metrics\.json.*output=FOLDER"):
+            evaluate_detector(options(output))
+    assert (run / "metrics.json").read_bytes() == before
 
 
 # ---- what a user can get wrong
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_of_another_size_than_the_json_end_in_one_sentence(tmp_path, write_coco, configure, workers):
+    root = write_coco(tmp_path / "other")
+    config = configure(f"data.path={root}", f"data.workers={workers}", "data.on_error=raise")
+    Image.new("RGB", (10, 12)).save(root / "train" / "002.png")
+    with pytest.raises(UserError, match=r"^image .*002\.png cannot be read \(it is 10x12, .* are for 64x48\)"):
+        train_detector(config)
+    for path in (root / "train").iterdir():
+        Image.new("RGB", (10, 12)).save(path)
+    with pytest.raises(UserError, match=r"^no image of .*instances_train\.json can be used, .*\(it is 10x12"):
+        train_detector(configure(f"data.path={root}", f"data.workers={workers}"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--num-gpus", "8"], r"use torchrun --nproc_per_node=8 transfer/detection/train_net\.py \.\.\."),
+        (["--num-machines", "2", "--num-gpus", "4"], "torchrun --nnodes=2 --node_rank=0 .*--nproc_per_node=4 "),
+        (["--machine-rank", "1", "--dist-url", "tcp://x:1"], "torchrun --nnodes=2 --node_rank=1 "),
+        (["--num-gpus", "0"], "device=cpu"),
+    ],
+)
+def test_more_processes_than_one_are_torchruns_matter(flags, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*flags, "from_scratch=true"])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error) and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_one_gpu_may_be_asked_for():
+    given = parse_arguments(["--num-gpus", "1", "--dist-url", "tcp://x:1", "from_scratch=true"])
+    check_one_process(given)
+    assert given.overrides == ["from_scratch=true"]
+
+
+def test_a_run_on_cpus_has_no_norm_of_gpus(configure):
+    from transfer.detection import trainer
+
+    class Built(Exception):
+        pass
+
+    def build(vit, classes, model, sampling, test):
+        raise Built(model.norm)
+
+    with pytest.raises(Built, match=r"^bn$"):
+        trainer.train(configure("model.norm=sync_bn"), build)
 
 
 def test_an_unknown_key_gets_a_guess():

@@ -96,12 +96,35 @@ def test_a_palette_picture_is_read_by_index(folder):
     assert check(folder).pixels[2] >= 54
 
 
-@pytest.mark.parametrize("which", ["images/city/0.jpg", "maps/city/0.png"])
-def test_a_truncated_file_is_named(folder, which):
-    path = folder / which
+def test_a_truncated_label_map_is_named(folder):
+    path = folder / "maps" / "city" / "0.png"
     path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(UserError, match=rf"{path.name} cannot be read \(.*; replace it"):
+    with pytest.raises(UserError, match=r"0\.png cannot be read \(.*; replace it"):
         check(folder)
+
+
+def test_truncated_images_are_listed_unless_all_are(folder):
+    bad, *others = sorted((folder / "images" / "city").iterdir())
+    bad.write_bytes(bad.read_bytes()[:40])
+    found = check(folder)
+    assert [path for path, _ in found.unreadable] == [str(bad)]
+    assert found.pixels.sum() == 2 * 54
+    assert f"1 unreadable images left out: {bad} (" in found.describe(["a", "b", "c"])
+    with pytest.raises(UserError, match=r"0\.jpg cannot be read \(.*; mend or remove it, or set on_error=skip"):
+        check(folder, on_error="raise")
+    with pytest.raises(UserError, match=r"on_error is 'stop'; set it to skip or raise"):
+        check(folder, on_error="stop")
+    for path in others:
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"none of the 3 images can be read"):
+        check(folder)
+
+
+def test_hidden_files_are_no_images(folder):
+    (folder / "images" / "city" / "._0.jpg").write_bytes(b"a notebook's copy")
+    (folder / "images" / ".thumbnails").mkdir()
+    (folder / "images" / ".thumbnails" / "0.jpg").write_bytes(b"")
+    assert len(pair_files(folder / "images", folder / "maps")) == 3
 
 
 def test_images_without_maps_are_counted(folder):

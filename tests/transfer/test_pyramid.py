@@ -39,7 +39,7 @@ def test_first_stage_is_the_published_stack():
 
 
 def test_a_patch_that_four_does_not_divide_is_refused():
-    with pytest.raises(UserError, match="not 14; use 16 or 8"):
+    with pytest.raises(UserError, match="not 14; use one such as 8, 12 or 16"):
         FourStagePyramid(levels(14))
 
 
@@ -50,6 +50,14 @@ def test_norm_groups_divide_every_width(width):
 
 def test_norm_groups_of_an_odd_width():
     assert group_norm(48).num_groups == 16
+
+
+@pytest.mark.parametrize("gpu, kind", [(True, torch.nn.SyncBatchNorm), (False, torch.nn.BatchNorm2d)])
+def test_sync_bn_is_so_on_gpus_before_the_ranks_have_joined(monkeypatch, gpu, kind):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert not torch.distributed.is_initialized()
+    assert type(sync_batch_norm(8)) is kind
 
 
 def test_sync_bn_is_plain_bn_in_one_process():

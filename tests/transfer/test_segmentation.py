@@ -1,6 +1,7 @@
 """The mmseg engine: backbone, layer decay, metric, configs, and whole trainings of a few steps on tiny scenes."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -356,6 +357,118 @@ def test_resume_goes_on_from_the_last_checkpoint(scenes, tmp_path):
         train_segmenter(DIGITS, work_dir=tmp_path / "other", cfg_options=options, resume=True)
 
 
+class Malice:
+    """Unpickled, it leaves a file behind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_resume_runs_no_code_of_the_checkpoint(scenes, tmp_path):
+    options = {**TINY, "data_root": str(scenes), "iterations": 4}
+    run, trace = tmp_path / "run", tmp_path / "executed"
+    train_segmenter(DIGITS, work_dir=run, cfg_options={**options, "train_cfg.max_iters": 2})
+    checkpoint = run / "iter_2.pth"
+    state = engine.load_safely(str(checkpoint), "cpu")
+    torch.save({**state, "more": Malice(trace)}, checkpoint)
+    with pytest.raises(UserError, match=r"iter_2\.pth is refused, for it is broken or holds more than tensors"):
+        train_segmenter(DIGITS, work_dir=run, cfg_options=options, resume=True)
+    assert not trace.exists()
+    state["meta"]["config"] = f"open({str(trace)!r}, 'w').close()\n"  # mmengine executes this one
+    torch.save(state, checkpoint)
+    assert train_segmenter(DIGITS, work_dir=run, cfg_options=options, resume=True)["steps"] == 4
+    assert not trace.exists()
+
+
+def test_attributes_in_a_checkpoint_are_those_of_its_histories():
+    assert engine.history_method(engine.HistoryBuffer, "mean") is engine.HistoryBuffer.mean
+    for owner, name in ((Path, "mean"), (engine.HistoryBuffer, "__init__")):
+        with pytest.raises(Exception, match="it asks for the attribute"):
+            engine.history_method(owner, name)
+
+
+def test_unreadable_images_are_named_counted_and_left_out(scenes, tmp_path, capsys):
+    for part, name in (("training", "2.png"), ("validation", "7.png")):
+        (scenes / "images" / part / name).write_bytes(b"no picture")
+    (scenes / "images" / "training" / "._0.png").write_bytes(b"a notebook's copy")
+    options = {**TINY, "data_root": str(scenes), "iterations": 3}
+    config = engine.read_config(DIGITS, options)
+    found = engine.check_data(dict(config.items()))
+    assert "1 unreadable images left out" in found["train data"] and "training/2.png" in found["train data"]
+    assert "validation/7.png" in found["val data"]
+    assert config.train_dataloader.dataset.indices == [0, 1, 3, 4, 5, 6, 7]
+    assert train_segmenter(DIGITS, work_dir=tmp_path / "run", cfg_options=options)["steps"] == 3
+
+
+def test_left_out_images_respect_the_indices_of_the_config():
+    pairs = [engine.LabelledImage(Path(name), Path("map")) for name in "abc"]
+    for given, kept in ((3, [0, 2]), (-3, [-3, -1]), ([5, 1, 7], [5, 7]), (None, [0, 2])):
+        section = {"indices": given}
+        engine.leave_out(section, pairs, {"b"})
+        assert section["indices"] == kept
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_map_that_the_check_did_not_see_is_named(scenes, tmp_path, monkeypatch, workers):
+    path = scenes / "annotations" / "training" / "3.png"
+    unchecked = engine.check_label_maps
+
+    def spoil(*arguments, **options):
+        found = unchecked(*arguments, **options)
+        Image.fromarray(np.full((32, 32), 9, np.uint8)).save(path)
+        return found
+
+    monkeypatch.setattr(engine, "check_label_maps", spoil)
+    options = {**TINY, "data_root": str(scenes), "iterations": 9, "workers": workers}
+    with pytest.raises(UserError, match=rf"^label map {path} holds the value 9, which is none of the 3 classes; "):
+        train_segmenter(DIGITS, work_dir=tmp_path / "run", cfg_options=options)
+
+
+def test_readers_name_what_they_cannot_read(tmp_path, capsys):
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    record = {"img_path": str(tmp_path / "a.png"), "seg_map_path": str(tmp_path / "a.png"), "reduce_zero_label": False}
+    assert engine.NamedImage(on_error="skip").transform(dict(record)) is None
+    assert "a.png cannot be read and is skipped; 1 so far" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"image .*a\.png cannot be read"):
+        engine.NamedImage().transform(dict(record))
+    with pytest.raises(UserError, match=r"label map .*a\.png cannot be read"):
+        engine.NamedLabels(num_classes=3).transform({**record, "seg_fields": []})
+
+
+def test_small_data_config_needs_no_class_file(scenes):
+    small = CONFIGS / "small_data.py"
+
+    def classes(**options):
+        config = engine.read_config(small, {"data_root": str(scenes), **options})
+        return engine.labelled_images(config.train_dataloader.dataset)[1]
+
+    assert classes(num_classes=2) == list(NAMES[1:])
+    (scenes / "classes.txt").unlink()
+    assert classes(num_classes=2) == ["class 1", "class 2"]
+    assert classes(num_classes=3, reduce_zero_label=False) == ["class 0", "class 1", "class 2"]
+
+
+def test_two_ranks_of_torchrun_train_as_one(scenes, tmp_path):
+    script = REPOSITORY / "transfer" / "segmentation" / "train_net.py"
+    options = {**TINY, "data_root": scenes, "iterations": 3, "custom_hooks.0.interval": 1, "batch_size": 2}
+    options.pop("visualizer.vis_backends")
+    settings = [f"{key}={value}".replace(" ", "") for key, value in options.items()]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*torchrun, str(script), str(DIGITS), "--work-dir", str(tmp_path / "run"), "--cfg-options", *settings],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("ranks: 2") == done.stdout.count("percent)") == 1
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 3]
+
+
 def test_mmseg_alone_runs_the_config(scenes, tmp_path, monkeypatch):
     from mmengine.config import Config
     from mmengine.runner import Runner
@@ -421,9 +534,10 @@ def test_number_of_classes(scenes, tmp_path, capsys):
     assert "num_classes=4, and the train data 3 classes (ground, box, disc); set num_classes=3" in error
 
 
-def test_unreadable_image(scenes, tmp_path, capsys):
+def test_unreadable_image_where_it_is_to_stop_the_run(scenes, tmp_path, capsys):
     (scenes / "images" / "training" / "2.png").write_bytes(b"no picture")
-    assert "2.png cannot be read" in refused(scenes, tmp_path, capsys)
+    option = {"train_dataloader.dataset.on_error": "raise"}
+    assert "2.png cannot be read" in refused(scenes, tmp_path, capsys, **option)
 
 
 def test_weights_of_another_architecture(scenes, tmp_path, capsys):

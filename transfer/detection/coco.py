@@ -18,6 +18,11 @@ import numpy as np
 from mae_core.errors import UserError
 from transfer.engines import ENGINES, installed
 
+LARGEST = 2**31
+"""Sides, coordinates and runs stay below this."""
+MOST_GROUPS = 7
+"""Characters of a number in a compressed code; 7 hold 34 bits and a sign."""
+
 
 class Part(NamedTuple):
     """One half of a data set: a folder of images and a COCO json."""
@@ -112,14 +117,18 @@ class CocoSet:
         return self.categories[label - 1].id
 
     def truth(self) -> dict[str, Any]:
-        """The annotations in COCO format, complete, for scoring; areas that the json lacks come from the masks."""
-        coder, annotations = mask_coder(), []
+        """The annotations in COCO format, complete, for scoring; areas that the json lacks come from the masks.
+
+        Annotations are numbered from 1, whatever the json calls them: pycocotools reads a match with id 0 as none.
+        """
+        coder = mask_coder()
+        annotations: list[dict[str, Any]] = []
         for image in self.images:
             for instance in image.instances:
                 code = encode_shape(instance.shape, image.height, image.width)
                 annotations.append(
                     {
-                        "id": instance.id,
+                        "id": len(annotations) + 1,
                         "image_id": image.id,
                         "category_id": self.category_id(instance.label),
                         "bbox": list(instance.box),
@@ -141,7 +150,8 @@ def read_coco(part: Part) -> CocoSet:
     """Read and check a COCO json and the folder of its images.
 
     Raises ``UserError`` naming file, id and remedy: no such file, not JSON, not COCO, an image that is not in the
-    folder, an annotation of an unknown image or category, a mask of another size than its image, doubled ids.
+    folder, an annotation of an unknown image or category, a mask of another size than its image, doubled ids, values
+    of another type than COCO's.
     """
     images_folder, path = part
     content = _read_json(path)
@@ -158,9 +168,15 @@ def read_coco(part: Part) -> CocoSet:
         if missing:
             identity = record.get("id", record.get("file_name"))
             raise UserError(f"{path}: image {identity} has no {', '.join(missing)}; COCO images need them")
+        _check_id(path, "image", record["id"])
         if record["id"] in records:
             raise UserError(f"{path}: image id {record['id']} appears twice; ids must be unique")
-        records[record["id"]] = record
+        records[record["id"]] = _typed_image(path, record)
+    strings = [image_id for image_id in records if isinstance(image_id, str)]
+    if strings and len(strings) < len(records):
+        raise UserError(
+            f"{path}: image id {strings[0]!r} is a string, but others are numbers; give all images ids of one type"
+        )
     _check_files(path, images_folder, records)
     instances: dict[int, list[Instance]] = {image_id: [] for image_id in records}
     seen: set[int] = set()
@@ -171,7 +187,7 @@ def read_coco(part: Part) -> CocoSet:
         seen.add(instance.id)
         instances[annotation["image_id"]].append(instance)
     images = tuple(
-        CocoImage(i, images_folder / r["file_name"], int(r["height"]), int(r["width"]), tuple(instances[i]))
+        CocoImage(i, images_folder / r["file_name"], r["height"], r["width"], tuple(instances[i]))
         for i, r in records.items()
     )
     return CocoSet(path, images, categories)
@@ -219,13 +235,38 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _categories(path: Path, entries: list[dict[str, Any]]) -> tuple[Category, ...]:
     try:
         categories = sorted(Category(int(entry["id"]), str(entry["name"])) for entry in entries)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise UserError(f"{path}: a category without a whole-number id and a name; COCO categories need both") from None
     ids = [category.id for category in categories]
     for one, other in pairwise(ids):
         if one == other:
             raise UserError(f"{path}: category id {one} appears twice; ids must be unique")
     return tuple(categories)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether ``value`` is a finite number of a size that occurs in images."""
+    return isinstance(value, int | float) and abs(value) < LARGEST
+
+
+def _check_id(path: Path, kind: str, identity: Any) -> None:
+    if not isinstance(identity, int | float | str):
+        raise UserError(f"{path}: {kind} id {identity!r} is no number; give every {kind} a whole number of its own")
+
+
+def _typed_image(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with its sides as whole numbers."""
+    where, sides = f"{path}: image {record['id']}", {}
+    if not isinstance(record["file_name"], str):
+        raise UserError(f"{where} has file_name {record['file_name']!r}; it must be a string, the name of a file")
+    for name in ("height", "width"):
+        try:
+            sides[name] = int(record[name])
+        except (TypeError, ValueError, OverflowError):
+            sides[name] = 0
+        if not 0 < sides[name] < LARGEST:
+            raise UserError(f"{where} has {name} {record[name]!r}; it must be a number of pixels, 1 or more")
+    return {**record, **sides}
 
 
 def _check_files(path: Path, folder: Path, records: Mapping[int, Mapping[str, Any]]) -> None:
@@ -247,29 +288,33 @@ def _instance(
     path: Path, annotation: Mapping[str, Any], number: int, records: Mapping[int, Any], label_of: Mapping[int, int]
 ) -> Instance:
     identity = annotation.get("id", number)
+    _check_id(path, "annotation", identity)
     where = f"{path}: annotation {identity}"
     missing = [key for key in ("image_id", "category_id", "bbox") if key not in annotation]
     if missing:
         raise UserError(f"{where} has no {', '.join(missing)}; COCO annotations need them")
-    if annotation["category_id"] not in label_of:
+    if isinstance(annotation["category_id"], list | dict) or annotation["category_id"] not in label_of:
         known = ", ".join(str(i) for i in list(label_of)[:10]) + (", ..." if len(label_of) > 10 else "")
         raise UserError(
             f"{where} has category_id {annotation['category_id']!r}, which is not among the categories ({known}); "
             "add the category, or mend the annotation"
         )
-    if annotation["image_id"] not in records:
+    if isinstance(annotation["image_id"], list | dict) or annotation["image_id"] not in records:
         raise UserError(
             f"{where} has image_id {annotation['image_id']!r}, which is not among the images; mend or remove it"
         )
     record = records[annotation["image_id"]]
     box = annotation["bbox"]
-    numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(value, int | float) for value in box)
+    numbers = isinstance(box, list) and len(box) == 4 and all(_is_number(value) for value in box)
     if not numbers or min(box[2:]) < 0:
         raise UserError(f"{where} has bbox {box!r}; COCO boxes are [x, y, width, height]")
-    shape = _shape(where, annotation.get("segmentation"), int(record["height"]), int(record["width"]))
-    area = annotation.get("area")
-    crowd = bool(annotation.get("iscrowd", 0))
-    return Instance(identity, label_of[annotation["category_id"]], tuple(box), shape, area, crowd)
+    shape = _shape(where, annotation.get("segmentation"), record["height"], record["width"])
+    area, crowd = annotation.get("area"), annotation.get("iscrowd", 0)
+    if area is not None and not _is_number(area):
+        raise UserError(f"{where} has area {area!r}; it must be a number of pixels, or absent")
+    if crowd not in (0, 1, None):
+        raise UserError(f"{where} has iscrowd {crowd!r}; it must be 0 or 1")
+    return Instance(identity, label_of[annotation["category_id"]], tuple(box), shape, area, bool(crowd))
 
 
 def _shape(where: str, segmentation: Any, height: int, width: int) -> tuple[np.ndarray, ...] | bytes:
@@ -278,19 +323,49 @@ def _shape(where: str, segmentation: Any, height: int, width: int) -> tuple[np.n
     if isinstance(segmentation, list):
         if not all(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in segmentation):
             raise UserError(f"{where} has a polygon that is not a list of three or more x, y pairs; mend or remove it")
+        odd = [value for polygon in segmentation for value in polygon if not _is_number(value)]
+        if odd:
+            raise UserError(f"{where} has a polygon with {odd[0]!r} in place of a number; mend or remove it")
         return tuple(np.asarray(polygon, dtype=np.float64) for polygon in segmentation)
     if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
         raise UserError(f"{where} has a segmentation that is neither polygons nor a run-length code; mend or remove it")
-    if list(segmentation["size"]) != [height, width]:
+    if segmentation["size"] != [height, width]:
         raise UserError(
             f"{where} has a mask of {segmentation['size']} (height, width), but its image has [{height}, {width}]; "
             "mend one of them"
         )
     counts = segmentation["counts"]
+    total: int | None = None
+    if isinstance(counts, list) and all(_is_number(run) and run >= 0 for run in counts):
+        total = sum(counts)
+    elif isinstance(counts, str):
+        total = _pixels_of(counts)
+    if total is None:
+        raise UserError(f"{where} has run-length counts that are broken or cut off; mend or remove the mask")
+    if total != height * width:
+        raise UserError(f"{where} has runs of {total} pixels in all, but its image has {height * width}; mend the mask")
     if isinstance(counts, list):
-        if sum(counts) != height * width:
-            raise UserError(
-                f"{where} has runs of {sum(counts)} pixels in all, but its image has {height * width}; mend the mask"
-            )
         counts = mask_coder().frPyObjects(segmentation, height, width)["counts"]
     return counts.encode() if isinstance(counts, str) else counts
+
+
+def _pixels_of(counts: str) -> int | None:
+    """How many pixels the runs of a compressed code cover; None where it is no code.
+
+    pycocotools checks little of this itself and would read beyond a code that is cut. A number is groups of 5 bits,
+    lowest first, each a character from "0" on; 32 says that more follow, 16 in the last is the sign. From the fourth
+    on, numbers are differences to the last but one.
+    """
+    codes = np.frombuffer(counts.encode(), dtype=np.uint8).astype(np.int64) - ord("0")
+    if not codes.size or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
+        return None
+    ends = np.flatnonzero(codes & 32 == 0)
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    lengths = ends - starts + 1
+    if lengths.max() > MOST_GROUPS:
+        return None
+    place = 5 * (np.arange(codes.size) - np.repeat(starts, lengths))
+    runs = np.add.reduceat((codes & 31) << place, starts)
+    runs = np.where(codes[ends] & 16, runs - (1 << 5 * lengths), runs)
+    runs[1::2], runs[2::2] = runs[1::2].cumsum(), runs[2::2].cumsum()
+    return int(runs.sum()) if runs.min() >= 0 else None

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Literal, NamedTuple
 
+from PIL import Image
+
 from mae_core.conversion.loading import LoadReport, read_encoder
-from mae_core.data.images import Statistics, check_all, statistics_of
+from mae_core.data.images import Statistics, UnreadableImage, check_all, refuse_unreadable, statistics_of
 from mae_core.errors import UserError
 from mae_core.training.progress import Counter
 from transfer.backbone import DenseViT
-from transfer.detection.coco import CocoSet, Part, check_same_categories, read_coco
+from transfer.detection.coco import CocoImage, CocoSet, Part, check_same_categories, read_coco
 from transfer.detection.config import DetectionConfig, DetectionData
+from transfer.detection.samples import read_checked
 from transfer.weights import load_pretrained
+
+MOST_LOOKED_AT = 2000
+"""A set of more images is not compared with its json before the run; what does not fit is found as it comes."""
 
 
 def locate(data: DetectionData, name: Literal["train", "val"]) -> Part:
@@ -36,15 +43,52 @@ def read_data(config: DetectionConfig) -> tuple[CocoSet, CocoSet]:
     """The training and the validation set, checked. Raises ``UserError`` for what is wrong with or between them."""
     train, val = (read_coco(locate(config.data, "train")), read_coco(locate(config.data, "val")))
     check_same_categories(train.categories, train.path, val.categories, val.path)
-    if config.data.on_error == "raise":
-        check_readable(config, train, val)
+    check_images(config.data, train, val)
     return train, val
 
 
-def check_readable(config: DetectionConfig, *sets: CocoSet) -> None:
-    """Decode every image; raises ``UserError`` at the first that is unreadable."""
-    paths = [image.path for coco in sets for image in coco.images]
-    check_all(paths, config.data.channels, on_progress=Counter("checking images"))
+def check_images(data: DetectionData, *sets: CocoSet) -> None:
+    """Raise ``UserError`` for images that the run could not use, before it starts.
+
+    With ``on_error=raise`` every file is decoded, and the first that is unreadable or has another size than its json
+    says is refused; otherwise only a set without a single usable image. Sizes are compared in sets of up to
+    ``MOST_LOOKED_AT`` images.
+    """
+    if data.on_error == "raise":
+        paths = [image.path for coco in sets for image in coco.images]
+        check_all(paths, data.channels, on_progress=Counter("checking images"))
+    for coco in sets:
+        if len(coco.images) > MOST_LOOKED_AT:
+            continue
+        first = None
+        for image in coco.images:
+            try:
+                if data.on_error == "skip" or not _size_in_header_fits(image):
+                    read_checked(image, data.channels)
+            except UnreadableImage as error:
+                if data.on_error == "raise":
+                    refuse_unreadable([error.unreadable])
+                first = first or error.unreadable
+            else:
+                if data.on_error == "skip":
+                    break
+        else:
+            if first is not None:
+                raise UserError(
+                    f"no image of {coco.path} can be used, the first is {first.path} ({first.reason}); "
+                    "check the images and their json"
+                )
+
+
+def _size_in_header_fits(record: CocoImage) -> bool:
+    """Whether the file, by its header alone, has the size that the json says."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(record.path) as image:
+                return image.size == (record.width, record.height)
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):
+        return False
 
 
 class Trunk(NamedTuple):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,9 +13,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
 
-from mae_core.data.images import Statistics, Unreadable, UnreadableImage, read_image
+from mae_core.data.images import MOST_IN_A_ROW, Statistics, Unreadable, UnreadableImage, read_image
 from mae_core.data.loading import Place
-from mae_core.data.unlabelled import MOST_IN_A_ROW
 from mae_core.errors import UserError
 from mae_core.patches import as_pair
 from mae_core.seeds import AUGMENT, generator_at
@@ -118,6 +118,8 @@ class DetectionBatch:
     targets: list[Target]
     indices: list[int]
     unreadable: list[Unreadable]
+    gaps: int = 0
+    """Places that stayed empty: of training samples, because no image near them can be read."""
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -209,19 +211,27 @@ def read_checked(record: CocoImage, channels: int) -> Image.Image:
 
 
 def collate(samples: list[Sample]) -> DetectionBatch:
-    """A batch of training samples. Raises ``UserError`` where a place had no readable image near it."""
-    batch = collate_readable(samples)
-    if len(batch) < len(samples):
-        last = batch.unreadable[-1].path
-        raise UserError(f"{MOST_IN_A_ROW} images in a row cannot be read, the last is {last}; check data.path")
-    return batch
-
-
-def collate_readable(samples: list[Sample]) -> DetectionBatch:
-    """A batch of the samples that could be read; it may be empty."""
+    """A batch of the samples that could be read; it may be empty, and ``gaps`` counts the others."""
     good = [sample for sample in samples if sample.pixels is not None]
     pixels = torch.stack([sample.pixels for sample in good]) if good else torch.zeros(0)
     unreadable = [entry for sample in samples for entry in sample.unreadable]
     return DetectionBatch(
-        pixels, [s.size for s in good], [s.target for s in good], [s.image_index for s in good], unreadable
+        pixels,
+        [s.size for s in good],
+        [s.target for s in good],
+        [s.image_index for s in good],
+        unreadable,
+        len(samples) - len(good),
     )
+
+
+def without_gaps(batches: Iterable[DetectionBatch]) -> Iterator[Any]:
+    """Training batches as they come. Raises ``UserError``, in this process and not in a worker, at one with a gap."""
+    for batch in batches:
+        if batch.gaps:
+            path, reason = batch.unreadable[-1]
+            count = len(batch.unreadable)
+            raise UserError(
+                f"{count} images in a row cannot be read, the last is {path} ({reason}); check them and their json"
+            )
+        yield batch

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,11 @@ from torch.utils.data import BatchSampler
 
 from mae_core.atomic import write_json
 from mae_core.conversion.files import read_weights, write_weights
+from mae_core.conversion.loading import read_encoder, with_channels_of
 from mae_core.data.images import Statistics, Unreadable
 from mae_core.data.loading import StepSampler, make_loader
 from mae_core.errors import UserError
-from mae_core.layout import LOADING, METRICS
+from mae_core.layout import CHECKPOINTS, CLASSIFIER, CONFIG, ENCODER, LOADING, LOG, METRICS
 from mae_core.training import distributed
 from mae_core.training.groups import layer_decay_groups
 from mae_core.training.loop import FitSettings, fit, seed_everything
@@ -26,9 +29,9 @@ from transfer.detection.coco import Category, check_same_categories, encode_mask
 from transfer.detection.config import DETECTOR, DetectionConfig, DetectorConfig, InferenceConfig, SamplingConfig
 from transfer.detection.draw import stacked
 from transfer.detection.evaluation import PREDICTIONS, spread_indices, truth_and_prediction, write_evaluation
-from transfer.detection.parts import build_trunk, check_readable, locate, read_data
+from transfer.detection.parts import build_trunk, check_images, locate, read_data
 from transfer.detection.rois import paste_mask
-from transfer.detection.samples import DetectionBatch, TrainingSamples, WholeImages, collate, collate_readable
+from transfer.detection.samples import DetectionBatch, TrainingSamples, WholeImages, collate, without_gaps
 from transfer.detection.scores import Detections, scores_table
 
 DETECTOR_FORMAT = "mae_core_detector"
@@ -57,7 +60,7 @@ def detect(
     """
     model.eval()
     share = BatchSampler(list(indices)[run.rank :: run.world], batch_size, drop_last=False)
-    loader = make_loader(images, share, collate_readable, workers=workers, pin=run.device.type == "cuda")
+    loader = make_loader(images, share, collate, workers=workers, pin=run.device.type == "cuda")
     found: list[Detections] = []
     unreadable: list[Unreadable] = []
     for batch in loader:
@@ -89,13 +92,20 @@ def to_original(output: dict[str, Tensor], images: WholeImages, index: int) -> D
 
 def train(config: DetectionConfig, build: Build, *, resume: bool = False) -> dict[str, Any]:
     """Train, then score; returns what metrics.json holds. Raises ``UserError`` for what a user can get wrong."""
+    if config.weights is not None:
+        config = with_channels_of(read_encoder(config.weights), config)
     check_output(config, resume=resume)
+    if resume and all((config.output / name).is_file() for name in (DETECTOR, METRICS)):
+        return leave_finished(config)
     train_set, val_set = read_data(config)
     if not any(image.instances for image in val_set.images):
         raise UserError(f"{val_set.path} has no annotations; there is nothing to score against")
     seed_everything(config.seed)
     vit, report, statistics = build_trunk(config)
-    model = build(vit, len(train_set.categories), config.model, config.sampling, config.test)
+    network = config.model
+    if network.norm == "sync_bn" and config.device == "cpu":  # SyncBN exists on GPUs only, and there may be some
+        network = network.model_copy(update={"norm": "bn"})
+    model = build(vit, len(train_set.categories), network, config.sampling, config.test)
     settings = FitSettings.of(config.optim, len(train_set.images))
 
     run = open_run(config, resume=resume)
@@ -153,7 +163,7 @@ def train(config: DetectionConfig, build: Build, *, resume: bool = False) -> dic
     }
     result = fit(
         model,
-        loader,
+        without_gaps(loader),
         detection_losses,
         optimizer,
         run=run,
@@ -164,11 +174,23 @@ def train(config: DetectionConfig, build: Build, *, resume: bool = False) -> dic
     )
     if run.is_main:
         write_weights(run.folder / DETECTOR, model.state_dict(), metadata)
-    training = {"steps": settings.total_steps, "seconds": round(result.seconds, 2), "loss": result.loss}
+    training = {
+        "steps": settings.total_steps,
+        "seconds": round(result.seconds, 2) if start < settings.total_steps else None,
+        "loss": result.loss if math.isfinite(result.loss) else None,
+    }
     metrics = score(model, images, run, config, more={"training": training})
     run.close()
     distributed.leave()
     return metrics
+
+
+def leave_finished(config: DetectionConfig) -> dict[str, Any]:
+    """Say that the run is complete; the metrics it has, on rank 0."""
+    run = Run(config, distributed.join(config.device))
+    run.say(f"{run.folder} is a finished run, nothing is left to resume; its scores are in {run.folder / METRICS}")
+    distributed.leave()
+    return json.loads((run.folder / METRICS).read_text(encoding="utf-8")) if run.is_main else {}
 
 
 def score(
@@ -231,13 +253,18 @@ def evaluate(config: DetectionConfig, build: Build) -> dict[str, Any]:
     """Score the detector in ``config.weights`` on the validation set; writes to ``config.output``.
 
     Network, canvas and pixel statistics are the file's; data, thresholds and batch are the configuration's. Raises
-    ``UserError`` where the output folder holds another run, or the classes differ.
+    ``UserError`` where the output folder holds a run or an evaluation, or the classes differ.
     """
     if config.weights is None:
         raise UserError("--eval-only needs a trained detector; set weights=detector.safetensors or its run")
-    home = config.weights if config.weights.is_dir() else config.weights.parent
-    if config.output.resolve() != home.resolve():
-        check_output(config, resume=False)
+    marks = (METRICS, DETECTOR, CONFIG, LOG, CHECKPOINTS, ENCODER, CLASSIFIER)
+    held = [name for name in marks if (config.output / name).exists()]
+    if held:
+        raise UserError(
+            f"output folder {config.output} already holds {', '.join(held)}; --eval-only overwrites nothing, "
+            "choose another with output=FOLDER"
+        )
+    check_output(config, resume=False)
     val_set = read_coco(locate(config.data, "val"))
     model, metadata = load_detector(config.weights, config.engine, build, config.sampling, config.test)
     categories = [Category(*entry) for entry in metadata["categories"]]
@@ -246,9 +273,13 @@ def evaluate(config: DetectionConfig, build: Build) -> dict[str, Any]:
         update={"image_size": tuple(metadata["image_size"]), "channels": metadata["in_chans"]}
     )
     config = config.model_copy(update={"data": data})
-    if data.on_error == "raise":
-        check_readable(config, val_set)
+    check_images(data, val_set)
     run = Run(config, distributed.join(config.device))
+    if run.is_main:
+        try:
+            run.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write to output folder {run.folder}: {error.strerror}") from None
     model.to(run.device)
     images = WholeImages(val_set, data, Statistics(tuple(metadata["mean"]), tuple(metadata["std"])))
     metrics = score(model, images, run, config)

@@ -52,7 +52,7 @@ def render_page(report: Report) -> str:
         ),
         timings=section("Times", "", timing_table(report.timings, report.seconds) if report.timings else ""),
         environment=section("Environment", "", facts_list(report.environment)),
-        commands=section("The same on your own data", "", "".join(command(*entry) for entry in report.commands)),
+        commands=section("Commands", "", "".join(command(*entry) for entry in report.commands)),
         loading=section("What each hand-over of the encoder loaded", "", loading_text(report.loading_reports)),
     )
 

@@ -91,7 +91,7 @@ def render_markdown(report: Report, folder: Path) -> str:
         lines += ["", "## Environment", "", "| | |", "|---|---|"]
         lines += [f"| {name} | {value} |" for name, value in report.environment.items()]
     if report.commands:
-        lines += ["", "## The same on your own data"]
+        lines += ["", "## Commands"]
         for title, shell in report.commands:
             lines += ["", f"{title}:", "", "```sh", shell.rstrip(), "```"]
     if report.loading_reports:

@@ -134,7 +134,7 @@ def read_grey(config: MutableMapping[str, Any]) -> bool:
         dataset = config.get(name, {}).get("dataset", {})
         steps = [step for step in dataset.get("pipeline", []) if step["type"] != "PhotoMetricDistortion"]
         for step in steps:
-            if step["type"] == "LoadImageFromFile" and step.get("color_type") != "grayscale":
+            if step["type"] in ("LoadImageFromFile", "NamedImage") and step.get("color_type") != "grayscale":
                 step["color_type"] = "grayscale"
                 changed = True
         if steps:

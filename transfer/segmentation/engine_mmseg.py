@@ -10,27 +10,33 @@ import inspect
 import json
 import logging
 import math
+import pickle
 import re
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import mmseg.registry
+import numpy as np
 import torch
+from mmcv.transforms import LoadImageFromFile
 from mmengine.config import Config, DictAction
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
-from mmengine.logging import MMLogger
+from mmengine.logging import HistoryBuffer, MMLogger
+from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
 from mmengine.optim import DefaultOptimWrapperConstructor
 from mmengine.registry import Registry
-from mmengine.runner import Runner
+from mmengine.runner import CheckpointLoader, Runner
 from mmengine.runner.utils import set_random_seed
 from mmseg.datasets import BaseSegDataset
+from mmseg.datasets.transforms import LoadAnnotations
 from mmseg.evaluation.metrics import IoUMetric
-from mmseg.registry import DATASETS, HOOKS, METRICS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS
+from mmseg.registry import DATASETS, HOOKS, METRICS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS, TRANSFORMS
 from mmseg.utils import register_all_modules
 from PIL import Image, ImageOps
 from torch import Tensor, nn
@@ -41,11 +47,13 @@ from mae_core.atomic import write_json, write_text
 from mae_core.conversion.files import write_weights
 from mae_core.conversion.loading import LoadReport, describe_encoder, read_encoder
 from mae_core.errors import UserError
+from mae_core.training.distributed import barrier, world_size
 from mae_core.training.groups import layer_decay_groups
 from transfer.backbone import DenseViT
 from transfer.segmentation import config as configs
 from transfer.segmentation.drawing import Example, draw_examples, palette
 from transfer.segmentation.label_maps import (
+    IGNORED,
     LabelledImage,
     check_label_maps,
     check_maps_exist,
@@ -57,9 +65,9 @@ from transfer.weights import load_pretrained
 PUBLISHED_TAPS = {"base": (3, 5, 7, 11), "large": (7, 11, 15, 23)}
 """The blocks that BEiT's UperNet reads, which the MAE paper took over (A.4); other sizes: the last of each quarter."""
 
-LOADING = "loading.json"
-METRICS_FILE = "metrics.json"
 SEGMENTER = "segmenter.safetensors"
+
+np_multiarray: Any = getattr(np, "_core" if hasattr(np, "_core") else "core").multiarray
 
 CONFIG_ONLY_KEYS = {
     "activation_checkpointing",
@@ -147,14 +155,28 @@ class LabelledFolder(BaseSegDataset):
     """Images of any format with label maps of the same relative name; class names from a file.
 
     classes_file  ``value<TAB>name`` a line, relative to ``data_root``; or give ``metainfo=dict(classes=...)``
+    num_classes   names the classes after their values ("class 1") where there is no such file
+    on_error      what `train` does about unreadable images: skip or raise
     """
 
     def __init__(
-        self, *, classes_file: str | None = "classes.txt", metainfo: dict | None = None, **options: Any
+        self,
+        *,
+        classes_file: str | None = "classes.txt",
+        num_classes: int | None = None,
+        on_error: str = "skip",
+        metainfo: dict | None = None,
+        **options: Any,
     ) -> None:
+        self.on_error = on_error
         if classes_file is not None and not (metainfo or {}).get("classes"):
             path = Path(options.get("data_root") or "", classes_file)
-            classes = read_classes(path, reduce_zero_label=options.get("reduce_zero_label", False))
+            reduce_zero_label = options.get("reduce_zero_label", False)
+            if num_classes is None or path.is_file():
+                classes = read_classes(path, reduce_zero_label=reduce_zero_label)
+            else:
+                first = 1 if reduce_zero_label else 0
+                classes = [f"class {value}" for value in range(first, first + num_classes)]
             metainfo = {**(metainfo or {}), "classes": classes, "palette": palette(len(classes))}
         super().__init__(metainfo=metainfo, **options)
 
@@ -168,11 +190,70 @@ class LabelledFolder(BaseSegDataset):
         ]
 
 
+@TRANSFORMS.register_module()
+class NamedImage(LoadImageFromFile):
+    """mmcv's image reader; a file that it cannot read is named and left out (``on_error="skip"``, in training), or
+    raises a ``UserError``."""
+
+    def __init__(self, *, on_error: str = "raise", **options: Any) -> None:
+        super().__init__(**options)
+        self.on_error = on_error
+        self.skipped: set[str] = set()
+
+    def transform(self, results: dict) -> dict | None:
+        """As mmcv's; None makes the data set draw another image."""
+        path = results["img_path"]
+        try:
+            return super().transform(results)
+        except Exception as error:
+            if self.on_error == "raise":
+                raise UserError(f"image {path} cannot be read ({_first_line(error)}); mend or remove it") from None
+            if path not in self.skipped:
+                self.skipped.add(path)
+                number = len(self.skipped)
+                print(f"image {path} cannot be read and is skipped; {number} so far in this process", flush=True)
+            return None
+
+
+@TRANSFORMS.register_module()
+class NamedLabels(LoadAnnotations):
+    """mmseg's label map reader; a map that would break the training raises a ``UserError`` with its name."""
+
+    def __init__(self, *, num_classes: int, **options: Any) -> None:
+        super().__init__(**options)
+        self.num_classes = num_classes
+
+    def _load_seg_map(self, results: dict) -> None:
+        path = results["seg_map_path"]
+        try:
+            super()._load_seg_map(results)
+        except Exception as error:
+            raise UserError(
+                f"label map {path} cannot be read ({_first_line(error)}); replace it or take it out"
+            ) from None
+        labels = results["gt_seg_map"]
+        size = tuple(results.get("ori_shape", labels.shape))
+        if labels.shape != size:
+            raise UserError(f"label map {path} has the shape {labels.shape}, and its image {size}; correct the map")
+        wrong = labels[(labels >= self.num_classes) & (labels != IGNORED)]
+        if wrong.size:
+            value = int(wrong[0]) + bool(results.get("reduce_zero_label"))
+            raise UserError(
+                f"label map {path} holds the value {value}, which is none of the {self.num_classes} classes; "
+                "correct the map, num_classes or reduce_zero_label"
+            )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
 @METRICS.register_module()
 class PerClassIoUMetric(IoUMetric):
     """mmseg's IoU metric that also keeps the values of each class, in percent, None where a class never occurs."""
 
-    per_class: dict[str, dict[str, float | None]]
+    per_class: dict[str, dict[str, float | None]] = {}
+    """Set on the rank that computes."""
 
     def compute_metrics(self, results: list) -> dict[str, float]:
         """mIoU, mAcc and aAcc in percent; sets ``per_class``: name -> IoU, Acc."""
@@ -210,7 +291,7 @@ class RunRecord(Hook):
             return
         loading = getattr(getattr(_bare(runner.model), "backbone", None), "loading", None)
         if loading is not None:
-            write_json(Path(runner.work_dir, LOADING), loading.as_dict())
+            write_json(Path(runner.work_dir, layout.LOADING), loading.as_dict())
         log = Path(runner.work_dir, layout.LOG)
         if log.exists():
             lines = log.read_text().splitlines()
@@ -268,6 +349,60 @@ class SegmentationRunner(Runner):
                 handler.addFilter(is_news)
         return logger
 
+    def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
+        """mmengine's wrapping for several ranks, which knows GPUs alone; on CPUs, batch norm is each rank's own."""
+        if not self.distributed or torch.cuda.is_available() or model_wrapper_cfg is not None:
+            return super().wrap_model(model_wrapper_cfg, model)
+        return MMDistributedDataParallel(module=revert_sync_batchnorm(model), broadcast_buffers=False)
+
+
+def history_method(owner: Any, name: str) -> Any:
+    """What ``getattr`` does in a checkpoint of mmengine's, and nothing else: methods of ``HistoryBuffer``."""
+    if owner is not HistoryBuffer or name not in ("min", "max", "current", "mean"):
+        raise pickle.UnpicklingError(f"it asks for the attribute {name!r}")
+    return getattr(owner, name)
+
+
+SAFE_GLOBALS: list[Any] = [
+    HistoryBuffer,
+    (history_method, "builtins.getattr"),
+    (history_method, "__builtin__.getattr"),
+    (np.ndarray, "numpy.ndarray"),
+    np.dtype,
+    *{type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "u1", "?")},
+    *(
+        (function, f"numpy.{core}.multiarray.{name}")
+        for core in ("core", "_core")
+        for name, function in (("scalar", np_multiarray.scalar), ("_reconstruct", np_multiarray._reconstruct))
+    ),
+]
+"""What mmengine's checkpoints hold besides tensors and plain values."""
+
+
+def load_safely(filename: str, map_location: Any = None) -> dict[str, Any]:
+    """A local checkpoint, read without running code in it; takes the place of mmengine's loader, which would run it.
+
+    The stored config is left out: mmengine executes it. Raises ``UserError`` for a file that holds anything else.
+    """
+    path = Path(filename).expanduser()
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} does not exist")
+    try:
+        with torch.serialization.safe_globals(SAFE_GLOBALS):
+            checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    except Exception as error:
+        raise UserError(
+            f"checkpoint {path} is refused, for it is broken or holds more than tensors and plain values "
+            f"({_first_line(error)[:200]}); use one that this toolkit wrote"
+        ) from None
+    if isinstance(checkpoint, dict) and isinstance(checkpoint.get("meta"), dict):
+        checkpoint["meta"].pop("cfg", None)
+        checkpoint["meta"].pop("config", None)
+    return checkpoint
+
+
+CheckpointLoader.register_scheme("", load_safely, force=True)
+
 
 def is_news(record: logging.LogRecord) -> bool:
     """Whether a message of mmengine's belongs on the screen: progress, metrics, checkpoints and most warnings."""
@@ -292,8 +427,13 @@ def train(
     config = read_config(config_path, options)
     view = dict(config.items())
     notes: list[str] = []
+    distributed = world_size() > 1
+    if distributed:
+        config.launcher = "pytorch"
+        notes.append(f"ranks: {world_size()}, and the batch size is that of each")
     if checkpoint is not None:
         configs.check_steps_left(checkpoint, view)
+        load_safely(str(checkpoint), "cpu")
     if weights is not None and checkpoint is None:
         notes += configs.fit_to_weights(view, read_encoder(weights), list(options))
     elif checkpoint is not None:
@@ -307,9 +447,10 @@ def train(
     configs.check_schedule(view)
     notes += [f"{part}: {found}" for part, found in check_data(view).items()]
     check_model(view)
-    for note in notes:
+    for note in notes if is_main_process() else ():
         print(note, flush=True)
 
+    barrier()  # every rank has found its input in order, and the work dir as it was
     stem = Path(config_path).stem
     config.work_dir = str(work_dir)
     config.experiment_name = f"{stem}_{uuid.uuid4().hex[:8]}"  # mmengine keeps a global logger and hub for each name
@@ -317,16 +458,34 @@ def train(
     if config.get("visualizer") is not None:
         config.visualizer.save_dir = str(work_dir / "tensorboard")
     runner = SegmentationRunner.from_cfg(config)
-    runner.train()
+    with worker_errors():
+        runner.train()
+    return finish(runner, started, write_model=True)
+
+
+def finish(runner: Runner, started: float, *, write_model: bool) -> dict[str, Any]:
+    """Write metrics.json and, with ``write_model``, segmenter.safetensors; returns what metrics.json holds."""
+    work_dir = Path(runner.work_dir)
     record = next((hook for hook in runner.hooks if isinstance(hook, RunRecord)), RunRecord())
-    per_class = next((m.per_class for m in runner.val_evaluator.metrics if isinstance(m, PerClassIoUMetric)), {})
+    metrics = [metric for metric in runner.val_evaluator.metrics if isinstance(metric, PerClassIoUMetric)]
+    per_class = metrics[0].per_class if metrics else {}
     seconds = round(time.monotonic() - started, 1)
     results = {**record.metrics, "per_class": per_class, "steps": runner.iter, "seconds": seconds}
     runner.visualizer.close()
     if is_main_process():
-        write_json(work_dir / METRICS_FILE, results)
-        write_segmenter(work_dir / SEGMENTER, runner)
+        write_json(work_dir / layout.METRICS, results)
+        if write_model:
+            write_segmenter(work_dir / SEGMENTER, runner)
     return results
+
+
+@contextmanager
+def worker_errors() -> Iterator[None]:
+    """A ``UserError`` of a data loader's worker arrives with its traceback as text; its sentence alone goes on."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).strip().splitlines()[-1].split("UserError: ", 1)[-1]) from None
 
 
 def parse_options(items: Sequence[str]) -> dict[str, Any]:
@@ -414,15 +573,37 @@ def check_data(config: Mapping[str, Any]) -> dict[str, str]:
     sentences = {}
     for part in ("train", "val"):
         section = config[f"{part}_dataloader"]["dataset"]
+        on_error = section.get("on_error", "skip")
         pairs, classes, reduce_zero_label = labelled_images(section)
         if len(classes) != num_classes:
             raise UserError(
                 f"the config has num_classes={num_classes}, and the {part} data {len(classes)} classes "
                 f"({_shorten(classes)}); set num_classes={len(classes)}, or correct classes.txt or reduce_zero_label"
             )
-        found = check_label_maps(pairs, num_classes, reduce_zero_label=reduce_zero_label, seed=seed)
+        found = check_label_maps(pairs, num_classes, reduce_zero_label=reduce_zero_label, seed=seed, on_error=on_error)
+        leave_out(section, pairs, {path for path, _ in found.unreadable})
+        name_bad_files(section, num_classes, on_error if part == "train" else "raise")
         sentences[f"{part} data"] = found.describe(classes)
     return sentences
+
+
+def leave_out(section: MutableMapping[str, Any], pairs: Sequence[LabelledImage], unreadable: Collection[str]) -> None:
+    """Make a dataset section hold the readable ones of its ``pairs``."""
+    if not unreadable:
+        return
+    given = section.get("indices")
+    if not isinstance(given, list | tuple):
+        given = range(len(pairs)) if given is None or given >= 0 else range(-len(pairs), 0)
+    section["indices"] = [index for index, pair in zip(given, pairs, strict=True) if str(pair.image) not in unreadable]
+
+
+def name_bad_files(section: MutableMapping[str, Any], num_classes: int, on_error: str) -> None:
+    """Put readers that name a bad file into a pipeline: the check before the training is a sample of large folders."""
+    for step in section.get("pipeline", []):
+        if step["type"] in ("LoadImageFromFile", "NamedImage"):
+            step.update(type="NamedImage", on_error=on_error)
+        elif step["type"] in ("LoadAnnotations", "NamedLabels"):
+            step.update(type="NamedLabels", num_classes=num_classes)
 
 
 def labelled_images(section: Mapping[str, Any]) -> tuple[list[LabelledImage], list[str], bool]:

@@ -14,11 +14,12 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
+from mae_core.data.images import IMAGE_SUFFIXES, Unreadable
 from mae_core.errors import UserError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 IGNORED = 255
 MOST_CHECKED = 2000
+MOST_NAMED = 20
 ONE_CHANNEL_MODES = ("1", "L", "P", "I", "I;16")
 
 
@@ -36,12 +37,14 @@ class LabelCheck:
     pixels   (num_classes,) int64, pixels of each class
     ignored  pixels without a class
     checked  pairs read, of ``total``
+    unreadable  images that cannot be read and are to be left out
     """
 
     pixels: np.ndarray
     ignored: int
     checked: int
     total: int
+    unreadable: tuple[Unreadable, ...] = ()
 
     def describe(self, classes: Sequence[str]) -> str:
         """One sentence: how many pairs, which classes never occur, the share of ignored pixels."""
@@ -50,11 +53,15 @@ class LabelCheck:
         share = self.ignored / max(self.ignored + int(self.pixels.sum()), 1)
         absent = f"; never labelled: {', '.join(missing[:8])}{', ...' if len(missing) > 8 else ''}" if missing else ""
         maps = f"{which} {self.total} label maps fit {len(classes)} classes"
-        return f"{maps}, {share:.1%} of their pixels are ignored{absent}"
+        named = ", ".join(f"{path} ({reason})" for path, reason in self.unreadable[:MOST_NAMED])
+        more = ", ..." if len(self.unreadable) > MOST_NAMED else ""
+        skipped = f"; {len(self.unreadable)} unreadable images left out: {named}{more}" if named else ""
+        return f"{maps}, {share:.1%} of their pixels are ignored{absent}{skipped}"
 
 
 def pair_files(images: Path | str, label_maps: Path | str, *, map_suffix: str = ".png") -> list[LabelledImage]:
-    """Every image below ``images`` with the label map of the same relative name below ``label_maps``, sorted.
+    """Every image below ``images`` with the label map of the same relative name below ``label_maps``, sorted; hidden
+    files are left out.
 
     Raises ``UserError`` for a missing folder, a folder without images and images without a label map.
     """
@@ -64,9 +71,14 @@ def pair_files(images: Path | str, label_maps: Path | str, *, map_suffix: str = 
             raise UserError(
                 f"{what} folder {folder} does not exist; set data_root to the folder with images/ and annotations/"
             )
-    found = sorted(path for path in images.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    found = sorted(
+        path
+        for path in images.rglob("*")
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and not any(part.startswith(".") for part in path.relative_to(images).parts)
+    )
     if not found:
-        raise UserError(f"image folder {images} holds no image ({', '.join(IMAGE_SUFFIXES)}); set data_root")
+        raise UserError(f"image folder {images} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}); set data_root")
     pairs = [LabelledImage(path, label_maps / path.relative_to(images).with_suffix(map_suffix)) for path in found]
     check_maps_exist(pairs)
     return pairs
@@ -113,32 +125,51 @@ def check_label_maps(
     reduce_zero_label: bool,
     seed: int = 0,
     most: int = MOST_CHECKED,
+    on_error: str = "skip",
 ) -> LabelCheck:
     """Read every pair, or a seeded sample of ``most``, as the training will.
 
-    Raises ``UserError`` for the first file (in order) that cannot be read, is not a one-channel map, differs in size
-    from its image or holds a value that is no class.
+    An image that cannot be read is listed, or refused with ``on_error="raise"``. Raises ``UserError`` for the first
+    label map (in order) that cannot be read, is not a one-channel map, differs in size from its image or holds a value
+    that is no class, and where no image can be read.
     """
+    if on_error not in ("skip", "raise"):
+        raise UserError(f"on_error is {on_error!r}; set it to skip or raise")
     chosen = list(pairs)
     if len(chosen) > most:
         picks = np.random.default_rng(seed).choice(len(chosen), size=most, replace=False)
         chosen = [pairs[index] for index in sorted(picks)]
     first = 1 if reduce_zero_label else 0
     counts: np.ndarray = np.zeros(256, dtype=np.int64)
+    unreadable: list[Unreadable] = []
     for pair in chosen:
-        labels = _read_pair(pair)
+        labels = _read_label_map(pair.label_map)
+        try:
+            _check_size(pair, labels)
+        except _BadImage as error:
+            if on_error == "raise":
+                raise UserError(
+                    f"image {pair.image} cannot be read ({error}); mend or remove it, or set on_error=skip"
+                ) from None
+            unreadable.append(Unreadable(str(pair.image), str(error)))
         values, pixels = np.unique(labels, return_counts=True)
         allowed = (values >= 0) & ((values < first + num_classes) | (values == IGNORED))
         if not allowed.all():
             raise UserError(_out_of_range(pair.label_map, values[~allowed], num_classes, reduce_zero_label))
-        counts[values] += pixels
+        if not unreadable or unreadable[-1].path != str(pair.image):
+            counts[values] += pixels
+    if len(unreadable) == len(chosen):
+        raise UserError(
+            f"none of the {len(chosen)} images can be read, such as {unreadable[0].path} ({unreadable[0].reason}); "
+            "set data_root to a folder of images"
+        )
     classes = counts[first : first + num_classes]
     if not classes.any():
         raise UserError(
             f"every pixel of the {len(chosen)} label maps beside {pairs[0].label_map} is ignored; "
             "check reduce_zero_label and the folder"
         )
-    return LabelCheck(classes, int(counts.sum() - classes.sum()), len(chosen), len(pairs))
+    return LabelCheck(classes, int(counts.sum() - classes.sum()), len(chosen), len(pairs), tuple(unreadable))
 
 
 def _out_of_range(path: Path, values: np.ndarray, num_classes: int, reduce_zero_label: bool) -> str:
@@ -152,26 +183,32 @@ def _out_of_range(path: Path, values: np.ndarray, num_classes: int, reduce_zero_
     )
 
 
-def _read_pair(pair: LabelledImage) -> np.ndarray:
-    """Label values (H, W) of a pair whose image can be read and has the same size."""
+class _BadImage(Exception):
+    """An image cannot be decoded; says why."""
+
+
+def _check_size(pair: LabelledImage, labels: np.ndarray) -> None:
+    """Raise ``UserError`` unless the image is as large as its label map, and ``_BadImage`` where it cannot be read."""
     try:
         with Image.open(pair.image) as image:
             image.load()
             width, height = ImageOps.exif_transpose(image).size  # mmcv turns images as their EXIF tag says
     except Exception as error:  # Pillow's decoders raise what they like
-        raise UserError(f"image {pair.image} cannot be read ({error}); replace it or take it out") from None
-    try:
-        with Image.open(pair.label_map) as label_map:
-            mode, labels = label_map.mode, np.asarray(label_map)
-    except Exception as error:
-        raise UserError(f"label map {pair.label_map} cannot be read ({error}); replace it or take it out") from None
-    if mode not in ONE_CHANNEL_MODES:
-        raise UserError(
-            f"label map {pair.label_map} is a colour picture (mode {mode}); write one channel that holds the classes"
-        )
+        raise _BadImage(str(error).partition("\n")[0] or type(error).__name__) from None
     if labels.shape != (height, width):
         raise UserError(
             f"image {pair.image} has {height}x{width} pixels and its label map {pair.label_map} "
             f"{labels.shape[0]}x{labels.shape[1]}; give both the same size"
         )
+
+
+def _read_label_map(path: Path) -> np.ndarray:
+    """Label values (H, W), int64."""
+    try:
+        with Image.open(path) as label_map:
+            mode, labels = label_map.mode, np.asarray(label_map)
+    except Exception as error:
+        raise UserError(f"label map {path} cannot be read ({error}); replace it or take it out") from None
+    if mode not in ONE_CHANNEL_MODES:
+        raise UserError(f"label map {path} is a colour picture (mode {mode}); write one channel that holds the classes")
     return labels.astype(np.int64)

@@ -4,6 +4,8 @@
         --weights runs/pretrain/encoder.safetensors --work-dir runs/segmenter \\
         --cfg-options data_root=PATH num_classes=11
 
+Under ``torchrun --nproc_per_node N`` the N processes train as one, each with the config's batch size.
+
 The work dir gets the finished config, log.jsonl, tensorboard/, pictures/, loading.json, mmengine's checkpoints,
 metrics.json (percent) and segmenter.safetensors.
 """
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from mae_core.errors import UserError, user_errors
+from mae_core.training.distributed import join, leave
 from transfer.engines import require
 from transfer.segmentation.config import check_config_exists
 
@@ -47,6 +50,7 @@ def train_segmenter(
     """
     require("mmseg")
     check_config_exists(Path(config_path))
+    join("auto")  # torchrun's ranks; a single process stays alone
     checkpoint = find_checkpoint(Path(work_dir), resume=resume)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"(mmcv|mmengine|mmseg)(\.|$)")
@@ -100,11 +104,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     work_dir = given.work_dir or Path("runs/segmentation") / given.config.stem
     with user_errors():
+        place = join("auto")
         results = train_segmenter(
             given.config, weights=given.weights, work_dir=work_dir, cfg_options=given.cfg_options, resume=given.resume
         )
         if "mIoU" not in results:
             raise UserError(f"{given.config} evaluates no mIoU; set val_evaluator to PerClassIoUMetric")
+        leave()
+        if not place.is_main:
+            return
         print(f"{'class':<24} {'IoU':>6} {'Acc':>6}")
         for name, values in results["per_class"].items():
             print(f"{name:<24} {_cell(values['IoU'])} {_cell(values['Acc'])}")
