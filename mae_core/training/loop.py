@@ -119,7 +119,7 @@ def fit(
         schedule.step_update(step)
         with progress.waiting():
             batch = next(stream)
-        seed_everything(derive_seed(run.config.seed, STEP, step, run.rank))  # after: a loader that starts draws a number
+        seed_everything(derive_seed(run.config.seed, STEP, step, run.rank))  # a starting loader draws
         run.note_unreadable(batch.unreadable)
         optimizer.zero_grad(set_to_none=True)
         losses = backward(parallel, batch, loss_of, run.device, precision, settings.micro_batch)
