@@ -35,11 +35,12 @@ CORE = [
     "tensorboard>=2.15",
     "numpy>=1.26",
     "Pillow>=10.1",
+    "PyYAML>=6.0",
 ]
 DETECTION = ["pycocotools>=2.0.8"]
 # mmseg does not depend on mmcv and mmengine, so all three are named; what else it imports it pulls in itself.
 SEGMENTATION = ["onedl-mmcv>=2.3.6", "onedl-mmengine>=0.10.12", "onedl-mmsegmentation>=1.4.2"]
-DEMO = ["scikit-learn>=1.4", "matplotlib>=3.8", *DETECTION, *SEGMENTATION]
+DEMO = ["scikit-learn>=1.4", *DETECTION, *SEGMENTATION]
 DEV = [
     "pytest>=8.0",
     "pytest-timeout>=2.3",

@@ -23,24 +23,3 @@ def load_pretrained(backbone: DenseViT, path: Path | str) -> LoadReport:
     if backbone.cls_token is None:
         unused["cls_token"] = "this backbone has no cls token"
     return fit_state(backbone, source, grid=backbone.grid[:2], new=("tap_norms.*",), unused=unused)
-
-
-def build_backbone(
-    weights: Path | str | None, *, size: str | None = None, **options: object
-) -> tuple[DenseViT, LoadReport | None]:
-    """A ``DenseViT`` for a weights file (its size, patch, channels and grid), or with ``weights=None`` a random one
-    of ``size``.
-
-    ``options`` go to ``DenseViT``. With weights, ``size`` must be the file's where it is given.
-    """
-    if weights is None:
-        return DenseViT(size or "base", **options), None  # type: ignore[arg-type]
-    source = read_encoder(weights)
-    options = {
-        "image_size": source.image_size,
-        "patch_size": source.patch_size,
-        "in_chans": source.in_chans,
-        **{name: value for name, value in options.items() if value is not None},
-    }
-    backbone = DenseViT(size or source.size, **options)  # type: ignore[arg-type]
-    return backbone, load_pretrained(backbone, weights)
