@@ -126,8 +126,8 @@ def test_neck_and_heads_see_four_strides(digits_model):
     images = torch.randn(2, 3, 64, 64)
     features = digits_model.extract_feat(images)
     assert [tuple(level.shape) for level in features] == [(2, 128, side, side) for side in (16, 8, 4, 2)]
-    assert digits_model.decode_head.forward(features).shape == (2, 11, 16, 16)
-    assert digits_model.auxiliary_head.forward(features).shape == (2, 11, 4, 4)
+    assert digits_model.decode_head.forward(features).shape == (2, 5, 16, 16)
+    assert digits_model.auxiliary_head.forward(features).shape == (2, 5, 4, 4)
 
 
 def layer_decay_groups(model, rate: float = 0.65, lr: float = 1e-3, decay: float = 0.05):
