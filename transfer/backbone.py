@@ -95,7 +95,7 @@ class DenseViT(ViTEncoder):
         if self.cls_token is not None:
             x = torch.cat([(self.cls_token + positions[:, :1]).expand(len(x), -1, -1), x], dim=1)
             prefix = 1
-        maps = []
+        maps: list[Tensor] = []
         for index, block in enumerate(self.blocks[: self.taps[-1] + 1]):
             window = None if index in self.global_blocks else self.window
             if self.checkpointing and self.training:
