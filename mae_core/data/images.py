@@ -126,13 +126,13 @@ def next_readable(index: int, length: int, read: Callable[[int], Found]) -> tupl
     return index, None, unreadable
 
 
-def check_found(samples: Iterable[MaybePixels]) -> None:
-    """Raise ``UserError`` where ``next_readable`` found nothing for one of ``samples``."""
+def check_found(samples: Iterable[MaybePixels], suspects: str = "data.path") -> None:
+    """Raise ``UserError``, with what to check, where ``next_readable`` found nothing for one of ``samples``."""
     for sample in samples:
         if sample.pixels is None:
             count, last = len(sample.unreadable), sample.unreadable[-1]
             raise UserError(
-                f"{count} images in a row cannot be read, the last is {last.path} ({last.reason}); check data.path"
+                f"{count} images in a row cannot be read, the last is {last.path} ({last.reason}); check {suspects}"
             )
 
 

@@ -29,7 +29,7 @@ from mae_core.data.labelled import (
     collate_readable,
     read_image_folder,
 )
-from mae_core.data.loading import StepSampler, make_loader, share_of
+from mae_core.data.loading import make_loader, share_of
 from mae_core.errors import UserError
 from mae_core.evaluation.classification import evaluate_classifier
 from mae_core.layout import CLASSIFIER, LOADING, METRICS
@@ -153,14 +153,8 @@ def finetune(config: FinetuneConfig, *, resume: bool = False) -> dict[str, Any]:
     )
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=config.optim.betas, fused=True)
     start = run.restore(model, optimizer) if resume else 0
-    sampler = StepSampler(
-        len(train_files.paths),
-        config.optim.batch_size,
-        config.seed,
-        start_step=start,
-        total_steps=settings.total_steps,
-        rank=run.rank,
-        world=run.world,
+    sampler = run.sampler(
+        len(train_files.paths), config.optim.batch_size, total_steps=settings.total_steps, start_step=start
     )
     on_gpu = run.device.type == "cuda"
     train_loader = make_loader(train_images, sampler, collate, workers=config.data.workers, pin=on_gpu)

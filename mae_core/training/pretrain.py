@@ -12,7 +12,7 @@ from mae_core.config import PretrainConfig
 from mae_core.conversion.files import write_weights
 from mae_core.conversion.loading import describe_encoder
 from mae_core.data.images import check_all, list_images, statistics_of
-from mae_core.data.loading import StepSampler, make_loader
+from mae_core.data.loading import make_loader
 from mae_core.data.unlabelled import PretrainBatch, UnlabelledImages, collate
 from mae_core.layout import ENCODER
 from mae_core.models.mae import MaskedAutoencoder, build_mae
@@ -82,15 +82,7 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> FitResult:
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=config.optim.betas, fused=True)
     start = run.restore(model, optimizer) if resume else 0
     announce(run.say, config, model, len(images), settings)
-    sampler = StepSampler(
-        len(images),
-        config.optim.batch_size,
-        config.seed,
-        start_step=start,
-        total_steps=settings.total_steps,
-        rank=run.rank,
-        world=run.world,
-    )
+    sampler = run.sampler(len(images), config.optim.batch_size, total_steps=settings.total_steps, start_step=start)
     loader = make_loader(images, sampler, collate, workers=config.data.workers, pin=run.device.type == "cuda")
     mask = fixed_mask(model, len(views), config.seed)
 

@@ -18,6 +18,7 @@ from mae_core import __version__
 from mae_core.atomic import atomic_path, write_text
 from mae_core.config import PretrainConfig, RunConfig, config_differences, dump_config, load_config
 from mae_core.data.images import Unreadable, refuse_unreadable
+from mae_core.data.loading import StepSampler
 from mae_core.errors import UserError
 from mae_core.layout import (
     CHECKPOINTS,
@@ -165,6 +166,18 @@ class Run:
             if self.is_main:
                 self.note_unreadable([entry for entry in found if entry.path not in self.unreadable])
         self._untold = []
+
+    def sampler(self, length: int, batch_size: int, *, total_steps: int, start_step: int = 0) -> StepSampler:
+        """This rank's share of the places of ``length`` training images, ``batch_size`` a step over all ranks."""
+        return StepSampler(
+            length,
+            batch_size,
+            self.config.seed,
+            total_steps=total_steps,
+            start_step=start_step,
+            rank=self.rank,
+            world=self.world,
+        )
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
         """Load the last complete checkpoint -> steps done; the log forgets what came after it."""

@@ -23,10 +23,10 @@ from transfer.detection.samples import (
     WholeImages,
     boxes_of,
     collate,
+    collate_readable,
     place_whole,
     read_checked,
     target_on,
-    without_gaps,
 )
 from transfer.detection.scores import Detections, average_precision, coco_results
 
@@ -272,20 +272,20 @@ def test_an_unreadable_image_is_replaced_and_reported(tmp_path, write_coco):
     batch = collate([samples(coco)[(0, index)] for index in (0, 1)])
     assert len(batch) == 2 and [Path(entry.path).name for entry in batch.unreadable] == ["001.png"]
     whole = WholeImages(coco, DetectionData(image_size=32), PLAIN)
-    batch = collate([whole[0], whole[1], whole[2]])
+    batch = collate_readable([whole[0], whole[1], whole[2]])
     assert batch.indices == [0, 2] and len(batch.unreadable) == 1
 
 
-def test_a_gap_is_a_value_in_the_batch_and_raised_where_batches_are_used(tmp_path, write_coco):
+def test_a_place_without_readable_images_near_it_refuses_the_batch_outside_the_worker(tmp_path, write_coco):
     root = write_coco(tmp_path)
     for path in (root / "train").iterdir():
         Image.new("RGB", (10, 12)).save(path)
     coco = read_coco(Part(root / "train", root / "annotations" / "instances_train.json"))
     loader = make_loader(samples(coco), [[(0, 0), (0, 1)]], collate, workers=1, pin=False)
-    batch = next(iter(loader))
-    assert (len(batch), batch.gaps) == (0, 2)
-    with pytest.raises(UserError, match=r"^8 images in a row.*\.png \(it is 10x12, .* are for 64x48\)") as error:
-        next(without_gaps(loader))
+    with pytest.raises(
+        UserError, match=r"^4 images in a row.*\.png \(it is 10x12, .* are for 64x48\); check them and their json"
+    ) as error:
+        next(iter(loader))
     assert "Traceback" not in str(error.value)
 
 

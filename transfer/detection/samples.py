@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,9 +12,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
 
-from mae_core.data.images import MOST_IN_A_ROW, Statistics, Unreadable, UnreadableImage, read_image
+from mae_core.data.images import Statistics, Unreadable, UnreadableImage, check_found, next_readable, read_image
 from mae_core.data.loading import Place
-from mae_core.errors import UserError
 from mae_core.patches import as_pair
 from mae_core.seeds import AUGMENT, generator_at
 from transfer.detection.coco import CocoImage, CocoSet, decode_masks
@@ -118,8 +116,6 @@ class DetectionBatch:
     targets: list[Target]
     indices: list[int]
     unreadable: list[Unreadable]
-    gaps: int = 0
-    """Places that stayed empty: of training samples, because no image near them can be read."""
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -152,19 +148,16 @@ class TrainingSamples(Dataset[Sample]):
 
     def __getitem__(self, place: Place) -> Sample:
         epoch, index = place
-        unreadable: list[Unreadable] = []
-        for shift in range(min(len(self), MOST_IN_A_ROW)):
-            record = self.coco.images[(index + shift) % len(self)]
-            try:
-                image = read_checked(record, self.data.channels)
-            except UnreadableImage as error:
-                unreadable.append(error.unreadable)
-                continue
-            generator = generator_at(self.seed, AUGMENT, epoch, index)
-            placement = place_jittered(record.height, record.width, self.canvas, self.data, generator)
-            pixels = placement.image(image, self.statistics)
-            return Sample(pixels, placement.visible, target_on(record, placement), index, unreadable)
-        return Sample(None, self.canvas, {}, index, unreadable)
+        chosen, image, unreadable = next_readable(
+            index, len(self), lambda place: read_checked(self.coco.images[place], self.data.channels)
+        )
+        if image is None:
+            return Sample(None, self.canvas, {}, index, unreadable)
+        record = self.coco.images[chosen]
+        generator = generator_at(self.seed, AUGMENT, epoch, index)
+        placement = place_jittered(record.height, record.width, self.canvas, self.data, generator)
+        pixels = placement.image(image, self.statistics)
+        return Sample(pixels, placement.visible, target_on(record, placement), index, unreadable)
 
 
 class WholeImages(Dataset[Sample]):
@@ -211,7 +204,13 @@ def read_checked(record: CocoImage, channels: int) -> Image.Image:
 
 
 def collate(samples: list[Sample]) -> DetectionBatch:
-    """A batch of the samples that could be read; it may be empty, and ``gaps`` counts the others."""
+    """A batch of training samples. Raises ``UserError`` where a place had no readable image near it."""
+    check_found(samples, "them and their json")
+    return collate_readable(samples)
+
+
+def collate_readable(samples: list[Sample]) -> DetectionBatch:
+    """A batch of the samples that could be read; it may be empty."""
     good = [sample for sample in samples if sample.pixels is not None]
     pixels = torch.stack([sample.pixels for sample in good]) if good else torch.zeros(0)
     unreadable = [entry for sample in samples for entry in sample.unreadable]
@@ -221,17 +220,4 @@ def collate(samples: list[Sample]) -> DetectionBatch:
         [s.target for s in good],
         [s.image_index for s in good],
         unreadable,
-        len(samples) - len(good),
     )
-
-
-def without_gaps(batches: Iterable[DetectionBatch]) -> Iterator[Any]:
-    """Training batches as they come. Raises ``UserError``, in this process and not in a worker, at one with a gap."""
-    for batch in batches:
-        if batch.gaps:
-            path, reason = batch.unreadable[-1]
-            count = len(batch.unreadable)
-            raise UserError(
-                f"{count} images in a row cannot be read, the last is {path} ({reason}); check them and their json"
-            )
-        yield batch

@@ -17,7 +17,7 @@ from mae_core.atomic import write_json
 from mae_core.conversion.files import read_weights, write_weights
 from mae_core.conversion.loading import read_encoder, with_channels_of
 from mae_core.data.images import Statistics, Unreadable
-from mae_core.data.loading import StepSampler, make_loader
+from mae_core.data.loading import make_loader
 from mae_core.errors import UserError
 from mae_core.layout import CHECKPOINTS, CLASSIFIER, CONFIG, ENCODER, LOADING, LOG, METRICS
 from mae_core.training import distributed
@@ -31,7 +31,7 @@ from transfer.detection.draw import stacked
 from transfer.detection.evaluation import PREDICTIONS, spread_indices, truth_and_prediction, write_evaluation
 from transfer.detection.parts import build_trunk, check_images, locate, read_data
 from transfer.detection.rois import paste_mask
-from transfer.detection.samples import DetectionBatch, TrainingSamples, WholeImages, collate, without_gaps
+from transfer.detection.samples import DetectionBatch, TrainingSamples, WholeImages, collate, collate_readable
 from transfer.detection.scores import Detections, scores_table
 
 DETECTOR_FORMAT = "mae_core_detector"
@@ -60,7 +60,7 @@ def detect(
     """
     model.eval()
     share = BatchSampler(list(indices)[run.rank :: run.world], batch_size, drop_last=False)
-    loader = make_loader(images, share, collate, workers=workers, pin=run.device.type == "cuda")
+    loader = make_loader(images, share, collate_readable, workers=workers, pin=run.device.type == "cuda")
     found: list[Detections] = []
     unreadable: list[Unreadable] = []
     for batch in loader:
@@ -124,14 +124,8 @@ def train(config: DetectionConfig, build: Build, *, resume: bool = False) -> dic
     )
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=config.optim.betas, fused=True)
     start = run.restore(model, optimizer) if resume else 0
-    sampler = StepSampler(
-        len(train_set.images),
-        config.optim.batch_size,
-        config.seed,
-        start_step=start,
-        total_steps=settings.total_steps,
-        rank=run.rank,
-        world=run.world,
+    sampler = run.sampler(
+        len(train_set.images), config.optim.batch_size, total_steps=settings.total_steps, start_step=start
     )
     samples = TrainingSamples(train_set, config.data, statistics, config.seed)
     loader = make_loader(samples, sampler, collate, workers=config.data.workers, pin=run.device.type == "cuda")
@@ -163,7 +157,7 @@ def train(config: DetectionConfig, build: Build, *, resume: bool = False) -> dic
     }
     result = fit(
         model,
-        without_gaps(loader),
+        loader,
         detection_losses,
         optimizer,
         run=run,
