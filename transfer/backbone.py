@@ -1,7 +1,8 @@
 """DenseViT: the pre-trained trunk as a backbone for images of any size. No engine in it.
 
 Four-stage use: the quarter taps, one stride, ``transfer.pyramid`` makes the strides. Window attention with a few global
-blocks follows "Benchmarking Detection Transfer Learning with Vision Transformers" (arXiv 2111.11429, 2.1) and ViTDet.
+blocks follows "Benchmarking Detection Transfer Learning with Vision Transformers" (arXiv 2111.11429, 2.1) and ViTDet
+(arXiv 2203.16527), which reads the last block alone.
 """
 
 from __future__ import annotations
@@ -11,12 +12,16 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import LayerScale
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mae_core.errors import UserError
 from mae_core.models.encoder import ViTEncoder
-from mae_core.models.sizes import SIZES
+from mae_core.models.sizes import size_of
+from mae_core.patches import PatchGrid
 from mae_core.pos_embed import resize_pos_embed
+from transfer.attention import RELATIVE_POSITIONS, Grid, SharedTable, merge_windows, partition_windows
 
 
 class Level(NamedTuple):
@@ -30,19 +35,22 @@ class Level(NamedTuple):
 class DenseViT(ViTEncoder):
     """A ViT that maps (B, C, H, W) to one (B, D, ceil(H/patch), ceil(W/patch)) map per tapped block.
 
-    taps           0-based blocks whose output is emitted, ascending; the last block of each quarter when None
-    window         side of the attention windows in patches, None for global attention everywhere
-    global_blocks  blocks that attend globally although ``window`` is set; the taps when None
-    cls_token      keep the cls token in the sequence (it never reaches the maps); needs global attention
-    tap_norm       standardise each emitted map per channel (BatchNorm without affine, as the paper's linear probe
-    does):
-                   the raw maps of a pre-trained trunk differ a hundredfold in scale between channels, which costs a
-                   short training dear; the published recipes do without
-    checkpointing  recompute each block in the backward pass: less memory, about a third more time
+    image_size          what the stored position table belongs to; it is resized (bicubic) to each input's grid
+    taps                0-based blocks whose output is emitted, ascending; the last block of each quarter when None
+    window              side of the attention windows in patches, None for global attention everywhere
+    global_blocks       blocks that attend globally although ``window`` is set; the last of each quarter when None
+    relative_positions  a row of ``RELATIVE_POSITIONS``, learned from zero
+    relative_size       image size that the tables of global blocks are made for, ``image_size`` when None; another
+                        size is resized on the fly
+    layer_scale         initial value of a learned factor per channel on each residual branch (BEiT), None for none
+    cls_token           keep the cls token in the sequence (it never reaches the maps); needs global attention
+    tap_norm            standardise each emitted map per channel (BatchNorm without affine, as the paper's linear probe
+                        does): the raw maps of a pre-trained trunk differ a hundredfold in scale between channels, which
+                        costs a short training dear; the published recipes do without
+    checkpointing       recompute each block in the backward pass: less memory, about a third more time
 
-    The stored position table belongs to ``image_size``; it is resized (bicubic) to the input's grid on every call. No
-    final
-    norm is applied. Images are padded with zeros at the right and the bottom to whole patches.
+    No final norm is applied. Images are padded with zeros at the right and the bottom to whole patches. Raises
+    ``UserError`` for options that exclude each other.
     """
 
     def __init__(
@@ -55,23 +63,45 @@ class DenseViT(ViTEncoder):
         taps: Sequence[int] | None = None,
         window: int | None = None,
         global_blocks: Sequence[int] | None = None,
+        relative_positions: str = "none",
+        relative_size: int | Sequence[int] | None = None,
+        layer_scale: float | None = None,
         cls_token: bool = False,
         drop_path: float = 0.0,
         tap_norm: bool = False,
         checkpointing: bool = False,
     ) -> None:
         super().__init__(size, image_size=image_size, patch_size=patch_size, in_chans=in_chans, drop_path=drop_path)
-        if window is not None and cls_token:
-            raise ValueError("window attention has no place for a cls token; use cls_token=False or window=None")
-        self.taps = tuple(SIZES[size].quarter_taps if taps is None else taps)
-        if list(self.taps) != sorted(set(self.taps)) or not 0 <= self.taps[0] <= self.taps[-1] < len(self.blocks):
-            raise ValueError(f"taps {self.taps} must ascend within the {len(self.blocks)} blocks, counted from 0")
+        if relative_positions not in RELATIVE_POSITIONS:
+            known = ", ".join(RELATIVE_POSITIONS)
+            raise UserError(f"there are no relative positions {relative_positions!r}; known: {known}")
+        if cls_token and (window is not None or relative_positions == "decomposed"):
+            cause = "window attention" if window is not None else "decomposed relative positions"
+            raise UserError(f"{cause} leave no place for a cls token; use cls_token=False, or do without them")
+        quarters = size_of(size).quarter_taps
+        self.taps = tuple(quarters if taps is None else taps)
+        if list(self.taps) != sorted(set(self.taps)) or not self.taps or not 0 <= self.taps[0]:
+            raise UserError(f"taps {self.taps} must ascend and count blocks from 0")
+        if self.taps[-1] >= len(self.blocks):
+            raise UserError(f"taps {self.taps} must lie within the {len(self.blocks)} blocks, counted from 0")
         self.window = window
-        self.global_blocks = frozenset(self.taps if global_blocks is None else global_blocks)
+        self.global_blocks = frozenset(quarters if global_blocks is None else global_blocks)
+        self.relative_positions = relative_positions
         self.checkpointing = checkpointing
         if not cls_token:
             self.cls_token = None
         self.norm = nn.Identity()
+        prefix = int(cls_token)
+        tables = PatchGrid.of(image_size if relative_size is None else relative_size, self.grid.patch)
+        for index, block in enumerate(self.blocks):
+            block.attn = RELATIVE_POSITIONS[relative_positions](block.attn, self._table_size(index, tables), prefix)
+            if layer_scale is not None:
+                block.ls1, block.ls2 = (LayerScale(self.embed_dim, layer_scale) for _ in range(2))
+        if relative_positions == "shared_table":
+            heads, kinds = size_of(size).heads, {self._window(index) for index in range(len(self.blocks))}
+            self.shared_tables = nn.ModuleDict(
+                {_kind(w): SharedTable(heads, (w, w) if w else (tables.rows, tables.cols), prefix) for w in kinds}
+            )
         self.tap_norms = nn.ModuleList(
             nn.BatchNorm2d(self.embed_dim, eps=1e-6, affine=False) if tap_norm else nn.Identity() for _ in self.taps
         )
@@ -87,54 +117,55 @@ class DenseViT(ViTEncoder):
         H, W = images.shape[-2:]
         images = F.pad(images, (0, -W % patch, 0, -H % patch))
         x = self.patch_embed.proj(images)
-        rows, cols = x.shape[-2:]
+        grid = (x.shape[2], x.shape[3])
         x = x.flatten(2).transpose(1, 2)
-        positions = resize_pos_embed(self.pos_embed, self.grid[:2], (rows, cols))
+        positions = resize_pos_embed(self.pos_embed, self.grid[:2], grid)
         x = x + positions[:, 1:]
         prefix = 0
         if self.cls_token is not None:
             x = torch.cat([(self.cls_token + positions[:, :1]).expand(len(x), -1, -1), x], dim=1)
             prefix = 1
+        biases = self._shared_biases(grid)
         maps: list[Tensor] = []
         for index, block in enumerate(self.blocks[: self.taps[-1] + 1]):
-            window = None if index in self.global_blocks else self.window
+            window = self._window(index)
+            arguments = (block, x, grid, window, biases.get(_kind(window)))
             if self.checkpointing and self.training:
-                x = checkpoint(_run_block, block, x, (rows, cols), window, use_reentrant=False)
+                x = checkpoint(_run_block, *arguments, use_reentrant=False)
             else:
-                x = _run_block(block, x, (rows, cols), window)
+                x = _run_block(*arguments)
             if index in self.taps:
-                tapped = x[:, prefix:].transpose(1, 2).unflatten(2, (rows, cols))
+                tapped = x[:, prefix:].transpose(1, 2).unflatten(2, grid)
                 maps.append(self.tap_norms[len(maps)](tapped))
         return maps
 
+    def _window(self, index: int) -> int | None:
+        return None if index in self.global_blocks else self.window
 
-def _run_block(block: nn.Module, x: Tensor, grid: tuple[int, int], window: int | None) -> Tensor:
+    def _table_size(self, index: int, tables: PatchGrid) -> Grid:
+        window = self._window(index)
+        return (tables.rows, tables.cols) if window is None else (window, window)
+
+    def _shared_biases(self, grid: Grid) -> dict[str, Tensor]:
+        """The biases that many blocks share, made once a pass: by kind of block, (heads, N, N)."""
+        if self.relative_positions != "shared_table":
+            return {}
+        sizes = {_kind(None): grid} | ({_kind(self.window): (self.window, self.window)} if self.window else {})
+        return {kind: table(sizes[kind]) for kind, table in self.shared_tables.items()}
+
+
+def _kind(window: int | None) -> str:
+    return "global" if window is None else "window"
+
+
+def _run_block(block: nn.Module, x: Tensor, grid: Grid, window: int | None, bias: Tensor | None) -> Tensor:
     """One transformer block on (B, N, D) tokens, its attention inside windows of ``window`` x ``window`` patches if
-    given."""
+    given; ``bias`` is added to its logits."""
+    normed = block.norm1(x)
     if window is None:
-        return block(x)
-    normed, layout = partition_windows(block.norm1(x), grid, window)
-    attended = merge_windows(block.attn(normed), grid, window, layout)
+        attended = block.attn(normed, grid, bias)
+    else:
+        inside, padded = partition_windows(normed, grid, window)
+        attended = merge_windows(block.attn(inside, (window, window), bias), grid, window, padded)
     x = x + block.drop_path1(block.ls1(attended))
     return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-
-
-def partition_windows(x: Tensor, grid: tuple[int, int], window: int) -> tuple[Tensor, tuple[int, int]]:
-    """(B, rows*cols, D) -> (B*windows, window*window, D) and the padded (rows, cols).
-
-    The grid is padded with zeros at the right and the bottom; padded tokens take part in attention, as in ViTDet.
-    """
-    B, _, D = x.shape
-    rows, cols = grid
-    x = F.pad(x.unflatten(1, grid), (0, 0, 0, -cols % window, 0, -rows % window))
-    down, across = x.shape[1] // window, x.shape[2] // window
-    x = x.reshape(B, down, window, across, window, D).transpose(2, 3)
-    return x.reshape(B * down * across, window * window, D), (down * window, across * window)
-
-
-def merge_windows(x: Tensor, grid: tuple[int, int], window: int, padded: tuple[int, int]) -> Tensor:
-    """The inverse of ``partition_windows``: padding is cut off again."""
-    down, across = padded[0] // window, padded[1] // window
-    x = x.reshape(-1, down, across, window, window, x.shape[-1]).transpose(2, 3)
-    x = x.reshape(x.shape[0], *padded, x.shape[-1])
-    return x[:, : grid[0], : grid[1]].flatten(1, 2)

@@ -7,6 +7,9 @@ from pathlib import Path
 from mae_core.conversion.loading import LoadReport, fit_state, read_encoder
 from transfer.backbone import DenseViT
 
+NEW = ("tap_norms.*", "*relative_position_bias_table", "*.rel_pos_h", "*.rel_pos_w", "*.ls1.gamma", "*.ls2.gamma")
+"""Tensors of a dense backbone that a pre-trained encoder does not have."""
+
 
 def load_pretrained(backbone: DenseViT, path: Path | str) -> LoadReport:
     """Load the encoder of a weights file, run directory or checkpoint into ``backbone``; returns the report.
@@ -22,4 +25,4 @@ def load_pretrained(backbone: DenseViT, path: Path | str) -> LoadReport:
     }
     if backbone.cls_token is None:
         unused["cls_token"] = "this backbone has no cls token"
-    return fit_state(backbone, source, grid=backbone.grid[:2], new=("tap_norms.*",), unused=unused)
+    return fit_state(backbone, source, grid=backbone.grid[:2], new=NEW, unused=unused)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-NEVER_DECAYED = ("pos_embed", "cls_token")
+NEVER_DECAYED = ("pos_embed", "cls_token", "relative_position_bias_table", "rel_pos_h", "rel_pos_w")
 
 
 def layer_of(name: str, depth: int, trunk: str = "") -> int:
@@ -25,7 +25,8 @@ def layer_decay_groups(
     """Groups for AdamW: params, their names, ``lr_scale`` = layer_decay ** (depth + 1 - layer), weight_decay.
 
     The rule of the official ``lr_decay.py`` (paper, A.1): the last block already has one factor of decay, heads have
-    none. 1-D tensors, positions and the cls token are not weight-decayed. ``trunk`` is the prefix of the ViT's names.
+    none. 1-D tensors, positions (absolute and relative) and the cls token are not weight-decayed. ``trunk`` is the
+    prefix of the ViT's names.
     timm's own function gives the last block the head's rate where the trunk has no final norm, so it is not used here.
     """
     groups: dict[tuple[int, bool], dict[str, Any]] = {}

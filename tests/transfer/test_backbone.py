@@ -1,9 +1,11 @@
 import pytest
 import torch
 
+from mae_core.errors import UserError
 from mae_core.models.encoder import ViTEncoder
 from mae_core.models.sizes import SIZES
-from transfer.backbone import DenseViT, merge_windows, partition_windows
+from transfer.attention import RELATIVE_POSITIONS, merge_windows, of_offsets, partition_windows, table_biases
+from transfer.backbone import DenseViT
 from transfer.weights import load_pretrained
 
 
@@ -86,3 +88,143 @@ def test_a_pretrained_encoder_loads_and_its_positions_are_resized(pretrained):
     assert report.share == 1.0
     assert "cls_token" in report.unused
     assert not report.refused and not report.new
+
+
+def stir(vit: DenseViT) -> DenseViT:
+    """Tables that are not zero."""
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in vit.named_parameters():
+        if "rel_pos" in name or name.endswith("table"):
+            parameter.data = 0.5 * torch.randn(parameter.shape, generator=generator)
+    return vit
+
+
+def offsets(side: int) -> torch.Tensor:
+    return torch.arange(side)[:, None] - torch.arange(side)[None]
+
+
+@pytest.mark.parametrize("grid", [(3, 3), (2, 5)])
+def test_a_bias_is_that_of_the_offset_between_query_and_key(grid):
+    rows, cols = grid
+    table = torch.randn((2 * rows - 1) * (2 * cols - 1) + 3, 4)
+    biases = table_biases(table, grid, grid, prefix=1)
+    assert biases.shape == (4, rows * cols + 1, rows * cols + 1)
+    for query in range(rows * cols):
+        for key in range(rows * cols):
+            dy, dx = query // cols - key // cols, query % cols - key % cols
+            row = (dy + rows - 1) * (2 * cols - 1) + dx + cols - 1
+            assert torch.equal(biases[:, query + 1, key + 1], table[row])
+    assert torch.equal(biases[:, 0, 1:], table[-3][:, None].expand(-1, rows * cols))
+    assert torch.equal(biases[:, 1:, 0], table[-2][:, None].expand(-1, rows * cols))
+    assert torch.equal(biases[:, 0, 0], table[-1])
+
+
+def test_tables_for_another_grid_are_resized():
+    table = torch.randn(5 * 7, 2)
+    image = table.t().unflatten(1, (5, 7))[None]
+    resized = torch.nn.functional.interpolate(image, size=(3, 9), mode="bicubic", align_corners=False)[0]
+    expected = table_biases(resized.flatten(1).t(), (2, 5), (2, 5), prefix=0)
+    torch.testing.assert_close(table_biases(table, (3, 4), (2, 5), prefix=0), expected)
+    vector = torch.randn(5, 6)
+    assert torch.equal(of_offsets(vector, 3), vector[offsets(3) + 2])
+    longer = torch.nn.functional.interpolate(vector.t()[None], size=9, mode="linear")[0].t()
+    torch.testing.assert_close(of_offsets(vector, 5), longer[offsets(5) + 4])
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_decomposed_positions_are_the_products_with_the_unscaled_query(window):
+    vit = stir(DenseViT("nano", image_size=(40, 56), patch_size=8, window=window, relative_positions="decomposed"))
+    attention, grid = vit.blocks[1].attn, (3, 3) if window else (5, 7)
+    rows, cols = grid
+    query, key, value = torch.randn(3, 2, 4, rows * cols, 32).unbind(0)
+    vertical = torch.einsum("bhyxc,ykc->bhyxk", query.unflatten(2, grid), attention.rel_pos_h[offsets(rows) + rows - 1])
+    horizontal = torch.einsum(
+        "bhyxc,xkc->bhyxk", query.unflatten(2, grid), attention.rel_pos_w[offsets(cols) + cols - 1]
+    )
+    bias = (vertical[..., :, None] + horizontal[..., None, :]).flatten(4).flatten(2, 3)
+    expected = (query @ key.mT / 32**0.5 + bias).softmax(-1) @ value
+    torch.testing.assert_close(attention.attend(query, key, value, grid, None), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("relative", RELATIVE_POSITIONS)
+@pytest.mark.parametrize("window", [None, 2, 4])
+def test_relative_positions_start_as_none_and_matter_once_learned(vit, relative, window):
+    images = torch.randn(1, 3, 40, 56)
+    plain = twin(vit, window=window, global_blocks=(2,))
+    other = DenseViT(
+        "nano", image_size=(32, 48), patch_size=8, window=window, global_blocks=(2,), relative_positions=relative
+    ).eval()
+    missing, unexpected = other.load_state_dict(vit.state_dict(), strict=False)
+    assert not unexpected and all("rel" in name for name in missing)
+    for one, same in zip(plain(images), other(images), strict=True):
+        torch.testing.assert_close(one, same, rtol=1e-5, atol=1e-5)
+    if relative != "none":
+        assert not torch.allclose(stir(other)(images)[0], plain(images)[0], atol=1e-3)
+        other.train()
+        sum(x.square().sum() for x in other(images)).backward()
+        tables = [p for name, p in other.named_parameters() if "rel" in name]
+        assert tables and all(p.grad is not None and p.grad.abs().sum() > 0 for p in tables)
+
+
+def test_tables_are_shared_by_the_blocks_of_a_kind():
+    vit = DenseViT("nano", image_size=(32, 48), patch_size=8, window=2, relative_positions="shared_table")
+    shapes = {name: tuple(p.shape) for name, p in vit.named_parameters() if "relative" in name}
+    assert shapes == {
+        "shared_tables.global.relative_position_bias_table": (7 * 11, 4),
+        "shared_tables.window.relative_position_bias_table": (9, 4),
+    }
+
+
+def test_tables_of_a_trunk_with_a_cls_token_have_its_three_rows():
+    vit = DenseViT(
+        "nano", image_size=(32, 48), patch_size=8, cls_token=True, relative_positions="table", layer_scale=0.1
+    )
+    assert vit.blocks[3].attn.relative_position_bias_table.shape == (7 * 11 + 3, 4)
+    assert [tuple(x.shape) for x in stir(vit)(torch.randn(1, 3, 24, 40))] == [(1, 128, 3, 5)] * 4
+    assert torch.equal(vit.blocks[0].ls2.gamma, torch.full((128,), 0.1))
+
+
+def test_tables_can_be_made_for_another_size_than_the_positions():
+    vit = DenseViT(
+        "nano", image_size=32, patch_size=8, relative_positions="decomposed", relative_size=64, window=3, taps=(5,)
+    )
+    assert vit.pos_embed.shape == (1, 17, 128)
+    assert vit.global_blocks == {0, 2, 3, 5}
+    assert vit.blocks[5].attn.rel_pos_h.shape == (15, 32)
+    assert vit.blocks[1].attn.rel_pos_h.shape == (5, 32)
+    assert [level.name for level in vit.levels] == ["block5"]
+
+
+@pytest.mark.parametrize("relative", ["shared_table", "decomposed"])
+def test_checkpointing_gives_the_gradients_of_tables_too(relative):
+    options = {"image_size": (32, 48), "patch_size": 8, "window": 3, "relative_positions": relative}
+    plain = stir(DenseViT("nano", **options))
+    sparing = DenseViT("nano", **options, checkpointing=True)
+    sparing.load_state_dict(plain.state_dict())
+    images = torch.randn(1, 3, 32, 48)
+    for model in (plain, sparing):
+        sum(x.square().sum() for x in model.train()(images)).backward()
+    for one, other in zip(plain.parameters(), sparing.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"relative_positions": "swin"}, "no relative positions 'swin'; known: none, table"),
+        ({"window": 2, "cls_token": True}, "window attention leave no place for a cls token"),
+        ({"relative_positions": "decomposed", "cls_token": True}, "decomposed relative positions leave no place"),
+        ({"taps": (0, 6)}, "must lie within the 6 blocks"),
+        ({"taps": (3, 1)}, "must ascend"),
+        ({"taps": ()}, "must ascend"),
+    ],
+)
+def test_options_that_exclude_each_other_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        DenseViT("nano", image_size=32, patch_size=8, **options)
+
+
+def test_a_pretrained_encoder_loads_beside_new_tables(pretrained):
+    vit = DenseViT("nano", image_size=64, patch_size=8, relative_positions="table", layer_scale=1.0, window=2)
+    report = load_pretrained(vit, pretrained)
+    assert len(report.new) == 6 * 3 and not report.refused
