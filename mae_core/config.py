@@ -8,7 +8,7 @@ The defaults are the paper's (He et al. 2022, Tables 8 and 9; the released model
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -82,15 +82,16 @@ def row_of(table: Mapping[str, Any]) -> AfterValidator:
 
     def check(name: str) -> str:
         if name not in table:
-            raise ValueError(f"unknown name {name!r}; {_hint(name, list(table))}")
+            raise ValueError(f"unknown name {name!r}; {hint(name, list(table))}")
         return name
 
     return AfterValidator(check)
 
 
-def _hint(given: str, known: Sequence[str]) -> str:
+def hint(given: str, known: Collection[str]) -> str:
+    """What may have been meant: the nearest of ``known``, or all of them."""
     near = difflib.get_close_matches(given, known, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known)) or 'nothing'}"
 
 
 class ModelConfig(Schema):
@@ -416,8 +417,8 @@ def _explain(
         guess = guess or [s for s in siblings if near and s.rpartition(".")[2] == near[0]]
         if not guess and not ("." in key and siblings):
             guess = difflib.get_close_matches(key, known + list(schema.model_fields), n=1)
-        hint = f"did you mean {guess[0]!r}?" if guess else f"known here: {', '.join(siblings or schema.model_fields)}"
-        return f"{where}: unknown key {key!r}; {hint}"
+        told = f"did you mean {guess[0]!r}?" if guess else f"known here: {', '.join(siblings or schema.model_fields)}"
+        return f"{where}: unknown key {key!r}; {told}"
     message = problem["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     value = problem["input"]

@@ -13,6 +13,11 @@ class UserError(ValueError):
     """A mistake of the user's: the message says what was asked, what was found and what to do."""
 
 
+def first_line(error: Exception) -> str:
+    """What an exception says, without the lines that follow; its class where it says nothing."""
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
 @contextmanager
 def user_errors() -> Iterator[None]:
     """Around the body of a command: a ``UserError`` becomes ``error: ...`` on stderr and exit code 2, without a

@@ -1,3 +1,4 @@
+# ruff: noqa: E402 (most imports need mmseg, which may be absent)
 """The mmseg engine: backbone, layer decay, metric, configs, and whole trainings of a few steps on tiny scenes."""
 
 import json
@@ -24,6 +25,17 @@ from transfer.segmentation.train_net import main, train_segmenter
 
 mmseg = pytest.importorskip("mmseg", reason="mmseg is not installed; pip install mae-transfer[segmentation]")
 engine = pytest.importorskip("transfer.segmentation.engine_mmseg", reason="mmseg is here without mmcv or mmengine")
+
+from mmengine.config import Config
+from mmengine.logging import HistoryBuffer
+from mmseg.registry import MODELS
+from mmseg.utils import register_all_modules
+
+from transfer.segmentation import config as configs
+from transfer.segmentation.engine_mmseg import checks
+from transfer.segmentation.engine_mmseg.checkpoints import history_method, load_safely
+from transfer.segmentation.engine_mmseg.options import parse_options, read_config, registered
+from transfer.segmentation.label_maps import LabelledImage
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIGS = REPOSITORY / "configs" / "segmentation"
@@ -82,8 +94,8 @@ def scenes(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def digits_model():
-    engine.register_all_modules()
-    return engine.MODELS.build(engine.read_config(DIGITS, {}).model)
+    register_all_modules()
+    return MODELS.build(read_config(DIGITS, {}).model)
 
 
 # ---------------------------------------------------------------- backbone and optimizer
@@ -204,20 +216,18 @@ def test_iou_equals_an_independent_confusion_matrix():
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
 def test_config_is_one_that_mmengine_reads(path):
-    from mmengine.config import Config
-
     config = Config.fromfile(path)
-    engine.configs.check_widths(dict(config.items()))
+    configs.check_widths(dict(config.items()))
     assert config.model.backbone.type == "MAECoreViT" and config.default_scope == "mmseg"
     assert config.param_scheduler[1].end == config.train_cfg.max_iters
     assert config.optim_wrapper.constructor == "MAECoreLayerDecay"
-    for section in engine.configs.sections(config.to_dict()):
+    for section in configs.sections(config.to_dict()):
         if isinstance(section.get("type"), str):
-            assert engine.registered(section["type"]), f"{section['type']} is unknown to mmseg"
+            assert registered(section["type"]), f"{section['type']} is unknown to mmseg"
 
 
 def test_ade20k_recipe_numbers():
-    config = engine.read_config(next(CONFIGS.glob("*ade20k*")), {})
+    config = read_config(next(CONFIGS.glob("*ade20k*")), {})
     optimizer = config.optim_wrapper.optimizer
     assert (optimizer.lr, optimizer.betas, optimizer.weight_decay) == (1e-4, (0.9, 0.999), 0.05)
     assert config.optim_wrapper.type == "AmpOptimWrapper" and config.optim_wrapper.dtype == "bfloat16"
@@ -227,7 +237,7 @@ def test_ade20k_recipe_numbers():
 
 
 def test_a_variable_reaches_whatever_is_computed_from_it():
-    config = engine.read_config(DIGITS, {"data_root": "/somewhere", "crop_size": 48, "lr": 0.5, "iterations": 7})
+    config = read_config(DIGITS, {"data_root": "/somewhere", "crop_size": 48, "lr": 0.5, "iterations": 7})
     assert config.train_dataloader.dataset.data_root == config.val_dataloader.dataset.data_root == "/somewhere"
     assert config.model.data_preprocessor["size"] == (48, 48)
     assert config.train_dataloader.dataset.pipeline[3].crop_size == (48, 48)
@@ -260,7 +270,7 @@ def test_setting_variables_keeps_bases_where_they_are(tmp_path):
 )
 def test_an_option_that_nothing_reads_is_refused(option, message):
     with pytest.raises(UserError, match=message.replace("[", r"\[")):
-        engine.read_config(DIGITS, engine.parse_options([option]))
+        read_config(DIGITS, parse_options([option]))
 
 
 def test_options_that_a_type_takes_are_accepted():
@@ -269,7 +279,7 @@ def test_options_that_a_type_takes_are_accepted():
         "train_dataloader.dataset.indices=4",
         "model.backbone.taps=[1,2,3,4]",
     ]
-    config = engine.read_config(DIGITS, engine.parse_options([*options, "train_dataloader.pin_memory=True"]))
+    config = read_config(DIGITS, parse_options([*options, "train_dataloader.pin_memory=True"]))
     assert config.optim_wrapper.clip_grad == {"max_norm": 1}
     assert config.model.backbone.taps == [1, 2, 3, 4] and config.train_dataloader.pin_memory is True
 
@@ -282,7 +292,7 @@ def test_a_section_without_type_takes_its_own_keys_only():
 def test_precision_follows_the_machine():
     def wrapper(**machine):
         section = {"type": "AmpOptimWrapper", "dtype": "bfloat16", "loss_scale": "dynamic"}
-        notes = engine.configs.fit_to_machine({"optim_wrapper": section, "train_dataloader": {}}, **machine)
+        notes = configs.fit_to_machine({"optim_wrapper": section, "train_dataloader": {}}, **machine)
         return section, notes[0]
 
     assert wrapper(gpu=False, bf16=False) == (
@@ -321,7 +331,7 @@ def test_training_writes_a_whole_run_directory_twice_in_one_process(scenes, tmp_
         if name not in ("norm.weight", "norm.bias", "pos_embed"):
             assert torch.equal(tensors[f"backbone.{name}"], tensor), name
     assert metadata["classes"] == list(NAMES) and metadata["encoder"]["size"] == "nano"
-    preprocessor = engine.Config.fromstring(metadata["config"], ".py").model.data_preprocessor
+    preprocessor = Config.fromstring(metadata["config"], ".py").model.data_preprocessor
     assert preprocessor["mean"] == [102.0, 127.5, 153.0] and preprocessor["std"] == [51.0, 76.5, 102.0]
 
     second = train_segmenter(DIGITS, work_dir=tmp_path / "second", cfg_options=options)
@@ -372,7 +382,7 @@ def test_resume_runs_no_code_of_the_checkpoint(scenes, tmp_path):
     run, trace = tmp_path / "run", tmp_path / "executed"
     train_segmenter(DIGITS, work_dir=run, cfg_options={**options, "train_cfg.max_iters": 2})
     checkpoint = run / "iter_2.pth"
-    state = engine.load_safely(str(checkpoint), "cpu")
+    state = load_safely(str(checkpoint), "cpu")
     torch.save({**state, "more": Malice(trace)}, checkpoint)
     with pytest.raises(UserError, match=r"iter_2\.pth is refused, for it is broken or holds more than tensors"):
         train_segmenter(DIGITS, work_dir=run, cfg_options=options, resume=True)
@@ -384,10 +394,10 @@ def test_resume_runs_no_code_of_the_checkpoint(scenes, tmp_path):
 
 
 def test_attributes_in_a_checkpoint_are_those_of_its_histories():
-    assert engine.history_method(engine.HistoryBuffer, "mean") is engine.HistoryBuffer.mean
-    for owner, name in ((Path, "mean"), (engine.HistoryBuffer, "__init__")):
+    assert history_method(HistoryBuffer, "mean") is HistoryBuffer.mean
+    for owner, name in ((Path, "mean"), (HistoryBuffer, "__init__")):
         with pytest.raises(Exception, match="it asks for the attribute"):
-            engine.history_method(owner, name)
+            history_method(owner, name)
 
 
 def test_unreadable_images_are_named_counted_and_left_out(scenes, tmp_path, capsys):
@@ -395,8 +405,8 @@ def test_unreadable_images_are_named_counted_and_left_out(scenes, tmp_path, caps
         (scenes / "images" / part / name).write_bytes(b"no picture")
     (scenes / "images" / "training" / "._0.png").write_bytes(b"a notebook's copy")
     options = {**TINY, "data_root": str(scenes), "iterations": 3}
-    config = engine.read_config(DIGITS, options)
-    found = engine.check_data(dict(config.items()))
+    config = read_config(DIGITS, options)
+    found = checks.check_data(dict(config.items()))
     assert "1 unreadable images left out" in found["train data"] and "training/2.png" in found["train data"]
     assert "validation/7.png" in found["val data"]
     assert config.train_dataloader.dataset.indices == [0, 1, 3, 4, 5, 6, 7]
@@ -404,24 +414,24 @@ def test_unreadable_images_are_named_counted_and_left_out(scenes, tmp_path, caps
 
 
 def test_left_out_images_respect_the_indices_of_the_config():
-    pairs = [engine.LabelledImage(Path(name), Path("map")) for name in "abc"]
+    pairs = [LabelledImage(Path(name), Path("map")) for name in "abc"]
     for given, kept in ((3, [0, 2]), (-3, [-3, -1]), ([5, 1, 7], [5, 7]), (None, [0, 2])):
         section = {"indices": given}
-        engine.leave_out(section, pairs, {"b"})
+        checks.leave_out(section, pairs, {"b"})
         assert section["indices"] == kept
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_bad_map_that_the_check_did_not_see_is_named(scenes, tmp_path, monkeypatch, workers):
     path = scenes / "annotations" / "training" / "3.png"
-    unchecked = engine.check_label_maps
+    unchecked = checks.check_label_maps
 
     def spoil(*arguments, **options):
         found = unchecked(*arguments, **options)
         Image.fromarray(np.full((32, 32), 9, np.uint8)).save(path)
         return found
 
-    monkeypatch.setattr(engine, "check_label_maps", spoil)
+    monkeypatch.setattr(checks, "check_label_maps", spoil)
     options = {**TINY, "data_root": str(scenes), "iterations": 9, "workers": workers}
     with pytest.raises(UserError, match=rf"^label map {path} holds the value 9, which is none of the 3 classes; "):
         train_segmenter(DIGITS, work_dir=tmp_path / "run", cfg_options=options)
@@ -442,8 +452,8 @@ def test_small_data_config_needs_no_class_file(scenes):
     small = CONFIGS / "small_data.py"
 
     def classes(**options):
-        config = engine.read_config(small, {"data_root": str(scenes), **options})
-        return engine.labelled_images(config.train_dataloader.dataset)[1]
+        config = read_config(small, {"data_root": str(scenes), **options})
+        return checks.labelled_images(config.train_dataloader.dataset)[1]
 
     assert classes(num_classes=2) == list(NAMES[1:])
     (scenes / "classes.txt").unlink()
@@ -470,7 +480,6 @@ def test_two_ranks_of_torchrun_train_as_one(scenes, tmp_path):
 
 
 def test_mmseg_alone_runs_the_config(scenes, tmp_path, monkeypatch):
-    from mmengine.config import Config
     from mmengine.runner import Runner
 
     config = Config.fromfile(DIGITS)

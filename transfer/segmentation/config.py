@@ -6,12 +6,12 @@ Nothing here imports mmseg; a config is its nested dicts and lists.
 from __future__ import annotations
 
 import ast
-import difflib
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mae_core.config import hint
 from mae_core.conversion.loading import EncoderFile
 from mae_core.errors import UserError
 from mae_core.models.sizes import size_of
@@ -23,7 +23,7 @@ BASES = "_base_"
 def check_config_exists(path: Path) -> None:
     """Raise ``UserError``, with a guess, unless ``path`` is a Python file."""
     if not path.is_file() or path.suffix != ".py":
-        near = guess(path.name, [other.name for other in path.parent.glob("*.py")])
+        near = hint(path.name, [other.name for other in path.parent.glob("*.py")])
         raise UserError(f"config {path} does not exist or is not a .py file; {near}")
 
 
@@ -71,8 +71,8 @@ def check_key(
             known = set(node) | set(accepted(where, node))
             if part not in known:
                 prefix = f"{where}." if where else ""
-                hint = guess(prefix + part, [prefix + name for name in known])
-                raise UserError(f"unknown config option {key!r}; {hint}")
+                near = hint(prefix + part, [prefix + name for name in known])
+                raise UserError(f"unknown config option {key!r}; {near}")
             if part not in node:
                 return  # taken by the section's type, which checks what is below
             node = node[part]
@@ -83,12 +83,6 @@ def check_key(
         else:
             raise UserError(f"config option {key!r}: {where} is {node!r} and has no {part!r}")
         place.append(part)
-
-
-def guess(given: str, known: Collection[str]) -> str:
-    """What may have been meant: the nearest of ``known``, or all of them."""
-    near = difflib.get_close_matches(given, known, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(known)) or 'nothing'}"
 
 
 def fit_to_weights(config: MutableMapping[str, Any], source: EncoderFile, options: Collection[str] = ()) -> list[str]:

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from mae_core.data.images import IMAGE_SUFFIXES, Unreadable
-from mae_core.errors import UserError
+from mae_core.errors import UserError, first_line
 
 IGNORED = 255
 MOST_CHECKED = 2000
@@ -194,7 +194,7 @@ def _check_size(pair: LabelledImage, labels: np.ndarray) -> None:
             image.load()
             width, height = ImageOps.exif_transpose(image).size  # mmcv turns images as their EXIF tag says
     except Exception as error:  # Pillow's decoders raise what they like
-        raise _BadImage(str(error).partition("\n")[0] or type(error).__name__) from None
+        raise _BadImage(first_line(error)) from None
     if labels.shape != (height, width):
         raise UserError(
             f"image {pair.image} has {height}x{width} pixels and its label map {pair.label_map} "

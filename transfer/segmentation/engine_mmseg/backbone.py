@@ -1,0 +1,66 @@
+"""The backbone that is registered with mmseg: ``DenseViT`` under mmseg's conventions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mmengine.dist import is_main_process
+from mmseg.registry import MODELS
+from torch import Tensor
+
+from mae_core.conversion.loading import LoadReport
+from transfer.backbone import DenseViT
+from transfer.weights import load_pretrained
+
+PUBLISHED_TAPS = {"base": (3, 5, 7, 11), "large": (7, 11, 15, 23)}
+"""The blocks that BEiT's UperNet reads, which the MAE paper took over (A.4); other sizes: the last of each quarter."""
+
+
+@MODELS.register_module()
+class MAECoreViT(DenseViT):
+    """``DenseViT`` as an mmseg backbone: global attention, the cls token kept in the sequence, four maps of one stride.
+
+    taps     0-based blocks whose output is emitted; ``PUBLISHED_TAPS`` or the quarter taps when None
+    weights  a file, run directory or checkpoint that ``init_weights`` loads; None for a random start
+    """
+
+    def __init__(
+        self,
+        size: str = "base",
+        *,
+        image_size: int | Sequence[int] = 512,
+        patch_size: int | None = None,
+        in_chans: int | None = None,
+        taps: Sequence[int] | None = None,
+        drop_path: float = 0.0,
+        tap_norm: bool = False,
+        checkpointing: bool = False,
+        weights: str | None = None,
+    ) -> None:
+        super().__init__(
+            size,
+            image_size=image_size,
+            patch_size=patch_size,
+            in_chans=in_chans or 3,
+            taps=PUBLISHED_TAPS.get(size) if taps is None else taps,
+            cls_token=True,
+            drop_path=drop_path,
+            tap_norm=tap_norm,
+            checkpointing=checkpointing,
+        )
+        self.weights = weights
+        self.loading: LoadReport | None = None
+
+    def init_weights(self) -> None:
+        """Load ``weights`` and print the report; called by mmengine before training.
+
+        timm's method of this name would draw the whole trunk anew. Raises ``UserError`` where the file does not fit.
+        """
+        if self.weights is not None:
+            self.loading = load_pretrained(self, self.weights)
+            if is_main_process():
+                self.loading.print()
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        """(B, C, H, W) -> a (B, D, ceil(H/patch), ceil(W/patch)) map per tap."""
+        return tuple(super().forward(images))

@@ -1,0 +1,64 @@
+"""mmengine's checkpoints, read without running what is in them."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.logging import HistoryBuffer
+from mmengine.runner import CheckpointLoader
+
+from mae_core.errors import UserError, first_line
+
+np_multiarray: Any = getattr(np, "_core" if hasattr(np, "_core") else "core").multiarray
+
+
+def history_method(owner: Any, name: str) -> Any:
+    """What ``getattr`` does in a checkpoint of mmengine's, and nothing else: methods of ``HistoryBuffer``."""
+    if owner is not HistoryBuffer or name not in ("min", "max", "current", "mean"):
+        raise pickle.UnpicklingError(f"it asks for the attribute {name!r}")
+    return getattr(owner, name)
+
+
+SAFE_GLOBALS: list[Any] = [
+    HistoryBuffer,
+    (history_method, "builtins.getattr"),
+    (history_method, "__builtin__.getattr"),
+    (np.ndarray, "numpy.ndarray"),
+    np.dtype,
+    *{type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "u1", "?")},
+    *(
+        (function, f"numpy.{core}.multiarray.{name}")
+        for core in ("core", "_core")
+        for name, function in (("scalar", np_multiarray.scalar), ("_reconstruct", np_multiarray._reconstruct))
+    ),
+]
+"""What mmengine's checkpoints hold besides tensors and plain values."""
+
+
+def load_safely(filename: str, map_location: Any = None) -> dict[str, Any]:
+    """A local checkpoint, read without running code in it; takes the place of mmengine's loader, which would run it.
+
+    The stored config is left out: mmengine executes it. Raises ``UserError`` for a file that holds anything else.
+    """
+    path = Path(filename).expanduser()
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} does not exist")
+    try:
+        with torch.serialization.safe_globals(SAFE_GLOBALS):
+            checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    except Exception as error:
+        raise UserError(
+            f"checkpoint {path} is refused, for it is broken or holds more than tensors and plain values "
+            f"({first_line(error)[:200]}); use one that this toolkit wrote"
+        ) from None
+    if isinstance(checkpoint, dict) and isinstance(checkpoint.get("meta"), dict):
+        checkpoint["meta"].pop("cfg", None)
+        checkpoint["meta"].pop("config", None)
+    return checkpoint
+
+
+CheckpointLoader.register_scheme("", load_safely, force=True)

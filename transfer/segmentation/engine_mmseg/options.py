@@ -1,0 +1,104 @@
+"""An mmseg config and the options of the command line: read, checked, merged."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mmseg.registry
+from mmengine.config import Config, DictAction
+from mmengine.registry import Registry
+from mmengine.runner import Runner
+from torch.utils.data import DataLoader
+
+from mae_core.errors import UserError
+from transfer.segmentation import config as configs
+
+CONFIG_ONLY_KEYS = {
+    "activation_checkpointing",
+    "compile",
+    "custom_imports",
+    "efficient_conv_bn_eval",
+    "model_wrapper_cfg",
+}
+"""Top-level keys of a config that mmengine reads besides the arguments of its runner."""
+
+
+def parse_options(items: Sequence[str]) -> dict[str, Any]:
+    """``["a.b=1", "c=[x,y]"]`` -> values by key, read as mmengine reads ``--cfg-options``."""
+    for item in items:
+        if not re.match(r"[\w.]+=", item):
+            raise UserError(f"{item!r} is not a config option; write key=value, such as train_cfg.max_iters=1000")
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--cfg-options", nargs="*", action=DictAction)
+    try:
+        return parser.parse_args(["--cfg-options", *items]).cfg_options or {}
+    except AssertionError as error:
+        raise UserError(f"config options {' '.join(items)}: {error}") from None
+
+
+def read_config(path: Path | str, options: Mapping[str, Any]) -> Config:
+    """An mmseg config with options: variables of the file are set before it is evaluated, other keys after.
+
+    Raises ``UserError`` for a broken file and for an option that nothing would read.
+    """
+    path = Path(path)
+    try:
+        source = path.read_text(encoding="utf-8")
+        variables = configs.variables_of(source) - runner_keys()
+        chosen = {key: value for key, value in options.items() if key in variables}
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder, path.name)
+            copy.write_text(configs.with_variables(source, chosen, path.resolve().parent), encoding="utf-8")
+            config = Config.fromfile(copy)
+    except UserError:
+        raise
+    except Exception as error:  # a config is a program
+        raise UserError(f"config {path} cannot be read: {type(error).__name__}: {error}") from None
+    rest = {key: value for key, value in options.items() if key not in chosen}
+    for key in rest:
+        if key.split(".")[0] in set(config.keys()) - runner_keys():
+            if key.split(".")[0] in variables:
+                raise UserError(f"{key.split('.')[0]} is a variable of {path}; set it as a whole")
+            raise UserError(f"{key!r} is a variable of a base of {path}, already used there; set the keys made from it")
+        configs.check_key(dict(config.items()), key, accepted_keys)
+        config.merge_from_dict({key: rest[key]})
+    missing = {"model", "train_dataloader", "train_cfg", "optim_wrapper", "val_dataloader"} - set(config.keys())
+    if missing:
+        raise UserError(f"config {path} has no {', '.join(sorted(missing))}; a training needs them")
+    return config
+
+
+def runner_keys() -> set[str]:
+    """Top-level keys that mmengine reads."""
+    return set(inspect.signature(Runner.__init__).parameters) - {"self", "cfg"} | CONFIG_ONLY_KEYS
+
+
+def accepted_keys(place: str, node: Mapping[str, Any]) -> set[str]:
+    """What a section of a config takes: the arguments of the class its ``type`` names."""
+    if not place:
+        return runner_keys()
+    if place.endswith("_dataloader"):
+        return set(inspect.signature(DataLoader.__init__).parameters) - {"self"}
+    keys = {"_delete_"}
+    for found in registered(node.get("type")):
+        for parent in inspect.getmro(found) if inspect.isclass(found) else [found]:
+            if parent is object:
+                continue
+            parameters = inspect.signature(parent.__init__ if inspect.isclass(parent) else parent).parameters
+            keys |= {name for name, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+            if not any(p.kind == p.VAR_KEYWORD for p in parameters.values()):
+                break
+    return keys - {"self"}
+
+
+def registered(kind: Any) -> list[Any]:
+    """The classes and functions that mmseg and mmengine know under the name ``kind``."""
+    registries = [entry for entry in vars(mmseg.registry).values() if isinstance(entry, Registry)]
+    found = [registry.get(kind) for registry in registries] if isinstance(kind, str) else []
+    return [entry for entry in found if entry is not None]

@@ -1,0 +1,87 @@
+"""The hook that writes what a run directory holds while the run goes on."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+from mmseg.registry import HOOKS
+from PIL import Image, ImageOps
+
+from mae_core import layout
+from mae_core.atomic import write_json, write_text
+from transfer.segmentation.drawing import Example, draw_examples
+from transfer.segmentation.engine_mmseg.runner import bare_model
+
+
+@HOOKS.register_module()
+class RunRecord(Hook):
+    """Writes log.jsonl, pictures of predictions beside the truth and, before the first step, the loading report.
+
+    interval  training steps between two lines; num_pictures: validation images drawn, evenly spaced
+    """
+
+    priority = "LOW"  # after the hooks that compute what is written here
+
+    def __init__(self, interval: int = 20, num_pictures: int = 6) -> None:
+        self.interval = interval
+        self.num_pictures = num_pictures
+        self.examples: list[Example] = []
+        self.metrics: dict[str, Any] = {}
+
+    def before_train(self, runner: Runner) -> None:
+        """Write the loading report; of a resumed run's log, drop the steps that will be done again."""
+        if not is_main_process():
+            return
+        loading = getattr(getattr(bare_model(runner.model), "backbone", None), "loading", None)
+        if loading is not None:
+            write_json(Path(runner.work_dir, layout.LOADING), loading.as_dict())
+        log = Path(runner.work_dir, layout.LOG)
+        if log.exists():
+            lines = log.read_text().splitlines()
+            write_text(log, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= runner.iter))
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """A line of losses, learning rate and seconds."""
+        if not (self.every_n_train_iters(runner, self.interval) or runner.iter + 1 == runner.max_iters):
+            return
+        scalars = runner.message_hub.log_scalars
+        losses = {key[6:]: scalars[key].mean(self.interval) for key in scalars if re.match(r"train/.*(loss|acc)", key)}
+        rest = {key: scalars[f"train/{key}"].current() for key in ("lr", "time", "data_time")}
+        self._record(runner, {"step": runner.iter + 1, **losses, **rest})
+
+    def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Keep the predictions of the images that are drawn."""
+        total = len(runner.val_dataloader.dataset)
+        first = batch_idx * runner.val_dataloader.batch_size
+        drawn = {round(index * total / self.num_pictures) for index in range(self.num_pictures)}
+        for position, sample in enumerate(outputs or []):
+            if first + position in drawn and is_main_process():
+                with Image.open(sample.img_path) as image:
+                    picture = ImageOps.exif_transpose(image).convert("RGB")
+                labels = [part.data.squeeze(0).cpu().numpy() for part in (sample.gt_sem_seg, sample.pred_sem_seg)]
+                self.examples.append(Example(picture, *labels))
+
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        """A line of metrics, and the picture."""
+        found = (metrics or {}).items()
+        self.metrics = {key: round(float(value), 2) for key, value in found if not key.endswith("time")}
+        self._record(runner, {"step": runner.iter, **self.metrics})
+        meta = runner.val_dataloader.dataset.metainfo
+        if self.examples and is_main_process():
+            folder = Path(runner.work_dir, layout.PICTURES)
+            folder.mkdir(exist_ok=True)
+            sheet = draw_examples(self.examples, meta["classes"], [tuple(colour) for colour in meta["palette"]])
+            sheet.save(folder / f"step_{runner.iter:06d}.png")
+        self.examples = []
+
+    def _record(self, runner: Runner, event: dict[str, Any]) -> None:
+        if is_main_process():
+            event = {key: round(value, 8) if isinstance(value, float) else value for key, value in event.items()}
+            with Path(runner.work_dir, layout.LOG).open("a", encoding="utf-8") as log:
+                log.write(json.dumps(event) + "\n")
