@@ -1,8 +1,9 @@
 """From a ViT's maps of one stride to maps of many. No engine in it.
 
-The four-stage pyramid is that of "Benchmarking Detection Transfer Learning with Vision Transformers" (arXiv
-2111.11429, section 2.1), which the MAE paper's detection results use: the outputs of the trunk's four quarters become
-maps of a quarter, a half, one and two patches per cell, and an FPN goes on top.
+``four_stage`` is that of "Benchmarking Detection Transfer Learning with Vision Transformers" (arXiv 2111.11429, section
+2.1), which the MAE paper's detection results use: the outputs of the trunk's four quarters become maps of a quarter, a
+half, one and two patches per cell, and an FPN goes on top. ``simple`` is ViTDet's simple feature pyramid (arXiv
+2203.16527, 3): the last map alone becomes all four. ``single`` has no pyramid, the ablation of both papers.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import gcd
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
-from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from mae_core.errors import UserError
+from mae_core.models.sizes import ViTSize
 from mae_core.training.distributed import world_size
 from transfer.backbone import DenseViT, Level
 
@@ -52,6 +55,17 @@ NORMS: dict[str, Norm | None] = {
 """Name in a configuration -> channels -> norm of (B, C, H, W) maps; with ``none`` the convolutions have a bias."""
 
 
+def check_patch(patch: int) -> None:
+    """Raise ``UserError`` unless strides of a quarter and a half of ``patch`` are whole numbers."""
+    if patch % 4:
+        raise UserError(f"a pyramid needs a patch size that 4 divides, not {patch}; use one such as 8, 12 or 16")
+
+
+def strides_of(patch: int) -> tuple[int, int, int, int]:
+    """The strides of the four maps of a pyramid, in pixels."""
+    return patch // 4, patch // 2, patch, 2 * patch
+
+
 class FourStagePyramid(nn.Module):
     """Four maps of stride ``patch`` -> strides patch/4, patch/2, patch and 2 * patch; the width stays the ViT's.
 
@@ -61,12 +75,9 @@ class FourStagePyramid(nn.Module):
     def __init__(self, levels: Sequence[Level]) -> None:
         super().__init__()
         if len(levels) != 4:
-            raise ValueError(f"a four-stage pyramid takes four maps, not {len(levels)}")
+            raise UserError(f"a four-stage pyramid takes four maps, not {len(levels)}; tap four blocks")
         widths, patch = [level.channels for level in levels], levels[0].stride
-        if patch % 4:
-            raise UserError(
-                f"a four-stage pyramid needs a patch size that 4 divides, not {patch}; use one such as 8, 12 or 16"
-            )
+        check_patch(patch)
         self.stages = nn.ModuleList(
             [
                 nn.Sequential(
@@ -80,8 +91,7 @@ class FourStagePyramid(nn.Module):
                 nn.MaxPool2d(2, stride=2, ceil_mode=True),
             ]
         )
-        strides = (patch // 4, patch // 2, patch, 2 * patch)
-        pairs = enumerate(zip(widths, strides, strict=True), start=1)
+        pairs = enumerate(zip(widths, strides_of(patch), strict=True), start=1)
         self.levels = tuple(Level(f"stage{n}", width, stride) for n, (width, stride) in pairs)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
@@ -89,24 +99,119 @@ class FourStagePyramid(nn.Module):
         return [stage(x) for stage, x in zip(self.stages, maps, strict=True)]
 
 
-class PyramidBackbone(nn.Module):
-    """``DenseViT`` + four-stage pyramid + FPN: images -> p2, p3, p4, p5 and p6, finest first.
+class FourStageFPN(nn.Module):
+    """``FourStagePyramid`` and a feature pyramid network of ``channels`` on top, ``norm`` behind each convolution."""
 
-    p2 has a quarter of the patch as its stride (4 with patch 16), p6 is every second cell of p5. ``norm`` follows each
-    convolution of the FPN (SyncBN in the published detector).
+    def __init__(self, levels: Sequence[Level], channels: int, norm: Norm | None) -> None:
+        super().__init__()
+        self.pyramid = FourStagePyramid(levels)
+        stages = self.pyramid.levels
+        self.fpn = FeaturePyramidNetwork([s.channels for s in stages], channels, None, norm)
+        self.levels = tuple(Level(f"p{n}", channels, s.stride) for n, s in enumerate(stages, start=2))
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Four (B, D, h, w) -> four (B, channels, ., .), finest first."""
+        stages = zip(self.pyramid.levels, self.pyramid(maps), strict=True)
+        return list(self.fpn(OrderedDict((level.name, x) for level, x in stages)).values())
+
+
+def to_channels(width: int, channels: int, norm: Norm | None) -> list[nn.Module]:
+    """A 1x1 and a 3x3 convolution, each with its norm, or with a bias in its place."""
+    one = nn.Conv2d(width, channels, 1, bias=norm is None)
+    three = nn.Conv2d(channels, channels, 3, padding=1, bias=norm is None)
+    return [one, three] if norm is None else [one, norm(channels), three, norm(channels)]
+
+
+class SimpleFeaturePyramid(nn.Module):
+    """The last map of stride ``patch`` -> strides patch/4, patch/2, patch and 2 * patch, all of ``channels``.
+
+    Transposed convolutions halve the width as they double the map (arXiv 2203.16527, A.2). Raises ``UserError`` unless
+    4 divides the patch.
     """
 
-    def __init__(self, vit: DenseViT, *, channels: int = 256, norm: Norm | None = sync_batch_norm) -> None:
+    def __init__(self, levels: Sequence[Level], channels: int, norm: Norm | None) -> None:
+        super().__init__()
+        _, width, patch = levels[-1]
+        check_patch(patch)
+        half, quarter = width // 2, width // 4
+        scales: list[tuple[list[nn.Module], int]] = [
+            (
+                [
+                    nn.ConvTranspose2d(width, half, 2, stride=2),
+                    *([] if norm is None else [norm(half)]),
+                    nn.GELU(),
+                    nn.ConvTranspose2d(half, quarter, 2, stride=2),
+                ],
+                quarter,
+            ),
+            ([nn.ConvTranspose2d(width, half, 2, stride=2)], half),
+            ([], width),
+            ([nn.MaxPool2d(2, stride=2, ceil_mode=True)], width),
+        ]
+        self.stages = nn.ModuleList(
+            nn.Sequential(*resize, *to_channels(resized, channels, norm)) for resize, resized in scales
+        )
+        self.levels = tuple(Level(f"p{n}", channels, s) for n, s in enumerate(strides_of(patch), start=2))
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """(B, D, h, w), the last of ``maps`` -> four (B, channels, ., .), finest first."""
+        return [stage(maps[-1]) for stage in self.stages]
+
+
+class SingleScale(nn.Module):
+    """The last map alone, brought to ``channels``: one level that all boxes are read from."""
+
+    def __init__(self, levels: Sequence[Level], channels: int, norm: Norm | None) -> None:
+        super().__init__()
+        _, width, patch = levels[-1]
+        self.stages = nn.Sequential(*to_channels(width, channels, norm))
+        self.levels = (Level("p4", channels, patch),)
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """(B, D, h, w), the last of ``maps`` -> one (B, channels, h, w)."""
+        return [self.stages(maps[-1])]
+
+
+class Pyramid(NamedTuple):
+    """What makes the maps of a detector: the blocks of the trunk it reads, and a module with ``levels``."""
+
+    taps: Callable[[ViTSize], tuple[int, ...]]
+    build: Callable[[Sequence[Level], int, Norm | None], nn.Module]
+
+
+PYRAMIDS = {
+    "four_stage": Pyramid(lambda size: size.quarter_taps, FourStageFPN),
+    "simple": Pyramid(lambda size: (size.depth - 1,), SimpleFeaturePyramid),
+    "single": Pyramid(lambda size: (size.depth - 1,), SingleScale),
+}
+"""Name in a configuration -> pyramid."""
+
+
+class PyramidBackbone(nn.Module):
+    """``DenseViT`` and a row of ``PYRAMIDS``: images -> p2, p3, p4, p5 and p6, finest first, or p4 alone.
+
+    p2 has a quarter of the patch as its stride (4 with patch 16); p6 is every second cell of p5. ``norm`` follows each
+    convolution of the pyramid (SyncBN in the MAE paper's detector, LayerNorm in ViTDet). ``levels`` are all maps,
+    ``box_levels`` those that boxes are read from; ``anchor_strides`` holds the strides of the five anchor sizes, by
+    level.
+    """
+
+    def __init__(
+        self, vit: DenseViT, *, kind: str = "four_stage", channels: int = 256, norm: Norm | None = sync_batch_norm
+    ) -> None:
         super().__init__()
         self.vit = vit
-        self.pyramid = FourStagePyramid(vit.levels)
-        stages = self.pyramid.levels
-        self.fpn = FeaturePyramidNetwork([s.channels for s in stages], channels, LastLevelMaxPool(), norm)
-        strides = [stage.stride for stage in stages]
-        self.levels = tuple(Level(f"p{n}", channels, s) for n, s in enumerate([*strides, 2 * strides[-1]], start=2))
+        self.pyramid = PYRAMIDS[kind].build(vit.levels, channels, norm)
+        self.box_levels: tuple[Level, ...] = self.pyramid.levels
+        patch = vit.grid.patch
+        five = (*strides_of(patch), 4 * patch)
+        several = len(self.box_levels) > 1
+        self.levels = (*self.box_levels, Level("p6", channels, 4 * patch)) if several else self.box_levels
+        self.anchor_strides: tuple[tuple[int, ...], ...] = tuple((s,) for s in five) if several else (five,)
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
         """(B, C, H, W) -> {"p2": (B, channels, H / stride, W / stride), ...}, rounded up, for ``levels``."""
-        stages = self.pyramid(self.vit(images))
-        maps = self.fpn(OrderedDict((level.name, x) for level, x in zip(self.pyramid.levels, stages, strict=True)))
-        return OrderedDict((level.name, x) for level, x in zip(self.levels, maps.values(), strict=True))
+        maps = self.pyramid(self.vit(images))
+        if len(self.levels) > len(self.box_levels):
+            maps = [*maps, F.max_pool2d(maps[-1], kernel_size=1, stride=2)]
+        return OrderedDict((level.name, x) for level, x in zip(self.levels, maps, strict=True))

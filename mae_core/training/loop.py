@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from timm.scheduler import CosineLRScheduler
+from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
+from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -38,7 +39,7 @@ Hook = tuple[int, Callable[[int], None]]
 
 @dataclass(frozen=True)
 class FitSettings:
-    """How long and how fast."""
+    """How long and how fast; ``milestones``, shares of the steps, make the schedule one of steps."""
 
     total_steps: int
     warmup_steps: int
@@ -46,6 +47,7 @@ class FitSettings:
     min_lr: float = 0.0
     micro_batch: int | None = None
     clip_grad: float | None = None
+    milestones: tuple[float, ...] = ()
 
     @classmethod
     def of(cls, optim: OptimConfig, length: int) -> FitSettings:
@@ -90,6 +92,23 @@ def cosine_schedule(optimizer: torch.optim.Optimizer, settings: FitSettings) -> 
     )
 
 
+def step_schedule(optimizer: torch.optim.Optimizer, settings: FitSettings) -> MultiStepLRScheduler:
+    """Linear warm-up from a thousandth, then a tenth of the rate from each milestone on (ViTDet, A.2); honours
+    lr_scale."""
+    for group in optimizer.param_groups:
+        group["lr"] = settings.lr
+        group["initial_lr"] = settings.lr
+    return MultiStepLRScheduler(
+        optimizer,
+        decay_t=[round(share * settings.total_steps) + 1 for share in settings.milestones],  # timm is a step early
+        decay_rate=0.1,
+        warmup_t=min(settings.warmup_steps, settings.total_steps - 1),
+        warmup_lr_init=0.001 * settings.lr,
+        warmup_prefix=False,
+        t_in_epochs=False,
+    )
+
+
 def fit(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -109,7 +128,7 @@ def fit(
     skipped on all and recorded; ten in a row end the run with a ``UserError``.
     """
     log = run.config.log
-    schedule = cosine_schedule(optimizer, settings)
+    schedule: Scheduler = (step_schedule if settings.milestones else cosine_schedule)(optimizer, settings)
     parallel = DistributedDataParallel(model) if run.world > 1 else model
     precision = torch.autocast(run.device.type, run.precision, enabled=run.precision != torch.float32)
     progress = Progress(run, start_step, settings.total_steps, log.every)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mae_core.config import OptimConfig, PretrainConfig, load_config
 from mae_core.errors import UserError
-from mae_core.training.loop import FitSettings, cosine_schedule, fit
+from mae_core.training.loop import FitSettings, cosine_schedule, fit, step_schedule
 from mae_core.training.run import Run, open_run
 
 
@@ -99,6 +99,20 @@ def test_warm_up_is_linear_from_0_and_decay_half_a_cosine():
         cosine = 0.1 + 0.7 * (1 + math.cos(math.pi * (step - 5) / 15)) / 2
         assert rate == pytest.approx(0.8 * step / 5 if step < 5 else cosine)
         assert scaled == pytest.approx(rate / 4)
+
+
+def test_steps_of_the_rate_come_at_their_milestones_whatever_the_warm_up():
+    optimizer = torch.optim.SGD([{"params": [torch.zeros(1)]}, {"params": [torch.zeros(1)], "lr_scale": 0.5}], lr=1.0)
+    schedule = step_schedule(optimizer, FitSettings(100, 10, lr=2.0, milestones=(0.8, 0.95)))
+    rates = []
+    for step in range(100):
+        schedule.step_update(step)
+        rates.append([group["lr"] for group in optimizer.param_groups])
+    assert [rate[0] for rate in rates[::5]] == pytest.approx(
+        [0.002, 0.002 + 1.998 / 2, *[2.0] * 14, *[0.2] * 3, 0.02], rel=1e-6
+    )
+    assert rates[79][0] == pytest.approx(2.0) and rates[94][0] == pytest.approx(0.2)
+    assert all(half == pytest.approx(whole / 2) for whole, half in rates)
 
 
 def test_settings_follow_the_scaling_rule_and_the_number_of_images():

@@ -5,12 +5,41 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 CATEGORIES = [{"id": 20, "name": "disc"}, {"id": 3, "name": "bar"}, {"id": 7, "name": "frame"}]
+TINY_DETECTOR = (
+    "model.window=null",
+    "model.norm=gn",
+    "model.fpn_channels=32",
+    "model.rpn_convs=1",
+    "model.head_channels=32",
+    "model.box_convs=0",
+    "model.box_features=128",
+    "model.mask_convs=1",
+    "model.drop_path=0",
+    "sampling.rpn_anchors=64",
+    "sampling.pre_nms_train=60",
+    "sampling.pre_nms_test=60",
+    "sampling.proposals=40",
+    "sampling.rois=24",
+    "data.image_size=64",
+    "data.resize_scale=[1,1]",
+    "data.hflip=0",
+    "data.workers=0",
+    "optim.batch_size=4",
+    "optim.warmup_epochs=2",
+    "optim.clip_grad=1.0",
+    "test.test_batch=4",
+    "test.num_pictures=1",
+    "log.every=20",
+    "device=cpu",
+)
+DETECTOR_FROM_SCRATCH = ("from_scratch=true", "model.size=nano", "model.patch_size=8")
 COLOURS = {3: (220, 60, 60), 7: (60, 220, 60), 20: (80, 80, 240)}
 
 
@@ -81,3 +110,25 @@ def write_part(root: Path, name: str, count: int, size: tuple[int, int], rng: np
     (root / "annotations").mkdir(exist_ok=True)
     content = {"images": images, "annotations": annotations, "categories": CATEGORIES}
     (root / "annotations" / f"instances_{name}.json").write_text(json.dumps(content))
+
+
+@pytest.fixture(scope="session")
+def detection_root(tmp_path_factory: pytest.TempPathFactory, write_coco: Callable[..., Path]) -> Path:
+    """A tiny COCO set whose two halves are alike; tests must not write to it."""
+    return write_coco(tmp_path_factory.mktemp("detection"), val_seed=0)
+
+
+@pytest.fixture
+def configure_detection(detection_root: Path, tmp_path: Path) -> Callable[..., Any]:
+    """(overrides) -> a configuration of a tiny detector on the tiny set."""
+    from mae_core.config import load_config
+    from transfer.detection.config import DetectionConfig
+
+    def make(*overrides: str, scratch: bool = True) -> DetectionConfig:
+        given = dict(o.split("=", 1) for o in (*TINY_DETECTOR, *(DETECTOR_FROM_SCRATCH if scratch else ())))
+        given |= {"data.path": str(detection_root), "output": str(tmp_path / "run")}
+        given |= {"optim.epochs": "2", "optim.base_lr": "0.06"}
+        given |= dict(o.split("=", 1) for o in overrides)
+        return load_config(DetectionConfig, None, [f"{key}={value}" for key, value in given.items()])
+
+    return make

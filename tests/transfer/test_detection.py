@@ -21,52 +21,15 @@ from transfer.detection.samples import TrainingSamples, WholeImages, boxes_of, c
 from transfer.detection.train_net import check_one_process, main, parse_arguments
 from transfer.detection.trainer import detection_losses, to_original
 
-TINY = (
-    "model.window=null",
-    "model.norm=gn",
-    "model.fpn_channels=32",
-    "model.rpn_convs=1",
-    "model.head_channels=32",
-    "model.box_convs=0",
-    "model.box_features=128",
-    "model.mask_convs=1",
-    "model.drop_path=0",
-    "sampling.rpn_anchors=64",
-    "sampling.pre_nms_train=60",
-    "sampling.pre_nms_test=60",
-    "sampling.proposals=40",
-    "sampling.rois=24",
-    "data.image_size=64",
-    "data.resize_scale=[1,1]",
-    "data.hflip=0",
-    "data.workers=0",
-    "optim.batch_size=4",
-    "optim.warmup_epochs=2",
-    "optim.clip_grad=1.0",
-    "test.test_batch=4",
-    "test.num_pictures=1",
-    "log.every=20",
-    "device=cpu",
-)
-SCRATCH = ("from_scratch=true", "model.size=nano", "model.patch_size=8")
 
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory, write_coco):
-    return write_coco(tmp_path_factory.mktemp("detection"), val_seed=0)
+@pytest.fixture
+def root(detection_root):
+    return detection_root
 
 
 @pytest.fixture
-def configure(root, tmp_path):
-    """(overrides) -> a configuration of a tiny detector on the tiny set."""
-
-    def make(*overrides, scratch=True):
-        given = dict(o.split("=", 1) for o in (*TINY, *(SCRATCH if scratch else ())))
-        given |= {"data.path": str(root), "output": str(tmp_path / "run"), "optim.epochs": "2", "optim.base_lr": "0.06"}
-        given |= dict(o.split("=", 1) for o in overrides)
-        return load_config(DetectionConfig, None, [f"{key}={value}" for key, value in given.items()])
-
-    return make
+def configure(configure_detection):
+    return configure_detection
 
 
 def tiny_detector(config, num_classes=3):

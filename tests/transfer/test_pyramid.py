@@ -4,7 +4,15 @@ import torch
 from mae_core.errors import UserError
 from mae_core.models.sizes import SIZES
 from transfer.backbone import DenseViT, Level
-from transfer.pyramid import NORMS, FourStagePyramid, PyramidBackbone, group_norm, sync_batch_norm
+from transfer.pyramid import (
+    NORMS,
+    PYRAMIDS,
+    FourStagePyramid,
+    PyramidBackbone,
+    SimpleFeaturePyramid,
+    group_norm,
+    sync_batch_norm,
+)
 
 
 def levels(patch: int, width: int = 32) -> list[Level]:
@@ -64,10 +72,16 @@ def test_sync_bn_is_plain_bn_in_one_process():
     assert type(sync_batch_norm(8)) is torch.nn.BatchNorm2d
 
 
+def dense(kind: str, **options) -> DenseViT:
+    return DenseViT("nano", patch_size=8, taps=PYRAMIDS[kind].taps(SIZES["nano"]), **options)
+
+
+@pytest.mark.parametrize("kind", ["four_stage", "simple"])
 @pytest.mark.parametrize("norm", NORMS)
-def test_pyramid_backbone_emits_what_it_declares(norm):
-    vit = DenseViT("nano", image_size=(48, 64), patch_size=8, window=4)
-    backbone = PyramidBackbone(vit, channels=24, norm=NORMS[norm])
+def test_pyramid_backbone_emits_what_it_declares(norm, kind):
+    backbone = PyramidBackbone(dense(kind, image_size=(48, 64), window=4), kind=kind, channels=24, norm=NORMS[norm])
+    assert backbone.anchor_strides == ((2,), (4,), (8,), (16,), (32,))
+    assert backbone.box_levels == backbone.levels[:4]
     assert [(level.name, level.stride) for level in backbone.levels] == [
         ("p2", 2), ("p3", 4), ("p4", 8), ("p5", 16), ("p6", 32),
     ]  # fmt: skip
@@ -77,7 +91,30 @@ def test_pyramid_backbone_emits_what_it_declares(norm):
         assert maps[level.name].shape == (2, 24, 64 // level.stride, 96 // level.stride)
 
 
-def test_every_parameter_of_the_pyramid_gets_a_gradient():
-    backbone = PyramidBackbone(DenseViT("nano", image_size=32, patch_size=8), channels=16, norm=NORMS["gn"])
+@pytest.mark.parametrize("kind", PYRAMIDS)
+def test_every_parameter_of_the_pyramid_gets_a_gradient(kind):
+    backbone = PyramidBackbone(dense(kind, image_size=32), kind=kind, channels=16, norm=NORMS["gn"])
     sum(x.square().sum() for x in backbone(torch.randn(1, 3, 32, 32)).values()).backward()
     assert [name for name, p in backbone.named_parameters() if p.grad is None] == []
+
+
+def test_a_single_scale_has_one_level_with_anchors_of_all_sizes():
+    backbone = PyramidBackbone(dense("single", image_size=64), kind="single", channels=16, norm=NORMS["ln"])
+    assert backbone.levels == backbone.box_levels == (Level("p4", 16, 8),)
+    assert backbone.anchor_strides == ((2, 4, 8, 16, 32),)
+    assert backbone(torch.randn(1, 3, 40, 64))["p4"].shape == (1, 16, 5, 8)
+
+
+def test_the_simple_pyramid_is_the_published_stack():
+    stages = SimpleFeaturePyramid(levels(16, 64), 24, NORMS["ln"]).stages
+    kinds = [[type(layer).__name__ for layer in stage] for stage in stages]
+    last = ["Conv2d", "LayerNorm2d", "Conv2d", "LayerNorm2d"]
+    assert kinds == [
+        ["ConvTranspose2d", "LayerNorm2d", "GELU", "ConvTranspose2d", *last],
+        ["ConvTranspose2d", *last],
+        last,
+        ["MaxPool2d", *last],
+    ]
+    widths = [[layer.in_channels for layer in stage if hasattr(layer, "in_channels")] for stage in stages]
+    assert widths == [[64, 32, 16, 24], [64, 32, 24], [64, 24], [64, 24]]
+    assert all(layer.bias is None for stage in stages for layer in stage if type(layer) is torch.nn.Conv2d)

@@ -7,27 +7,36 @@ for backbone, schedule and augmentation; detectron2's Mask R-CNN FPN configurati
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from mae_core.config import Count, Fraction, ImagesConfig, OptimConfig, RunConfig, Schema, Size, row_of
 from mae_core.models.sizes import SIZES
+from transfer.attention import RELATIVE_POSITIONS
 from transfer.engines import engines_for
-from transfer.pyramid import NORMS
+from transfer.pyramid import NORMS, PYRAMIDS
 
 DETECTOR = "detector.safetensors"
 """The trained detector inside a run directory."""
 
 Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class DetectorConfig(Schema):
-    """The network: DenseViT, four-stage pyramid, FPN, and the heads of Mask R-CNN."""
+    """The network: DenseViT, a pyramid, and the heads of Mask R-CNN."""
 
     size: Annotated[str, row_of(SIZES)] | None = Field(None, description="the file's when empty; base from scratch")
     patch_size: Count | None = Field(None, description="the weights file's when empty; the size's own from scratch")
     window: Count | None = Field(16, description="side of the attention windows in patches; null for global attention")
+    relative_positions: Annotated[str, row_of(RELATIVE_POSITIONS)] = Field(
+        "none", description="shared_table as the MAE paper's detector, decomposed as ViTDet; learned from zero"
+    )
+    positions: Literal["canvas", "weights"] = Field(
+        "canvas", description="the grid of the learned positions: the canvas', or the weights', resized on every pass"
+    )
+    pyramid: Annotated[str, row_of(PYRAMIDS)] = "four_stage"
     drop_path: Fraction = 0.1
     tap_norm: bool = Field(False, description="standardise the trunk's maps: for short trainings on small sets")
     checkpointing: bool = Field(False, description="recompute blocks in the backward pass: less memory, more time")
@@ -95,6 +104,15 @@ class DetectionOptim(OptimConfig):
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="per block; 1 is none")
+    milestones: tuple[Share, ...] = Field(
+        (), description="shares of the run from which the rate is a tenth of before (ViTDet); a half-cosine when empty"
+    )
+    published_decay: bool = Field(
+        False, description="decay what ViTDet's code decays by accident too: channel norms, biases, relative positions"
+    )
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="decay of a moving average of the weights, which is then scored and written"
+    )
 
 
 class DetectionConfig(RunConfig):

@@ -144,14 +144,13 @@ def build_mask_rcnn(
 ) -> MaskRCNN:
     """A Mask R-CNN on ``vit`` for ``num_classes`` classes, background not counted."""
     norm = NORMS[config.norm]
-    backbone = PyramidBackbone(vit, channels=config.fpn_channels, norm=norm)
-    levels, channels = backbone.levels, config.fpn_channels
-    anchors = AnchorGenerator(
-        tuple((config.anchor_scale * level.stride,) for level in levels), (tuple(config.anchor_ratios),) * len(levels)
-    )
+    channels = config.fpn_channels
+    backbone = PyramidBackbone(vit, kind=config.pyramid, channels=channels, norm=norm)
+    sides = tuple(tuple(config.anchor_scale * stride for stride in level) for level in backbone.anchor_strides)
+    anchors = AnchorGenerator(sides, (tuple(config.anchor_ratios),) * len(sides))
     rpn = ProposalNetwork(
         anchors,
-        ProposalHead(channels, len(config.anchor_ratios), conv_depth=config.rpn_convs),
+        ProposalHead(channels, anchors.num_anchors_per_location()[0], conv_depth=config.rpn_convs),
         fg_iou_thresh=0.7,
         bg_iou_thresh=0.3,
         batch_size_per_image=sampling.rpn_anchors,
@@ -171,7 +170,7 @@ def build_mask_rcnn(
     nn.init.zeros_(box_predictor.bbox_pred.bias)
     mask_head = MaskRCNNHeads(channels, [width] * config.mask_convs, dilation=1, norm_layer=norm)
     rois = MaskRCNNRoIs(
-        LevelPool(levels[:4], BOX_CELLS),
+        LevelPool(backbone.box_levels, BOX_CELLS),
         box_head,
         box_predictor,
         fg_iou_thresh=0.5,
@@ -182,7 +181,7 @@ def build_mask_rcnn(
         score_thresh=test.score_threshold,
         nms_thresh=test.nms_threshold,
         detections_per_img=test.detections,
-        mask_roi_pool=LevelPool(levels[:4], MASK_CELLS),
+        mask_roi_pool=LevelPool(backbone.box_levels, MASK_CELLS),
         mask_head=mask_head,
         mask_predictor=MaskRCNNPredictor(width if config.mask_convs else channels, width, num_classes + 1),
     )

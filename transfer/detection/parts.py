@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import warnings
-from typing import Literal, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 from PIL import Image
+from torch import nn
 
+from mae_core.config import Size
 from mae_core.conversion.loading import LoadReport, read_encoder
 from mae_core.data.images import Statistics, UnreadableImage, check_all, refuse_unreadable, statistics_of
 from mae_core.errors import UserError
+from mae_core.models.sizes import size_of
+from mae_core.training.groups import layer_decay_groups
 from mae_core.training.progress import Counter
 from transfer.backbone import DenseViT
 from transfer.detection.coco import CocoImage, CocoSet, Part, check_same_categories, read_coco
-from transfer.detection.config import DetectionConfig, DetectionData
+from transfer.detection.config import DetectionConfig, DetectionData, DetectionOptim, DetectorConfig
 from transfer.detection.samples import read_checked
+from transfer.pyramid import PYRAMIDS
 from transfer.weights import load_pretrained
 
 MOST_LOOKED_AT = 2000
@@ -45,6 +51,14 @@ def read_data(config: DetectionConfig) -> tuple[CocoSet, CocoSet]:
     check_same_categories(train.categories, train.path, val.categories, val.path)
     check_images(config.data, train, val)
     return train, val
+
+
+def files_of(config: DetectionConfig, *sets: CocoSet) -> list[Path]:
+    """The images of ``sets``, as the run's data.json counts and names them: below data.path, or else by name alone."""
+    root = config.data.path
+    paths = [image.path for coco in sets for image in coco.images]
+    below = root is not None and all(path.is_relative_to(root) for path in paths)
+    return paths if below or root is None else [root / path.name for path in paths]
 
 
 def check_images(data: DetectionData, *sets: CocoSet) -> None:
@@ -91,6 +105,12 @@ def _size_in_header_fits(record: CocoImage) -> bool:
         return False
 
 
+PLAIN_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d, nn.SyncBatchNorm)
+"""What ViTDet's optimizer takes for a norm; ``LayerNorm2d`` is none of them."""
+PRETRAINED_SIZE = 224
+"""Images that the positions of a trunk from scratch belong to where ``model.positions=weights``; the paper's."""
+
+
 class Trunk(NamedTuple):
     """The backbone, the report of its weights (None from scratch), and the pixel statistics it was trained with."""
 
@@ -99,35 +119,57 @@ class Trunk(NamedTuple):
     statistics: Statistics
 
 
+def parameter_groups(model: nn.Module, depth: int, optim: DetectionOptim) -> list[dict[str, Any]]:
+    """Groups of a detector with ``backbone.vit`` for AdamW: layer-wise rates, and what is not decayed.
+
+    By default no bias, norm or position is. ``optim.published_decay`` repeats ViTDet's code for ViT-B and ViT-L, where
+    the exemption of norms knows torch's own classes alone: the channel norms of pyramid and heads, all biases of other
+    layers, and relative positions are decayed.
+    """
+    options: dict[str, Any] = {"layer_decay": optim.layer_decay, "weight_decay": optim.weight_decay}
+    groups = layer_decay_groups(model, depth, trunk="backbone.vit.", **options)
+    if not optim.published_decay:
+        return groups
+    exempt = {id(p) for m in model.modules() if type(m) in PLAIN_NORMS for p in m.parameters(recurse=False)}
+    exempt |= {id(p) for name, p in model.named_parameters() if name.endswith("pos_embed")}
+    split: list[dict[str, Any]] = []
+    for group in groups:
+        for free in (False, True):
+            kept = [n for n, parameter in enumerate(group["params"]) if (id(parameter) in exempt) == free]
+            if kept:
+                chosen = {key: [group[key][n] for n in kept] for key in ("params", "param_names")}
+                split.append({**group, **chosen, "weight_decay": 0.0 if free else optim.weight_decay})
+    return split
+
+
+def trunk_options(model: DetectorConfig, size: str, canvas: Size, stored: Size) -> dict[str, Any]:
+    """Arguments of ``DenseViT`` for a trunk of ``size`` whose weights have the positions of ``stored`` images."""
+    return {
+        "image_size": canvas if model.positions == "canvas" else stored,
+        "relative_size": canvas,
+        "taps": PYRAMIDS[model.pyramid].taps(size_of(size)),
+        "window": model.window,
+        "relative_positions": model.relative_positions,
+        "drop_path": model.drop_path,
+        "tap_norm": model.tap_norm,
+        "checkpointing": model.checkpointing,
+    }
+
+
 def build_trunk(config: DetectionConfig) -> Trunk:
-    """A ``DenseViT`` whose position table has the canvas' grid: from the weights file, or random.
+    """The ``DenseViT`` of the configuration: from the weights file, or random.
 
     Raises ``UserError`` where the configuration contradicts the file, or the canvas does not split into patches.
     """
     model, data = config.model, config.data
     if config.weights is None:
-        vit = DenseViT(
-            model.size or "base",
-            image_size=data.image_size,
-            patch_size=model.patch_size,
-            in_chans=data.channels,
-            window=model.window,
-            drop_path=model.drop_path,
-            tap_norm=model.tap_norm,
-            checkpointing=model.checkpointing,
-        )
+        size = model.size or "base"
+        options = trunk_options(model, size, data.image_size, PRETRAINED_SIZE)
+        vit = DenseViT(size, patch_size=model.patch_size, in_chans=data.channels, **options)
         return Trunk(vit, None, statistics_of(data))
     source = read_encoder(config.weights)
     source.check_asked(size=model.size, patch_size=model.patch_size, in_chans=data.channels)
-    vit = DenseViT(
-        source.size,
-        image_size=data.image_size,
-        patch_size=source.patch_size,
-        in_chans=source.in_chans,
-        window=model.window,
-        drop_path=model.drop_path,
-        tap_norm=model.tap_norm,
-        checkpointing=model.checkpointing,
-    )
+    options = trunk_options(model, source.size, data.image_size, source.image_size)
+    vit = DenseViT(source.size, patch_size=source.patch_size, in_chans=source.in_chans, **options)
     report = load_pretrained(vit, config.weights)
     return Trunk(vit, report, statistics_of(data, source.metadata))

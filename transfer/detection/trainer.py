@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,25 @@ from mae_core.data.images import Statistics, Unreadable
 from mae_core.data.loading import make_loader
 from mae_core.errors import UserError
 from mae_core.layout import CHECKPOINTS, CLASSIFIER, CONFIG, ENCODER, LOADING, LOG, METRICS
+from mae_core.patches import as_pair
 from mae_core.training import distributed
-from mae_core.training.groups import layer_decay_groups
-from mae_core.training.loop import FitSettings, fit, seed_everything
+from mae_core.training.loop import FitSettings, Hook, fit, seed_everything
 from mae_core.training.run import Run, check_output, open_run
 from transfer.backbone import DenseViT
+from transfer.detection.averaging import Averaged
 from transfer.detection.coco import Category, check_same_categories, encode_masks, read_coco
 from transfer.detection.config import DETECTOR, DetectionConfig, DetectorConfig, InferenceConfig, SamplingConfig
 from transfer.detection.draw import stacked
 from transfer.detection.evaluation import PREDICTIONS, spread_indices, truth_and_prediction, write_evaluation
-from transfer.detection.parts import build_trunk, check_images, locate, read_data
+from transfer.detection.parts import (
+    build_trunk,
+    check_images,
+    files_of,
+    locate,
+    parameter_groups,
+    read_data,
+    trunk_options,
+)
 from transfer.detection.rois import paste_mask
 from transfer.detection.samples import DetectionBatch, TrainingSamples, WholeImages, collate, collate_readable
 from transfer.detection.scores import Detections, scores_table
@@ -106,24 +116,24 @@ def train(config: DetectionConfig, build: Build, *, resume: bool = False) -> dic
     if network.norm == "sync_bn" and config.device == "cpu":  # SyncBN exists on GPUs only, and there may be some
         network = network.model_copy(update={"norm": "bn"})
     model = build(vit, len(train_set.categories), network, config.sampling, config.test)
-    settings = FitSettings.of(config.optim, len(train_set.images))
+    settings = replace(FitSettings.of(config.optim, len(train_set.images)), milestones=config.optim.milestones)
 
-    run = open_run(config, resume=resume)
+    run = open_run(config, resume=resume, files=files_of(config, train_set, val_set))
     if report is not None and run.is_main:
         report.print()
         write_json(run.folder / LOADING, report.as_dict())
     elif report is None:
         run.say("training from scratch: no weights are loaded")
     model.to(run.device)
-    groups = layer_decay_groups(
-        model,
-        len(model.backbone.vit.blocks),
-        layer_decay=config.optim.layer_decay,
-        weight_decay=config.optim.weight_decay,
-        trunk="backbone.vit.",
-    )
+    trained, scored = model, model
+    hooks: list[Hook] = []
+    if config.optim.ema is not None:
+        trained = Averaged(model, config.optim.ema)
+        scored = trained.average.module
+        hooks = [(1, trained.follow)]
+    groups = parameter_groups(model, len(vit.blocks), config.optim)
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=config.optim.betas, fused=True)
-    start = run.restore(model, optimizer) if resume else 0
+    start = run.restore(trained, optimizer) if resume else 0
     sampler = run.sampler(
         len(train_set.images), config.optim.batch_size, total_steps=settings.total_steps, start_step=start
     )
@@ -138,7 +148,7 @@ def train(config: DetectionConfig, build: Build, *, resume: bool = False) -> dic
     )
 
     def draw(step: int) -> None:
-        shown, _ = detect(model, images, run, spread_indices(len(images), PICTURE_ROWS), batch_size=1, workers=0)
+        shown, _ = detect(scored, images, run, spread_indices(len(images), PICTURE_ROWS), batch_size=1, workers=0)
         least, channels = config.test.picture_score, config.data.channels
         rows = [truth_and_prediction(val_set, detections, channels, least) for detections in shown]
         if run.is_main and any(rows):
@@ -148,7 +158,8 @@ def train(config: DetectionConfig, build: Build, *, resume: bool = False) -> dic
         "format": DETECTOR_FORMAT,
         "engine": config.engine,
         "detector": {**config.model.model_dump(mode="json"), "size": vit.size, "patch_size": vit.grid.patch},
-        "image_size": list(vit.grid.image_size),
+        "image_size": list(as_pair(config.data.image_size)),
+        "position_size": list(vit.grid.image_size),
         "in_chans": vit.in_channels,
         "mean": statistics.mean,
         "std": statistics.std,
@@ -156,24 +167,24 @@ def train(config: DetectionConfig, build: Build, *, resume: bool = False) -> dic
         "epochs": config.optim.epochs,
     }
     result = fit(
-        model,
+        trained,
         loader,
         detection_losses,
         optimizer,
         run=run,
         settings=settings,
         start_step=start,
-        hooks=[(config.log.pictures_every, draw)],
+        hooks=[*hooks, (config.log.pictures_every, draw)],
         metadata=metadata,
     )
     if run.is_main:
-        write_weights(run.folder / DETECTOR, model.state_dict(), metadata)
+        write_weights(run.folder / DETECTOR, scored.state_dict(), metadata)
     training = {
         "steps": settings.total_steps,
         "seconds": round(result.seconds, 2) if start < settings.total_steps else None,
         "loss": result.loss if math.isfinite(result.loss) else None,
     }
-    metrics = score(model, images, run, config, more={"training": training})
+    metrics = score(scored, images, run, config, more={"training": training})
     run.close()
     distributed.leave()
     return metrics
@@ -226,14 +237,9 @@ def load_detector(
     if metadata.get("format") != DETECTOR_FORMAT or metadata.get("engine") != engine:
         raise UserError(f"{file} is not a detector of engine {engine}; --eval-only takes the {DETECTOR} of a run")
     detector = DetectorConfig.model_validate(metadata["detector"])
-    vit = DenseViT(
-        detector.size or "base",
-        image_size=metadata["image_size"],
-        patch_size=detector.patch_size,
-        in_chans=metadata["in_chans"],
-        window=detector.window,
-        tap_norm=detector.tap_norm,
-    )
+    size, canvas = detector.size or "base", metadata["image_size"]
+    options = trunk_options(detector, size, canvas, metadata["position_size"])
+    vit = DenseViT(size, patch_size=detector.patch_size, in_chans=metadata["in_chans"], **options)
     model = build(vit, len(metadata["categories"]), detector, sampling, test)
     try:
         model.load_state_dict(state)
