@@ -17,6 +17,9 @@ _HOMES = {
     "load_mae": "mae_core.conversion.loading",
     "load_encoder": "mae_core.conversion.loading",
     "build_classifier": "mae_core.conversion.loading",
+    "load_pca": "mae_core.conversion.target_files",
+    "load_tokenizer": "mae_core.conversion.target_files",
+    "TokenTarget": "mae_core.targets",
     "ViTEncoder": "mae_core.models.encoder",
     "SIZES": "mae_core.models.sizes",
     "PatchMask": "mae_core.masking",
@@ -29,12 +32,14 @@ __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
     from mae_core.conversion.loading import build_classifier, load_encoder, load_mae
+    from mae_core.conversion.target_files import load_pca, load_tokenizer
     from mae_core.errors import UserError
     from mae_core.masking import PatchMask
     from mae_core.models.encoder import ViTEncoder
     from mae_core.models.mae import MAEOutput, MaskedAutoencoder, build_mae
     from mae_core.models.sizes import SIZES
     from mae_core.patches import PatchGrid, patchify, unpatchify
+    from mae_core.targets import TokenTarget
 
 
 def __getattr__(name: str) -> Any:

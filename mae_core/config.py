@@ -114,12 +114,30 @@ class MaskingConfig(Schema):
 
     kind: Annotated[str, row_of(MASKERS)] = Field("random", description="a row of mae_core.masking.MASKERS")
     ratio: float = Field(0.75, gt=0, lt=1)
+    mask_tokens_in_encoder: bool = Field(
+        False, description="the encoder runs on all patches, with mask tokens (paper, Table 1c: worse, and slower)"
+    )
 
 
 class TargetConfig(Schema):
     """What the decoder predicts (paper, Table 1d)."""
 
     kind: Annotated[str, row_of(TARGETS)] = Field("normalized_pixels", description="a row of mae_core.targets.TARGETS")
+    pca: Path | None = Field(None, description="of kind pca: the file that `mae fit-pca` writes")
+    tokenizer: Path | None = Field(
+        None, description="of kind tokens: a run of `mae train-tokenizer`, its file, or DALL-E's published encoder.pkl"
+    )
+    tokenizer_image_size: Size | None = Field(
+        None, description="size at which the tokenizer sees the images, such as 112 for DALL-E's at 224 with patch 16"
+    )
+    loss_on_all_patches: bool = Field(False, description="count visible patches too (paper, footnote 1: worse)")
+
+    @model_validator(mode="after")
+    def _file_is_named(self) -> TargetConfig:
+        for kind, option, command in (("pca", "pca", "fit-pca"), ("tokens", "tokenizer", "train-tokenizer")):
+            if self.kind == kind and getattr(self, option) is None:
+                raise ValueError(f"target.kind={kind} needs target.{option}=FILE; `mae {command}` writes one")
+        return self
 
 
 class ImagesConfig(Schema):

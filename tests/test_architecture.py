@@ -23,7 +23,7 @@ SCRIPT_FOLDERS = ("mae_core/cli", "transfer", "transfer/detection", "transfer/se
 
 LAYERS = (
     ("errors", "atomic", "seeds", "layout"),
-    ("patches", "pos_embed", "masking", "targets"),
+    ("patches", "pos_embed", "masking", "tokenizers", "targets"),
     ("models",),
     ("config",),
     ("data", "conversion"),

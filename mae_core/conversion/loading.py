@@ -24,6 +24,7 @@ from mae_core.models.mae import MaskedAutoencoder, build_mae
 from mae_core.models.sizes import SIZES, ViTSize
 from mae_core.patches import PatchGrid
 from mae_core.pos_embed import resize_pos_embed
+from mae_core.targets import rebuild_target
 
 ENCODER_PREFIX = "encoder."
 OPTIONS = {"in_chans": "data.channels"}
@@ -32,7 +33,7 @@ AnyRun = TypeVar("AnyRun", bound=RunConfig)
 DECODER_REASON = "the decoder is for pre-training only"
 DECODER_KEYS = {
     pattern: DECODER_REASON
-    for pattern in ("decoder.*", "decoder_*", "mask_token")  # ours, and the official names
+    for pattern in ("decoder.*", "decoder_*", "mask_token", "target.*")  # ours, and the official names
 }
 
 
@@ -332,16 +333,22 @@ def load_mae(path: Path | str, *, target: str | None = None) -> MaskedAutoencode
         decoder_depth=len({name.split(".")[2] for name in state if name.startswith("decoder.blocks.")}),
         decoder_width=decoder_width,
         decoder_heads=int(metadata["decoder_heads"]),
-        target=metadata["target"],
+        target=rebuild_target(metadata["target"], metadata.get("target_options") or {}, _below("target.", state)),
         masking=metadata.get("masking", next(iter(MASKERS))),
         mask_ratio=float(metadata.get("mask_ratio", 0.75)),
+        mask_tokens_in_encoder=bool(metadata.get("mask_tokens_in_encoder", False)),
     )
+    model.loss_on_all_patches = bool(metadata.get("loss_on_all_patches", False))
     shapes, wanted = ({name: tensor.shape for name, tensor in each.items()} for each in (state, model.state_dict()))
     differing = sorted(name for name in {**shapes, **wanted} if shapes.get(name) != wanted.get(name))
     if differing:
         raise UserError(f"{path} is not a complete MAE; it differs in {', '.join(differing[:4])}")
     model.load_state_dict(state)
     return model.eval()
+
+
+def _below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
 def describe_encoder(model: ViTEncoder | MaskedAutoencoder) -> dict[str, Any]:

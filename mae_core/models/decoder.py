@@ -1,5 +1,7 @@
-"""MAE's light decoder (paper, section 3): visible tokens and mask tokens in, a prediction per patch out. Pre-training
-only."""
+"""MAE's light decoder (paper, section 3): visible tokens and mask tokens in, a prediction per patch out.
+
+For pre-training only.
+"""
 
 from __future__ import annotations
 
@@ -16,28 +18,40 @@ from mae_core.pos_embed import sincos_2d
 
 class MAEDecoder(nn.Module):
     """A few transformer blocks on all patches of ``grid``, ending in a linear prediction of ``target_dim`` numbers a
-    patch."""
+    patch. ``mask_tokens=False``: for an encoder that has put mask tokens in already (paper, Table 1c)."""
 
     def __init__(
-        self, encoder_width: int, grid: PatchGrid, target_dim: int, *, width: int = 512, depth: int = 8, heads: int = 16
+        self,
+        encoder_width: int,
+        grid: PatchGrid,
+        target_dim: int,
+        *,
+        width: int = 512,
+        depth: int = 8,
+        heads: int = 16,
+        mask_tokens: bool = True,
     ) -> None:
         super().__init__()
-        if width % heads or width % 4:
+        if heads < 1 or width % heads or width % 4:
             raise UserError(f"decoder width {width} must be divisible by its heads ({heads}) and by 4")
+        self.heads = heads
         self.embed = nn.Linear(encoder_width, width)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width)) if mask_tokens else None
         self.pos_embed = nn.Parameter(sincos_2d(width, grid.rows, grid.cols), requires_grad=False)
         self.blocks = nn.Sequential(*(Block(width, heads, qkv_bias=True, norm_layer=LayerNorm) for _ in range(depth)))
         self.norm = LayerNorm(width)
         self.pred = nn.Linear(width, target_dim)
         init_linear_and_norm(self)
-        nn.init.normal_(self.mask_token, std=0.02)
+        if self.mask_token is not None:
+            nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, tokens: Tensor, mask: PatchMask) -> Tensor:
-        """(B, 1 + V, encoder_width) -> (B, N, target_dim) in raster order."""
+        """(B, 1 + V, encoder_width), or (B, 1 + N, ...) with ``mask_tokens=False`` -> (B, N, target_dim) in raster
+        order."""
         x = self.embed(tokens)
-        B, _, D = x.shape
-        canvas = self.mask_token.to(x.dtype).expand(B, mask.hidden.shape[1], D)
-        canvas = canvas.scatter(1, mask.visible_ids[:, :, None].expand(-1, -1, D), x[:, 1:])
-        x = torch.cat([x[:, :1], canvas], dim=1) + self.pos_embed
-        return self.pred(self.norm(self.blocks(x)[:, 1:]))
+        if self.mask_token is not None:
+            B, _, D = x.shape
+            canvas = self.mask_token.to(x.dtype).expand(B, mask.hidden.shape[1], D)
+            canvas = canvas.scatter(1, mask.visible_ids[:, :, None].expand(-1, -1, D), x[:, 1:])
+            x = torch.cat([x[:, :1], canvas], dim=1)
+        return self.pred(self.norm(self.blocks(x + self.pos_embed)[:, 1:]))

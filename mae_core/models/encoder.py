@@ -47,8 +47,10 @@ class ViTEncoder(VisionTransformer):
         drop_path: float = 0.0,
     ) -> None:
         shape = size_of(size)
-        patch = patch_size or shape.patch_size
+        patch = shape.patch_size if patch_size is None else patch_size
         grid = PatchGrid.of(image_size, patch)
+        if in_chans < 1:
+            raise UserError(f"an image has at least one channel; in_chans={in_chans} was asked for")
         super().__init__(
             img_size=grid.image_size,
             patch_size=patch,
@@ -109,8 +111,20 @@ class ViTEncoder(VisionTransformer):
         3)."""
         tokens = self.embed(images)
         visible = tokens.gather(1, mask.visible_ids[:, :, None].expand(-1, -1, tokens.shape[2]))
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(images), -1, -1)
-        return self.norm(self.blocks(torch.cat([cls, visible], dim=1)))
+        return self._with_cls(visible)
+
+    def encode_with_mask_tokens(self, images: Tensor, mask: PatchMask, mask_token: Tensor) -> Tensor:
+        """(B, C, H, W), a mask and a token (1, 1, D) -> (B, 1 + N, D): all patches, the token in place of the hidden
+        ones (paper, Table 1c)."""
+        self.check_images(images)
+        patches = self.patch_embed(images)
+        tokens = torch.where(mask.hidden[:, :, None], mask_token.to(patches.dtype), patches)
+        return self._with_cls(tokens + self.pos_embed[:, 1:])
+
+    def _with_cls(self, tokens: Tensor) -> Tensor:
+        """(B, n, D), positions added -> (B, 1 + n, D) through all blocks, normalised."""
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
+        return self.norm(self.blocks(torch.cat([cls, tokens], dim=1)))
 
 
 def init_linear_and_norm(module: nn.Module) -> None:

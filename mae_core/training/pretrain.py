@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mae_core.config import PretrainConfig
 from mae_core.conversion.files import write_weights
 from mae_core.conversion.loading import describe_encoder
+from mae_core.conversion.target_files import load_target
 from mae_core.data.images import check_all, list_images, statistics_of
 from mae_core.data.loading import make_loader
 from mae_core.data.unlabelled import PretrainBatch, UnlabelledImages, collate
@@ -26,8 +27,8 @@ NUM_PICTURES = 6
 
 
 def build_pretrain_model(config: PretrainConfig) -> MaskedAutoencoder:
-    """The masked autoencoder a configuration describes."""
-    return build_mae(
+    """The masked autoencoder a configuration describes. Raises ``UserError`` where a file of its target is missing."""
+    model = build_mae(
         config.model.size,
         image_size=config.data.image_size,
         patch_size=config.model.patch_size,
@@ -35,10 +36,13 @@ def build_pretrain_model(config: PretrainConfig) -> MaskedAutoencoder:
         decoder_depth=config.decoder.depth,
         decoder_width=config.decoder.width,
         decoder_heads=config.decoder.heads,
-        target=config.target.kind,
+        target=load_target(config.target, **statistics_of(config.data)._asdict()),
         masking=config.masking.kind,
         mask_ratio=config.masking.ratio,
+        mask_tokens_in_encoder=config.masking.mask_tokens_in_encoder,
     )
+    model.loss_on_all_patches = config.target.loss_on_all_patches
+    return model
 
 
 def pretrain_metadata(model: MaskedAutoencoder, config: PretrainConfig) -> dict[str, Any]:
@@ -46,12 +50,9 @@ def pretrain_metadata(model: MaskedAutoencoder, config: PretrainConfig) -> dict[
     statistics = statistics_of(config.data)
     return {
         **describe_encoder(model),
+        **model.describe(),
         "mean": statistics.mean,
         "std": statistics.std,
-        "target": config.target.kind,
-        "masking": config.masking.kind,
-        "mask_ratio": config.masking.ratio,
-        "decoder_heads": config.decoder.heads,
         "pooling": "cls token and patch tokens, normalised",
         "epochs": config.optim.epochs,
     }
@@ -87,7 +88,7 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> FitResult:
     mask = fixed_mask(model, len(views), config.seed)
 
     def draw(step: int) -> None:
-        if run.is_main:
+        if run.is_main and model.target.gives_pixels:
             strip = reconstruction_strip(model, views, mask, statistics_of(config.data))
             run.picture(f"step_{step:08d}", strip, step)
 
@@ -115,7 +116,7 @@ def announce(
 ) -> None:
     """Print what is about to happen."""
     grid = model.encoder.grid
-    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    parameters = sum(p.numel() for part in (model.encoder, model.decoder) for p in part.parameters()) / 1e6
     hidden = fixed_mask(model, 1, 0).hidden_ids.shape[1]
     say(
         f"{num_images} images, {grid.image_size[0]}x{grid.image_size[1]}x{config.data.channels}; "

@@ -212,7 +212,7 @@ def test_an_encoder_alone_has_no_decoder(encoder_file):
     "metadata, message",
     [
         ({}, "metadata"),
-        ({"decoder_heads": 2, "target": "tokens"}, "unknown name 'tokens'"),
+        ({"decoder_heads": 2, "target": "clusters"}, "unknown name 'clusters'"),
         ({"decoder_heads": 5, "target": "pixels"}, "divisible by its heads"),
     ],
 )

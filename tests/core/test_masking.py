@@ -4,7 +4,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from mae_core.errors import UserError
-from mae_core.masking import MASKERS, PatchMask, RandomMasking, num_visible
+from mae_core.masking import MASKERS, BlockMasking, GridMasking, PatchMask, RandomMasking, num_visible
 from mae_core.patches import PatchGrid
 
 PAPER_GRID = PatchGrid(14, 14, 16)
@@ -26,15 +26,17 @@ def test_hidden_and_visible_partition_the_patches(kind, batch, rows, cols, ratio
         assert visible_ids.tolist() == (~hidden).nonzero()[:, 0].tolist()
 
 
+@pytest.mark.parametrize("kind", MASKERS)
 @pytest.mark.parametrize("ratio, kept", KEPT_OF_196.items())
-def test_exact_counts_of_the_paper_grid(ratio, kept):
+def test_exact_counts_of_the_paper_grid(kind, ratio, kept):
     assert num_visible(196, ratio) == kept
-    mask = RandomMasking(ratio)(2, PAPER_GRID, torch.Generator().manual_seed(1))
+    mask = MASKERS[kind](ratio)(2, PAPER_GRID, torch.Generator().manual_seed(1))
     assert (~mask.hidden).sum(dim=1).tolist() == [kept, kept]
 
 
-def test_a_generator_per_sample_makes_a_mask_independent_of_its_batch():
-    masker = RandomMasking(0.75)
+@pytest.mark.parametrize("kind", MASKERS)
+def test_a_generator_per_sample_makes_a_mask_independent_of_its_batch(kind):
+    masker = MASKERS[kind](0.8)
 
     def one(seed: int) -> torch.Generator:
         return torch.Generator().manual_seed(seed)
@@ -46,9 +48,10 @@ def test_a_generator_per_sample_makes_a_mask_independent_of_its_batch():
     assert len({tuple(row.tolist()) for row in together.hidden}) == 4
 
 
-def test_one_generator_decides_a_batch_and_the_global_one_is_left_alone():
+@pytest.mark.parametrize("kind", MASKERS)
+def test_one_generator_decides_a_batch_and_the_global_one_is_left_alone(kind):
     before = torch.get_rng_state()
-    one, two = (RandomMasking(0.5)(3, PAPER_GRID, torch.Generator().manual_seed(seed)) for seed in (5, 5))
+    one, two = (MASKERS[kind](0.5)(3, PAPER_GRID, torch.Generator().manual_seed(seed)) for seed in (5, 5))
     assert torch.equal(one.hidden, two.hidden)
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -69,6 +72,73 @@ def test_masks_are_uniform():
     pairs = (hidden.T @ hidden)[torch.triu_indices(12, 12, 1).unbind()] / draws
     probability = (9 * 8) / (12 * 11)
     assert ((pairs - probability).abs() < 5 * (probability * (1 - probability) / draws) ** 0.5).all()
+
+
+def hidden_maps(masker: RandomMasking, count: int = 20, grid: PatchGrid = PAPER_GRID) -> torch.Tensor:
+    """(count, rows, cols) bool."""
+    return masker(count, grid, torch.Generator().manual_seed(3)).hidden.reshape(count, grid.rows, grid.cols)
+
+
+@pytest.mark.parametrize("rows, cols", [(14, 14), (4, 6), (2, 2)])
+def test_grid_masking_keeps_the_same_one_of_every_four(rows, cols):
+    visible = ~hidden_maps(GridMasking(0.75), grid=PatchGrid(rows, cols, 16))
+    cells = visible.unflatten(1, (rows // 2, 2)).unflatten(3, (cols // 2, 2)).transpose(2, 3).flatten(3)
+    assert (cells.sum(dim=3) == 1).all()
+    assert (cells == cells[:, :1, :1]).all(), "regularly: at the same place in every 2x2 cell of an image"
+    assert len({tuple(cell.tolist()) for cell in cells[:, 0, 0]}) == 4, "that place is drawn for each image"
+
+
+def test_grid_masking_thins_and_fills_its_lattice_at_other_ratios():
+    board = hidden_maps(GridMasking(0.5))
+    assert (board[:, 1:] != board[:, :-1]).all() and (board[:, :, 1:] != board[:, :, :-1]).all(), "a checkerboard"
+    rows, cols = (~hidden_maps(GridMasking(15 / 16), grid=PatchGrid(16, 16, 16))).nonzero()[:, 1:].unbind(dim=1)
+    assert len(rows) == 20 * 16
+    for axis in (rows, cols):
+        assert all(len(set((part % 4).tolist())) == 1 for part in axis.split(16)), "one of every 4x4 cell"
+    sparse, dense = (hidden_maps(GridMasking(ratio)) for ratio in (0.8, 0.7))
+    quarter = ~hidden_maps(GridMasking(0.75))
+    assert (quarter >= ~sparse).all() and (~dense >= quarter).all(), "below a quarter thinned, above it filled"
+
+
+def same_neighbours(hidden: torch.Tensor) -> float:
+    """Share of neighbouring patches that are both hidden or both visible."""
+    across, down = hidden[:, :, 1:] == hidden[:, :, :-1], hidden[:, 1:] == hidden[:, :-1]
+    return torch.cat([across.flatten(), down.flatten()]).float().mean().item()
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.75])
+def test_block_masking_hides_blocks(ratio):
+    hidden = hidden_maps(BlockMasking(ratio), count=100)
+    assert same_neighbours(hidden) > 0.85 > same_neighbours(hidden_maps(RandomMasking(ratio), count=100)) + 0.1
+    squares = torch.nn.functional.avg_pool2d(hidden[:, None].float(), 3, stride=1)
+    assert (squares.flatten(1).max(dim=1).values == 1).all(), "each image has a block of at least 3x3"
+    assert len({tuple(one.flatten().tolist()) for one in hidden}) == 100
+
+
+def test_block_masking_lays_the_rectangles_of_beits_sampler():
+    """With hardly more to hide than its smallest block, most masks are one rectangle and what grew to the exact count:
+    16 patches or more of the paper grid, lying and standing alike."""
+    boxes = []
+    for one in hidden_maps(BlockMasking(17.5 / 196), count=300):
+        rows, cols = one.any(dim=1).nonzero()[:, 0], one.any(dim=0).nonzero()[:, 0]
+        boxes.append((int(rows[-1] - rows[0]) + 1, int(cols[-1] - cols[0]) + 1))
+    compact = [height / width for height, width in boxes if height * width <= 24]
+    assert len(compact) > 150
+    assert 0.15 < min(compact) < 0.5 and 2 < max(compact) < 1 / 0.15  # 2x10: an aspect of 0.3, rounded, and grown
+    assert 0.7 < sum(ratio > 1 for ratio in compact) / sum(ratio < 1 for ratio in compact) < 1.4
+
+
+@pytest.mark.parametrize("kind", ["block", "grid"])
+def test_where_a_mask_lies_is_drawn(kind):
+    """Chi-square over 10000 draws against the same counts shifted: no corner is preferred to its mirror image."""
+    grid, draws = PatchGrid(4, 4, 1), 10_000
+    hidden = MASKERS[kind](0.75)(draws, grid, torch.Generator().manual_seed(4)).hidden.double().reshape(draws, 4, 4)
+    counts = hidden.sum(dim=0)
+    for mirrored in (counts.flip(0), counts.flip(1), counts.T):
+        chi = ((counts - mirrored) ** 2 / (counts + mirrored)).sum() / 2
+        assert chi < 31.3  # 8 independent pairs, and negatively correlated counts: far above the 99.9 % of 8 degrees
+    if kind == "grid":
+        assert ((counts - draws * 0.75) ** 2).sum() / (draws * 0.75 * 0.25) < 39.3  # 16 counts, in four equal groups
 
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0, -0.1, 1.5, float("nan")])
