@@ -35,11 +35,14 @@ CORE = [
     "tensorboard>=2.15",
     "numpy>=1.26",
     "Pillow>=10.1",
+    "tifffile>=2024.1.30",
     "PyYAML>=6.0",
 ]
 DETECTION = ["pycocotools>=2.0.8"]
 # mmseg does not depend on mmcv and mmengine, so all three are named; what else it imports it pulls in itself.
 SEGMENTATION = ["onedl-mmcv>=2.3.6", "onedl-mmengine>=0.10.12", "onedl-mmsegmentation>=1.4.2"]
+# Tar shards and Hugging Face data sets; folders and file lists need neither.
+DATA = ["webdataset>=1.0", "datasets>=3.0"]
 DEMO = ["scikit-learn>=1.4", *DETECTION, *SEGMENTATION]
 DEV = [
     "pytest>=8.0",
@@ -68,9 +71,10 @@ setup(
     extras_require={
         "detection": DETECTION,
         "segmentation": SEGMENTATION,
+        "data": DATA,
         "demo": DEMO,
         "dev": DEV,
-        "all": [*DEMO, *DEV],
+        "all": [*DEMO, *DATA, *DEV],
     },
     entry_points={"console_scripts": ["mae = mae_core.cli.main:main"]},
 )

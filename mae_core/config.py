@@ -67,6 +67,8 @@ class Schema(BaseModel):
     @classmethod
     def _home(cls, value: Any) -> Any:
         try:
+            if isinstance(value, tuple) and value and isinstance(value[0], Path):
+                return tuple(path.expanduser() for path in value)
             return value.expanduser() if isinstance(value, Path) else value
         except RuntimeError:
             raise ValueError(f"there is no home folder for {value}") from None
@@ -145,7 +147,9 @@ class ImagesConfig(Schema):
 
     path: Path | None = Field(None, description="the folder; see each command for the layout it expects")
     image_size: Size = 224
-    channels: Literal[1, 3] = Field(3, description="1 reads images as greyscale, 3 as RGB")
+    channels: Annotated[int, Field(ge=1, le=16)] = Field(
+        3, description="1 reads images as greyscale, 3 as RGB, any other number as stored (TIFF, .npy)"
+    )
     mean: tuple[float, ...] | None = Field(None, description="per channel, of pixels in 0..1; ImageNet's when empty")
     std: tuple[Annotated[float, Field(gt=0)], ...] | None = None
     workers: Annotated[int, Field(ge=0)] = Field(2, description="processes that read images, per rank")
@@ -162,11 +166,48 @@ class ImagesConfig(Schema):
         return self
 
 
-class PretrainData(ImagesConfig):
-    """Unlabelled images: every image file below ``path``. Augmentation: random resized crop (bicubic) and flip."""
+Augmentation = Literal["none", "fixed_crop", "random_crop"]
+"""Rows of mae_core.data.augmentation.AUGMENTATIONS, which needs torchvision."""
 
-    crop_scale: CropScale = Field((0.2, 1.0), description="area of the random crop")
-    hflip: Fraction = Field(0.5, description="probability of a horizontal flip")
+
+class PretrainData(ImagesConfig):
+    """Unlabelled images, from a folder (nested as it likes), a list of files, tar shards or a Hugging Face data set,
+    or several of them; and what is done to them (paper, Table 1e)."""
+
+    path: Path | tuple[Path, ...] | None = Field(  # type: ignore[assignment]  # several, where no labels must agree
+        None, description="a folder, a .txt list of files, .tar shards, a data set on disk; or [several, of, them]"
+    )
+    source: Literal["auto", "files", "list", "shards", "huggingface"] = Field(
+        "auto", description="how to read path: a row of mae_core.data.sources.SOURCES; auto looks at what is there"
+    )
+    split: str | None = Field(None, description="of a Hugging Face data set; train, or the first, when empty")
+    augmentation: Augmentation = Field(
+        "random_crop", description="the crop: none is the centre, without flips; fixed_crop; random_crop (bicubic)"
+    )
+    crop_scale: CropScale = Field((0.2, 1.0), description="area of a random_crop")
+    hflip: Fraction | None = Field(
+        None, description="probability of a horizontal flip; when empty 0.5, or 0 with augmentation=none"
+    )
+    vflip: Fraction = Field(0.0, description="probability of a vertical flip: where images have no up and down")
+    quarter_turns: bool = Field(False, description="turn by 0, 90, 180 or 270 degrees: where images have no up")
+    color_jitter: Fraction = Field(
+        0.0, description="strength of brightness, contrast and saturation jitter, hue by a quarter of it; hurts (1e)"
+    )
+
+    @property
+    def flip_probability(self) -> float:
+        """Of a horizontal flip."""
+        if self.hflip is None:
+            return 0.0 if self.augmentation == "none" else 0.5
+        return self.hflip
+
+    @model_validator(mode="after")
+    def _jitter_has_colours(self) -> PretrainData:
+        if self.color_jitter and self.channels not in (1, 3):
+            raise ValueError(f"color_jitter is for 1 or 3 channels, not {self.channels}; set it to 0")
+        if isinstance(self.path, tuple) and not self.path:
+            raise ValueError("path is an empty list; name a folder")
+        return self
 
 
 class OptimConfig(Schema):

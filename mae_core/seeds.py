@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-SHUFFLE, AUGMENT, MASK, STEP, MIX = range(5)
+SHUFFLE, AUGMENT, MASK, STEP, MIX, HELD_OUT, SPLIT = range(7)
 """Streams: two uses of randomness at the same place never share a seed."""
 
 

@@ -1,24 +1,23 @@
-"""Image files: finding them, reading them, and what happens to the unreadable ones."""
+"""Image files: finding them, reading many of them, and what happens to the unreadable ones."""
 
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from PIL import Image, UnidentifiedImageError
-
 from mae_core.config import ImagesConfig
+from mae_core.data.decoding import Pixels, Unreadable, UnreadableImage, read_image
 from mae_core.errors import UserError
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".npy"})
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 GREY_MEAN, GREY_STD = (0.449,), (0.226,)
 """ImageNet's statistics averaged over the channels."""
+DEFAULT_STATISTICS = {1: (GREY_MEAN, GREY_STD), 3: (IMAGENET_MEAN, IMAGENET_STD)}
 
 MOST_IN_A_ROW = 100
 """This many unreadable files one after another mean that the folder is wrong, not that some files are damaged."""
@@ -26,19 +25,43 @@ MOST_IN_A_ROW = 100
 Found = TypeVar("Found")
 
 
-class Unreadable(NamedTuple):
-    """An image file that could not be used, and why."""
+class ImageSource(Protocol):
+    """Images by index, from wherever they are."""
 
-    path: str
-    reason: str
+    @property
+    def names(self) -> Sequence[str]:
+        """What identifies each image in its data set, wherever the set lies."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> Pixels:
+        """The pixels of one image. Raises ``UnreadableImage``."""
+        ...
 
 
-class UnreadableImage(Exception):
-    """Raised by ``read_image``; carries the ``Unreadable``."""
+class ImageFiles:
+    """Image files by their paths; names are relative to ``root``."""
 
-    def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(path, reason)
-        self.unreadable = Unreadable(str(path), reason)
+    def __init__(self, paths: Sequence[Path], channels: int, root: Path | None = None) -> None:
+        self.paths, self.channels, self.root = list(paths), channels, root
+
+    @property
+    def names(self) -> list[str]:
+        """Paths below the root, with / on every system."""
+        return relative_names(self.paths, self.root)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, index: int) -> Pixels:
+        """See ``read_image``."""
+        return read_image(self.paths[index], self.channels)
+
+
+def relative_names(paths: Iterable[Path], root: Path | None) -> list[str]:
+    """Paths as names that stay the same when ``root`` moves; those outside of it as they are."""
+    return [(p.relative_to(root) if root and p.is_relative_to(root) else p).as_posix() for p in paths]
 
 
 def list_images(folder: Path | None) -> list[Path]:
@@ -75,24 +98,6 @@ def _files_below(folder: Path, way: tuple[str, ...] = ()) -> Iterator[Path]:
             yield from _files_below(path, (*way, real))
         elif path.suffix.lower() in IMAGE_SUFFIXES:
             yield path
-
-
-def read_image(path: Path, channels: int) -> Image.Image:
-    """Decode an 8-bit image as greyscale (``channels=1``) or RGB (3).
-
-    Raises ``UnreadableImage`` for a file that is no image, is truncated, or has more than 8 bits a channel.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(path) as image:
-                if image.mode.startswith(("I", "F")):
-                    raise UnreadableImage(path, f"{image.mode} image; 8 bits a channel are supported")
-                return image.convert("L" if channels == 1 else "RGB")
-    except UnidentifiedImageError:
-        raise UnreadableImage(path, "not an image") from None
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise UnreadableImage(path, str(error).splitlines()[0] if str(error) else type(error).__name__) from None
 
 
 def refuse_unreadable(found: Iterable[Unreadable]) -> None:
@@ -136,16 +141,17 @@ def check_found(samples: Iterable[MaybePixels], suspects: str = "data.path") -> 
             )
 
 
-def read_some(paths: Sequence[Path], channels: int, count: int) -> list[Image.Image]:
-    """At most ``count`` images spread over ``paths``. Raises ``UserError`` where none of those tried can be read."""
-    count = min(count, len(paths))
-    starts = [number * len(paths) // count for number in range(count)] + [len(paths)]
-    images: list[Image.Image] = []
+def read_some(source: ImageSource, count: int) -> list[Pixels]:
+    """At most ``count`` images spread over ``source``. Raises ``UserError`` where none of those tried can be read."""
+    total = len(source)
+    count = min(count, total)
+    starts = [number * total // count for number in range(count)] + [total]
+    images: list[Pixels] = []
     problems: list[Unreadable] = []
     for start, stop in pairwise(starts):
-        for path in paths[start : min(stop, start + MOST_IN_A_ROW)]:
+        for index in range(start, min(stop, start + MOST_IN_A_ROW)):
             try:
-                images.append(read_image(path, channels))
+                images.append(source.read(index))
                 break
             except UnreadableImage as error:
                 problems.append(error.unreadable)
@@ -156,30 +162,29 @@ def read_some(paths: Sequence[Path], channels: int, count: int) -> list[Image.Im
     return images
 
 
-def check_all(paths: Sequence[Path], channels: int, *, on_progress: Callable[[int, int], None] | None = None) -> None:
-    """Decode every file; what ``data.on_error=raise`` does before a run starts. Raises ``UserError`` at the first bad
+def check_all(source: ImageSource, *, on_progress: Callable[[int, int], None] | None = None) -> None:
+    """Decode every image; what ``data.on_error=raise`` does before a run starts. Raises ``UserError`` at the first bad
     one."""
 
-    def problem(path: Path) -> Unreadable | None:
+    def problem(index: int) -> Unreadable | None:
         try:
-            read_image(path, channels)
+            source.read(index)
         except UnreadableImage as error:
             return error.unreadable
         return None
 
-    with ThreadPoolExecutor(4) as pool:
-        for done, bad in enumerate(_in_chunks(pool, problem, paths), start=1):
-            if bad is not None:
-                refuse_unreadable([bad])
-            if on_progress is not None:
-                on_progress(done, len(paths))
+    for done, bad in enumerate(in_threads(problem, len(source)), start=1):
+        if bad is not None:
+            refuse_unreadable([bad])
+        if on_progress is not None:
+            on_progress(done, len(source))
 
 
-def _in_chunks(
-    pool: ThreadPoolExecutor, function: Callable[[Path], Unreadable | None], paths: Sequence[Path], size: int = 256
-) -> Iterator[Unreadable | None]:
-    for start in range(0, len(paths), size):
-        yield from pool.map(function, paths[start : start + size])
+def in_threads(function: Callable[[int], Found], count: int, *, threads: int = 4, chunk: int = 256) -> Iterator[Found]:
+    """``function`` of 0 .. count - 1, in order, some at once; never much further than what has been taken."""
+    with ThreadPoolExecutor(threads) as pool:
+        for start in range(0, count, chunk):
+            yield from pool.map(function, range(start, min(start + chunk, count)))
 
 
 class Statistics(NamedTuple):
@@ -193,13 +198,19 @@ def statistics_of(data: ImagesConfig, weights: Mapping[str, Any] | None = None) 
     """What the metadata of the weights says (their encoder expects such pixels), else the configuration, else
     ImageNet's.
 
-    Raises ``UserError`` where the configuration contradicts the weights.
+    Raises ``UserError`` where the configuration contradicts the weights, and where nobody says it of channels that
+    ImageNet has not.
     """
-    mean, std = (GREY_MEAN, GREY_STD) if data.channels == 1 else (IMAGENET_MEAN, IMAGENET_STD)
+    mean, std = DEFAULT_STATISTICS.get(data.channels, ((), ()))
     found = {"mean": data.mean or mean, "std": data.std or std}
     for name in found:
         theirs = tuple((weights or {}).get(name) or found[name])
         if getattr(data, name) not in (None, theirs):
             raise UserError(f"data.{name}={found[name]} was asked for, but the weights were trained with {theirs}")
+        if not theirs:
+            raise UserError(
+                f"there is no usual {name} of {data.channels} channels; run mae data-stats on the images and set "
+                "data.mean and data.std to what it finds"
+            )
         found[name] = theirs
     return Statistics(**found)

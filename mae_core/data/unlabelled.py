@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms import InterpolationMode, v2
 
 from mae_core.config import PretrainData
-from mae_core.data.images import (
-    Statistics,
-    Unreadable,
-    check_found,
-    next_readable,
-    read_image,
-    read_some,
-    statistics_of,
-)
+from mae_core.data.augmentation import centre_view, training_view
+from mae_core.data.decoding import Unreadable, UnreadableImage
+from mae_core.data.images import ImageSource, check_found, next_readable, read_some, statistics_of
 from mae_core.data.loading import Place
 from mae_core.patches import as_pair
-from mae_core.seeds import AUGMENT, MASK, derive_seed, seeded
+from mae_core.seeds import AUGMENT, HELD_OUT, MASK, derive_seed, seeded
 
 
 class Sample(NamedTuple):
@@ -63,31 +52,21 @@ class PretrainBatch:
 
 
 class UnlabelledImages(Dataset[Sample]):
-    """Augmented images by (epoch, index). An unreadable file is replaced by the next readable one and reported."""
+    """Augmented images by (epoch, index). An unreadable one is replaced by the next readable one and reported."""
 
-    def __init__(self, paths: Sequence[Path], data: PretrainData, seed: int) -> None:
-        self.paths = list(paths)
-        self.seed = seed
-        self.channels = data.channels
-        size, bicubic = as_pair(data.image_size), InterpolationMode.BICUBIC
-        self.transform = v2.Compose(
-            [
-                v2.RandomResizedCrop(size, scale=data.crop_scale, interpolation=bicubic),
-                v2.RandomHorizontalFlip(data.hflip),
-                to_normalized(statistics_of(data)),
-            ]
-        )
-        self.view = centre_view(size, statistics_of(data))
+    def __init__(self, source: ImageSource, data: PretrainData, seed: int) -> None:
+        self.source, self.seed = source, seed
+        statistics = statistics_of(data)
+        self.transform = training_view(data, statistics)
+        self.view = centre_view(as_pair(data.image_size), statistics)
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.source)
 
     def __getitem__(self, place: Place) -> Sample:
         epoch, index = place
         mask_seed = derive_seed(self.seed, MASK, epoch, index)
-        _, image, unreadable = next_readable(
-            index, len(self), lambda place: read_image(self.paths[place], self.channels)
-        )
+        _, image, unreadable = next_readable(index, len(self), self.source.read)
         if image is None:
             return Sample(None, mask_seed, unreadable)
         with seeded(derive_seed(self.seed, AUGMENT, epoch, index)):
@@ -98,33 +77,39 @@ class UnlabelledImages(Dataset[Sample]):
 
         Raises ``UserError`` where none of the images tried can be read.
         """
-        return torch.stack([self.view(image) for image in read_some(self.paths, self.channels, count)])
+        return torch.stack([self.view(image) for image in read_some(self.source, count)])
+
+
+class CentreViews(Dataset[Sample]):
+    """Centre crops by index, each with a mask seed that never changes: for the loss on images kept out of training.
+
+    An unreadable image has no pixels.
+    """
+
+    def __init__(self, source: ImageSource, data: PretrainData, seed: int) -> None:
+        self.source, self.seed = source, seed
+        self.view = centre_view(as_pair(data.image_size), statistics_of(data))
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Sample:
+        mask_seed = derive_seed(self.seed, HELD_OUT, index)
+        try:
+            return Sample(self.view(self.source.read(index)), mask_seed, [])
+        except UnreadableImage as error:
+            return Sample(None, mask_seed, [error.unreadable])
 
 
 def collate(samples: list[Sample]) -> PretrainBatch:
-    """Stack samples. Raises ``UserError`` where a place had no readable image near it."""
+    """A batch of training samples. Raises ``UserError`` where a place had no readable image near it."""
     check_found(samples)
+    return collate_readable(samples)
+
+
+def collate_readable(samples: list[Sample]) -> PretrainBatch:
+    """A batch of the samples that could be read; it may be empty."""
+    there = [(sample.pixels, sample.mask_seed) for sample in samples if sample.pixels is not None]
+    pixels = torch.stack([pixels for pixels, _ in there]) if there else torch.empty(0)
     unreadable = [entry for sample in samples for entry in sample.unreadable]
-    pixels = [sample.pixels for sample in samples if sample.pixels is not None]
-    return PretrainBatch(torch.stack(pixels), [sample.mask_seed for sample in samples], unreadable)
-
-
-def centre_view(size: tuple[int, int], statistics: Statistics) -> v2.Compose:
-    """PIL image -> (C, H, W): the largest centred part of the target's aspect ratio, resized (bicubic),
-    standardised."""
-    resize = v2.Resize(list(size), interpolation=InterpolationMode.BICUBIC)
-    return v2.Compose([v2.Lambda(partial(_crop_to_ratio, size=size)), resize, to_normalized(statistics)])
-
-
-def _crop_to_ratio(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The largest centred part of the aspect ratio of ``size`` (height, width)."""
-    height, width = size
-    scale = min(image.width / width, image.height / height)
-    return v2.functional.center_crop(image, [max(1, round(height * scale)), max(1, round(width * scale))])
-
-
-def to_normalized(statistics: Statistics) -> v2.Compose:
-    """PIL image -> (C, H, W) float32, standardised per channel."""
-    return v2.Compose(
-        [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(statistics.mean), list(statistics.std))]
-    )
+    return PretrainBatch(pixels, [mask_seed for _, mask_seed in there], unreadable)

@@ -20,7 +20,7 @@ from mae_core.conversion.loading import (
     read_encoder,
     with_channels_of,
 )
-from mae_core.data.images import Statistics, check_all, read_some, statistics_of
+from mae_core.data.images import ImageFiles, Statistics, check_all, read_some, statistics_of
 from mae_core.data.labelled import (
     LabelledBatch,
     TestImages,
@@ -122,10 +122,11 @@ def finetune(config: FinetuneConfig, *, resume: bool = False) -> dict[str, Any]:
     check_output(config, resume=resume)
     train_files, val_files = read_image_folder(config.data.path)
     num_classes = len(train_files.classes)
+    all_files = ImageFiles(train_files.paths + val_files.paths, config.data.channels, config.data.path)
     if config.data.on_error == "raise":
-        check_all(train_files.paths + val_files.paths, config.data.channels, on_progress=Counter("checking images"))
+        check_all(all_files, on_progress=Counter("checking images"))
     for files in (train_files, val_files):
-        read_some(files.paths, config.data.channels, IMAGES_TRIED)
+        read_some(ImageFiles(files.paths, config.data.channels), IMAGES_TRIED)
     share = share_of(config.optim.batch_size, distributed.world_size())
     if (config.data.mixup or config.data.cutmix) and (share % 2 or (config.optim.micro_batch or 0) % 2):
         raise UserError(
@@ -139,7 +140,7 @@ def finetune(config: FinetuneConfig, *, resume: bool = False) -> dict[str, Any]:
     train_images = TrainImages(train_files, config.data, size, statistics, config.seed)
     test_images = TestImages(val_files, config.data, size, statistics)
 
-    run = open_run(config, resume=resume, files=train_files.paths + val_files.paths)
+    run = open_run(config, resume=resume, names=all_files.names)
     if report is not None and run.is_main:
         report.print()
         write_json(run.folder / LOADING, report.as_dict())

@@ -12,8 +12,9 @@ from mae_core.config import PretrainConfig
 from mae_core.conversion.files import write_weights
 from mae_core.conversion.loading import describe_encoder
 from mae_core.conversion.target_files import load_target
-from mae_core.data.images import check_all, list_images, statistics_of
+from mae_core.data.images import check_all, refuse_unreadable, statistics_of
 from mae_core.data.loading import make_loader
+from mae_core.data.sources import damaged_parts, open_source
 from mae_core.data.unlabelled import PretrainBatch, UnlabelledImages, collate
 from mae_core.layout import ENCODER
 from mae_core.models.mae import MaskedAutoencoder, build_mae
@@ -66,17 +67,19 @@ def pretrain_loss(model: nn.Module, batch: PretrainBatch) -> dict[str, Tensor]:
 def pretrain(config: PretrainConfig, *, resume: bool = False) -> FitResult:
     """Run a pre-training; writes the run directory. Raises ``UserError`` for everything a user can get wrong."""
     check_output(config, resume=resume)
-    paths = list_images(config.data.path)
+    source = open_source(config.data)
     if config.data.on_error == "raise":
-        check_all(paths, config.data.channels, on_progress=Counter("checking images"))
-    images = UnlabelledImages(paths, config.data, config.seed)
+        refuse_unreadable(damaged_parts(source))
+        check_all(source, on_progress=Counter("checking images"))
+    images = UnlabelledImages(source, config.data, config.seed)
     views = images.fixed_views(NUM_PICTURES)
     settings = FitSettings.of(config.optim, len(images))
     seed_everything(config.seed)
     model = build_pretrain_model(config)
     metadata = pretrain_metadata(model, config)
 
-    run = open_run(config, resume=resume, files=paths)
+    run = open_run(config, resume=resume, names=source.names)
+    run.note_unreadable(damaged_parts(source))
     model.to(run.device)
     # Biases and 1-D tensors are not decayed; the cls and mask tokens are, as in the official code.
     groups = param_groups_weight_decay(model, config.optim.weight_decay)

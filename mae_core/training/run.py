@@ -67,11 +67,10 @@ def check_output(config: RunConfig, *, resume: bool) -> None:
         )
 
 
-def fingerprint(files: Sequence[Path], root: Path | None) -> dict[str, Any]:
-    """What says whether two lists of files below ``root`` are the same data set: their number, a hash of their names
-    relative to it."""
-    names = "\n".join((file.relative_to(root) if root else file).as_posix() for file in files)
-    return {"images": len(files), "sha256": hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()}
+def fingerprint(names: Sequence[str]) -> dict[str, Any]:
+    """What says whether two data sets are the same: the number of images, and a hash of their names."""
+    text = "\n".join(names)
+    return {"images": len(names), "sha256": hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()}
 
 
 def check_data(config: RunConfig, found: Mapping[str, Any]) -> None:
@@ -210,10 +209,10 @@ class Run:
             self._board.close()
 
 
-def open_run(config: RunConfig, *, resume: bool, files: Sequence[Path] | None = None) -> Run:
-    """Claim the run directory and write its config.yaml, environment.json and, of the ``files`` below data.path,
+def open_run(config: RunConfig, *, resume: bool, names: Sequence[str] | None = None) -> Run:
+    """Claim the run directory and write its config.yaml, environment.json and, of the ``names`` of the images,
     data.json; see ``check_output`` and ``check_data`` for what is refused."""
-    data = None if files is None else fingerprint(files, config.data.path)  # type: ignore[attr-defined]
+    data = None if names is None else fingerprint(names)
     if resume and data is not None:
         check_data(config, data)
     place = distributed.join(config.device)

@@ -10,8 +10,8 @@ import torch
 from mae_core.atomic import atomic_path
 from mae_core.conversion.files import read_weights
 from mae_core.conversion.loading import load_mae
+from mae_core.data.augmentation import centre_view
 from mae_core.data.images import Statistics, UnreadableImage, list_images, read_image
-from mae_core.data.unlabelled import centre_view
 from mae_core.errors import UserError
 from mae_core.layout import resolve_weights
 from mae_core.training.pictures import fixed_mask, reconstruction_strip

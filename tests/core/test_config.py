@@ -72,7 +72,7 @@ def test_a_key_like_no_other_names_the_known_ones():
         ("data.image_size=[224,230]", "224x230 does not split"),
         ("model.patch_size=15", "does not split into 15x15"),
         ("data.mean=[0.5]", "mean has 1 values for 3 channels"),
-        ("data.channels=2", "data.channels"),
+        ("data.channels=17", "data.channels"),
         ("data.std=[0.1,0.1,0]", "data.std: input should be greater than 0 (got 0)"),
         ("data.crop_scale=[0.2,1.2]", "data.crop_scale"),
         ("data.crop_scale=[0.8,0.2]", "data.crop_scale: the smaller number comes first"),

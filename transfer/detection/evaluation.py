@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image
 
 from mae_core.atomic import atomic_path, write_json, write_text
+from mae_core.data.decoding import to_picture
 from mae_core.data.images import Unreadable, UnreadableImage
 from mae_core.layout import METRICS, PICTURES
 from transfer.detection.coco import CocoSet
@@ -64,7 +65,7 @@ def truth_and_prediction(
         return None
     record = coco.images[detections.image_index]
     try:
-        pixels = read_checked(record, channels)
+        pixels = to_picture(read_checked(record, channels))
     except UnreadableImage:
         return None
     prediction = draw_detections(coco, detections, pixels, least)

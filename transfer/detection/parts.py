@@ -11,7 +11,7 @@ from torch import nn
 
 from mae_core.config import Size
 from mae_core.conversion.loading import LoadReport, read_encoder
-from mae_core.data.images import Statistics, UnreadableImage, check_all, refuse_unreadable, statistics_of
+from mae_core.data.images import ImageFiles, Statistics, UnreadableImage, check_all, refuse_unreadable, statistics_of
 from mae_core.errors import UserError
 from mae_core.models.sizes import size_of
 from mae_core.training.groups import layer_decay_groups
@@ -70,7 +70,7 @@ def check_images(data: DetectionData, *sets: CocoSet) -> None:
     """
     if data.on_error == "raise":
         paths = [image.path for coco in sets for image in coco.images]
-        check_all(paths, data.channels, on_progress=Counter("checking images"))
+        check_all(ImageFiles(paths, data.channels), on_progress=Counter("checking images"))
     for coco in sets:
         if len(coco.images) > MOST_LOOKED_AT:
             continue

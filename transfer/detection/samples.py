@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
 
-from mae_core.data.images import Statistics, Unreadable, UnreadableImage, check_found, next_readable, read_image
+from mae_core.data.decoding import Pixels, Unreadable, UnreadableImage, read_image, size_of, to_tensor
+from mae_core.data.images import Statistics, check_found, next_readable
 from mae_core.data.loading import Place
 from mae_core.patches import as_pair
 from mae_core.seeds import AUGMENT, generator_at
@@ -42,11 +42,10 @@ class Placement(NamedTuple):
         """(height, width) of the part of the canvas that shows the image."""
         return min(self.height - self.top, self.canvas[0]), min(self.width - self.left, self.canvas[1])
 
-    def image(self, image: Image.Image, statistics: Statistics) -> Tensor:
+    def image(self, image: Pixels, statistics: Statistics) -> Tensor:
         """The canvas (C, H, W) float32, standardised; padding is zero, which is the mean colour."""
         rows, cols = self.visible
-        pixels = F.pil_to_tensor(image)
-        pixels = F.resize(pixels, [self.height, self.width], antialias=True)
+        pixels = F.resize(to_tensor(image), [self.height, self.width], antialias=True)
         pixels = pixels[:, self.top : self.top + rows, self.left : self.left + cols]
         pixels = pixels.flip(self._flipped) if self._flipped else pixels
         pixels = F.normalize(F.to_dtype(pixels, torch.float32, scale=True), list(statistics.mean), list(statistics.std))
@@ -193,12 +192,13 @@ def target_on(record: CocoImage, placement: Placement) -> Target:
     return {"boxes": boxes_of(masks[kept]), "labels": labels[kept], "masks": masks[kept]}
 
 
-def read_checked(record: CocoImage, channels: int) -> Image.Image:
+def read_checked(record: CocoImage, channels: int) -> Pixels:
     """The image of a record. Raises ``UnreadableImage`` where it cannot be read or has not the size in the json."""
     image = read_image(record.path, channels)
-    if image.size != (record.width, record.height):
+    height, width = size_of(image)
+    if (width, height) != (record.width, record.height):
         raise UnreadableImage(
-            record.path, f"it is {image.width}x{image.height}, its annotations are for {record.width}x{record.height}"
+            record.path, f"it is {width}x{height}, its annotations are for {record.width}x{record.height}"
         )
     return image
 

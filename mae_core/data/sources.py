@@ -1,0 +1,263 @@
+"""Where images without labels come from: folders, file lists, tar shards, Hugging Face data sets; one or several."""
+
+from __future__ import annotations
+
+import importlib
+import tarfile
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mae_core.config import PretrainData
+from mae_core.data.decoding import Pixels, Unreadable, UnreadableImage, decode_bytes, read_image
+from mae_core.data.images import IMAGE_SUFFIXES, ImageFiles, ImageSource, list_images
+from mae_core.errors import UserError
+
+EXTRA = "data"
+LIST_SUFFIXES = (".txt", ".lst")
+SAVED_DATASET = ("dataset_info.json", "dataset_dict.json", "state.json")
+COLUMNAR_SUFFIXES = (".parquet", ".arrow")
+
+
+class Member(NamedTuple):
+    """An image inside a tar file: where its bytes are."""
+
+    shard: int
+    name: str
+    offset: int
+    size: int
+
+
+class TarShards:
+    """Images in tar files of the webdataset layout, read at random: only places are kept, found in one pass.
+
+    ``damaged`` names the shards that end too early; the images before the end are used.
+    """
+
+    def __init__(self, shards: Sequence[Path], channels: int) -> None:
+        self.shards, self.channels = list(shards), channels
+        self.members: list[Member] = []
+        self.damaged: list[Unreadable] = []
+        for number, shard in enumerate(self.shards):
+            self._index(number, shard)
+        if not self.members:
+            reason = f": {self.damaged[0].reason}" if self.damaged else ""
+            raise UserError(f"no images in {self.shards[0]} and {len(self.shards) - 1} other shards{reason}")
+
+    def _index(self, number: int, shard: Path) -> None:
+        """Note every member that is an image; its suffix, in webdataset's sense, is all after the first dot."""
+        size = shard.stat().st_size if shard.is_file() else 0
+        split_name = require("webdataset").tariterators.base_plus_ext
+        try:
+            with tarfile.open(shard, "r:") as archive:
+                for member in archive:
+                    _, extension = split_name(member.name)
+                    if not (member.isfile() and f".{(extension or '').rpartition('.')[2].lower()}" in IMAGE_SUFFIXES):
+                        continue
+                    if member.offset_data + member.size > size:
+                        raise tarfile.ReadError(f"it ends inside {member.name}")
+                    self.members.append(Member(number, member.name, member.offset_data, member.size))
+        except (OSError, tarfile.TarError) as error:
+            self.damaged.append(Unreadable(str(shard), f"{error}; shards are tar files without compression"))
+
+    @property
+    def names(self) -> list[str]:
+        """shard/member."""
+        return [f"{self.shards[member.shard].name}/{member.name}" for member in self.members]
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def read(self, index: int) -> Pixels:
+        """See ``read_image``."""
+        shard, name, offset, size = self.members[index]
+        label = f"{self.shards[shard]}/{name}"
+        try:
+            with self.shards[shard].open("rb") as file:
+                file.seek(offset)
+                content = file.read(size)
+        except OSError as error:
+            raise UnreadableImage(label, str(error)) from None
+        return decode_bytes(content, label, self.channels)
+
+
+class HuggingFaceImages:
+    """The image column of a Hugging Face data set on this disk: saved with ``save_to_disk``, or a folder that
+    ``load_dataset`` understands (imagefolder, parquet)."""
+
+    def __init__(self, path: Path, channels: int, split: str | None = None) -> None:
+        datasets = require("datasets")
+        self.path, self.channels = path, channels
+        try:
+            saved = any((path / name).is_file() for name in SAVED_DATASET)
+            found = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path))
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            raise UserError(f"{path} is no data set that Hugging Face datasets can load ({_one_line(error)})") from None
+        if hasattr(found, "keys"):
+            splits = list(found.keys())
+            chosen = split or ("train" if "train" in splits else splits[0])
+            if chosen not in splits:
+                raise UserError(f"{path} has no split {chosen!r}; set data.split to one of {', '.join(splits)}")
+            found = found[chosen]
+        elif split is not None:
+            raise UserError(f"{path} was saved as one split; leave data.split empty")
+        columns = [name for name, kind in found.features.items() if isinstance(kind, datasets.Image)]
+        if not columns:
+            raise UserError(f"{path} has no column of images, only {', '.join(found.features)}")
+        self.column = columns[0]
+        self.table = found.select_columns(self.column).cast_column(self.column, datasets.Image(decode=False))
+
+    @property
+    def names(self) -> list[str]:
+        """Row numbers."""
+        return [str(index) for index in range(len(self))]
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def read(self, index: int) -> Pixels:
+        """See ``read_image``."""
+        cell = self.table[index][self.column]
+        label = f"{self.path}[{index}]"
+        if cell is None:
+            raise UnreadableImage(label, "the cell is empty")
+        if cell["bytes"] is not None:
+            return decode_bytes(cell["bytes"], label, self.channels)
+        return read_image(Path(cell["path"]), self.channels)
+
+
+class JoinedSources:
+    """Several sources, one after the other."""
+
+    def __init__(self, sources: Sequence[ImageSource]) -> None:
+        self.sources = list(sources)
+        self.ends = list(accumulate(len(source) for source in sources))
+
+    @property
+    def names(self) -> list[str]:
+        """The number of the source, and the name in it."""
+        return [f"{number}/{name}" for number, source in enumerate(self.sources) for name in source.names]
+
+    @property
+    def damaged(self) -> list[Unreadable]:
+        """What the sources found damaged as they were opened."""
+        return [entry for source in self.sources for entry in damaged_parts(source)]
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def read(self, index: int) -> Pixels:
+        """See ``read_image``."""
+        number = bisect_right(self.ends, index)
+        return self.sources[number].read(index - (self.ends[number - 1] if number else 0))
+
+
+class Part:
+    """Some images of a source, by their indices there."""
+
+    def __init__(self, source: ImageSource, indices: Sequence[int]) -> None:
+        self.source, self.indices = source, list(indices)
+
+    @property
+    def names(self) -> list[str]:
+        """Those of the source."""
+        names = self.source.names
+        return [names[index] for index in self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, index: int) -> Pixels:
+        """See ``read_image``."""
+        return self.source.read(self.indices[index])
+
+
+def damaged_parts(source: ImageSource) -> list[Unreadable]:
+    """What a source found damaged as it was opened: shards that end too early."""
+    return list(getattr(source, "damaged", []))
+
+
+def _files(path: Path, data: PretrainData) -> ImageSource:
+    return ImageFiles(list_images(path), data.channels, path)
+
+
+def _list(path: Path, data: PretrainData) -> ImageSource:
+    """A line a file, relative to the list's folder; empty lines and those that start with # are passed over."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"file list {path} cannot be read ({error}); write one path a line") from None
+    paths = [path.parent / line for line in lines if line and not line.startswith("#")]
+    if not paths:
+        raise UserError(f"file list {path} names no files; write one path a line")
+    return ImageFiles(paths, data.channels, path.parent)
+
+
+def _shards(path: Path, data: PretrainData) -> ImageSource:
+    if path.is_dir():
+        shards = sorted(path.rglob("*.tar"))
+    else:
+        shards = [Path(name) for name in require("webdataset").shardlists.expand_urls(str(path))]
+    missing = [shard for shard in shards if not shard.is_file()]
+    if not shards or missing:
+        raise UserError(f"shard {missing[0] if missing else path / '*.tar'} does not exist; set data.path to tar files")
+    return TarShards(shards, data.channels)
+
+
+def _huggingface(path: Path, data: PretrainData) -> ImageSource:
+    if not path.is_dir():
+        raise UserError(f"data set {path} is not a folder; set data.path to one that was saved or downloaded before")
+    return HuggingFaceImages(path, data.channels, data.split)
+
+
+SOURCES: dict[str, Callable[[Path, PretrainData], ImageSource]] = {
+    "files": _files,
+    "list": _list,
+    "shards": _shards,
+    "huggingface": _huggingface,
+}
+"""Name in a config -> how a path becomes images. To add one: a function, and a row; ``kind_of`` may recognise it."""
+
+
+def kind_of(path: Path) -> str:
+    """Row of ``SOURCES`` that a path looks like: a file by its suffix, a folder by what it holds, else a folder of
+    image files."""
+    if path.suffix in LIST_SUFFIXES and not path.is_dir():
+        return "list"
+    if path.suffix == ".tar":
+        return "shards"
+    if not path.is_dir():
+        return "files"
+    held = [entry for entry in path.iterdir() if entry.is_file()]
+    if any(entry.name in SAVED_DATASET or entry.suffix in COLUMNAR_SUFFIXES for entry in held):
+        return "huggingface"
+    suffixes = {entry.suffix.lower() for entry in held}
+    return "shards" if ".tar" in suffixes and not suffixes & IMAGE_SUFFIXES else "files"
+
+
+def open_source(data: PretrainData) -> ImageSource:
+    """The images that a configuration names. Raises ``UserError`` where one of the paths holds none."""
+    if data.path is None:
+        list_images(None)
+    paths: tuple[Path, ...] = data.path if isinstance(data.path, tuple) else (data.path or Path(),)
+    sources = []
+    for path in paths:
+        kind = data.source if data.source != "auto" else kind_of(path)
+        sources.append(SOURCES[kind](path, data))
+    return sources[0] if len(sources) == 1 else JoinedSources(sources)
+
+
+def require(package: str) -> Any:
+    """Import an optional package. Raises ``UserError`` with the line that installs it."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise UserError(
+            f"this needs {package}, which is not installed; run: pip install 'mae-transfer[{EXTRA}]'"
+        ) from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
