@@ -17,7 +17,7 @@ from torch.utils.data import BatchSampler
 from mae_core.atomic import write_json
 from mae_core.conversion.files import read_weights, write_weights
 from mae_core.conversion.loading import read_encoder, with_channels_of
-from mae_core.data.images import Statistics, Unreadable
+from mae_core.data.images import Statistics, Unreadable, relative_names
 from mae_core.data.loading import make_loader
 from mae_core.errors import UserError
 from mae_core.layout import CHECKPOINTS, CLASSIFIER, CONFIG, ENCODER, LOADING, LOG, METRICS
@@ -118,7 +118,7 @@ def train(config: DetectionConfig, build: Build, *, resume: bool = False) -> dic
     model = build(vit, len(train_set.categories), network, config.sampling, config.test)
     settings = replace(FitSettings.of(config.optim, len(train_set.images)), milestones=config.optim.milestones)
 
-    run = open_run(config, resume=resume, files=files_of(config, train_set, val_set))
+    run = open_run(config, resume=resume, names=relative_names(files_of(config, train_set, val_set), config.data.path))
     if report is not None and run.is_main:
         report.print()
         write_json(run.folder / LOADING, report.as_dict())
