@@ -44,9 +44,6 @@ class DenseViT(ViTEncoder):
                         size is resized on the fly
     layer_scale         initial value of a learned factor per channel on each residual branch (BEiT), None for none
     cls_token           keep the cls token in the sequence (it never reaches the maps); needs global attention
-    tap_norm            standardise each emitted map per channel (BatchNorm without affine, as the paper's linear probe
-                        does): the raw maps of a pre-trained trunk differ a hundredfold in scale between channels, which
-                        costs a short training dear; the published recipes do without
     checkpointing       recompute each block in the backward pass: less memory, about a third more time
 
     No final norm is applied. Images are padded with zeros at the right and the bottom to whole patches. Raises
@@ -68,7 +65,6 @@ class DenseViT(ViTEncoder):
         layer_scale: float | None = None,
         cls_token: bool = False,
         drop_path: float = 0.0,
-        tap_norm: bool = False,
         checkpointing: bool = False,
     ) -> None:
         super().__init__(size, image_size=image_size, patch_size=patch_size, in_chans=in_chans, drop_path=drop_path)
@@ -102,9 +98,6 @@ class DenseViT(ViTEncoder):
             self.shared_tables = nn.ModuleDict(
                 {_kind(w): SharedTable(heads, (w, w) if w else (tables.rows, tables.cols), prefix) for w in kinds}
             )
-        self.tap_norms = nn.ModuleList(
-            nn.BatchNorm2d(self.embed_dim, eps=1e-6, affine=False) if tap_norm else nn.Identity() for _ in self.taps
-        )
 
     @property
     def levels(self) -> tuple[Level, ...]:
@@ -135,8 +128,7 @@ class DenseViT(ViTEncoder):
             else:
                 x = _run_block(*arguments)
             if index in self.taps:
-                tapped = x[:, prefix:].transpose(1, 2).unflatten(2, grid)
-                maps.append(self.tap_norms[len(maps)](tapped))
+                maps.append(x[:, prefix:].transpose(1, 2).unflatten(2, grid))
         return maps
 
     def _window(self, index: int) -> int | None:

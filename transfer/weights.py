@@ -7,7 +7,7 @@ from pathlib import Path
 from mae_core.conversion.loading import LoadReport, fit_state, read_encoder
 from transfer.backbone import DenseViT
 
-NEW = ("tap_norms.*", "*relative_position_bias_table", "*.rel_pos_h", "*.rel_pos_w", "*.ls1.gamma", "*.ls2.gamma")
+NEW = ("*relative_position_bias_table", "*.rel_pos_h", "*.rel_pos_w", "*.ls1.gamma", "*.ls2.gamma")
 """Tensors of a dense backbone that a pre-trained encoder does not have."""
 
 

@@ -38,7 +38,6 @@ class DetectorConfig(Schema):
     )
     pyramid: Annotated[str, row_of(PYRAMIDS)] = "four_stage"
     drop_path: Fraction = 0.1
-    tap_norm: bool = Field(False, description="standardise the trunk's maps: for short trainings on small sets")
     checkpointing: bool = Field(False, description="recompute blocks in the backward pass: less memory, more time")
     norm: Annotated[str, row_of(NORMS)] = Field("sync_bn", description="in FPN and heads; gn or ln for small batches")
     fpn_channels: Count = 256

@@ -151,7 +151,6 @@ def trunk_options(model: DetectorConfig, size: str, canvas: Size, stored: Size) 
         "window": model.window,
         "relative_positions": model.relative_positions,
         "drop_path": model.drop_path,
-        "tap_norm": model.tap_norm,
         "checkpointing": model.checkpointing,
     }
 

@@ -33,7 +33,6 @@ class MAECoreViT(DenseViT):
         in_chans: int | None = None,
         taps: Sequence[int] | None = None,
         drop_path: float = 0.0,
-        tap_norm: bool = False,
         checkpointing: bool = False,
         weights: str | None = None,
     ) -> None:
@@ -45,7 +44,6 @@ class MAECoreViT(DenseViT):
             taps=PUBLISHED_TAPS.get(size) if taps is None else taps,
             cls_token=True,
             drop_path=drop_path,
-            tap_norm=tap_norm,
             checkpointing=checkpointing,
         )
         self.weights = weights
