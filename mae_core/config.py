@@ -250,14 +250,34 @@ class LogConfig(Schema):
     keep_checkpoints: Count = Field(2, description="older ones are deleted")
 
 
-class RunConfig(Schema):
-    """What every kind of run has."""
+class JobConfig(Schema):
+    """What every command has that computes and writes a folder."""
 
     output: Path = Field(description="the run directory; never overwritten")
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 on a GPU that has it, else fp32")
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class RunConfig(JobConfig):
+    """What every training has."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     log: LogConfig = LogConfig()
+
+
+class TransferConfig(RunConfig):
+    """A training that starts from an encoder, or, by request, from nothing."""
+
+    weights: Path | None = Field(
+        None, description="an encoder.safetensors, a run that has one, or an official MAE file"
+    )
+    from_scratch: bool = Field(False, description="random initialisation instead of weights")
+
+    @model_validator(mode="after")
+    def _weights_or_scratch(self) -> TransferConfig:
+        if (self.weights is None) != self.from_scratch:
+            raise ValueError("give either weights=FILE or from_scratch=true")
+        return self
 
 
 class PretrainConfig(RunConfig):
@@ -278,10 +298,21 @@ class PretrainConfig(RunConfig):
         return self
 
 
-class FinetuneData(ImagesConfig):
-    """``path/train/<class>/*`` and ``path/val/<class>/*`` (ImageFolder). Augmentation, through timm: the paper's
-    Table 9, and the random erasing of the released recipe (FINETUNE.md of the official code)."""
+class LabelledData(ImagesConfig):
+    """``path/train/<class>/*`` and ``path/val/<class>/*`` (ImageFolder)."""
 
+    test_crop: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="centre crop as a share of the resized image; 0.875 up to 224 pixels and 1.0 above when empty"
+    )
+
+
+class FinetuneData(LabelledData):
+    """Augmentation, through timm: the paper's Table 9, and the random erasing of the released recipe (FINETUNE.md of
+    the official code)."""
+
+    multi_label: bool = Field(
+        False, description="any number of classes an image, from path/train.csv and path/val.csv: file,labels"
+    )
     auto_augment: str | None = Field("rand-m9-mstd0.5-inc1", description="timm's auto-augment string; null for none")
     crop_scale: CropScale = (0.08, 1.0)
     hflip: Fraction = 0.5
@@ -289,9 +320,6 @@ class FinetuneData(ImagesConfig):
     mixup: Annotated[float, Field(ge=0)] = 0.8
     cutmix: Annotated[float, Field(ge=0)] = 1.0
     label_smoothing: Fraction = 0.1
-    test_crop: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        None, description="centre crop as a share of the resized image; 0.875 up to 224 pixels and 1.0 above when empty"
-    )
 
 
 class FinetuneOptim(OptimConfig):
@@ -313,23 +341,66 @@ class ClassifierConfig(ModelConfig):
     drop_path: Fraction = 0.1
 
 
-class FinetuneConfig(RunConfig):
+SCRATCH_RECIPE: dict[str, Any] = {
+    "ema": 0.9999,
+    "model": {"drop_path": 0.1},
+    "data": {"random_erasing": 0.0},
+    "optim": {
+        "epochs": 300,
+        "warmup_epochs": 20,
+        "batch_size": 4096,
+        "base_lr": 1e-4,
+        "weight_decay": 0.3,
+        "betas": (0.9, 0.95),
+        "layer_decay": 1.0,
+    },
+}
+"""Supervised training from scratch (paper, Table 11): what ``from_scratch=true`` means for options that are not set."""
+LARGE_SCRATCH_RECIPE: dict[str, Any] = {"model": {"drop_path": 0.2}, "optim": {"epochs": 200}}
+"""Where Table 11 differs for ViT-L and ViT-H."""
+
+
+class FinetuneConfig(TransferConfig):
     """``mae finetune``."""
 
     output: Path = Path("runs/finetune")
-    weights: Path | None = Field(None, description="encoder.safetensors of a run, or an official MAE file")
-    from_scratch: bool = Field(False, description="random initialisation instead of weights")
+    trainable_blocks: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="tune the last so many blocks alone; 0.5 is the MLP of the last one; all when empty"
+    )
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="decay of an average of the weights, which is then what is evaluated and saved"
+    )
     model: ClassifierConfig = ClassifierConfig()
     data: FinetuneData = FinetuneData()
     optim: FinetuneOptim = FinetuneOptim()
     evaluate_every: Annotated[float, Field(gt=0)] = Field(10, description="epochs between evaluations; also at the end")
     evaluation_batch: Count = 64
 
-    @model_validator(mode="after")
-    def _weights_or_scratch(self) -> FinetuneConfig:
-        if (self.weights is None) != self.from_scratch:
-            raise ValueError("give either weights=FILE or from_scratch=true")
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _scratch_recipe(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping) or given.get("from_scratch") is not True:
+            return given
+        model = given.get("model")
+        size = model.get("size") if isinstance(model, Mapping) else None
+        recipe = _filled(LARGE_SCRATCH_RECIPE, SCRATCH_RECIPE) if size in ("large", "huge") else SCRATCH_RECIPE
+        return _filled(given, recipe)
+
+    @field_validator("trainable_blocks")
+    @classmethod
+    def _whole_or_half(cls, value: float | None) -> float | None:
+        if value is not None and value != 0.5 and value % 1:
+            raise ValueError("tune a whole number of blocks, or 0.5 for the MLP of the last one")
+        return value
+
+
+def _filled(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """``given`` with ``defaults`` where it sets nothing, section by section."""
+    filled = {**defaults, **given}
+    for name in defaults.keys() & given.keys():
+        if isinstance(defaults[name], Mapping) and isinstance(given[name], Mapping):
+            filled[name] = _filled(given[name], defaults[name])
+    return filled
 
 
 Config = TypeVar("Config", bound=Schema)

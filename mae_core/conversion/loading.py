@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from mae_core.config import RunConfig
+from mae_core.config import JobConfig
 from mae_core.conversion.files import read_weights
 from mae_core.errors import UserError
 from mae_core.layout import resolve_weights
@@ -29,7 +29,7 @@ from mae_core.targets import rebuild_target
 ENCODER_PREFIX = "encoder."
 OPTIONS = {"in_chans": "data.channels"}
 """Attribute of an ``EncoderFile`` -> the option that asks for it, where they differ."""
-AnyRun = TypeVar("AnyRun", bound=RunConfig)
+AnyRun = TypeVar("AnyRun", bound=JobConfig)
 DECODER_REASON = "the decoder is for pre-training only"
 DECODER_KEYS = {
     pattern: DECODER_REASON
@@ -126,6 +126,19 @@ class EncoderFile:
     def has_norm(self) -> bool:
         """Whether it has the norm that follows the last block; a classifier on mean-pooled patches has none."""
         return "norm.weight" in self.state or "fc_norm.weight" not in self.state
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of its head; 0 where it has none."""
+        return len(self.state["head.weight"]) if "head.weight" in self.state else 0
+
+    def check_pretrained(self) -> None:
+        """Raise ``UserError`` where the file is a classifier: what trains a new head starts from an encoder."""
+        if self.num_classes:
+            raise UserError(
+                f"{self.path} is a fine-tuned classifier of {self.num_classes} classes, not a pre-trained encoder; "
+                "give the encoder it was fine-tuned from, or evaluate it with mae evaluate"
+            )
 
     def check_asked(self, **asked: Any) -> None:
         """Raise ``UserError`` where something asked for (size, patch_size, in_chans; None: not asked) is not the
@@ -280,7 +293,11 @@ def classifier_from(
     image_size: int | Sequence[int] | None = None,
     drop_path: float = 0.0,
 ) -> tuple[ViTEncoder, LoadReport]:
-    """A classifier on a pre-trained encoder, and the report of what was loaded."""
+    """A classifier on a pre-trained encoder, and the report of what was loaded.
+
+    Raises ``UserError`` where the file is a classifier already, or does not fit.
+    """
+    source.check_pretrained()
     model = ViTEncoder(
         source.size,
         image_size=source.image_size if image_size is None else image_size,

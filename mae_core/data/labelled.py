@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import csv
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from timm.data import auto_augment, create_transform
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mae_core.config import FinetuneData
+from mae_core.config import FinetuneData, LabelledData
 from mae_core.data.images import (
     Statistics,
     Unreadable,
@@ -38,12 +39,23 @@ def _posterize(image: Image.Image, bits_to_keep: int, **options: Any) -> Image.I
 auto_augment.NAME_TO_OP.update({name: _posterize for name in auto_augment.NAME_TO_OP if name.startswith("Posterize")})
 
 
+Label = int | tuple[int, ...]
+"""The class of an image, or, with several labels an image, its classes."""
+
+
 class LabelledPaths(NamedTuple):
-    """Files of one split, their class indices, and the class names."""
+    """Files of one split, their labels (class indices), and the class names."""
 
     paths: list[Path]
-    labels: list[int]
+    labels: Sequence[Label]
     classes: list[str]
+
+    def target(self, index: int) -> int | Tensor:
+        """What a model is trained towards: the class, or (C,) float32 of ones at the classes and zeros elsewhere."""
+        label = self.labels[index]
+        if isinstance(label, int):
+            return label
+        return torch.zeros(len(self.classes)).index_fill_(0, torch.tensor(label, dtype=torch.int64), 1.0)
 
 
 def read_image_folder(root: Path | None) -> tuple[LabelledPaths, LabelledPaths]:
@@ -91,17 +103,65 @@ def _read_split(split: Path, classes: list[str]) -> LabelledPaths:
     return LabelledPaths(paths, labels, classes)
 
 
+def read_label_lists(root: Path | None) -> tuple[LabelledPaths, LabelledPaths]:
+    """Images with any number of classes each: ``root/train.csv`` and ``root/val.csv``, with a header ``file,labels``,
+    files relative to ``root`` and labels separated by semicolons. The classes are those of train, sorted.
+
+    Raises ``UserError`` for a missing or malformed list, a file that is not there, fewer than two classes, and val
+    labels that train does not have.
+    """
+    if root is None:
+        raise UserError("no folder given; set data.path=FOLDER with train.csv and val.csv (file,labels) in it")
+    rows = {split: _read_label_list(root / f"{split}.csv") for split in ("train", "val")}
+    classes = sorted({label for _, labels in rows["train"] for label in labels})
+    if len(classes) < 2:
+        raise UserError(f"{root / 'train.csv'} names {len(classes)} classes; classification needs two or more")
+    strangers = sorted({label for _, labels in rows["val"] for label in labels} - set(classes))
+    if strangers:
+        raise UserError(f"{root / 'val.csv'} has labels that train.csv has not: {', '.join(strangers[:5])}")
+    place = {name: index for index, name in enumerate(classes)}
+    train, val = (
+        LabelledPaths(
+            [path for path, _ in found],
+            [tuple(sorted(place[name] for name in set(names))) for _, names in found],
+            classes,
+        )
+        for found in rows.values()
+    )
+    return train, val
+
+
+def _read_label_list(file: Path) -> list[tuple[Path, list[str]]]:
+    if not file.is_file():
+        raise UserError(f"{file} does not exist; data.multi_label=true needs it, with a header file,labels")
+    try:
+        with file.open(newline="", encoding="utf-8") as lines:
+            rows = list(csv.DictReader(lines))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{file} is not a table in UTF-8 ({error}); write it as file,labels") from None
+    if not rows or not {"file", "labels"} <= rows[0].keys():
+        found = f"its header is {','.join(map(str, rows[0]))}" if rows else "it has no rows"
+        raise UserError(f"{file} needs a header file,labels and a row for each image ({found})")
+    found_rows = [(file.parent / row["file"], (row["labels"] or "").split(";")) for row in rows]
+    missing = next((path for path, _ in found_rows if not path.is_file()), None)
+    if missing is not None:
+        raise UserError(f"{file} names {missing}, which does not exist; files are relative to the folder of the list")
+    return [(path, [name.strip() for name in names if name.strip()]) for path, names in found_rows]
+
+
 class LabelledSample(NamedTuple):
-    """An image (C, H, W), its class, and the unreadable files met; no pixels where the file itself is unreadable."""
+    """An image (C, H, W), its target (see ``LabelledPaths.target``), and the unreadable files met; no pixels where the
+    file itself is unreadable."""
 
     pixels: Tensor | None
-    label: int
+    label: int | Tensor
     unreadable: list[Unreadable]
 
 
 @dataclass(frozen=True)
 class LabelledBatch:
-    """pixels (B, C, H, W) float32, normalised; labels (B,) int64."""
+    """pixels (B, C, H, W) float32, normalised, or features (B, D); labels (B,) int64, or (B, classes) float32 with
+    several labels an image."""
 
     pixels: Tensor
     labels: Tensor
@@ -121,8 +181,31 @@ class LabelledBatch:
         return [LabelledBatch(pixels, labels, []) for pixels, labels in parts]
 
 
-class TrainImages(Dataset[LabelledSample]):
-    """Augmented training images by (epoch, index); an unreadable file is replaced by the next readable one.
+class AugmentedImages(Dataset[LabelledSample]):
+    """Training images by (epoch, index), through a random transform from PIL image to (C, H, W); an unreadable file is
+    replaced by the next readable one."""
+
+    def __init__(
+        self, files: LabelledPaths, transform: Callable[[Image.Image], Tensor], channels: int, seed: int
+    ) -> None:
+        self.files, self.transform, self.channels, self.seed = files, transform, channels, seed
+
+    def __len__(self) -> int:
+        return len(self.files.paths)
+
+    def __getitem__(self, place: Place) -> LabelledSample:
+        epoch, index = place
+        chosen, image, unreadable = next_readable(
+            index, len(self), lambda place: read_image(self.files.paths[place], self.channels)
+        )
+        if image is None:
+            return LabelledSample(None, -1, unreadable)
+        with seeded(derive_seed(self.seed, AUGMENT, epoch, index)):
+            return LabelledSample(self.transform(image), self.files.target(chosen), unreadable)
+
+
+class TrainImages(AugmentedImages):
+    """Images augmented for fine-tuning, by timm (paper, Table 9).
 
     Raises ``UserError`` for an auto-augment string that timm does not know.
     """
@@ -130,10 +213,10 @@ class TrainImages(Dataset[LabelledSample]):
     def __init__(
         self, files: LabelledPaths, data: FinetuneData, size: tuple[int, int], statistics: Statistics, seed: int
     ) -> None:
-        self.files, self.channels, self.seed = files, len(statistics.mean), seed
+        channels = len(statistics.mean)
         try:
-            self.transform = create_transform(
-                (self.channels, *size),
+            transform = create_transform(
+                (channels, *size),
                 is_training=True,
                 scale=data.crop_scale,
                 hflip=data.hflip,
@@ -150,19 +233,7 @@ class TrainImages(Dataset[LabelledSample]):
                 f"data.auto_augment={data.auto_augment} is not understood by timm ({error}); "
                 "use rand-m9-mstd0.5-inc1, or null for none"
             ) from None
-
-    def __len__(self) -> int:
-        return len(self.files.paths)
-
-    def __getitem__(self, place: Place) -> LabelledSample:
-        epoch, index = place
-        chosen, image, unreadable = next_readable(
-            index, len(self), lambda place: read_image(self.files.paths[place], self.channels)
-        )
-        if image is None:
-            return LabelledSample(None, -1, unreadable)
-        with seeded(derive_seed(self.seed, AUGMENT, epoch, index)):
-            return LabelledSample(self.transform(image), self.files.labels[chosen], unreadable)
+        super().__init__(files, transform, channels, seed)
 
 
 class TestImages(Dataset[LabelledSample]):
@@ -170,7 +241,7 @@ class TestImages(Dataset[LabelledSample]):
 
     __test__ = False
 
-    def __init__(self, files: LabelledPaths, data: FinetuneData, size: tuple[int, int], statistics: Statistics) -> None:
+    def __init__(self, files: LabelledPaths, data: LabelledData, size: tuple[int, int], statistics: Statistics) -> None:
         self.files, self.channels = files, len(statistics.mean)
         self.transform = create_transform(
             (self.channels, *size),
@@ -188,8 +259,8 @@ class TestImages(Dataset[LabelledSample]):
         try:
             image = read_image(self.files.paths[index], self.channels)
         except UnreadableImage as error:
-            return LabelledSample(None, self.files.labels[index], [error.unreadable])
-        return LabelledSample(self.transform(image), self.files.labels[index], [])
+            return LabelledSample(None, self.files.target(index), [error.unreadable])
+        return LabelledSample(self.transform(image), self.files.target(index), [])
 
 
 def collate(samples: Sequence[LabelledSample]) -> LabelledBatch:
@@ -202,5 +273,6 @@ def collate_readable(samples: Sequence[LabelledSample]) -> LabelledBatch:
     """A batch of the samples that could be read; it may be empty."""
     there = [sample for sample in samples if sample.pixels is not None]
     pixels = torch.stack([sample.pixels for sample in there]) if there else torch.empty(0)
-    labels = torch.tensor([sample.label for sample in there], dtype=torch.int64)
-    return LabelledBatch(pixels, labels, [entry for sample in samples for entry in sample.unreadable])
+    labels = [torch.as_tensor(sample.label) for sample in there]
+    targets = torch.stack(labels) if labels else torch.empty(0, dtype=torch.int64)
+    return LabelledBatch(pixels, targets, [entry for sample in samples for entry in sample.unreadable])

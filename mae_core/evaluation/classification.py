@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -52,20 +52,25 @@ class Accuracy(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate_classifier(model: nn.Module, batches: Iterable[LabelledBatch], run: Run, num_classes: int) -> Accuracy:
-    """Run ``model`` (in eval mode) over this rank's batches; the counts of all ranks are added."""
+def predict(model: nn.Module, batches: Iterable[LabelledBatch], run: Run) -> Iterator[tuple[Tensor, Tensor]]:
+    """(logits (B, C) float32, labels) of this rank's batches, on the run's device; unreadable images are noted."""
     model.eval()
-    confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=run.device)
-    top5 = torch.zeros((), dtype=torch.int64, device=run.device)
     for batch in batches:
         run.note_unreadable(batch.unreadable)
-        if not len(batch):
-            continue
-        moved = batch.to(run.device)
-        with torch.autocast(run.device.type, run.precision, enabled=run.precision != torch.float32):
-            logits = model(moved.pixels)
+        if len(batch):
+            moved = batch.to(run.device)
+            with run.autocast():
+                logits = model(moved.pixels)
+            yield logits.float(), moved.labels
+
+
+def evaluate_classifier(model: nn.Module, batches: Iterable[LabelledBatch], run: Run, num_classes: int) -> Accuracy:
+    """Run ``model`` (in eval mode) over this rank's batches; the counts of all ranks are added."""
+    confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=run.device)
+    top5 = torch.zeros((), dtype=torch.int64, device=run.device)
+    for logits, labels in predict(model, batches, run):
         best = logits.topk(min(5, num_classes), dim=1).indices
-        places = moved.labels * num_classes + best[:, 0]
+        places = labels * num_classes + best[:, 0]
         confusion += torch.bincount(places, minlength=num_classes**2).reshape(num_classes, num_classes)
-        top5 += (best == moved.labels[:, None]).any(dim=1).sum()
+        top5 += (best == labels[:, None]).any(dim=1).sum()
     return Accuracy(sum_over_ranks(confusion).cpu(), int(sum_over_ranks(top5)))

@@ -8,11 +8,8 @@ import torch
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler
 
-from mae_core.atomic import write_json
-from mae_core.config import FinetuneConfig
-from mae_core.conversion.files import write_weights
+from mae_core.config import FinetuneConfig, FinetuneData
 from mae_core.conversion.loading import (
     LoadReport,
     classifier_from,
@@ -20,31 +17,32 @@ from mae_core.conversion.loading import (
     read_encoder,
     with_channels_of,
 )
-from mae_core.data.images import ImageFiles, Statistics, check_all, read_some, statistics_of
-from mae_core.data.labelled import (
-    LabelledBatch,
-    TestImages,
-    TrainImages,
-    collate,
-    collate_readable,
-    read_image_folder,
-)
+from mae_core.data.images import Statistics, statistics_of
+from mae_core.data.labelled import LabelledBatch, TrainImages, collate
 from mae_core.data.loading import make_loader, share_of
 from mae_core.errors import UserError
-from mae_core.evaluation.classification import evaluate_classifier
-from mae_core.layout import CLASSIFIER, LOADING, METRICS
+from mae_core.models.classifier import freeze_below
 from mae_core.models.encoder import ViTEncoder
 from mae_core.patches import as_pair
 from mae_core.training import distributed
+from mae_core.training.averaging import attach_average, steps_averaged
+from mae_core.training.classification import (
+    conclude,
+    headline,
+    in_words,
+    measure,
+    measure_multi_label,
+    read_splits,
+    tell_of_weights,
+    test_loader,
+)
 from mae_core.training.groups import layer_decay_groups
-from mae_core.training.loop import FitSettings, fit, seed_everything
-from mae_core.training.progress import Counter
-from mae_core.training.run import check_output, open_run
+from mae_core.training.loop import FitSettings, LossOf, fit, seed_everything
+from mae_core.training.run import Run, check_output, open_run
 
 LARGE_RECIPE = "base_lr 1e-3, layer_decay 0.75, drop_path 0.2, 50 epochs"
 RELEASED_RECIPES = {"large": LARGE_RECIPE, "huge": LARGE_RECIPE.replace("0.2,", "0.3,")}
 """FINETUNE.md of the official code, where it differs from the defaults."""
-IMAGES_TRIED = 4
 
 
 def as_weights_say(config: FinetuneConfig) -> FinetuneConfig:
@@ -85,7 +83,7 @@ def build_model(config: FinetuneConfig, num_classes: int) -> tuple[ViTEncoder, L
         model = ViTEncoder(
             config.model.size, patch_size=config.model.patch_size, in_chans=config.data.channels, **options
         )
-        return model, None, statistics_of(config.data)
+        return frozen_as_asked(model, config), None, statistics_of(config.data)
     source = read_encoder(config.weights)
     source.check_asked(
         size=config.model.size if "size" in config.model.model_fields_set else None,
@@ -93,12 +91,21 @@ def build_model(config: FinetuneConfig, num_classes: int) -> tuple[ViTEncoder, L
         in_chans=config.data.channels,
     )
     model, report = classifier_from(source, **options)
-    return model, report, statistics_of(config.data, source.metadata)
+    return frozen_as_asked(model, config), report, statistics_of(config.data, source.metadata)
 
 
-def finetune_loss(config: FinetuneConfig, num_classes: int) -> Any:
+def frozen_as_asked(model: ViTEncoder, config: FinetuneConfig) -> ViTEncoder:
+    """``model``, with what ``trainable_blocks`` leaves out frozen."""
+    if config.trainable_blocks is not None:
+        freeze_below(model, config.trainable_blocks)
+    return model
+
+
+def finetune_loss(config: FinetuneConfig, num_classes: int) -> LossOf:
     """(model, batch) -> losses, with mixup and label smoothing as configured."""
     data = config.data
+    if data.multi_label:
+        return multi_label_loss(data)
     if not (data.mixup or data.cutmix):
         plain = LabelSmoothingCrossEntropy(data.label_smoothing) if data.label_smoothing else nn.CrossEntropyLoss()
 
@@ -116,36 +123,46 @@ def finetune_loss(config: FinetuneConfig, num_classes: int) -> Any:
     return mixed
 
 
-def finetune(config: FinetuneConfig, *, resume: bool = False) -> dict[str, Any]:
-    """Fine-tune and evaluate; returns what metrics.json holds. Raises ``UserError`` for what a user can get wrong."""
-    config = as_weights_say(config)
-    check_output(config, resume=resume)
-    train_files, val_files = read_image_folder(config.data.path)
-    num_classes = len(train_files.classes)
-    all_files = ImageFiles(train_files.paths + val_files.paths, config.data.channels, config.data.path)
-    if config.data.on_error == "raise":
-        check_all(all_files, on_progress=Counter("checking images"))
-    for files in (train_files, val_files):
-        read_some(ImageFiles(files.paths, config.data.channels), IMAGES_TRIED)
+def multi_label_loss(data: FinetuneData) -> LossOf:
+    """Binary cross-entropy of every class; smoothing moves a target towards 1/2, and mixing mixes the targets too."""
+    mixup = Mixup(data.mixup, data.cutmix, label_smoothing=0.0) if data.mixup or data.cutmix else None
+
+    def loss(model: nn.Module, batch: LabelledBatch) -> dict[str, Tensor]:
+        pixels, targets = batch.pixels, batch.labels
+        if mixup is not None:
+            # Mixing the images' numbers as if they were classes gives the share of each image in each mixed one.
+            mixup.num_classes = len(batch)
+            pixels, shares = mixup(pixels, torch.arange(len(batch), device=pixels.device))
+            targets = shares.to(targets.dtype) @ targets
+        targets = targets * (1 - data.label_smoothing) + data.label_smoothing / 2
+        return {"loss": nn.functional.binary_cross_entropy_with_logits(model(pixels), targets)}
+
+    return loss
+
+
+def check_pairs(config: FinetuneConfig) -> None:
+    """Raise ``UserError`` where mixup, which mixes an image with its counterpart, finds an odd number of them."""
     share = share_of(config.optim.batch_size, distributed.world_size())
     if (config.data.mixup or config.data.cutmix) and (share % 2 or (config.optim.micro_batch or 0) % 2):
         raise UserError(
             f"mixup and cutmix need an even number of images on a rank ({share} of optim.batch_size fall to each) and "
             "an even optim.micro_batch; or set data.mixup=0 data.cutmix=0"
         )
-    seed_everything(config.seed)
-    model, report, statistics = build_model(config, num_classes)
-    settings = FitSettings.of(config.optim, len(train_files.paths))
-    size = as_pair(config.data.image_size)
-    train_images = TrainImages(train_files, config.data, size, statistics, config.seed)
-    test_images = TestImages(val_files, config.data, size, statistics)
 
-    run = open_run(config, resume=resume, names=all_files.names)
-    if report is not None and run.is_main:
-        report.print()
-        write_json(run.folder / LOADING, report.as_dict())
-    elif report is None:
-        run.say("training from scratch: no weights are loaded")
+
+def finetune(config: FinetuneConfig, *, resume: bool = False) -> dict[str, Any]:
+    """Fine-tune and evaluate; returns what metrics.json holds. Raises ``UserError`` for what a user can get wrong."""
+    config = as_weights_say(config)
+    check_output(config, resume=resume)
+    splits = read_splits(config.data)
+    check_pairs(config)
+    seed_everything(config.seed)
+    model, report, statistics = build_model(config, len(splits.classes))
+    settings = FitSettings.of(config.optim, len(splits.train.paths))
+    images = TrainImages(splits.train, config.data, as_pair(config.data.image_size), statistics, config.seed)
+
+    run = open_run(config, resume=resume, names=splits.source.names)
+    tell_of_weights(run, report)
     if (advice := unfit_recipe(config)) is not None:
         run.say(advice)
     model.to(run.device)
@@ -153,40 +170,38 @@ def finetune(config: FinetuneConfig, *, resume: bool = False) -> dict[str, Any]:
         model, len(model.blocks), layer_decay=config.optim.layer_decay, weight_decay=config.optim.weight_decay
     )
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=config.optim.betas, fused=True)
+    average = None if config.ema is None else attach_average(optimizer, model, config.ema)
     start = run.restore(model, optimizer) if resume else 0
-    sampler = run.sampler(
-        len(train_files.paths), config.optim.batch_size, total_steps=settings.total_steps, start_step=start
-    )
     on_gpu = run.device.type == "cuda"
-    train_loader = make_loader(train_images, sampler, collate, workers=config.data.workers, pin=on_gpu)
-    mine = BatchSampler(range(run.rank, len(val_files.paths), run.world), config.evaluation_batch, drop_last=False)
-    test_loader = make_loader(test_images, mine, collate_readable, workers=config.data.workers, pin=on_gpu)
-    run.say(
-        f"{len(train_files.paths)} training and {len(val_files.paths)} validation images of {num_classes} classes; "
-        f"{settings.total_steps} steps of {config.optim.batch_size}, peak lr {settings.lr:.3g}; writing to {run.folder}"
-    )
+    sampler = run.sampler(len(images), config.optim.batch_size, total_steps=settings.total_steps, start_step=start)
+    train_batches = make_loader(images, sampler, collate, workers=config.data.workers, pin=on_gpu)
+    test_batches = test_loader(splits.val, config.data, statistics, config.evaluation_batch, run)
+    announce(config, run, model, settings, len(images), len(splits.val.paths), len(splits.classes))
+    measured = measure_multi_label if config.data.multi_label else measure
     metrics: dict[str, Any] = {}
 
     def evaluate(step: int) -> None:
-        metrics.update(evaluate_classifier(model, test_loader, run, num_classes).as_dict(train_files.classes))
-        run.record({"step": step, "top1": metrics["top1"], "top5": metrics["top5"]})
-        run.say(
-            f"step {step}: top-1 {metrics['top1']:.2f} %, top-5 {metrics['top5']:.2f} % on {metrics['images']} images"
-        )
+        metrics.update(measured(model if average is None else average, test_batches, run, splits.classes))
+        run.record({"step": step, **headline(metrics)})
+        run.say(f"step {step}: {in_words(metrics)}")
+        if average is not None:
+            metrics["without_ema"] = headline(measured(model, test_batches, run, splits.classes))
+            run.record({"step": step, **{f"{name}_without_ema": v for name, v in metrics["without_ema"].items()}})
 
-    every = max(1, round(config.evaluate_every * len(train_files.paths) / config.optim.batch_size))
+    every = max(1, round(config.evaluate_every * len(images) / config.optim.batch_size))
     metadata = {
         **describe_encoder(model),
         "mean": statistics.mean,
         "std": statistics.std,
         "pooling": config.model.pooling,
-        "classes": train_files.classes,
+        "classes": splits.classes,
+        "multi_label": config.data.multi_label,
         "epochs": config.optim.epochs,
     }
     fit(
         model,
-        train_loader,
-        finetune_loss(config, num_classes),
+        train_batches,
+        finetune_loss(config, len(splits.classes)),
         optimizer,
         run=run,
         settings=settings,
@@ -196,9 +211,34 @@ def finetune(config: FinetuneConfig, *, resume: bool = False) -> dict[str, Any]:
     )
     if not metrics:
         evaluate(settings.total_steps)
-    if run.is_main:
-        write_weights(run.folder / CLASSIFIER, model.state_dict(), metadata)
-        write_json(run.folder / METRICS, metrics)
-    run.close()
+    conclude(run, (model if average is None else average).state_dict(), metadata, metrics)
     distributed.leave()
     return metrics
+
+
+def announce(
+    config: FinetuneConfig,
+    run: Run,
+    model: ViTEncoder,
+    settings: FitSettings,
+    training: int,
+    validation: int,
+    num_classes: int,
+) -> None:
+    """Print what is about to happen, and what the user may not have meant."""
+    run.say(
+        f"{training} training and {validation} validation images of {num_classes} classes; "
+        f"{settings.total_steps} steps of {config.optim.batch_size}, peak lr {settings.lr:.3g}; writing to {run.folder}"
+    )
+    if config.trainable_blocks is not None:
+        learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        share = learning / sum(p.numel() for p in model.parameters())
+        run.say(
+            f"trainable_blocks={config.trainable_blocks:g}: {learning:,} parameters learn, {share:.1%} of the model"
+        )
+    if config.ema is not None and steps_averaged(config.ema) > settings.total_steps:
+        run.say(
+            f"ema={config.ema} averages over {steps_averaged(config.ema):.0f} steps, more than the "
+            f"{settings.total_steps} of this run, so that the averaged model stays near its start; "
+            "lower it, or set ema=null"
+        )

@@ -130,7 +130,7 @@ def fit(
     log = run.config.log
     schedule: Scheduler = (step_schedule if settings.milestones else cosine_schedule)(optimizer, settings)
     parallel = DistributedDataParallel(model) if run.world > 1 else model
-    precision = torch.autocast(run.device.type, run.precision, enabled=run.precision != torch.float32)
+    precision = run.autocast()
     progress = Progress(run, start_step, settings.total_steps, log.every)
     stream, bad_steps = iter(batches), 0
     model.train()

@@ -16,7 +16,7 @@ from torch import nn
 
 from mae_core import __version__
 from mae_core.atomic import atomic_path, write_text
-from mae_core.config import PretrainConfig, RunConfig, config_differences, dump_config, load_config
+from mae_core.config import JobConfig, PretrainConfig, RunConfig, config_differences, dump_config, load_config
 from mae_core.data.images import Unreadable, refuse_unreadable
 from mae_core.data.loading import StepSampler
 from mae_core.errors import UserError
@@ -39,7 +39,7 @@ MAY_CHANGE = ("data.workers", "data.on_error", "log.", "device", "output", "data
 ``check_data``; a pre-training may change optim.micro_batch too, for its samples do not depend on their neighbours."""
 
 
-def check_output(config: RunConfig, *, resume: bool) -> None:
+def check_output(config: JobConfig, *, resume: bool) -> None:
     """Refuse, before any work, a folder that holds a run, or a resume that has nothing to resume or another
     configuration."""
     folder = config.output
@@ -48,9 +48,10 @@ def check_output(config: RunConfig, *, resume: bool) -> None:
         raise UserError(f"output {folder} is a file; choose a folder with output=FOLDER")
     if not resume:
         if marks:
+            way = "add --resume to continue it, or " if isinstance(config, RunConfig) else ""
             raise UserError(
-                f"output folder {folder} already holds a run ({', '.join(marks)}); add --resume to continue it, "
-                "or choose another with output=FOLDER"
+                f"output folder {folder} already holds a run ({', '.join(marks)}); "
+                f"{way}choose another with output=FOLDER"
             )
         return
     if not (folder / CONFIG).is_file() or not complete_checkpoints(folder):
@@ -73,7 +74,7 @@ def fingerprint(names: Sequence[str]) -> dict[str, Any]:
     return {"images": len(names), "sha256": hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()}
 
 
-def check_data(config: RunConfig, found: Mapping[str, Any]) -> None:
+def check_data(config: JobConfig, found: Mapping[str, Any]) -> None:
     """Refuse a resume on another data set than the one the run started on, as its data.json describes it."""
     file = config.output / DATA
     started = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else found
@@ -88,8 +89,8 @@ def check_data(config: RunConfig, found: Mapping[str, Any]) -> None:
 class Run:
     """A run directory and this process's place in the world; on ranks other than 0 every write is a no-op."""
 
-    def __init__(self, config: RunConfig, place: distributed.Place) -> None:
-        self.config = config
+    def __init__(self, config: JobConfig, place: distributed.Place) -> None:
+        self.config: Any = config
         self.folder: Path = config.output
         self.rank, self.world, self.device = place
         self.is_main = place.is_main
@@ -106,6 +107,10 @@ class Run:
             fast = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
             wanted = "bf16" if fast else "fp32"
         return torch.bfloat16 if wanted == "bf16" else torch.float32
+
+    def autocast(self) -> torch.autocast:
+        """A context for a forward pass in ``precision``."""
+        return torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
 
     def say(self, text: str) -> None:
         """Print a line, on rank 0."""
@@ -150,7 +155,7 @@ class Run:
 
         Those of other ranks are named at the next ``share_unreadable``.
         """
-        if found and self.config.data.on_error == "raise":  # type: ignore[attr-defined]
+        if found and self.config.data.on_error == "raise":
             refuse_unreadable(found)
         for path, reason in found:
             if path not in self.unreadable:
@@ -209,7 +214,7 @@ class Run:
             self._board.close()
 
 
-def open_run(config: RunConfig, *, resume: bool, names: Sequence[str] | None = None) -> Run:
+def open_run(config: JobConfig, *, resume: bool, names: Sequence[str] | None = None) -> Run:
     """Claim the run directory and write its config.yaml, environment.json and, of the ``names`` of the images,
     data.json; see ``check_output`` and ``check_data`` for what is refused."""
     data = None if names is None else fingerprint(names)

@@ -180,12 +180,43 @@ def test_a_configuration_is_frozen():
 
 
 def test_the_defaults_are_the_papers():
-    pretrain, finetune = PretrainConfig(), load_config(FinetuneConfig, None, ["from_scratch=true"])
+    pretrain, finetune = PretrainConfig(), load_config(FinetuneConfig, None, ["weights=somewhere"])
     assert pretrain.optim.lr == pytest.approx(2.4e-3)
     assert (pretrain.optim.betas, pretrain.optim.weight_decay, pretrain.optim.warmup_epochs) == ((0.9, 0.95), 0.05, 40)
     assert (pretrain.masking.ratio, pretrain.data.crop_scale, pretrain.decoder.width) == (0.75, (0.2, 1.0), 512)
     assert finetune.optim.lr == pytest.approx(2e-3)
     assert (finetune.optim.layer_decay, finetune.data.mixup, finetune.data.cutmix) == (0.65, 0.8, 1.0)
+
+
+def test_from_scratch_is_table_11():
+    base = load_config(FinetuneConfig, None, ["from_scratch=true"])
+    large = load_config(FinetuneConfig, None, ["from_scratch=true", "model.size=large"])
+    for config in (base, large):
+        assert config.optim.lr == pytest.approx(1.6e-3) and config.optim.layer_decay == 1.0 and config.ema == 0.9999
+        assert (config.optim.weight_decay, config.optim.betas, config.optim.warmup_epochs) == (0.3, (0.9, 0.95), 20)
+        assert (config.data.mixup, config.data.cutmix, config.data.random_erasing) == (0.8, 1.0, 0.0)
+        assert (config.data.auto_augment, config.data.label_smoothing) == ("rand-m9-mstd0.5-inc1", 0.1)
+    assert (base.optim.epochs, base.model.drop_path, base.optim.batch_size) == (300, 0.1, 4096)
+    assert (large.optim.epochs, large.model.drop_path, large.optim.batch_size) == (200, 0.2, 4096)
+
+
+def test_what_is_set_wins_over_table_11(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("from_scratch: true\noptim: {base_lr: 1e-3}\nmodel: {size: huge}\n")
+    config = load_config(FinetuneConfig, file, ["ema=null", "data.random_erasing=0.5"])
+    assert (config.optim.base_lr, config.optim.epochs, config.ema, config.data.random_erasing) == (1e-3, 200, None, 0.5)
+    assert "optim: input should be a valid dictionary" in refusal(FinetuneConfig, file, ["optim=3"])
+
+
+@pytest.mark.parametrize("blocks", ["0.5", "1", "12"])
+def test_trainable_blocks_are_whole_or_half(blocks):
+    config = load_config(FinetuneConfig, None, ["weights=x", f"trainable_blocks={blocks}"])
+    assert config.trainable_blocks == float(blocks)
+
+
+@pytest.mark.parametrize("blocks", ["1.5", "0", "-1", "0.25"])
+def test_other_trainable_blocks_are_refused(blocks):
+    assert "trainable_blocks" in refusal(FinetuneConfig, None, ["weights=x", f"trainable_blocks={blocks}"])
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda path: path.name)

@@ -29,7 +29,7 @@ OPTIONS = (
     "evaluation_batch=5",
     "device=cpu",
 )
-SCRATCH = ("from_scratch=true", "model.size=nano", "model.patch_size=8")
+SCRATCH = ("from_scratch=true", "model.size=nano", "model.patch_size=8", "ema=null")
 
 
 def configuration(*options: str) -> FinetuneConfig:
@@ -61,6 +61,7 @@ def test_from_an_encoder(tmp_path, data, pretrained):
 @pytest.mark.slow
 def test_from_scratch_and_resumed(tmp_path, data):
     options = [*SCRATCH, f"data.path={data}", "optim.epochs=3", "log.checkpoint_every=4", "evaluate_every=1"]
+    options += ["ema=0.5", "optim.base_lr=0.01"]  # the average must survive the resume too
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     metrics = finetune(configuration(*options, f"output={whole}"))
     assert not (whole / "loading.json").exists()
@@ -72,10 +73,10 @@ def test_from_scratch_and_resumed(tmp_path, data):
         raise Stop
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mae_core.training.finetune.evaluate_classifier", die_at_second_call := _Second(die))
+        patch.setattr("mae_core.training.classification.evaluate_classifier", die_at_second := _Second(die))
         with pytest.raises(Stop):
             finetune(configuration(*options, f"output={cut}"))
-    assert die_at_second_call.calls == 2
+    assert die_at_second.calls == 3
     assert [p.name for p in complete_checkpoints(cut)] == ["step_00000004"]
     assert not (cut / "metrics.json").exists() and not (cut / "classifier.safetensors").exists()
 
@@ -87,14 +88,14 @@ def test_from_scratch_and_resumed(tmp_path, data):
 
 
 class _Second:
-    """Lets the first call through."""
+    """Lets the first evaluation through: of the average, and of the model itself."""
 
     def __init__(self, then) -> None:
         self.then, self.calls = then, 0
 
     def __call__(self, *args, **options):
         self.calls += 1
-        return evaluate_classifier(*args, **options) if self.calls == 1 else self.then()
+        return evaluate_classifier(*args, **options) if self.calls <= 2 else self.then()
 
 
 @pytest.mark.slow
@@ -102,7 +103,7 @@ def test_it_learns_and_the_saved_classifier_is_the_evaluated_one(tmp_path, data)
     """Without augmentation, on three classes of a few colours: the training images are learnt by heart."""
     plain = ["data.auto_augment=null", "data.crop_scale=[1,1]", "data.hflip=0", "data.random_erasing=0"]
     plain += ["data.mixup=0", "data.cutmix=0", "data.label_smoothing=0", "model.drop_path=0"]
-    plain += ["optim.layer_decay=1", "optim.base_lr=0.08"]
+    plain += ["optim.base_lr=0.08", "optim.weight_decay=0.05", "optim.betas=[0.9,0.999]"]
     root = tmp_path / "data"
     root.mkdir()
     (root / "train").symlink_to(data / "train")
@@ -212,6 +213,7 @@ def test_layer_decay_scales_every_group(tmp_path, data, monkeypatch):
 
     monkeypatch.setattr("mae_core.training.finetune.fit", spy)
     options = [*SCRATCH, f"data.path={data}", f"output={tmp_path / 'run'}", "optim.layer_decay=0.5"]
+    options += ["optim.weight_decay=0.05"]
     with pytest.raises(KeyboardInterrupt):
         finetune(configuration(*options))
     assert seen["cls_token"] == (0.5**7, 0.0) and seen["pos_embed"] == (0.5**7, 0.0)
@@ -250,7 +252,8 @@ def test_a_split_without_a_readable_image_is_refused_before_anything_is_written(
 
 
 def test_the_recipe_of_another_size_is_named():
-    large = ["from_scratch=true", "model.size=large"]
+    large = ["weights=somewhere", "model.size=large"]
     assert "large is base_lr 1e-3, layer_decay 0.75, drop_path 0.2" in unfit_recipe(configuration(*large))
     assert unfit_recipe(configuration(*large, "optim.base_lr=1e-3")) is None
-    assert unfit_recipe(configuration("from_scratch=true")) is None
+    assert unfit_recipe(configuration("weights=somewhere")) is None
+    assert unfit_recipe(configuration("from_scratch=true", "model.size=large")) is None  # Table 11 is filled in

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from mae_core.config import Count, Fraction, ImagesConfig, OptimConfig, RunConfig, Schema, Size, row_of
+from mae_core.config import Count, Fraction, ImagesConfig, OptimConfig, Schema, Size, TransferConfig, row_of
 from mae_core.models.sizes import SIZES
 from transfer.attention import RELATIVE_POSITIONS
 from transfer.engines import engines_for
@@ -114,21 +114,14 @@ class DetectionOptim(OptimConfig):
     )
 
 
-class DetectionConfig(RunConfig):
+class DetectionConfig(TransferConfig):
     """``transfer/detection/train_net.py``."""
 
     output: Path = Path("runs/detection")
     engine: Annotated[str, row_of(engines_for("detection"))] = "torchvision"
     weights: Path | None = Field(None, description="an encoder, or a run that has one; with --eval-only a detector")
-    from_scratch: bool = Field(False, description="random initialisation instead of weights")
     model: DetectorConfig = DetectorConfig()
     sampling: SamplingConfig = SamplingConfig()
     data: DetectionData = DetectionData()
     optim: DetectionOptim = DetectionOptim()
     test: InferenceConfig = InferenceConfig()
-
-    @model_validator(mode="after")
-    def _weights_or_scratch(self) -> DetectionConfig:
-        if (self.weights is None) != self.from_scratch:
-            raise ValueError("give either weights=FILE or from_scratch=true")
-        return self

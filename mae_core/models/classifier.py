@@ -1,0 +1,36 @@
+"""Which part of a classifier learns: partial fine-tuning (paper, section 4.3 and Figure 9)."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from mae_core.errors import UserError
+from mae_core.models.encoder import ViTEncoder
+
+HALF_BLOCK = 0.5
+"""The MLP sub-block of the last block alone."""
+
+
+def freeze_below(model: ViTEncoder, trainable_blocks: float) -> None:
+    """Freeze all of ``model`` below its last ``trainable_blocks`` blocks; the head and the norm before it always learn.
+
+    ``HALF_BLOCK`` leaves the MLP of the last block with the norm before it; all blocks are full fine-tuning, embeddings
+    included (the paper's right-most point). What is frozen needs no gradients, so that nothing is kept for a backward
+    pass through it, and drops no paths: the paper does not say, and a frozen trunk is best read as it was trained.
+    Raises ``UserError`` where the model has fewer blocks.
+    """
+    depth = len(model.blocks)
+    if trainable_blocks > depth:
+        raise UserError(f"trainable_blocks={trainable_blocks:g} was asked for, but ViT-{model.size} has {depth} blocks")
+    if trainable_blocks == depth:
+        return
+    whole = int(trainable_blocks)  # 0 for half a block
+    frozen: list[nn.Module] = [model.patch_embed, *model.blocks[: depth - max(whole, 1)]]
+    for block in model.blocks[: depth - max(whole, 1)]:
+        block.drop_path1, block.drop_path2 = nn.Identity(), nn.Identity()
+    if whole == 0:
+        last = model.blocks[-1]
+        frozen += [last.norm1, last.attn]
+        last.drop_path1 = nn.Identity()
+    for parameter in (model.cls_token, model.pos_embed, *(p for module in frozen for p in module.parameters())):
+        parameter.requires_grad_(False)

@@ -1,0 +1,111 @@
+"""What fine-tuning and linear probing share: the labelled images, their loaders, the measure, and what is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from torch import nn
+from torch.utils.data import BatchSampler, DataLoader
+
+from mae_core.atomic import write_json
+from mae_core.config import FinetuneData, LabelledData
+from mae_core.conversion.files import write_weights
+from mae_core.conversion.loading import LoadReport
+from mae_core.data.images import ImageFiles, Statistics, check_all, read_some
+from mae_core.data.labelled import (
+    LabelledBatch,
+    LabelledPaths,
+    TestImages,
+    collate_readable,
+    read_image_folder,
+    read_label_lists,
+)
+from mae_core.data.loading import make_loader
+from mae_core.evaluation.classification import evaluate_classifier
+from mae_core.evaluation.multi_label import evaluate_multi_label
+from mae_core.layout import CLASSIFIER, LOADING, METRICS
+from mae_core.patches import as_pair
+from mae_core.training.progress import Counter
+from mae_core.training.run import Run
+
+IMAGES_TRIED = 4
+
+
+class Splits(NamedTuple):
+    """Training and validation images of the same classes; and all of them as one source."""
+
+    train: LabelledPaths
+    val: LabelledPaths
+    source: ImageFiles
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names by index."""
+        return self.train.classes
+
+
+def read_splits(data: LabelledData) -> Splits:
+    """The images of a configuration: class folders, or lists of files with several labels each.
+
+    A few images are tried, or all are read through with ``data.on_error=raise``. Raises ``UserError`` for what
+    ``read_image_folder`` and ``read_label_lists`` refuse and for a split without a readable image.
+    """
+    several = isinstance(data, FinetuneData) and data.multi_label
+    train, val = read_label_lists(data.path) if several else read_image_folder(data.path)
+    source = ImageFiles(train.paths + val.paths, data.channels, data.path)
+    if data.on_error == "raise":
+        check_all(source, on_progress=Counter("checking images"))
+    for files in (train, val):
+        read_some(ImageFiles(files.paths, data.channels), IMAGES_TRIED)
+    return Splits(train, val, source)
+
+
+def test_loader(
+    files: LabelledPaths, data: LabelledData, statistics: Statistics, batch: int, run: Run
+) -> DataLoader[Any]:
+    """This rank's share of ``files`` as they are evaluated, each image on one rank and once."""
+    images = TestImages(files, data, as_pair(data.image_size), statistics)
+    mine = BatchSampler(range(run.rank, len(files.paths), run.world), batch, drop_last=False)
+    return make_loader(images, mine, collate_readable, workers=data.workers, pin=run.device.type == "cuda")
+
+
+def measure(model: nn.Module, batches: Iterable[LabelledBatch], run: Run, classes: list[str]) -> dict[str, Any]:
+    """What metrics.json holds of a classifier with one label an image, in per cent."""
+    return evaluate_classifier(model, batches, run, len(classes)).as_dict(classes)
+
+
+def measure_multi_label(
+    model: nn.Module, batches: Iterable[LabelledBatch], run: Run, classes: list[str]
+) -> dict[str, Any]:
+    """What metrics.json holds of a classifier with several labels an image, in per cent."""
+    return evaluate_multi_label(model, batches, run).as_dict(classes)
+
+
+def headline(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a measurement that a log line shows."""
+    return {name: metrics[name] for name in ("top1", "top5", "mAP") if name in metrics}
+
+
+def in_words(metrics: Mapping[str, Any]) -> str:
+    """A measurement as a line on the screen."""
+    names = {"top1": "top-1", "top5": "top-5"}
+    numbers = ", ".join(f"{names.get(name, name)} {value:.2f} %" for name, value in headline(metrics).items())
+    return f"{numbers} on {metrics['images']} images"
+
+
+def tell_of_weights(run: Run, report: LoadReport | None) -> None:
+    """Print what came from the weights file and keep it in loading.json; or say that nothing did."""
+    if report is None:
+        run.say("training from scratch: no weights are loaded")
+    elif run.is_main:
+        report.print()
+        write_json(run.folder / LOADING, report.as_dict())
+
+
+def conclude(run: Run, state: Mapping[str, Any], metadata: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
+    """Write the classifier and its metrics, on rank 0, and close the run."""
+    if run.is_main:
+        write_weights(run.folder / CLASSIFIER, state, metadata)
+        write_json(run.folder / METRICS, metrics)
+    run.close()
