@@ -47,6 +47,10 @@ def _ascending(values: tuple[float, float]) -> tuple[float, float]:
 CropScale = Annotated[tuple[Fraction, Fraction], AfterValidator(_ascending)]
 
 
+BASE = "base"
+"""Key of a configuration file that names the file it builds on."""
+
+
 class ConfigError(UserError):
     """A configuration that does not validate; lists every problem."""
 
@@ -280,6 +284,26 @@ class TransferConfig(RunConfig):
         return self
 
 
+class WatchConfig(Schema):
+    """What is measured while a pre-training runs, besides its loss: on images kept out of it, and by labels."""
+
+    every_epochs: Annotated[float, Field(gt=0)] = Field(20, description="between measurements; also at the end")
+    share: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="of data.path, kept out of training for the held-out loss (its masks never change)"
+    )
+    path: Path | None = Field(None, description="other images for the held-out loss, in place of a share")
+    labelled: Path | None = Field(None, description="train/<class>/* and val/<class>/*, for k-NN top-1")
+    neighbours: Count = 20
+    most_images: Count = Field(5000, description="of each kind, spread over all")
+    batch: Count = Field(64, description="images at once")
+
+    @model_validator(mode="after")
+    def _one_way_to_hold_out(self) -> WatchConfig:
+        if self.share and self.path is not None:
+            raise ValueError("give either share or path, not both")
+        return self
+
+
 class PretrainConfig(RunConfig):
     """``mae pretrain``."""
 
@@ -290,6 +314,7 @@ class PretrainConfig(RunConfig):
     target: TargetConfig = TargetConfig()
     data: PretrainData = PretrainData()
     optim: PretrainOptim = PretrainOptim()
+    watch: WatchConfig = WatchConfig()
 
     @model_validator(mode="after")
     def _patches_fit(self) -> PretrainConfig:
@@ -409,15 +434,17 @@ Config = TypeVar("Config", bound=Schema)
 def load_config(schema: type[Config], path: Path | str | None, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file (or none: the defaults), apply ``a.b=c`` overrides, validate.
 
+    A file may name another with ``base: other.yaml``, relative to itself, and then states what differs from it.
+
     Raises ``ConfigError`` with every unknown key (and a guess at the one meant) and every bad value, each with its
     origin.
     """
+    layers = {} if path is None else _read_layers(Path(path))
     given: dict[str, Any] = {}
-    if path is not None:
-        given = _read_yaml(Path(path))
     typed = _read_overrides(overrides)
     _keep_names_as_typed(schema, typed, overrides)
     try:
+        given = OmegaConf.to_container(OmegaConf.merge({}, *layers.values()))  # type: ignore[assignment]
         merged = OmegaConf.to_container(OmegaConf.merge(given, typed), resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path or 'overrides'}: {error}") from None
@@ -426,7 +453,7 @@ def load_config(schema: type[Config], path: Path | str | None, overrides: Sequen
     except ValidationError as error:
         problems = error.errors()
     in_file = _messages_of(schema, given) if path is not None else set()
-    lines = [_explain(schema, problem, str(path), typed, in_file) for problem in problems]
+    lines = [_explain(schema, problem, layers, typed, in_file) for problem in problems]
     raise ConfigError("; ".join(lines) if len(lines) == 1 else "\n  ".join([f"{len(lines)} problems:", *lines]))
 
 
@@ -464,6 +491,25 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat |= _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return flat
+
+
+def _read_layers(path: Path, named_by: tuple[Path, ...] = ()) -> dict[Path, dict[str, Any]]:
+    """The content of a file by its path, after that of the base it names, and of the base's base.
+
+    Raises ``ConfigError`` where files name each other in a circle.
+    """
+    if path.resolve() in [other.resolve() for other in named_by]:
+        raise ConfigError(f"{path} is its own base, through {', '.join(map(str, named_by))}; name another")
+    content = _read_yaml(path)
+    base = content.pop(BASE, None)
+    if base is None:
+        return {path: content}
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base is the path of another configuration file, not {base!r}")
+    below = path.parent / Path(base).expanduser()
+    if not below.is_file():
+        raise ConfigError(f"{path}: its base {below} does not exist; the path is relative to {path.parent}")
+    return {**_read_layers(below, (*named_by, path)), path: content}
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -519,7 +565,11 @@ def _messages_of(schema: type[BaseModel], given: Mapping[str, Any]) -> set[tuple
 
 
 def _explain(
-    schema: type[BaseModel], problem: Any, path: str, typed: Mapping[str, Any], in_file: set[tuple[Any, str]]
+    schema: type[BaseModel],
+    problem: Any,
+    layers: Mapping[Path, Mapping[str, Any]],
+    typed: Mapping[str, Any],
+    in_file: set[tuple[Any, str]],
 ) -> str:
     """One problem of pydantic's as one sentence with its origin.
 
@@ -538,7 +588,8 @@ def _explain(
         blamed = bool(typed) and (problem["loc"], problem["msg"]) not in in_file
     else:
         blamed = _holds(typed, key)
-    where = "command line" if blamed else path if path != "None" else "defaults"
+    holding = [str(path) for path, content in layers.items() if _holds(content, key)]
+    where = "command line" if blamed else [*map(str, layers), *holding][-1] if layers else "defaults"
     if problem["type"] == "extra_forbidden":
         known = leaf_names(schema)
         siblings = [name for name in known if name.rpartition(".")[0] == key.rpartition(".")[0]]

@@ -13,7 +13,7 @@ from mae_core.conversion.files import write_weights
 from mae_core.conversion.loading import describe_encoder
 from mae_core.conversion.target_files import load_target
 from mae_core.data.images import check_all, refuse_unreadable, statistics_of
-from mae_core.data.loading import make_loader
+from mae_core.data.loading import make_loader, steps_for
 from mae_core.data.sources import damaged_parts, open_source
 from mae_core.data.unlabelled import PretrainBatch, UnlabelledImages, collate
 from mae_core.layout import ENCODER
@@ -23,6 +23,7 @@ from mae_core.training.loop import FitResult, FitSettings, fit, seed_everything
 from mae_core.training.pictures import fixed_mask, reconstruction_strip
 from mae_core.training.progress import Counter
 from mae_core.training.run import check_output, open_run
+from mae_core.training.watch import measure, split_images
 
 NUM_PICTURES = 6
 
@@ -71,7 +72,8 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> FitResult:
     if config.data.on_error == "raise":
         refuse_unreadable(damaged_parts(source))
         check_all(source, on_progress=Counter("checking images"))
-    images = UnlabelledImages(source, config.data, config.seed)
+    watched = split_images(config, source)
+    images = UnlabelledImages(watched.training, config.data, config.seed)
     views = images.fixed_views(NUM_PICTURES)
     settings = FitSettings.of(config.optim, len(images))
     seed_everything(config.seed)
@@ -95,6 +97,10 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> FitResult:
             strip = reconstruction_strip(model, views, mask, statistics_of(config.data))
             run.picture(f"step_{step:08d}", strip, step)
 
+    def look(step: int) -> None:
+        measure(model, watched, config, run, step)
+
+    look_every = steps_for(len(images), config.optim.batch_size, config.watch.every_epochs)
     result = fit(
         model,
         loader,
@@ -103,7 +109,7 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> FitResult:
         run=run,
         settings=settings,
         start_step=start,
-        hooks=[(config.log.pictures_every, draw)],
+        hooks=[(config.log.pictures_every, draw), (look_every, look)],
         metadata=metadata,
     )
     if run.is_main:

@@ -36,7 +36,12 @@ from mae_core.training.checkpoints import load_checkpoint, save_checkpoint
 
 MAY_CHANGE = ("data.workers", "data.on_error", "log.", "device", "output", "data.path")
 """Options a resumed run may change: they say where and how fast, not what is computed. Data may move, see
-``check_data``; a pre-training may change optim.micro_batch too, for its samples do not depend on their neighbours."""
+``check_data``."""
+PRETRAIN_MAY_CHANGE = (
+    "optim.micro_batch",
+    *(f"watch.{name}" for name in ("every_epochs", "path", "labelled", "neighbours", "most_images", "batch")),
+)
+"""Of a pre-training these too: its samples do not depend on their neighbours, and to watch it changes nothing."""
 
 
 def check_output(config: JobConfig, *, resume: bool) -> None:
@@ -59,7 +64,7 @@ def check_output(config: JobConfig, *, resume: bool) -> None:
             f"nothing to resume: {folder} has no complete checkpoint; start without --resume in a new folder"
         )
     stored = load_config(type(config), folder / CONFIG)
-    may_change = (*MAY_CHANGE, "optim.micro_batch") if isinstance(config, PretrainConfig) else MAY_CHANGE
+    may_change = (*MAY_CHANGE, *PRETRAIN_MAY_CHANGE) if isinstance(config, PretrainConfig) else MAY_CHANGE
     changed = [line for line in config_differences(stored, config) if not line.startswith(may_change)]
     if changed:
         raise UserError(

@@ -14,7 +14,7 @@ from mae_core.config import (
     load_config,
 )
 
-SHIPPED = sorted((Path(__file__).parents[2] / "configs" / "pretrain").glob("*.yaml"))
+SHIPPED = sorted((Path(__file__).parents[2] / "configs" / "pretrain").rglob("*.yaml"))
 
 
 def refusal(schema, path, overrides=()) -> str:
@@ -139,6 +139,64 @@ def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path):
     config = load_config(PretrainConfig, file, ["optim.epochs=9", "data.path=some/where"])
     assert (config.optim.epochs, config.optim.base_lr, config.optim.weight_decay) == (9, 1e-3, 0.05)
     assert config.data.path == Path("some/where")
+
+
+def test_a_file_states_what_differs_from_its_base(tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "first.yaml").write_text("optim: {epochs: 7, base_lr: 1e-3}\ndata: {crop_scale: [0.1, 0.9]}\n")
+    (tmp_path / "second.yaml").write_text("base: first.yaml\noptim: {epochs: 8, betas: [0.5, 0.6]}\n")
+    third = tmp_path / "deep" / "third.yaml"
+    third.write_text("base: ../second.yaml\ndata: {crop_scale: [0.2, 0.3]}\n")
+    config = load_config(PretrainConfig, third, ["optim.betas=[0.1,0.2]"])
+    assert (config.optim.epochs, config.optim.base_lr, config.optim.betas) == (8, 1e-3, (0.1, 0.2))
+    assert config.data.crop_scale == (0.2, 0.3)
+    file = tmp_path / "whole.yaml"
+    file.write_text(dump_config(config))
+    assert "base:" not in file.read_text() and load_config(PretrainConfig, file) == config
+
+
+def test_errors_name_the_file_of_the_chain_they_are_in(tmp_path):
+    (tmp_path / "first.yaml").write_text("optim: {epochs: -7}\nmodl: 3\n")
+    (tmp_path / "second.yaml").write_text("base: first.yaml\nmasking: {ratio: 2}\n")
+    message = refusal(PretrainConfig, tmp_path / "second.yaml")
+    assert f"{tmp_path / 'first.yaml'}: optim.epochs" in message
+    assert f"{tmp_path / 'first.yaml'}: unknown key 'modl'" in message
+    assert f"{tmp_path / 'second.yaml'}: masking.ratio" in message
+
+
+@pytest.mark.parametrize(
+    "base, message",
+    [
+        ("none.yaml", "its base {root}/none.yaml does not exist; the path is relative to {root}"),
+        ("mine.yaml", "{root}/mine.yaml is its own base"),
+        ("other.yaml", "{root}/mine.yaml is its own base, through {root}/mine.yaml, {root}/other.yaml"),
+        ("3", "base is the path of another configuration file, not 3"),
+    ],
+)
+def test_a_base_that_is_none_is_refused(tmp_path, base, message):
+    (tmp_path / "mine.yaml").write_text(f"base: {base}\n")
+    (tmp_path / "other.yaml").write_text("base: mine.yaml\n")
+    assert message.format(root=tmp_path) in refusal(PretrainConfig, tmp_path / "mine.yaml")
+
+
+ROWS = sorted((Path(__file__).parents[2] / "configs" / "pretrain" / "table1").glob("[a-f]_*.yaml"))
+
+
+@pytest.mark.parametrize("file", ROWS, ids=lambda path: path.name)
+def test_a_row_of_table_1_is_the_baseline_but_for_what_its_name_says(file):
+    differences = config_differences(
+        load_config(PretrainConfig, file.with_name("baseline.yaml")), load_config(PretrainConfig, file)
+    )
+    section = {"a": "decoder.depth", "b": "decoder.width", "c": "masking", "d": "target", "e": "data", "f": "masking"}
+    assert differences and all(line.startswith(section[file.name[0]]) for line in differences)
+    assert len(differences) <= 3
+
+
+def test_the_baseline_of_table_1_is_the_papers():
+    config = load_config(PretrainConfig, ROWS[0].with_name("baseline.yaml"))
+    assert (config.model.size, config.target.kind, config.optim.epochs) == ("large", "pixels", 800)
+    assert (config.decoder.depth, config.decoder.width, config.optim.lr) == (8, 512, pytest.approx(2.4e-3))
+    assert len(ROWS) == 18  # Table 1a to 1f has 24 rows, six of which are the baseline
 
 
 def test_an_empty_file_is_the_defaults(tmp_path):

@@ -1,0 +1,109 @@
+"""The loss on images kept out and the k-NN accuracy: reproducible, without a trace in the training."""
+
+import json
+
+import pytest
+import torch
+
+from mae_core.config import PretrainConfig, load_config
+from mae_core.conversion.loading import load_mae
+from mae_core.data.sources import open_source
+from mae_core.errors import UserError
+from mae_core.training import distributed
+from mae_core.training.pretrain import pretrain
+from mae_core.training.run import Run
+from mae_core.training.watch import held_out_loss, knn_top1, split_images
+
+
+def log_of(run) -> list[dict]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def options(tmp_path, write_images, pretrain_options) -> list[str]:
+    write_images(tmp_path / "images", 12)
+    return [*pretrain_options, f"data.path={tmp_path / 'images'}", "optim.epochs=2", "watch.every_epochs=1"]
+
+
+def configured(options, *more) -> PretrainConfig:
+    return load_config(PretrainConfig, None, [*options, *more])
+
+
+def test_parts_are_disjoint_complete_and_the_same_every_time(options):
+    config = configured(options, "watch.share=0.25")
+    source = open_source(config.data)
+    watched, again = split_images(config, source), split_images(config, source)
+    kept = set(watched.held_out.names)
+    assert len(kept) == 3 and kept.isdisjoint(watched.training.names)
+    assert kept | set(watched.training.names) == set(source.names)
+    assert watched.held_out.names == again.held_out.names
+    other = split_images(configured(options, "watch.share=0.25", "seed=1"), source)
+    assert kept != set(other.held_out.names)
+
+
+def test_a_run_measures_every_so_often_and_what_it_measures_can_be_measured_again(options, tmp_path, write_classes):
+    labelled = write_classes(tmp_path / "labelled")
+    (tmp_path / "images" / "000.png").write_bytes(b"broken")
+    config = configured(
+        options, "watch.share=0.4", f"watch.labelled={labelled}", "watch.neighbours=2", f"output={tmp_path / 'run'}"
+    )
+    pretrain(config)
+    entries = [entry for entry in log_of(tmp_path / "run") if "held_out_loss" in entry]
+    assert [entry["step"] for entry in entries] == [2, 4] and all("knn_top1" in entry for entry in entries)
+
+    run = Run(config, distributed.Place(1, 1, torch.device("cpu")))  # writes nothing, and says nothing
+    run.rank = 0
+    model = load_mae(tmp_path / "run")
+    watched = split_images(config, open_source(config.data))
+    assert held_out_loss(model, watched.held_out, config, run) == pytest.approx(entries[-1]["held_out_loss"], rel=1e-6)
+    assert knn_top1(model, watched.labelled, config, run) == pytest.approx(entries[-1]["knn_top1"])
+    small = configured(options, "watch.share=0.4", "watch.batch=1")
+    assert held_out_loss(model, watched.held_out, small, run) == pytest.approx(entries[-1]["held_out_loss"], rel=1e-5)
+
+
+def test_to_be_watched_changes_nothing(options, tmp_path, write_classes, write_images):
+    write_images(tmp_path / "other", 3)
+    labelled = write_classes(tmp_path / "labelled")
+    plain, watched = tmp_path / "plain", tmp_path / "watched"
+    pretrain(configured(options, f"output={plain}"))
+    watch = [f"watch.path={tmp_path / 'other'}", f"watch.labelled={labelled}", "watch.neighbours=3"]
+    pretrain(configured(options, f"output={watched}", *watch))
+    assert (plain / "encoder.safetensors").read_bytes() == (watched / "encoder.safetensors").read_bytes()
+    assert sum("knn_top1" in entry for entry in log_of(watched)) == 2
+
+
+def test_nearest_neighbours_of_classes_that_differ_are_found(options, tmp_path):
+    from PIL import Image
+
+    for split, count in (("train", 5), ("val", 2)):
+        for shade in (20, 230):
+            folder = tmp_path / "shades" / split / str(shade)
+            folder.mkdir(parents=True)
+            for number in range(count):
+                Image.new("RGB", (32, 32), (shade + number, shade, shade)).save(folder / f"{number}.png")
+    config = configured(options, f"watch.labelled={tmp_path / 'shades'}", "watch.neighbours=5", "optim.epochs=1")
+    pretrain(config.model_copy(update={"output": tmp_path / "run"}))
+    assert log_of(tmp_path / "run")[-1].get("knn_top1", 100.0) == 100.0
+    assert [e["knn_top1"] for e in log_of(tmp_path / "run") if "knn_top1" in e] == [100.0]
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["watch.share=0.99"], "keeps 12 of 12 images out"),
+        (["watch.path=/none"], "image folder /none does not exist"),
+        (["watch.labelled=/none"], "has no train/ folder"),
+        (["watch.share=0.1", "watch.path=/none"], "either share or path"),
+    ],
+)
+def test_what_cannot_be_watched_is_refused_before_the_run(options, tmp_path, more, message):
+    with pytest.raises(UserError, match=message):
+        pretrain(configured(options, *more, f"output={tmp_path / 'run'}"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_too_few_labelled_images_are_refused(options, tmp_path, write_classes):
+    labelled = write_classes(tmp_path / "labelled")
+    config = configured(options, f"watch.labelled={labelled}", f"output={tmp_path / 'run'}")
+    with pytest.raises(UserError, match=r"watch\.neighbours=20 is more than the 12 images"):
+        pretrain(config)
