@@ -20,6 +20,7 @@ _HOMES = {
     "load_pca": "mae_core.conversion.target_files",
     "load_tokenizer": "mae_core.conversion.target_files",
     "TokenTarget": "mae_core.targets",
+    "convert": "mae_core.conversion.writing",
     "ViTEncoder": "mae_core.models.encoder",
     "SIZES": "mae_core.models.sizes",
     "PatchMask": "mae_core.masking",
@@ -33,6 +34,7 @@ __all__ = ["__version__", *_HOMES]
 if TYPE_CHECKING:
     from mae_core.conversion.loading import build_classifier, load_encoder, load_mae
     from mae_core.conversion.target_files import load_pca, load_tokenizer
+    from mae_core.conversion.writing import convert
     from mae_core.errors import UserError
     from mae_core.masking import PatchMask
     from mae_core.models.encoder import ViTEncoder

@@ -19,6 +19,8 @@ METRICS = "metrics.json"
 CHECKPOINTS = "checkpoints"
 PICTURES = "pictures"
 MODEL = "model.safetensors"
+EXPORT_CONFIG = "config.json"
+EXPORTED = (MODEL, "pytorch_model.bin")
 TRAINING_STATE = "training.pt"
 COMPLETE = "COMPLETE"
 
@@ -40,7 +42,7 @@ def is_complete(checkpoint: Path) -> bool:
 
 
 def resolve_weights(path: Path | str, *, decoder: bool = False) -> Path:
-    """The weights file meant by a file, a run directory or a checkpoint folder.
+    """The weights file meant by a file, a run directory, a checkpoint folder or a folder of timm or transformers.
 
     A run directory means its exported encoder, or, with ``decoder``, the full model of its last complete checkpoint.
     Raises ``UserError`` where there is none.
@@ -50,6 +52,11 @@ def resolve_weights(path: Path | str, *, decoder: bool = False) -> Path:
         if not path.exists():
             raise UserError(f"weights file {path} does not exist")
         return path
+    if (path / EXPORT_CONFIG).is_file():
+        found_weights = [path / name for name in EXPORTED if (path / name).is_file()]
+        if not found_weights:
+            raise UserError(f"{path} has a {EXPORT_CONFIG} and no {' or '.join(EXPORTED)}; give the weights file")
+        return found_weights[0]
     if (path / MODEL).is_file():
         if not is_complete(path):
             raise UserError(f"checkpoint {path} is not complete; use an earlier one")

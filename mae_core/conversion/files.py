@@ -5,64 +5,142 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
+import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mae_core.atomic import atomic_path
+from mae_core.conversion.parts import Values, as_tensor
+from mae_core.conversion.unwrapping import arguments_of, unwrap
 from mae_core.errors import UserError
 
-WRAPPERS = ("model", "state_dict")
-"""Keys under which trainers put the weights."""
+TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
+SAFETENSORS = ".safetensors"
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""What safetensors calls them."""
+ZIP_START = b"PK\x03\x04"
 
 
-def write_weights(path: Path | str, state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write tensors and metadata (JSON values) as safetensors, atomically. Equal input makes files of equal bytes."""
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+@dataclass
+class WeightsFile:
+    """What a file holds: tensors by name, what it says of them, and what lay around them.
+
+    metadata  the header of a safetensors file of ours, or what a trainer's arguments say in the same words
+    stated    whether the file itself carries metadata of ours
+    notes     wrappers that were taken off
+    """
+
+    path: Path
+    state: dict[str, Tensor]
+    metadata: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def write_weights(path: Path | str, state: Mapping[str, Values], metadata: Mapping[str, Any]) -> None:
+    """Write tensors and metadata (JSON values) as safetensors, atomically, one tensor at a time.
+
+    Equal input makes files of equal bytes.
+    """
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={key: json.dumps(value) for key, value in metadata.items()})
-        _sort_header(temporary)
+        save_file(state, temporary, metadata={key: json.dumps(value) for key, value in metadata.items()})
 
 
-def _sort_header(path: Path) -> None:
-    """Sort the JSON header of a safetensors file in place: the library writes metadata in a random order."""
-    with path.open("r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.dumps(json.loads(file.read(length)), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-        content = header.encode().ljust(length)
-        if len(content) == length:
-            file.seek(8)
-            file.write(content)
+def save_file(state: Mapping[str, Values], path: Path, metadata: Mapping[str, str]) -> None:
+    """A safetensors file with a sorted header. No more than one joined tensor is in memory beside ``state``; the
+    library's own writer copies all of them."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    place = 0
+    names = sorted(state)
+    for name in names:
+        values = state[name]
+        length = values.shape.numel() * values.dtype.itemsize
+        header[name] = {
+            "dtype": DTYPES[values.dtype],
+            "shape": list(values.shape),
+            "data_offsets": [place, place + length],
+        }
+        place += length
+    text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for name in names:
+            tensor = as_tensor(state[name]).detach().cpu().contiguous()
+            file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+
+
+def write_torch(path: Path | str, state: dict[str, Values], metadata: Mapping[str, Any], wrapper: str | None) -> None:
+    """Write a torch file, atomically: the tensors under ``wrapper`` with ``metadata`` beside them, or, with no wrapper,
+    the tensors alone. Empties ``state``, so that joined tensors take the place of their parts."""
+    tensors = {name: as_tensor(state.pop(name)).detach().cpu().contiguous() for name in list(state)}
+    with atomic_path(path) as temporary:
+        torch.save({wrapper: tensors, "metadata": dict(metadata)} if wrapper else tensors, temporary)
 
 
 def read_weights(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a ``.safetensors`` or torch ``.pth`` file -> (tensors by name, metadata).
+    """Read a ``.safetensors`` or torch file -> (tensors by name, metadata), all in memory.
 
     Of a torch file that wraps its weights (``model``, ``state_dict``) the weights come back. Raises ``UserError`` for a
     missing, truncated or foreign file, and for a torch file that would need to execute code.
     """
+    file = read_file(path, mapped=False)
+    return file.state, file.metadata
+
+
+def read_file(path: Path | str, *, mapped: bool = True) -> WeightsFile:
+    """Read a weights file; with ``mapped`` its tensors stay on disk until they are used, and the file must not change
+    while they are. Raises ``UserError`` as ``read_weights`` does."""
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path} is a folder; give a weights file, such as the encoder.safetensors of a run")
     if not path.is_file():
         raise UserError(f"weights file {path} does not exist")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    return _read_torch(path), {}
+    if path.suffix == SAFETENSORS:
+        return _read_safetensors(path, mapped)
+    return _read_torch(path, mapped)
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read_safetensors(path: Path, mapped: bool) -> WeightsFile:
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="pt") as file:  # the library compares the header with the size of the file
             metadata = {key: _json_or_text(value) for key, value in (file.metadata() or {}).items()}
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata
+            state = {name: file.get_tensor(name) for name in file.keys()}
+        if not mapped:
+            _read_into_memory(path, state)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is truncated or not a safetensors file ({error}); copy or export it again") from None
+    return WeightsFile(path, state, metadata)
+
+
+def _read_into_memory(path: Path, state: dict[str, Tensor]) -> None:
+    """Replace mapped tensors by copies, read one by one: copying from the map would hold the file twice."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        for name, mapped in state.items():
+            tensor = torch.empty(mapped.shape, dtype=mapped.dtype)
+            file.seek(8 + length + header[name]["data_offsets"][0])
+            file.readinto(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            state[name] = tensor
 
 
 def _json_or_text(value: str) -> Any:
@@ -72,11 +150,23 @@ def _json_or_text(value: str) -> Any:
         return value
 
 
-def _read_torch(path: Path) -> dict[str, Tensor]:
+def _read_torch(path: Path, mapped: bool) -> WeightsFile:
     broken = f"{path} is truncated or not a weights file; copy or export it again"
+    with path.open("rb") as file:
+        zipped = file.read(4) == ZIP_START
+    harmless = [argparse.Namespace, np.dtype, *(type(np.dtype(kind)) for kind in ("float64", "int64", "bool"))]
+    rebuild_scalar: Any = np.float64(0).__reduce__()[0]
+    names = [(rebuild_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([*harmless, *names]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if zipped:  # what it claims to hold, before memory is taken for it
+                claimed = torch.load(path, map_location="meta", weights_only=True)
+                if storage_bytes(claimed) > path.stat().st_size:
+                    raise UserError(broken)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped and mapped)
+    except UserError:
+        raise
     except Exception as error:  # on foreign bytes the unpickler fails in every way there is
         if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error).upper():
             raise UserError(
@@ -84,12 +174,39 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
                 "save its state_dict alone, as safetensors"
             ) from None
         raise UserError(broken) from None
-    for wrapper in WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, not named tensors")
-    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
-    if not tensors:
-        raise UserError(f"{path} holds no tensors under {', '.join(WRAPPERS)} or at its top level")
-    return tensors
+    try:
+        state, notes, beside = unwrap(content)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    stated = beside.get("metadata")
+    metadata = dict(stated) if isinstance(stated, Mapping) else metadata_of_arguments(arguments_of(beside))
+    return WeightsFile(path, state, metadata, notes)
+
+
+def storage_bytes(content: Any) -> int:
+    """Bytes of all tensors below ``content``, shared storages once."""
+    found: dict[int, int] = {}
+    queue = [content]
+    while queue:
+        value = queue.pop()
+        if isinstance(value, Tensor):
+            storage = value.untyped_storage()
+            found[storage._cdata] = storage.nbytes()
+        elif isinstance(value, Mapping):
+            queue += value.values()
+        elif isinstance(value, list | tuple):
+            queue += value
+    return sum(found.values())
+
+
+def metadata_of_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What the arguments of the official trainer say, in the words of our metadata."""
+    metadata: dict[str, Any] = {}
+    if isinstance(arguments.get("norm_pix_loss"), bool):
+        metadata["target"] = "normalized_pixels" if arguments["norm_pix_loss"] else "pixels"
+    for theirs, ours, kind in (("mask_ratio", "mask_ratio", float), ("epochs", "epochs", int)):
+        if isinstance(arguments.get(theirs), kind):
+            metadata[ours] = arguments[theirs]
+    return metadata

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import fnmatch
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from pydantic import ValidationError
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from mae_core.config import JobConfig
-from mae_core.conversion.files import read_weights
+from mae_core.conversion.catalogue import published_target
+from mae_core.conversion.describing import read_described
+from mae_core.conversion.formats import FORMATS, MAE_CORE_FULL, OWN_ONLY
+from mae_core.conversion.keymap import is_decoder
+from mae_core.conversion.parts import as_tensor, read_parts, sizes_of
+from mae_core.conversion.report import LoadReport
+from mae_core.conversion.resizing import STEM, STEM_WARNING, ChannelMethod, adapt_channels, grid_of
+from mae_core.conversion.writing import convert_lazily, write_parts
 from mae_core.errors import UserError
 from mae_core.layout import resolve_weights
-from mae_core.masking import MASKERS
 from mae_core.models.encoder import Pooling, ViTEncoder
 from mae_core.models.mae import MaskedAutoencoder, build_mae
 from mae_core.models.sizes import SIZES, ViTSize
@@ -26,83 +31,32 @@ from mae_core.patches import PatchGrid
 from mae_core.pos_embed import resize_pos_embed
 from mae_core.targets import rebuild_target
 
-ENCODER_PREFIX = "encoder."
+ENCODER_BLOCK = "encoder.blocks."
 OPTIONS = {"in_chans": "data.channels"}
 """Attribute of an ``EncoderFile`` -> the option that asks for it, where they differ."""
 AnyRun = TypeVar("AnyRun", bound=JobConfig)
 DECODER_REASON = "the decoder is for pre-training only"
-DECODER_KEYS = {
-    pattern: DECODER_REASON
-    for pattern in ("decoder.*", "decoder_*", "mask_token", "target.*")  # ours, and the official names
+UNUSED = {
+    "decoder_*": DECODER_REASON,
+    "mask_token": DECODER_REASON,
+    f"{OWN_ONLY}*": "for pre-training only",
 }
-
-
-@dataclass
-class LoadReport:
-    """Where every tensor of a file went and where every tensor of a model came from."""
-
-    path: str
-    loaded: list[str] = field(default_factory=list)
-    renamed: dict[str, str] = field(default_factory=dict)
-    resized: dict[str, str] = field(default_factory=dict)
-    new: list[str] = field(default_factory=list)
-    unused: dict[str, str] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
-    loaded_parameters: int = 0
-    total_parameters: int = 0
-
-    @property
-    def share(self) -> float:
-        """Share of the model's parameters that came from the file."""
-        return self.loaded_parameters / max(self.total_parameters, 1)
-
-    def as_dict(self) -> dict[str, Any]:
-        """For a JSON file."""
-        return {**asdict(self), "share": self.share}
-
-    def print(self, console: Console | None = None) -> None:
-        """A table: one line a category, with examples."""
-        table = Table(title=f"weights from {self.path}", title_justify="left")
-        table.add_column("what")
-        table.add_column("tensors", justify="right")
-        table.add_column("which", overflow="fold")
-        rows: list[tuple[str, Sequence[str]]] = [
-            ("loaded", self.loaded),
-            ("renamed", [f"{old} -> {new}" for old, new in self.renamed.items()]),
-            ("resized", [f"{name} {how}" for name, how in self.resized.items()]),
-            ("newly initialised", self.new),
-            ("not used", [f"{name} ({why})" for name, why in self.unused.items()]),
-            ("refused", [f"{name}: {why}" for name, why in self.refused.items()]),
-        ]
-        for label, names in rows:
-            shown = ", ".join(names[:3]) + (f", ... ({len(names) - 3} more)" if len(names) > 3 else "")
-            table.add_row(label, str(len(names)), shown or "-")
-        console = console or Console()
-        console.print(table)
-        console.print(f"{self.share:.1%} of the model's {self.total_parameters:,} parameters come from the file")
-
-
-def shape_of_state(state: Mapping[str, Tensor]) -> tuple[str, int, int, int]:
-    """(size name, patch, channels, positions) of an encoder's tensors. Raises ``UserError`` where they are not a
-    known ViT."""
-    try:
-        width, channels, patch, _ = state["patch_embed.proj.weight"].shape
-        _, length, _ = state["pos_embed"].shape
-    except (KeyError, ValueError):
-        raise UserError(
-            "no MAE encoder in it: patch_embed.proj.weight or pos_embed is missing or of another shape; it starts with "
-            f"{', '.join(list(state)[:4])}"
-        ) from None
-    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-    for name, size in SIZES.items():
-        if (size.width, size.depth) == (width, depth):
-            return name, patch, channels, length - 1
-    raise UserError(f"a ViT of width {width} and depth {depth} is none of {', '.join(SIZES)}")
+"""Patterns of official names -> why no encoder takes them."""
+OFFICIAL_DECODER_HEADS = 16
+"""Of every released model, whatever its size; the tensors do not tell."""
+MAE_OPTIONS = ("masking", "mask_ratio", "mask_tokens_in_encoder")
+"""Options of ``build_mae`` that our metadata names as they are."""
 
 
 @dataclass(frozen=True)
 class EncoderFile:
-    """An encoder's tensors and what is known of them."""
+    """An encoder's tensors under the official names, and what is known of them.
+
+    format  name of the format the file is in
+    names   official name -> the names its values have in the file
+    notes   what the reader took off or put right
+    unused  names in the file that no encoder takes -> why
+    """
 
     path: Path
     state: dict[str, Tensor]
@@ -111,6 +65,10 @@ class EncoderFile:
     patch_size: int
     in_chans: int
     grid: tuple[int, int]
+    format: str
+    names: dict[str, list[str]]
+    notes: list[str]
+    unused: dict[str, str]
 
     @property
     def shape(self) -> ViTSize:
@@ -124,8 +82,9 @@ class EncoderFile:
 
     @property
     def has_norm(self) -> bool:
-        """Whether it has the norm that follows the last block; a classifier on mean-pooled patches has none."""
-        return "norm.weight" in self.state or "fc_norm.weight" not in self.state
+        """Whether it has the norm that follows the last block; classifiers on mean-pooled patches and the backbones of
+        detectors and segmenters have none."""
+        return "norm.weight" in self.state
 
     @property
     def num_classes(self) -> int:
@@ -153,29 +112,48 @@ class EncoderFile:
             raise UserError(f"{self.path} is another architecture: {told}; use the file's, or another file")
 
 
+def size_name(width: int, depth: int) -> str:
+    """The size of an encoder. Raises ``UserError`` where it is not a known ViT."""
+    for name, size in SIZES.items():
+        if (size.width, size.depth) == (width, depth):
+            return name
+    raise UserError(f"a ViT of width {width} and depth {depth} is none of {', '.join(SIZES)}")
+
+
 def read_encoder(path: Path | str) -> EncoderFile:
-    """Read the encoder of a weights file, a run directory or a checkpoint folder; of a full MAE, the encoder alone.
+    """Read the encoder of a weights file of any known format, a run directory, a checkpoint folder or a folder of timm
+    or transformers; of a full MAE, the encoder alone.
 
     Raises ``UserError`` where the file is broken or holds no encoder of a known size.
     """
     path = resolve_weights(path)
-    state, metadata = read_weights(path)
-    if any(name.startswith(ENCODER_PREFIX) for name in state):
-        state = {name.removeprefix(ENCODER_PREFIX): tensor for name, tensor in state.items()}
+    file = read_described(path)
+    report = LoadReport(str(path), notes=file.notes)
     try:
-        size, patch, channels, positions = shape_of_state(state)
+        parts = read_parts(file.state, report)
+        sizes = sizes_of(parts.tensors)
+        depth = 1 + max(int(name.split(".")[1]) for name in parts.tensors if name.startswith("blocks."))
+        size = size_name(sizes["D"], depth)
+        decoder = {name: parts.tensors.pop(name) for name in list(parts.tensors) if is_decoder(name)}
+        official = write_parts(parts, FORMATS["official"], report, dict(file.metadata))
+        state = {name: as_tensor(values) for name, values in {**official.tensors, **decoder}.items()}
+        grid = grid_of(state["pos_embed"].shape[1] - 1, sizes["P"], file.metadata)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    side = int(positions**0.5)
-    grid = metadata.get("grid") or (side, positions // max(side, 1))
-    if not (isinstance(grid, list | tuple) and len(grid) == 2 and all(type(cells) is int for cells in grid)):
-        raise UserError(
-            f"{path}: its metadata names the grid {grid!r}, which is not [rows, columns]; the file is damaged"
-        )
-    grid = (grid[0], grid[1])
-    if grid[0] * grid[1] != positions:
-        raise UserError(f"{path}: {positions} positions do not fill a {grid[0]}x{grid[1]} grid; the file is damaged")
-    return EncoderFile(path, state, metadata, size, patch, channels, grid)
+    metadata = {"format": parts.format, **file.metadata}
+    return EncoderFile(
+        path,
+        state,
+        metadata,
+        size,
+        sizes["P"],
+        sizes["C"],
+        grid,
+        format=metadata["format"],
+        names={name: sources for name, sources in parts.sources.items() if name in state},
+        notes=report.notes,
+        unused=report.unused,
+    )
 
 
 def with_channels_of(source: EncoderFile, config: AnyRun) -> AnyRun:
@@ -204,45 +182,49 @@ def fit_state(
     new: Sequence[str] = (),
     unused: Mapping[str, str] | None = None,
     rename: Mapping[str, str] | None = None,
+    allow_missing: Sequence[str] = (),
 ) -> LoadReport:
     """Copy an encoder's tensors into ``model``; position embeddings are resized to ``grid``.
 
     ``new``: patterns of the model's tensors that the file cannot have. ``unused``: patterns of the file's tensors
-    that the
-    model does not take -> why. ``rename``: file name -> model name where they differ. Raises ``UserError`` when any
-    other
+    (official names) that the model does not take -> why. ``rename``: official name -> model name where they differ.
+    ``allow_missing``: patterns of tensors that the user allows to start anew. Raises ``UserError`` when any other
     tensor is left over on either side or has another shape: a model never starts half loaded.
     """
-    unused = {**DECODER_KEYS, **(unused or {})}
+    unused = {**UNUSED, **(unused or {})}
     rename = rename or {}
     wanted = model.state_dict()
-    report = LoadReport(str(source.path), total_parameters=sum(p.numel() for p in model.parameters()))
+    report = LoadReport(str(source.path), unused=dict(source.unused), notes=list(source.notes))
+    report.total_parameters = sum(p.numel() for p in model.parameters())
     ready: dict[str, Tensor] = {}
     for name, tensor in source.state.items():
         target = rename.get(name, name)
+        theirs = source.names.get(name) or [name]
         if target not in wanted:
-            reasons = [why for pattern, why in unused.items() if fnmatch.fnmatchcase(name, pattern)]
-            if reasons:
-                report.unused[name] = reasons[0]
+            why = matching(name, unused)
+            if why is None:
+                report.refused[theirs[0]] = "the model has no such tensor"
             else:
-                report.refused[name] = "the model has no such tensor"
+                report.unused.update(dict.fromkeys(theirs, why))
             continue
         if target.endswith("pos_embed") and tensor.shape[0] == 1 and source.grid != tuple(grid):
             prefix = tensor.shape[1] - source.grid[0] * source.grid[1]
             tensor = resize_pos_embed(tensor, source.grid, grid, prefix=prefix)
             report.resized[target] = f"{source.grid[0]}x{source.grid[1]} -> {grid[0]}x{grid[1]}"
         if tensor.shape != wanted[target].shape:
-            report.refused[name] = f"file {tuple(tensor.shape)}, model {tuple(wanted[target].shape)}"
+            report.refused[theirs[0]] = f"file {tuple(tensor.shape)}, model {tuple(wanted[target].shape)}"
             continue
         ready[target] = tensor
         if target in report.resized:
             pass
-        elif target != name:
-            report.renamed[name] = target
+        elif len(theirs) > 1:
+            report.changed[target] = f"joined from {', '.join(theirs)}"
+        elif target != theirs[0]:
+            report.renamed[theirs[0]] = target
         else:
-            report.loaded.append(name)
+            report.loaded.append(target)
     for name in wanted.keys() - ready.keys():
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in new):
+        if matching(name, {pattern: "" for pattern in (*new, *allow_missing)}) is not None:
             report.new.append(name)
         elif name not in report.refused:
             report.refused[name] = "missing from the file"
@@ -261,19 +243,32 @@ def fit_state(
     return report
 
 
+def matching(name: str, patterns: Mapping[str, str]) -> str | None:
+    """What the first pattern that fits ``name`` stands for; None where none fits."""
+    return next((why for pattern, why in patterns.items() if fnmatch.fnmatchcase(name, pattern)), None)
+
+
 def load_encoder(
     path: Path | str, *, image_size: int | Sequence[int] | None = None, in_chans: int | None = None
 ) -> ViTEncoder:
     """The encoder of any known weights file, run directory or checkpoint, in eval mode; positions resized to
-    ``image_size``.
+    ``image_size``, the patch embedding adapted to ``in_chans`` with a warning.
 
-    Raises ``UserError`` where the file does not hold one, or was trained on another number of channels.
+    Raises ``UserError`` where the file does not hold one.
     """
     source = read_encoder(path)
     if not source.has_norm:
+        kind = "a classifier on mean-pooled patches" if "fc_norm.weight" in source.state else f"a {source.format} file"
         raise UserError(
-            f"{source.path} is a classifier on mean-pooled patches and has no final norm of its tokens; "
-            "load the encoder it was fine-tuned from"
+            f"{source.path} is {kind} and has no final norm of its tokens; load the encoder it was made from"
+        )
+    if in_chans is not None and in_chans != source.in_chans:
+        method: ChannelMethod = "sum" if in_chans == 1 else "mean_tile"
+        source.state[STEM] = adapt_channels(source.state[STEM], in_chans, method)
+        warnings.warn(
+            f"{source.path} has {source.in_chans} channels; its patch embedding was adapted to {in_chans} ({method}): "
+            f"{STEM_WARNING}",
+            stacklevel=2,
         )
     encoder = ViTEncoder(
         source.size,
@@ -326,34 +321,40 @@ def build_classifier(
 
 
 def load_mae(path: Path | str, *, target: str | None = None) -> MaskedAutoencoder:
-    """Encoder and decoder of a run directory, a checkpoint folder or its model.safetensors, in eval mode.
+    """Encoder and decoder, in eval mode, of our runs and checkpoints, of official files that have a decoder and of
+    transformers' ViTMAE.
 
-    ``target`` overrides what the metadata names. Raises ``UserError`` where the file has no decoder.
+    ``target`` overrides what the metadata, the trainer's arguments or a config.json name; where none of them names it,
+    a warning says what was assumed. Raises ``UserError`` where the file has no complete decoder.
     """
     path = resolve_weights(path, decoder=True)
-    state, metadata = read_weights(path)
+    file = read_described(path)
+    try:
+        converted = convert_lazily(file.state, None, "mae_core", metadata=file.metadata)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    state = {name: as_tensor(values) for name, values in converted.tensors.items()}
     if "decoder.embed.weight" not in state:
-        raise UserError(
-            f"{path} has no decoder (decoder.embed.weight); give the run directory or a checkpoint's model.safetensors"
-        )
-    metadata = {**metadata, "target": target or metadata.get("target")}
-    unsaid = [name for name in ("decoder_heads", "target") if metadata.get(name) is None]
-    if unsaid:
-        raise UserError(f"the metadata of {path} lacks {' and '.join(unsaid)}; give the checkpoint as its run wrote it")
-    source = read_encoder(path)
-    decoder_width = state["decoder.embed.weight"].shape[0]
+        raise UserError(f"{path} has no decoder; give a run directory, a checkpoint, or an official _full file")
+    if converted.report.new:
+        raise UserError(f"{path} is not a complete MAE; it lacks {', '.join(converted.report.new[:4])}")
+    metadata = converted.metadata
+    if converted.parts.fit.reading.layout is MAE_CORE_FULL and not metadata.get("decoder_heads"):
+        raise UserError(f"the metadata of {path} lacks decoder_heads; give the checkpoint as its run wrote it")
     model = build_mae(
-        source.size,
-        image_size=source.image_size,
-        patch_size=source.patch_size,
-        in_chans=source.in_chans,
+        size_name(state["encoder.cls_token"].shape[2], len({n.split(".")[2] for n in state if ENCODER_BLOCK in n})),
+        image_size=metadata["image_size"],
+        patch_size=metadata["patch_size"],
+        in_chans=metadata["in_chans"],
         decoder_depth=len({name.split(".")[2] for name in state if name.startswith("decoder.blocks.")}),
-        decoder_width=decoder_width,
-        decoder_heads=int(metadata["decoder_heads"]),
-        target=rebuild_target(metadata["target"], metadata.get("target_options") or {}, _below("target.", state)),
-        masking=metadata.get("masking", next(iter(MASKERS))),
-        mask_ratio=float(metadata.get("mask_ratio", 0.75)),
-        mask_tokens_in_encoder=bool(metadata.get("mask_tokens_in_encoder", False)),
+        decoder_width=state["decoder.embed.weight"].shape[0],
+        decoder_heads=int(metadata.get("decoder_heads") or OFFICIAL_DECODER_HEADS),
+        target=rebuild_target(
+            target or metadata.get("target") or _assumed_target(path),
+            metadata.get("target_options") or {},
+            {name.removeprefix("target."): tensor for name, tensor in state.items() if name.startswith("target.")},
+        ),
+        **{name: metadata[name] for name in MAE_OPTIONS if metadata.get(name) is not None},
     )
     model.loss_on_all_patches = bool(metadata.get("loss_on_all_patches", False))
     shapes, wanted = ({name: tensor.shape for name, tensor in each.items()} for each in (state, model.state_dict()))
@@ -364,8 +365,15 @@ def load_mae(path: Path | str, *, target: str | None = None) -> MaskedAutoencode
     return model.eval()
 
 
-def _below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+def _assumed_target(path: Path) -> str:
+    """What a file that does not say was trained on: the catalogue's word for a published name, else the default."""
+    target = published_target(path.name) or "normalized_pixels"
+    warnings.warn(
+        f"{path} does not say which target its decoder predicts; {target} is assumed (the released _full files predict "
+        "normalized_pixels, the visualize files pixels); give target= to be sure",
+        stacklevel=3,
+    )
+    return target
 
 
 def describe_encoder(model: ViTEncoder | MaskedAutoencoder) -> dict[str, Any]:

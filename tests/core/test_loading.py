@@ -164,8 +164,8 @@ def test_a_model_never_starts_half_loaded(encoder_file):
         (lambda s: s.update({"pos_embed": torch.zeros(17)}), "pos_embed"),
         (lambda s: s.update({"pos_embed": torch.zeros(1, 1, 128)}), ""),
         (lambda s: s.update({"patch_embed.proj.weight": torch.zeros(128, 192)}), "patch_embed.proj.weight"),
-        (lambda s: s.update({"patch_embed.proj.weight": torch.zeros(100, 3, 8, 8)}), "width 100 and depth 6 is none"),
-        (lambda s: s.update({"blocks.6.norm1.bias": torch.ones(128)}), "width 128 and depth 7"),
+        (lambda s: s.update({"patch_embed.proj.weight": torch.zeros(100, 3, 8, 8)}), "model (128, 3, 8, 8)"),
+        (lambda s: s.update({"blocks.6.norm1.bias": torch.ones(128)}), "blocks.6.attn.proj.bias: missing"),
     ],
 )
 def test_a_file_with_anything_missing_or_left_over_is_refused(tmp_path, square_state, change, message):
@@ -183,9 +183,11 @@ def test_another_architecture_is_refused(encoder_file):
     assert "in_chans" not in message
 
 
-def test_other_channels_are_refused(encoder_file):
-    message = refusal(load_encoder, encoder_file, in_chans=1)
-    assert "patch_embed.proj.weight" in message and "3 channels" in message
+def test_other_channels_are_adapted_with_a_warning(encoder, encoder_file):
+    with pytest.warns(UserWarning, match="an initialisation to train on from, not a frozen feature"):
+        grey = load_encoder(encoder_file, in_chans=1)
+    image = torch.rand(1, 1, 32, 48)
+    assert torch.allclose(grey.encode(image), encoder.encode(image.expand(-1, 3, -1, -1)), atol=1e-5)
 
 
 def test_a_full_autoencoder_gives_its_encoder_and_itself(tmp_path):

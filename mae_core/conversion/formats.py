@@ -1,0 +1,391 @@
+"""Checkpoint formats as tables: how each one names the parts of a ViT. Nothing but data; ``keymap`` reads it.
+
+A part is named as in the released MAE files and in timm: ``attn.qkv`` is one matrix whose rows are query, key and
+value, each head by head. A row is (our part, their part); three parts on their side mean that they keep query, key and
+value apart. To add a format: one table of names and one row in ``FORMATS``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Part = str | tuple[str, ...]
+
+TENSORS = frozenset({"cls_token", "pos_embed", "mask_token", "decoder_pos_embed"})
+"""Parts that are a tensor; every other part is a layer with ``.weight`` and ``.bias``."""
+
+BLOCK_EXTRAS = ("gamma_1", "gamma_2", "attn.relative_position_bias_table", "attn.rel_pos_h", "attn.rel_pos_w")
+"""Tensors of a block that MAE pre-training does not have and transfer adds: layer scale and relative positions."""
+
+OWN_BLOCK: dict[str, Part] = {name: name for name in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")}
+OPENMMLAB_BLOCK: dict[str, Part] = {
+    "norm1": "ln1",
+    "attn.qkv": "attn.qkv",
+    "attn.proj": "attn.proj",
+    "norm2": "ln2",
+    "mlp.fc1": "ffn.layers.0.0",
+    "mlp.fc2": "ffn.layers.1",
+}
+TRANSFORMERS_4_BLOCK: dict[str, Part] = {
+    "norm1": "layernorm_before",
+    "attn.qkv": ("attention.attention.query", "attention.attention.key", "attention.attention.value"),
+    "attn.proj": "attention.output.dense",
+    "norm2": "layernorm_after",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+TRANSFORMERS_5_BLOCK: dict[str, Part] = {
+    "norm1": "layernorm_before",
+    "attn.qkv": ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+    "attn.proj": "attention.o_proj",
+    "norm2": "layernorm_after",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+
+OWN_TOP = {name: name for name in ("cls_token", "pos_embed", "patch_embed.proj", "norm", "fc_norm")}
+TRANSFORMERS_TOP = {
+    "cls_token": "embeddings.cls_token",
+    "pos_embed": "embeddings.position_embeddings",
+    "patch_embed.proj": "embeddings.patch_embeddings.projection",
+    "norm": "layernorm",
+}
+OPENMMLAB_TOP = {
+    "cls_token": "cls_token",
+    "pos_embed": "pos_embed",
+    "patch_embed.proj": "patch_embed.projection",
+    "norm": "ln1",
+}
+DECODER_PARTS = ("mask_token", "decoder_pos_embed", "decoder_embed", "decoder_norm", "decoder_pred")
+OWN_DECODER = {name: name for name in DECODER_PARTS}
+TRANSFORMERS_DECODER = {name: f"decoder.{name}" for name in DECODER_PARTS}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way in which a format names its tensors.
+
+    top             parts of the encoder outside its blocks; named behind the prefix, like the blocks
+    blocks, block   where the blocks are and how the parts of one are named
+    decoder         parts of the decoder outside its blocks, full names; none: the layout holds no decoder
+    decoder_blocks  where the decoder's blocks are; their parts are named as the encoder's
+    head            full name of the classifier, where the layout holds one
+    prefixes        what may stand before the encoder's names; the first is written
+    bare_prefix     what is written before the names of an encoder alone, where that differs
+    extras          tensors of a block that MAE does not have -> their names here
+    aliases         second names of parts outside the blocks, read and never written
+    signs           at least one of these extras tells the layout from a damaged file of another
+    """
+
+    about: str
+    top: Mapping[str, str]
+    blocks: str
+    block: Mapping[str, Part]
+    decoder: Mapping[str, str] = field(default_factory=dict)
+    decoder_blocks: str = ""
+    head: str | None = None
+    prefixes: tuple[str, ...] = ("",)
+    bare_prefix: str | None = None
+    extras: Mapping[str, str] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    signs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Format:
+    """A checkpoint format.
+
+    layouts       the ways its files come in, the one that is written first
+    bare          the layout of an encoder or a classifier without a decoder, where it is another
+    lacks         parts that it does not have -> why
+    drops         patterns of other tensors in its files -> why a conversion leaves them out
+    separate_bias query and value bias are tensors of their own and there is no key bias
+    fills         extras that are written although MAE has none -> their one value
+    wrapper       key under which its torch files hold the weights; None: at the top level
+    starts        extras of its models that are not written -> what a model makes of them
+    """
+
+    name: str
+    about: str
+    layouts: tuple[Layout, ...]
+    bare: Layout | None = None
+    lacks: Mapping[str, str] = field(default_factory=dict)
+    drops: Mapping[str, str] = field(default_factory=dict)
+    separate_bias: bool = False
+    fills: Mapping[str, float] = field(default_factory=dict)
+    starts: Mapping[str, str] = field(default_factory=dict)
+    wrapper: str | None = "model"
+
+
+OWN_BARE = Layout(
+    "encoder",
+    OWN_TOP,
+    "blocks",
+    OWN_BLOCK,
+    OWN_DECODER,
+    "decoder_blocks",
+    head="head",
+    prefixes=("", "backbone."),
+)
+MAE_CORE_FULL = Layout(
+    "encoder and decoder of a run",
+    OWN_TOP,
+    "blocks",
+    OWN_BLOCK,
+    {"mask_token": "decoder.mask_token", **{n: f"decoder.{n.removeprefix('decoder_')}" for n in DECODER_PARTS[1:]}},
+    "decoder.blocks",
+    prefixes=("encoder.",),
+)
+TIMM = Layout(
+    "VisionTransformer",
+    OWN_TOP,
+    "blocks",
+    OWN_BLOCK,
+    head="head",
+    extras={"gamma_1": "ls1.gamma", "gamma_2": "ls2.gamma"},
+)
+NO_DECODER = {"decoder": "the format holds no decoder"}
+SEGMENTATION_EXTRAS = {name: name for name in BLOCK_EXTRAS[:3]}
+SEGMENTATION_DROPS = {
+    "*.relative_position_index": "a buffer that the model makes itself",
+    "fpn[0-9].*": "the segmenter's pyramid, not the encoder",
+    "backbone.fpn[0-9].*": "the segmenter's pyramid, not the encoder",
+    "neck.*": "the segmenter's pyramid, not the encoder",
+    "decode_head.*": "the segmenter's head, not the encoder",
+    "auxiliary_head.*": "the segmenter's head, not the encoder",
+}
+SEGMENTATION_LACKS = {
+    **NO_DECODER,
+    "norm": "dense maps take no final norm",
+    "fc_norm": "a classifier's norm",
+    "head": "a classifier's head",
+}
+SEGMENTATION_STARTS = {"attn.relative_position_bias_table": "relative positions, which start at zero"}
+
+
+def _transformers(about: str, blocks: str, block: Mapping[str, Part], decoder_blocks: str) -> Layout:
+    return Layout(
+        about,
+        TRANSFORMERS_TOP,
+        blocks,
+        block,
+        TRANSFORMERS_DECODER,
+        decoder_blocks,
+        head="classifier",
+        prefixes=("vit.", ""),
+        bare_prefix="",
+    )
+
+
+TRANSFORMERS_4 = _transformers(
+    "names of transformers 4", "encoder.layer", TRANSFORMERS_4_BLOCK, "decoder.decoder_layers"
+)
+TRANSFORMERS_5 = _transformers("names of transformers 5", "layers", TRANSFORMERS_5_BLOCK, "decoder.decoder_layers")
+TRANSFORMERS_5_SAVED = _transformers(
+    "written by transformers 5, which renames the decoder's layers too",
+    "encoder.layer",
+    TRANSFORMERS_4_BLOCK,
+    "decoder.decoder_encoder.layer",
+)
+TRANSFORMERS_DROPS = {
+    "pooler.*": "a pooler that MAE does not train",
+    "vit.pooler.*": "a pooler that MAE does not train",
+}
+TRANSFORMERS_LACKS = {"fc_norm": "its classifier reads the normalised cls token, not the mean of the patches"}
+
+
+def _openmmlab(about: str, top: Mapping[str, str], **more: Any) -> Layout:
+    return Layout(about, top, "layers", OPENMMLAB_BLOCK, **more)
+
+
+MMSEG_MAE = _openmmlab(
+    "backbone MAE",
+    OPENMMLAB_TOP,
+    extras=SEGMENTATION_EXTRAS,
+    prefixes=("", "backbone."),
+    aliases={"norm": "norm"},
+)
+MMSEG_BEIT = _openmmlab(
+    "backbone BEiT",
+    {name: theirs for name, theirs in OPENMMLAB_TOP.items() if name != "pos_embed"},
+    extras=SEGMENTATION_EXTRAS,
+    prefixes=("", "backbone."),
+    aliases={"norm": "norm"},
+    signs=BLOCK_EXTRAS[2:3],
+)
+MMPRETRAIN = _openmmlab(
+    "MAE or VisionTransformer",
+    {**OPENMMLAB_TOP, "fc_norm": "ln2"},
+    decoder={**{name: f"neck.{name}" for name in DECODER_PARTS}, "decoder_norm": "neck.ln1"},
+    decoder_blocks="neck.decoder_blocks",
+    head="head.fc",
+    prefixes=("backbone.", ""),
+)
+DETECTRON2 = Layout(
+    "ViTDet",
+    {name: name for name in ("pos_embed", "patch_embed.proj")},
+    "blocks",
+    OWN_BLOCK,
+    prefixes=("backbone.net.", "net.", "backbone.bottom_up.net.", ""),
+    extras={name: name for name in BLOCK_EXTRAS[3:]},
+)
+MAE_SEGMENTATION = Layout(
+    "UperNet on BEiT's code",
+    {name: name for name in ("cls_token", "pos_embed", "patch_embed.proj", "norm")},
+    "blocks",
+    OWN_BLOCK,
+    extras=SEGMENTATION_EXTRAS,
+    prefixes=("", "backbone."),
+)
+UNILM_BEIT = Layout(
+    "BEiT of unilm, without absolute positions",
+    {name: name for name in ("cls_token", "patch_embed.proj", "norm", "fc_norm")},
+    "blocks",
+    OWN_BLOCK,
+    extras=SEGMENTATION_EXTRAS,
+    head="head",
+    prefixes=("", "backbone."),
+    signs=BLOCK_EXTRAS[2:3],
+)
+
+FORMATS: dict[str, Format] = {
+    row.name: row
+    for row in (
+        Format("official", "facebookresearch/mae: pre-train, _full, visualize and fine-tuned files", (OWN_BARE,)),
+        Format(
+            "mae_core",
+            "this toolkit's encoder.safetensors, classifier.safetensors and model.safetensors",
+            (MAE_CORE_FULL, OWN_BARE),
+            bare=OWN_BARE,
+        ),
+        Format("timm", "timm's VisionTransformer", (TIMM,), lacks=NO_DECODER, wrapper=None),
+        Format(
+            "huggingface",
+            "transformers' ViTMAE and ViT under the names of transformers 4, which 5 opens too",
+            (TRANSFORMERS_4, TRANSFORMERS_5, TRANSFORMERS_5_SAVED),
+            lacks=TRANSFORMERS_LACKS,
+            drops=TRANSFORMERS_DROPS,
+            wrapper=None,
+        ),
+        Format(
+            "huggingface_5",
+            "transformers' ViTMAE and ViT under the names that transformers 5 has in memory",
+            (TRANSFORMERS_5,),
+            lacks=TRANSFORMERS_LACKS,
+            drops=TRANSFORMERS_DROPS,
+            wrapper=None,
+        ),
+        Format(
+            "mmpretrain",
+            "mmpretrain's MAE and its VisionTransformer classifier",
+            (MMPRETRAIN,),
+            wrapper="state_dict",
+        ),
+        Format(
+            "mmseg",
+            "mmseg's MAE backbone",
+            (MMSEG_MAE,),
+            lacks=SEGMENTATION_LACKS,
+            drops=SEGMENTATION_DROPS,
+            fills={"gamma_1": 1.0, "gamma_2": 1.0},
+            starts=SEGMENTATION_STARTS,
+            wrapper="state_dict",
+        ),
+        Format(
+            "mmseg_beit",
+            "mmseg's BEiT backbone: query and value bias apart, no absolute positions",
+            (MMSEG_BEIT,),
+            lacks=SEGMENTATION_LACKS,
+            drops=SEGMENTATION_DROPS,
+            separate_bias=True,
+            fills={"gamma_1": 1.0, "gamma_2": 1.0},
+            starts=SEGMENTATION_STARTS,
+            wrapper="state_dict",
+        ),
+        Format(
+            "detectron2",
+            "detectron2's ViTDet backbone",
+            (DETECTRON2,),
+            lacks={
+                **NO_DECODER,
+                "cls_token": "ViTDet has no cls token",
+                "norm": "dense maps take no final norm",
+                "fc_norm": "a classifier's norm",
+                "head": "a classifier's head",
+            },
+            drops={
+                "backbone.simfp_*": "the detector's pyramid, not the encoder",
+                "proposal_generator.*": "the detector's head, not the encoder",
+                "roi_heads.*": "the detector's head, not the encoder",
+                "pixel_mean": "the detector's normalisation, not the encoder",
+                "pixel_std": "the detector's normalisation, not the encoder",
+            },
+            starts={
+                "attn.rel_pos_h": "relative positions, which start at zero",
+                "attn.rel_pos_w": "relative positions, which start at zero",
+            },
+        ),
+        Format(
+            "mae_segmentation",
+            "implus/mae_segmentation and BEiT's segmentation code",
+            (MAE_SEGMENTATION, UNILM_BEIT),
+            lacks=SEGMENTATION_LACKS,
+            drops=SEGMENTATION_DROPS,
+            fills={"gamma_1": 1.0, "gamma_2": 1.0},
+            starts=SEGMENTATION_STARTS,
+        ),
+    )
+}
+"""Name on the command line -> format. Where two formats name an encoder alike, the first row is the one recognised."""
+
+KEPT_APART = {"q_bias": 0, "v_bias": 2}
+"""BEiT's biases beside ``qkv.weight`` -> their place among query, key and value; its key bias is zero."""
+
+OWN_ONLY = "own."
+"""Before our names of what only our own format carries: see ``OWN_TENSORS``."""
+
+OWN_TENSORS = ("target.", "mask_token")
+"""Beginnings of names in a run's model.safetensors that belong to neither encoder nor decoder: what was fitted for its
+target (PCA axes, a tokenizer), and the mask token of an encoder that sees hidden patches."""
+
+SHAPES: dict[str, tuple[str, ...]] = {
+    "cls_token": ("1", "1", "D"),
+    "pos_embed": ("1", "N", "D"),
+    "patch_embed.proj.weight": ("D", "C", "P", "P"),
+    "patch_embed.proj.bias": ("D",),
+    **{f"{name}.{leaf}": ("D",) for name in ("norm", "fc_norm") for leaf in ("weight", "bias")},
+    "head.weight": ("K", "D"),
+    "head.bias": ("K",),
+    "mask_token": ("1", "1", "E"),
+    "decoder_pos_embed": ("1", "N", "E"),
+    "decoder_embed.weight": ("E", "D"),
+    "decoder_embed.bias": ("E",),
+    "decoder_norm.weight": ("E",),
+    "decoder_norm.bias": ("E",),
+    "decoder_pred.weight": ("T", "E"),
+    "decoder_pred.bias": ("T",),
+    **{
+        f"{blocks}.{{}}.{part}": tuple(side.replace("W", width).replace("H", f"H{width}") for side in sides)
+        for blocks, width in (("blocks", "D"), ("decoder_blocks", "E"))
+        for part, sides in {
+            "norm1.weight": ("W",),
+            "norm1.bias": ("W",),
+            "attn.qkv.weight": ("3W", "W"),
+            "attn.qkv.bias": ("3W",),
+            "attn.proj.weight": ("W", "W"),
+            "attn.proj.bias": ("W",),
+            "norm2.weight": ("W",),
+            "norm2.bias": ("W",),
+            "mlp.fc1.weight": ("H", "W"),
+            "mlp.fc1.bias": ("H",),
+            "mlp.fc2.weight": ("W", "H"),
+            "mlp.fc2.bias": ("W",),
+        }.items()
+    },
+    "blocks.{}.gamma_1": ("D",),
+    "blocks.{}.gamma_2": ("D",),
+}
+"""Our name -> its shape; a letter is one number throughout a file (D width, N positions with the cls token's, C
+channels, P patch, H hidden units of a block, K classes, E width of the decoder, T numbers predicted for a patch)."""

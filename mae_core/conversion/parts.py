@@ -1,0 +1,237 @@
+"""An encoder and what came with it under our names: read from any format, shape-checked, every tensor accounted for."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from mae_core.conversion.formats import DECODER_PARTS, KEPT_APART, OWN_ONLY, SHAPES
+from mae_core.conversion.keymap import (
+    OUTER_PREFIXES,
+    Fit,
+    fit_names,
+    is_decoder,
+    leaves,
+    natural,
+    readings,
+    recognise,
+    split_index,
+    their_name,
+)
+from mae_core.conversion.report import LoadReport
+from mae_core.errors import UserError
+
+
+class Joined:
+    """Rows of several tensors, joined when they are written: a converted file never lies in memory twice."""
+
+    def __init__(self, parts: Sequence[Tensor]) -> None:
+        self.parts = tuple(parts)
+
+    @property
+    def shape(self) -> torch.Size:
+        """As of the joined tensor."""
+        rows = sum(part.shape[0] for part in self.parts)
+        return torch.Size((rows, *self.parts[0].shape[1:]))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the first part."""
+        return self.parts[0].dtype
+
+    def tensor(self) -> Tensor:
+        """The rows in one tensor."""
+        return torch.cat([part.to(self.dtype) for part in self.parts])
+
+
+Values: TypeAlias = "Tensor | Joined"
+
+
+def as_tensor(values: Values) -> Tensor:
+    """A tensor of its own, whatever it was."""
+    return values.tensor() if isinstance(values, Joined) else values
+
+
+def strip_prefixes(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Take off what wrappers put before every name, as far as no format knows the names with it.
+
+    Returns the state and the prefixes taken off. A prefix that is not a known wrapper's goes too, where all names
+    carry it and a format explains every name behind it.
+    """
+    taken: list[str] = []
+    state = dict(state)
+    while state and not any(fit.cost[0] == 0 for fit in map(lambda r: fit_names(list(state), r), readings())):
+        first = next(iter(state))
+        heads = [first[: match.end()] for match in re.finditer(r"\.", first)]
+        for head in heads[:3]:
+            if not all(name.startswith(head) for name in state):
+                continue
+            behind = [name[len(head) :] for name in state]
+            if head in OUTER_PREFIXES or min(fit_names(behind, r).cost[0] for r in readings()) == 0:
+                break
+        else:
+            break
+        state = {name[len(head) :]: tensor for name, tensor in state.items()}
+        taken.append(head)
+    return state, taken
+
+
+@dataclass
+class Parts:
+    """An encoder, and what came with it, under our names.
+
+    tensors   our name -> values
+    sources   our name -> the names they have in the file
+    fit       how the file was read
+    """
+
+    tensors: dict[str, Values]
+    sources: dict[str, list[str]]
+    fit: Fit
+    others: list[str] = field(default_factory=list)
+
+    @property
+    def format(self) -> str:
+        """Name of the format that was read."""
+        return self.fit.reading.format.name
+
+    @property
+    def has_decoder(self) -> bool:
+        """Whether there is anything of a decoder."""
+        return any(is_decoder(name) for name in self.tensors)
+
+
+def read_parts(
+    state: Mapping[str, Tensor],
+    report: LoadReport,
+    source: str | None = None,
+    *,
+    drop: Sequence[str] = (),
+    needless: Sequence[str] = (),
+) -> Parts:
+    """Names of a file -> ``Parts``, completely accounted for in ``report``.
+
+    ``drop``: patterns of tensors that the user wants left out. ``needless``: parts that may be missing, because whoever
+    asks has no use for them. Raises ``UserError`` where a tensor is missing, left
+    over, or of a shape that contradicts the others.
+    """
+    state, taken = strip_prefixes(state)
+    if taken:
+        report.notes.append(f"took {' and '.join(repr(prefix) for prefix in taken)} off every name")
+    for name in list(state):
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in drop):
+            report.unused[name] = "left out as asked"
+            del state[name]
+    fit, others = recognise(list(state), source)
+    fit.missing = [name for name in fit.missing if not name.startswith(tuple(needless))]
+    report.unused.update(fit.dropped)
+    tensors: dict[str, Values] = {}
+    sources: dict[str, list[str]] = {}
+    apart: dict[str, dict[int, Tensor]] = {}
+    for name, slot in fit.known.items():
+        values = state[name]
+        sources.setdefault(slot.ours, []).append(name)
+        if slot.place is None and slot.ours in tensors:
+            report.refused[name] = f"a second {slot.ours} beside {sources[slot.ours][0]}"
+        elif slot.place is None:
+            tensors[slot.ours] = values
+        else:
+            apart.setdefault(slot.ours, {})[slot.place] = values
+    for ours, places in apart.items():
+        only_biases = set(places) == set(KEPT_APART.values()) and ours.endswith("attn.qkv.bias")
+        if set(places) != {0, 1, 2} and not only_biases:
+            lacking = ", ".join(name for place, name in enumerate(("query", "key", "value")) if place not in places)
+            report.refused[sources[ours][0]] = f"{lacking} beside it: missing from the file"
+            continue
+        if only_biases:
+            places[1] = torch.zeros_like(places[0])
+        tensors[ours] = Joined([places[0], places[1], places[2]])
+    _refuse_unfit(tensors, sources, fit, report)
+    return Parts(tensors, sources, fit, others)
+
+
+def _refuse_unfit(
+    tensors: Mapping[str, Values], sources: Mapping[str, list[str]], fit: Fit, report: LoadReport
+) -> None:
+    reading = fit.reading
+    report.refused.update({name: "the model has no such tensor" for name in fit.unknown})
+    for ours in fit.missing:
+        report.refused[their_name(reading, ours)] = "missing from the file"
+    groups = [("norm.",), ("fc_norm.",), ("head.",)]
+    for group in groups:
+        have = {name for name in tensors if name.startswith(group)}
+        if len(have) == 1:
+            lost = next(iter({f"{group[0]}weight", f"{group[0]}bias"} - have))
+            report.refused[their_name(reading, lost)] = "missing from the file"
+    for name, (found, wanted) in wrong_shapes(tensors).items():
+        report.refused[sources[name][0]] = f"file {found}, model {wanted}"
+    for name, values in tensors.items():
+        if not values.dtype.is_floating_point:
+            report.refused[sources[name][0]] = f"its numbers are {str(values.dtype).removeprefix('torch.')}"
+    if report.refused:
+        examples = "; ".join(f"{name}: {why}" for name, why in sorted(report.refused.items(), key=first_of)[:3])
+        bare = {"pos_embed", "patch_embed.proj.weight"} & set(fit.missing)
+        raise UserError(
+            f"{'no MAE encoder in it: ' if bare else ''}as {reading.format.name} ({reading.layout.about}) "
+            f"{len(report.refused)} tensors are left over ({examples}); mend the file, or leave tensors out with --drop"
+        )
+
+
+def first_of(pair: tuple[str, str]) -> list[str | int]:
+    """Sort key of a (name, reason) row."""
+    return natural(pair[0])
+
+
+def missing_decoder(tensors: Mapping[str, Values]) -> list[str]:
+    """Our names of what a decoder lacks that has at least one tensor."""
+    indices = {name.split(".")[1] for name in tensors if name.startswith("decoder_blocks.")}
+    wanted = {part + leaf for part in DECODER_PARTS for leaf in leaves(part)}
+    blocks = [pattern for pattern in SHAPES if pattern.startswith("decoder_blocks.{}")]
+    wanted |= {pattern.format(index) for index in range(max(len(indices), 1)) for pattern in blocks}
+    if f"{OWN_ONLY}mask_token" in tensors:  # hidden patches pass the encoder, so the decoder has no token for them
+        wanted.discard("mask_token")
+    return sorted(wanted - tensors.keys(), key=natural)
+
+
+def sizes_of(tensors: Mapping[str, Values]) -> dict[str, int]:
+    """Letter of ``SHAPES`` -> its number: what most tensors say, so that one bad tensor cannot speak for the rest."""
+    votes: dict[str, Counter[int]] = {}
+    for name, values in tensors.items():
+        wanted = SHAPES.get(split_index(name)[0])
+        if wanted is None or len(wanted) != len(values.shape):
+            continue
+        for letter, size in zip(wanted, values.shape, strict=True):
+            times = 3 if letter.startswith("3") else 1
+            if letter != "1" and size % times == 0:
+                votes.setdefault(letter.removeprefix("3"), Counter())[size // times] += 1
+    return {letter: counts.most_common(1)[0][0] for letter, counts in votes.items()}
+
+
+def wrong_shapes(tensors: Mapping[str, Values]) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Our name -> (shape, what the rest of the file asks for) of every tensor that does not go with the rest."""
+    sizes = sizes_of(tensors)
+    wrong = {}
+    for name, values in tensors.items():
+        wanted = SHAPES.get(split_index(name)[0])
+        if wanted is None:
+            continue
+        numbers = tuple(
+            1 if letter == "1" else sizes.get(letter.removeprefix("3"), 0) * (3 if letter.startswith("3") else 1)
+            for letter in wanted
+        )
+        if tuple(values.shape) != numbers:
+            wrong[name] = (tuple(values.shape), numbers)
+    return wrong
+
+
+def num_parameters(tensors: Mapping[str, Values]) -> int:
+    """Numbers in all of them."""
+    return sum(prod(values.shape) for values in tensors.values())

@@ -1,0 +1,242 @@
+"""Every ordered pair of formats: nothing is lost that the target can hold, and the features stay the same.
+
+The other end is always the real thing: timm's, transformers' and mmseg's own models, loaded strictly.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+import mae_core
+from mae_core.conversion.formats import FORMATS
+from mae_core.conversion.keymap import is_decoder
+from mae_core.models.encoder import LayerNorm
+
+EIGHT = ("official", "mae_core", "timm", "huggingface", "mmseg", "mmpretrain", "detectron2", "mae_segmentation")
+PAIRS = list(itertools.permutations([*EIGHT, "huggingface_5"], 2))
+
+
+def official_state(
+    width: int = 64,
+    depth: int = 2,
+    *,
+    grid: tuple[int, int] = (2, 8),
+    patch: int = 4,
+    channels: int = 3,
+    decoder: int | None = 32,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Random tensors under the names of a released file; ``decoder`` is the decoder's width, None leaves it out."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator) * (0.02 if len(shape) > 1 else 0.1)
+
+    def block(name: str, D: int) -> dict[str, Tensor]:
+        sizes = {"norm1": (D,), "attn.qkv": (3 * D, D), "attn.proj": (D, D), "norm2": (D,)}
+        sizes |= {"mlp.fc1": (4 * D, D), "mlp.fc2": (D, 4 * D)}
+        return {
+            f"{name}.{part}.{leaf}": 1 + draw(*size)
+            if len(size) == 1 and leaf == "weight"
+            else draw(*size[: len(size) if leaf == "weight" else 1])
+            for part, size in sizes.items()
+            for leaf in ("weight", "bias")
+        }
+
+    positions = 1 + grid[0] * grid[1]
+    state = {
+        "cls_token": draw(1, 1, width),
+        "pos_embed": draw(1, positions, width),
+        "patch_embed.proj.weight": draw(width, channels, patch, patch),
+        "patch_embed.proj.bias": draw(width),
+    }
+    for index in range(depth):
+        state |= block(f"blocks.{index}", width)
+    state |= {"norm.weight": 1 + draw(width), "norm.bias": draw(width)}
+    if decoder is not None:
+        state |= {
+            "mask_token": draw(1, 1, decoder),
+            "decoder_pos_embed": draw(1, positions, decoder),
+            "decoder_embed.weight": draw(decoder, width),
+            "decoder_embed.bias": draw(decoder),
+            **block("decoder_blocks.0", decoder),
+            "decoder_norm.weight": 1 + draw(decoder),
+            "decoder_norm.bias": draw(decoder),
+            "decoder_pred.weight": draw(patch * patch * channels, decoder),
+            "decoder_pred.bias": draw(patch * patch * channels),
+        }
+    return state
+
+
+@pytest.fixture(scope="module")
+def states() -> dict[str, dict[str, Tensor]]:
+    """The same MAE under the names of every format, with a decoder where the format holds one."""
+    official = official_state()
+    return {name: mae_core.convert(official, "official", name)[0] for name in {*EIGHT, "huggingface_5"}}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("source, target", PAIRS)
+def test_there_and_back_is_exact(states, source, target):
+    there, report = mae_core.convert(states[source], source, target)
+    back, _ = mae_core.convert(there, target, source)
+    lost = {name for name in report.unused if not name.endswith(("gamma_1", "gamma_2"))}
+    kept = {name: tensor for name, tensor in states[source].items() if name not in lost}
+    if "decoder" in FORMATS[target].lacks:  # ours and transformers' name an encoder alone without this
+        kept = {name.removeprefix("encoder.").removeprefix("vit."): tensor for name, tensor in kept.items()}
+    assert same(back, kept)
+    lacks = set(FORMATS[target].lacks)
+    for name, why in report.unused.items():
+        assert why
+        assert {"decoder", "norm", "cls_token"} & lacks or "layer scale" in why, name
+    named = {*report.loaded, *report.renamed.values(), *report.changed, *report.resized}
+    assert named == there.keys(), "every tensor of the target has an origin"
+    decoders = [any(is_decoder(n) or "decoder" in n for n in states[source]), "decoder" not in lacks]
+    assert any("decoder was dropped" in note for note in report.notes) == (decoders == [True, False])
+
+
+@pytest.mark.parametrize("name", [*EIGHT, "huggingface_5"])
+def test_a_format_is_recognised_by_its_keys(states, name):
+    other = "timm" if name == "official" else "official"
+    recognised = mae_core.convert(states[name], None, other)[1].path.split(" -> ")[0]
+    alike = {"timm": "official", "huggingface_5": "huggingface"}
+    assert recognised == alike.get(name, name)
+
+
+def pixels(channels: int, size: tuple[int, int], seed: int = 1) -> Tensor:
+    return torch.randn(2, channels, *size, generator=torch.Generator().manual_seed(seed))
+
+
+def timm_model(state: dict[str, Tensor], *, size: tuple[int, int], heads: int) -> nn.Module:
+    width, channels, patch, _ = state["patch_embed.proj.weight"].shape
+    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+    model = VisionTransformer(
+        img_size=size,
+        patch_size=patch,
+        in_chans=channels,
+        num_classes=0,
+        global_pool="",
+        embed_dim=width,
+        depth=depth,
+        num_heads=heads,
+        norm_layer=LayerNorm,
+    )
+    model.load_state_dict(state)
+    return model.eval()
+
+
+SHAPES = {
+    "tiny": {"width": 192, "patch": 16, "heads": 3},
+    "base": {"width": 768, "patch": 16, "heads": 12},
+    "huge": {"width": 1280, "patch": 14, "heads": 16},
+}
+CASES = [("tiny", (2, 8), 13), ("tiny", (3, 3), 3), ("base", (4, 4), 3), ("huge", (2, 2), 3)]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{case[1][0]}x{case[1][1]}-{case[2]}")
+def case(request):
+    """A size at its true width and patch, one or two blocks deep: (official state, image size, heads, images, timm's
+    tokens, the same before the final norm)."""
+    name, grid, channels = request.param
+    shape = SHAPES[name]
+    depth = 2 if name == "tiny" else 1
+    state = official_state(shape["width"], depth, grid=grid, patch=shape["patch"], channels=channels, decoder=32)
+    size = (grid[0] * shape["patch"], grid[1] * shape["patch"])
+    images = pixels(channels, size)
+    encoder = mae_core.convert(state, "official", "timm")[0]
+    with torch.no_grad():
+        model = timm_model(encoder, size=size, heads=shape["heads"])
+        tokens = model.forward_features(images)
+        unnormed = model.forward_intermediates(images, norm=False, output_fmt="NLC", intermediates_only=True)[-1]
+    return state, size, shape["heads"], images, tokens, unnormed
+
+
+@pytest.mark.parametrize("source", EIGHT)
+def test_timm_gives_the_same_features_from_every_format(case, source):
+    state, size, heads, images, tokens, _ = case
+    there = mae_core.convert(state, "official", source)[0]
+    encoder, _ = mae_core.convert(there, source, "timm")
+    for name in {"cls_token", "norm.weight", "norm.bias"} - encoder.keys():  # detectron2 and segmenters have none
+        encoder[name] = state[name]
+    with torch.no_grad():
+        assert (timm_model(encoder, size=size, heads=heads).forward_features(images) - tokens).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("names", ["huggingface", "huggingface_5"])
+@pytest.mark.parametrize("source", EIGHT[:4])
+def test_transformers_gives_the_same_features(case, source, names):
+    from transformers import ViTConfig, ViTMAEConfig, ViTMAEForPreTraining, ViTModel
+
+    state, size, heads, images, tokens, _ = case
+    there = mae_core.convert(state, "official", source)[0]
+    width, channels, patch, _ = state["patch_embed.proj.weight"].shape
+    shared = {
+        "hidden_size": width,
+        "num_hidden_layers": 1 + max(int(n.split(".")[1]) for n in state if n.startswith("blocks.")),
+        "num_attention_heads": heads,
+        "intermediate_size": 4 * width,
+        "image_size": list(size),
+        "patch_size": patch,
+        "num_channels": channels,
+        "layer_norm_eps": 1e-6,
+    }
+    encoder = {name: tensor for name, tensor in there.items() if "decoder" not in name and name != "mask_token"}
+    bare, _ = mae_core.convert(encoder, None, names)
+    vit, info = ViTModel.from_pretrained(None, config=ViTConfig(**shared), state_dict=bare, output_loading_info=True)
+    assert all("pooler" in name for name in info["missing_keys"]) and not info["unexpected_keys"]
+    with torch.no_grad():
+        assert (vit.eval()(images).last_hidden_state - tokens).abs().max() < 1e-5
+    if source == "timm":
+        return
+    full, _ = mae_core.convert(there, source, names)
+    config = ViTMAEConfig(
+        **shared,
+        mask_ratio=0.0,
+        decoder_hidden_size=32,
+        decoder_num_hidden_layers=1,
+        decoder_num_attention_heads=2,
+        decoder_intermediate_size=128,
+    )
+    mae, info = ViTMAEForPreTraining.from_pretrained(None, config=config, state_dict=full, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    noise = torch.arange(tokens.shape[1] - 1.0).expand(len(images), -1)
+    with torch.no_grad():
+        assert (mae.eval().vit(images, noise=noise).last_hidden_state - tokens).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("source", EIGHT)
+def test_mmseg_gives_the_same_features(case, source):
+    backbones = pytest.importorskip("mmseg.models.backbones")
+    state, size, heads, images, _, unnormed = case
+    there = mae_core.convert(state, "official", source)[0]
+    converted, report = mae_core.convert(there, source, "mmseg")
+    width, channels, patch, _ = state["patch_embed.proj.weight"].shape
+    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+    model = backbones.MAE(
+        img_size=size,
+        patch_size=patch,
+        in_channels=channels,
+        embed_dims=width,
+        num_layers=depth,
+        num_heads=heads,
+        norm_cfg={"type": "LN", "eps": 1e-6},
+        out_indices=[depth - 1],
+    )
+    if source == "detectron2":
+        assert "cls_token" in report.new
+        converted["cls_token"] = state["cls_token"]
+    model.eval()  # mmengine's returns nothing
+    loaded = model.load_state_dict(converted, strict=False)
+    assert not loaded.unexpected_keys
+    assert all("relative_position" in name for name in loaded.missing_keys)
+    with torch.no_grad():
+        (features,) = model(images)
+    assert (features.flatten(2).transpose(1, 2) - unnormed).abs().max() < 1e-5
