@@ -174,7 +174,7 @@ def _refuse_unfit(
     for name, (found, wanted) in wrong_shapes(tensors).items():
         report.refused[sources[name][0]] = f"file {found}, model {wanted}"
     for name, values in tensors.items():
-        if not values.dtype.is_floating_point:
+        if not values.dtype.is_floating_point and not name.startswith(OWN_ONLY):
             report.refused[sources[name][0]] = f"its numbers are {str(values.dtype).removeprefix('torch.')}"
     if report.refused:
         examples = "; ".join(f"{name}: {why}" for name, why in sorted(report.refused.items(), key=first_of)[:3])
