@@ -21,7 +21,9 @@ lr = 1.2e-3
 
 model = dict(
     data_preprocessor=dict(size=(crop_size, crop_size)),
-    backbone=dict(size=size, image_size=crop_size, patch_size=patch_size, drop_path=0.0),
+    backbone=dict(
+        size=size, image_size=crop_size, patch_size=patch_size, drop_path=0.0, relative_positions="none"
+    ),
     neck=dict(embed_dim=width, rescales=[2, 1, 0.5, 0.25]),  # patches of 8: the strides are 4, 8, 16, 32 as ever
     decode_head=dict(in_channels=[width] * 4, channels=head_width, num_classes=num_classes),
     auxiliary_head=dict(in_channels=width, channels=head_width, num_classes=num_classes),
@@ -66,7 +68,7 @@ optim_wrapper = dict(
     type="OptimWrapper",
     optimizer=dict(type="AdamW", lr=lr, betas=(0.9, 0.999), weight_decay=0.05),
     constructor="MAECoreLayerDecay",
-    paramwise_cfg=dict(layer_decay_rate=0.9),
+    paramwise_cfg=dict(layer_decay_rate=0.9, paper_bug=False),
 )
 param_scheduler = [
     dict(type="LinearLR", start_factor=1e-6, by_epoch=False, begin=0, end=warmup),

@@ -73,7 +73,7 @@ optim_wrapper = dict(
     dtype="bfloat16",
     optimizer=dict(type="AdamW", lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
     constructor="MAECoreLayerDecay",
-    paramwise_cfg=dict(layer_decay_rate=0.65),
+    paramwise_cfg=dict(layer_decay_rate=0.65, paper_bug=False),
 )
 param_scheduler = [
     dict(type="LinearLR", start_factor=1e-6, by_epoch=False, begin=0, end=1500),

@@ -89,7 +89,7 @@ optim_wrapper = dict(
     dtype="bfloat16",
     optimizer=dict(type="AdamW", lr=lr, betas=(0.9, 0.999), weight_decay=0.05),
     constructor="MAECoreLayerDecay",
-    paramwise_cfg=dict(layer_decay_rate=0.75),
+    paramwise_cfg=dict(layer_decay_rate=0.75, paper_bug=False),
 )
 param_scheduler = [
     dict(type="LinearLR", start_factor=1e-6, by_epoch=False, begin=0, end=warmup),

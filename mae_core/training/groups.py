@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
@@ -20,13 +21,19 @@ def layer_of(name: str, depth: int, trunk: str = "") -> int:
 
 
 def layer_decay_groups(
-    model: nn.Module, depth: int, *, layer_decay: float, weight_decay: float, trunk: str = ""
+    model: nn.Module,
+    depth: int,
+    *,
+    layer_decay: float,
+    weight_decay: float,
+    trunk: str = "",
+    never_decayed: Collection[str] = NEVER_DECAYED,
 ) -> list[dict[str, Any]]:
     """Groups for AdamW: params, their names, ``lr_scale`` = layer_decay ** (depth + 1 - layer), weight_decay.
 
     The rule of the official ``lr_decay.py`` (paper, A.1): the last block already has one factor of decay, heads have
-    none. 1-D tensors, positions (absolute and relative) and the cls token are not weight-decayed. ``trunk`` is the
-    prefix of the ViT's names.
+    none. 1-D tensors and those whose last name is in ``never_decayed`` (positions, absolute and relative, and the cls
+    token) are not weight-decayed. ``trunk`` is the prefix of the ViT's names.
     timm's own function gives the last block the head's rate where the trunk has no final norm, so it is not used here.
     """
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
@@ -34,7 +41,7 @@ def layer_decay_groups(
         if not parameter.requires_grad:
             continue
         layer = layer_of(name, depth, trunk)
-        decayed = parameter.ndim > 1 and name.rpartition(".")[2] not in NEVER_DECAYED
+        decayed = parameter.ndim > 1 and name.rpartition(".")[2] not in never_decayed
         group = groups.setdefault(
             (layer, decayed),
             {

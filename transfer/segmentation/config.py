@@ -18,6 +18,8 @@ from mae_core.models.sizes import size_of
 
 BACKBONE = "MAECoreViT"
 BASES = "_base_"
+READERS = ("LoadImageFromFile", "NamedImage")
+LABEL_READERS = ("LoadAnnotations", "NamedLabels")
 
 
 def check_config_exists(path: Path) -> None:
@@ -128,7 +130,7 @@ def read_grey(config: MutableMapping[str, Any]) -> bool:
         dataset = config.get(name, {}).get("dataset", {})
         steps = [step for step in dataset.get("pipeline", []) if step["type"] != "PhotoMetricDistortion"]
         for step in steps:
-            if step["type"] in ("LoadImageFromFile", "NamedImage") and step.get("color_type") != "grayscale":
+            if step["type"] in READERS and step.get("color_type") != "grayscale":
                 step["color_type"] = "grayscale"
                 changed = True
         if steps:
@@ -175,26 +177,88 @@ def _flat(value: Any) -> Sequence[int]:
     return [value] if isinstance(value, int) else value
 
 
-def fit_to_machine(config: MutableMapping[str, Any], *, gpu: bool, bf16: bool) -> list[str]:
-    """Precision and worker settings that this machine can run; returns what to tell the user."""
+def fit_to_machine(config: MutableMapping[str, Any], *, gpu: bool, bf16: bool, amp: bool | None = None) -> list[str]:
+    """Precision and worker settings that this machine can run; returns what to tell the user.
+
+    ``amp`` is what the user asked for, None: what the config says. Raises ``UserError`` for ``amp`` without a GPU.
+    """
     notes = []
     wrapper = config["optim_wrapper"]
-    if wrapper.get("type") != "AmpOptimWrapper":
-        notes.append("precision: fp32, as the config says")
-    elif not gpu:
-        notes.append(f"precision: fp32; there is no GPU for the config's {wrapper.get('dtype', 'mixed precision')}")
-        wrapper["type"] = "OptimWrapper"
-        for key in ("dtype", "loss_scale", "use_fsdp"):
-            wrapper.pop(key, None)
+    mixed = wrapper.get("type") == "AmpOptimWrapper"
+    if amp and not gpu:
+        raise UserError("--amp was asked for, but torch sees no GPU; leave it out to train in fp32")
+    if mixed if amp is None else amp:
+        wanted = wrapper.get("dtype") or ("bfloat16" if bf16 else "float16")
+        if gpu:
+            wrapper["type"], wrapper["dtype"] = "AmpOptimWrapper", "float16" if not bf16 else wanted
+            notes.append(f"precision: mixed, {wrapper['dtype']}")
+        else:
+            notes.append(f"precision: fp32; there is no GPU for the config's {wanted}")
+            _train_in_full(wrapper)
     else:
-        if wrapper.get("dtype") == "bfloat16" and not bf16:
-            wrapper["dtype"] = "float16"
-        notes.append(f"precision: mixed, {wrapper.get('dtype') or 'float16'}")
+        notes.append("precision: fp32, as the config says" if amp is None else "precision: fp32, as --no-amp says")
+        _train_in_full(wrapper)
     for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
         loader = config.get(name)
         if loader and not loader.get("num_workers"):
             loader["persistent_workers"] = False
     return notes
+
+
+def inference_mode(
+    config: Mapping[str, Any], *, mode: str | None = None, crop_size: int | None = None, stride: int | None = None
+) -> dict[str, Any]:
+    """The ``test_cfg`` of a segmentor for inference; what is None is the config's, then the crop and two thirds of it.
+
+    Raises ``UserError`` for windows with gaps between them, and for a window asked of whole images.
+    """
+    stated = dict(config["model"].get("test_cfg") or {})
+    mode = mode or ("slide" if crop_size or stride else stated.get("mode", "whole"))
+    if mode == "whole":
+        if crop_size or stride:
+            raise UserError("--crop-size and --stride belong to --mode slide; leave them out, or ask for slide")
+        return {"mode": "whole"}
+    preprocessor = config["model"].get("data_preprocessor") or config.get("data_preprocessor") or {}
+    crop = (crop_size, crop_size) if crop_size else stated.get("crop_size") or preprocessor.get("size")
+    if crop is None:
+        raise UserError("the config names no crop; give --crop-size")
+    given = stated.get("stride") if crop_size is None else None
+    step = (stride, stride) if stride else given or tuple(max(side * 2 // 3, 1) for side in crop)
+    if min(*crop, *step) < 1 or step[0] > crop[0] or step[1] > crop[1]:
+        raise UserError(f"windows of {crop} every {step} pixels leave gaps; give a --stride from 1 to the crop size")
+    return {"mode": "slide", "crop_size": tuple(crop), "stride": tuple(step)}
+
+
+def inference_pipeline(
+    config: Mapping[str, Any], scales: Sequence[float], *, flip: bool, always: bool = False
+) -> list[dict[str, Any]]:
+    """The test pipeline of a config for images without truth; with several ``scales`` or ``flip`` one that mmseg's
+    ``SegTTAModel`` averages over (``always``: also where it is a single view)."""
+    if min(scales, default=0) <= 0:
+        raise UserError(f"--scales {list(scales)} must be positive numbers; 1 is the size that the config tests at")
+    steps = (config.get("val_dataloader") or config["test_dataloader"])["dataset"]["pipeline"]
+    reader = {**next(step for step in steps if step["type"] in READERS), "type": "NamedImage", "on_error": "raise"}
+    resizing = [dict(step) for step in steps if step["type"] == "Resize"]
+    rest = [dict(step) for step in steps if step["type"] not in (*READERS, *LABEL_READERS, "Resize")]
+    if not always:
+        return [reader, *resizing, *rest]
+    stated = resizing[0] if resizing else {"type": "Resize", "scale_factor": 1.0, "keep_ratio": True}
+    views = [[_scaled(stated, factor) for factor in scales]]
+    views.append([{"type": "RandomFlip", "prob": prob} for prob in ((0.0, 1.0) if flip else (0.0,))])
+    return [reader, {"type": "TestTimeAug", "transforms": [*views, *([step] for step in rest)]}]
+
+
+def _scaled(resize: Mapping[str, Any], factor: float) -> dict[str, Any]:
+    """A ``Resize`` step whose result is ``factor`` times as large."""
+    if resize.get("scale_factor"):
+        return {**resize, "scale_factor": factor * resize["scale_factor"]}
+    return {**resize, "scale": tuple(max(round(factor * side), 1) for side in resize["scale"])}
+
+
+def _train_in_full(wrapper: MutableMapping[str, Any]) -> None:
+    wrapper["type"] = "OptimWrapper"
+    for key in ("dtype", "loss_scale", "use_fsdp"):
+        wrapper.pop(key, None)
 
 
 def sections(node: Any) -> Iterator[MutableMapping[str, Any]]:

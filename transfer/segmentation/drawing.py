@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import colorsys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from transfer.segmentation.label_maps import IGNORED
 
@@ -51,16 +52,13 @@ def draw_examples(
     sizes = [_fit(example.image.size) for example in examples]
     left = [GAP + column * (CELL + GAP) for column in range(len(TITLES))]
     width = left[-1] + CELL + GAP
-    font = ImageFont.load_default(TEXT)
     occurring = sorted({int(v) for e in examples for labels in (e.truth, e.prediction) for v in np.unique(labels)})
-    entries = [("ignored", IGNORED_COLOUR) if v == IGNORED else (classes[v], colours[v]) for v in occurring]
-    columns = max(1, min(4, width // (2 * TEXT + GAP + max(round(font.getlength(name)) for name, _ in entries))))
+    legend = draw_legend(occurring, classes, colours, width)
     top_of_legend = TEXT + 2 * GAP + sum(height + GAP for _, height in sizes)
-    lines = -(-len(entries) // columns)
-    sheet = Image.new("RGB", (width, top_of_legend + lines * (TEXT + GAP) + GAP), "white")
+    sheet = Image.new("RGB", (width, top_of_legend + legend.height), "white")
     draw = ImageDraw.Draw(sheet)
     for x, title in zip(left, TITLES, strict=True):
-        draw.text((x, GAP), title, fill="black", font=font)
+        draw.text((x, GAP), title, fill="black", font=ImageFont.load_default(TEXT))
     y = TEXT + 2 * GAP
     for example, size in zip(examples, sizes, strict=True):
         cells = [example.image.convert("RGB").resize(size, Image.Resampling.BICUBIC)]
@@ -71,12 +69,50 @@ def draw_examples(
         for x, cell in zip(left, cells, strict=True):
             sheet.paste(cell, (x, y))
         y += size[1] + GAP
+    sheet.paste(legend, (0, top_of_legend))
+    return sheet
+
+
+def draw_legend(
+    values: Sequence[int], classes: Sequence[str], colours: Sequence[tuple[int, int, int]], width: int
+) -> Image.Image:
+    """The names and colours of label values, in as many columns as fit; at least wide enough for one."""
+    font = ImageFont.load_default(TEXT)
+    entries = [("ignored", IGNORED_COLOUR) if v == IGNORED else (classes[v], colours[v]) for v in values]
+    longest = 2 * TEXT + GAP + max(round(font.getlength(name)) for name, _ in entries)
+    width = max(width, longest + GAP)
+    columns = max(1, min(4, width // longest))
+    legend = Image.new("RGB", (width, -(-len(entries) // columns) * (TEXT + GAP) + GAP), "white")
+    draw = ImageDraw.Draw(legend)
     for index, (name, colour) in enumerate(entries):
         x = GAP + index % columns * ((width - GAP) // columns)
-        y = top_of_legend + index // columns * (TEXT + GAP)
+        y = index // columns * (TEXT + GAP)
         draw.rectangle((x, y + 2, x + TEXT, y + TEXT), fill=colour, outline="grey")
         draw.text((x + TEXT + GAP, y), name, fill="black", font=font)
+    return legend
+
+
+def draw_overlay(
+    image: Image.Image,
+    labels: np.ndarray,
+    classes: Sequence[str],
+    colours: Sequence[tuple[int, int, int]],
+    *,
+    opacity: float,
+) -> Image.Image:
+    """An image under the colours of its (H, W) labels; below, the classes that occur in it."""
+    mixed = Image.blend(image.convert("RGB"), colour_labels(labels, colours), opacity)
+    legend = draw_legend([int(value) for value in np.unique(labels)], classes, colours, mixed.width)
+    sheet = Image.new("RGB", (max(mixed.width, legend.width), mixed.height + GAP + legend.height), "white")
+    sheet.paste(mixed, (0, 0))
+    sheet.paste(legend, (0, mixed.height + GAP))
     return sheet
+
+
+def open_upright(path: Path | str) -> Image.Image:
+    """An image file as RGB, turned as its EXIF tag says: as mmcv reads it."""
+    with Image.open(path) as image:
+        return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def _fit(size: tuple[int, int]) -> tuple[int, int]:

@@ -4,28 +4,32 @@
         --weights runs/pretrain/encoder.safetensors --work-dir runs/segmenter \\
         --cfg-options data_root=PATH num_classes=11
 
-Under ``torchrun --nproc_per_node N`` the N processes train as one, each with the config's batch size.
+Under ``torchrun --nproc_per_node N``, or ``srun`` with ``--launcher slurm``, the N processes train as one, each with
+the config's batch size.
 
-The work dir gets the finished config, log.jsonl, tensorboard/, pictures/, loading.json, mmengine's checkpoints,
-metrics.json (percent) and segmenter.safetensors.
+The work dir gets the finished config, environment.json, log.jsonl, tensorboard/, pictures/, loading.json, mmengine's
+checkpoints, metrics.json (percent), report.html and segmenter.safetensors. With ``--eval-only`` a trained segmenter is
+evaluated on the config's validation data instead.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from mae_core.errors import UserError, user_errors
-from mae_core.training.distributed import join, leave
+from mae_core.training.distributed import leave
 from transfer.engines import require
 from transfer.segmentation.config import check_config_exists
+from transfer.segmentation.launching import LAUNCHERS, join_launched
+from transfer.segmentation.quiet import quietly
 
+ENGINE_MODULES = r"(mmcv|mmengine|mmseg)(\.|$)"
 LAST_CHECKPOINT = "last_checkpoint"
 """mmengine's file that names the last checkpoint; written after the checkpoint itself."""
 
@@ -37,30 +41,62 @@ def train_segmenter(
     work_dir: Path | str,
     cfg_options: Mapping[str, Any] | Sequence[str] | None = None,
     resume: bool = False,
+    amp: bool | None = None,
+    launcher: str | None = None,
 ) -> dict[str, Any]:
     """Train what an mmseg config describes and return its last evaluation, which is also written to metrics.json.
 
     weights      any file the loader takes; None trains from scratch
     work_dir     the run directory, new or empty unless ``resume``
     cfg_options  ``key=value`` texts or a mapping, keys as in ``model.backbone.drop_path``; variables of the config too
+    amp          mixed precision, whatever the config says; None: what it says
+    launcher     ``pytorch``, ``slurm`` or ``none``; None: torchrun's ranks if it started this process
     returns      mIoU, mAcc, aAcc and per_class (name -> IoU, Acc) in percent, steps, seconds
 
     Data, weights and options are checked first: ``UserError`` comes before anything is written. May be called again in
     the same process.
     """
-    require("mmseg")
-    check_config_exists(Path(config_path))
-    join("auto")  # torchrun's ranks; a single process stays alone
+    engine = prepare(Path(config_path), launcher)
     checkpoint = find_checkpoint(Path(work_dir), resume=resume)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"(mmcv|mmengine|mmseg)(\.|$)")
-        with redirect_stdout(io.StringIO()):  # mmseg prints that optional packages are absent
-            from transfer.segmentation import engine_mmseg
-
-        options = cfg_options if isinstance(cfg_options, Mapping) else engine_mmseg.parse_options(cfg_options or ())
-        return engine_mmseg.train(
-            config_path, weights=weights, work_dir=work_dir, options=options, checkpoint=checkpoint
+        warnings.filterwarnings("ignore", module=ENGINE_MODULES)
+        options = cfg_options if isinstance(cfg_options, Mapping) else engine.parse_options(cfg_options or ())
+        return engine.train(
+            config_path, weights=weights, work_dir=work_dir, options=options, checkpoint=checkpoint, amp=amp
         )
+
+
+def evaluate_segmenter(
+    config_path: Path | str,
+    checkpoint: Path | str,
+    *,
+    work_dir: Path | str,
+    cfg_options: Mapping[str, Any] | Sequence[str] | None = None,
+    launcher: str | None = None,
+) -> dict[str, Any]:
+    """Evaluate a trained segmenter on the validation data of a config, with the config's test mode and, where it has
+    ``tta_model`` and ``tta_pipeline``, on scaled and mirrored views; returns and writes what training does.
+
+    checkpoint  ``segmenter.safetensors``, a run directory, or a checkpoint of mmengine's that fits the config's model
+    """
+    engine = prepare(Path(config_path), launcher)
+    find_checkpoint(Path(work_dir), resume=False)
+    if not Path(checkpoint).exists():
+        raise UserError(f"--eval-only {checkpoint} does not exist; give a run directory or its segmenter.safetensors")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=ENGINE_MODULES)
+        options = cfg_options if isinstance(cfg_options, Mapping) else engine.parse_options(cfg_options or ())
+        return engine.evaluate(config_path, Path(checkpoint), work_dir=work_dir, options=options)
+
+
+def prepare(config_path: Path, launcher: str | None) -> ModuleType:
+    """Check what needs no engine, join the ranks -> the engine."""
+    require("mmseg")
+    check_config_exists(config_path)
+    join_launched(launcher)
+    with quietly():
+        from transfer.segmentation import engine_mmseg
+    return engine_mmseg
 
 
 def find_checkpoint(work_dir: Path, *, resume: bool) -> Path | None:
@@ -94,6 +130,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--work-dir", type=Path, metavar="DIR", help="run directory; runs/segmentation/<config> when left out")
     add("--resume", action="store_true", help="go on from the last checkpoint in the work dir")
     add(
+        "--amp",
+        action=argparse.BooleanOptionalAction,
+        help="mixed precision (bf16, or fp16 where the GPU has no bf16), or fp32; what the config says when left out",
+    )
+    add("--eval-only", type=Path, metavar="CKPT", help="train nothing: evaluate this segmenter or run directory")
+    add("--launcher", choices=LAUNCHERS, help="who started the processes; torchrun is recognised when left out")
+    add(
         "--cfg-options",
         nargs="+",
         action="extend",
@@ -102,22 +145,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="change the config: its variables (data_root=PATH crop_size=256) or its keys (train_cfg.max_iters=2000)",
     )
     given = parser.parse_args(arguments)
-    work_dir = given.work_dir or Path("runs/segmentation") / given.config.stem
+    stem = f"{given.config.stem}_eval" if given.eval_only else given.config.stem
+    work_dir = given.work_dir or Path("runs/segmentation") / stem
     with user_errors():
-        place = join("auto")
-        results = train_segmenter(
-            given.config, weights=given.weights, work_dir=work_dir, cfg_options=given.cfg_options, resume=given.resume
-        )
+        place = join_launched(given.launcher)
+        if given.eval_only and (given.weights or given.resume or given.amp is not None):
+            raise UserError("--eval-only trains nothing; leave out --weights, --resume and --amp")
+        shared = {"work_dir": work_dir, "cfg_options": given.cfg_options, "launcher": given.launcher}
+        if given.eval_only:
+            results = evaluate_segmenter(given.config, given.eval_only, **shared)
+        else:
+            training = {"weights": given.weights, "resume": given.resume, "amp": given.amp}
+            results = train_segmenter(given.config, **training, **shared)
         if "mIoU" not in results:
             raise UserError(f"{given.config} evaluates no mIoU; set val_evaluator to PerClassIoUMetric")
         leave()
-        if not place.is_main:
-            return
-        print(f"{'class':<24} {'IoU':>6} {'Acc':>6}")
-        for name, values in results["per_class"].items():
-            print(f"{name:<24} {_cell(values['IoU'])} {_cell(values['Acc'])}")
-        print(f"mIoU {results['mIoU']:.2f}  mAcc {results['mAcc']:.2f}  aAcc {results['aAcc']:.2f}  (percent)")
-        print(f"wrote {work_dir}/ in {results['seconds']:.0f} s: metrics.json, pictures/, segmenter.safetensors")
+        if place.is_main:
+            print(describe(results))
+            model = "" if given.eval_only else ", segmenter.safetensors"
+            print(f"wrote {work_dir}/ in {results['seconds']:.0f} s: metrics.json, report.html, pictures/{model}")
+
+
+def describe(results: Mapping[str, Any]) -> str:
+    """The metrics as a table of classes and a line of means."""
+    lines = [f"{'class':<24} {'IoU':>6} {'Acc':>6}"]
+    lines += [f"{name:<24} {_cell(row['IoU'])} {_cell(row['Acc'])}" for name, row in results["per_class"].items()]
+    means = "  ".join(f"{name} {results[name]:.2f}" for name in ("mIoU", "mAcc", "aAcc"))
+    return "\n".join([*lines, f"{means}  (percent)"])
 
 
 def _cell(value: float | None) -> str:

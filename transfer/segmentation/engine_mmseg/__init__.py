@@ -4,12 +4,13 @@ A config names this package under ``custom_imports``; then mmseg's own tools can
 """
 
 from transfer.segmentation.engine_mmseg.backbone import MAECoreViT
+from transfer.segmentation.engine_mmseg.checks import folders_to_check
 from transfer.segmentation.engine_mmseg.data import LabelledFolder, NamedImage, NamedLabels
 from transfer.segmentation.engine_mmseg.metric import PerClassIoUMetric
 from transfer.segmentation.engine_mmseg.optimizer import MAECoreLayerDecay
 from transfer.segmentation.engine_mmseg.options import parse_options
 from transfer.segmentation.engine_mmseg.record import RunRecord
-from transfer.segmentation.engine_mmseg.training import train
+from transfer.segmentation.engine_mmseg.training import evaluate, train
 
 __all__ = [
     "LabelledFolder",
@@ -19,6 +20,8 @@ __all__ = [
     "NamedLabels",
     "PerClassIoUMetric",
     "RunRecord",
+    "evaluate",
+    "folders_to_check",
     "parse_options",
     "train",
 ]

@@ -20,8 +20,12 @@ PUBLISHED_TAPS = {"base": (3, 5, 7, 11), "large": (7, 11, 15, 23)}
 class MAECoreViT(DenseViT):
     """``DenseViT`` as an mmseg backbone: global attention, the cls token kept in the sequence, four maps of one stride.
 
-    taps     0-based blocks whose output is emitted; ``PUBLISHED_TAPS`` or the quarter taps when None
-    weights  a file, run directory or checkpoint that ``init_weights`` loads; None for a random start
+    taps                0-based blocks whose output is emitted; ``PUBLISHED_TAPS`` or the quarter taps when None
+    relative_positions  ``table``: BEiT's biases with entries for the cls token, a table a block, from zero; ``none``
+    layer_scale         initial value of LayerScale, None for none; 1.0 starts as the pre-trained trunk is
+    weights             a file, run directory or checkpoint that ``init_weights`` loads; None for a random start
+
+    ``image_size`` is the crop that positions and tables are stored for; they are resized for any other size.
     """
 
     def __init__(
@@ -32,6 +36,8 @@ class MAECoreViT(DenseViT):
         patch_size: int | None = None,
         in_chans: int | None = None,
         taps: Sequence[int] | None = None,
+        relative_positions: str = "table",
+        layer_scale: float | None = None,
         drop_path: float = 0.0,
         checkpointing: bool = False,
         weights: str | None = None,
@@ -42,6 +48,8 @@ class MAECoreViT(DenseViT):
             patch_size=patch_size,
             in_chans=in_chans or 3,
             taps=PUBLISHED_TAPS.get(size) if taps is None else taps,
+            relative_positions=relative_positions,
+            layer_scale=layer_scale,
             cls_token=True,
             drop_path=drop_path,
             checkpointing=checkpointing,

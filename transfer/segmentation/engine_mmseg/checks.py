@@ -2,43 +2,85 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mmengine.runner.utils import set_random_seed
 from mmseg.registry import DATASETS, MODELS
+from mmseg.utils import register_all_modules
+from torch import nn
 
 from mae_core.errors import UserError
 from transfer.segmentation import config as configs
 from transfer.segmentation.engine_mmseg.backbone import MAECoreViT
-from transfer.segmentation.engine_mmseg.data import name_bad_files
-from transfer.segmentation.label_maps import LabelledImage, check_label_maps, check_maps_exist
+from transfer.segmentation.engine_mmseg.data import LabelledFolder, name_bad_files
+from transfer.segmentation.engine_mmseg.options import read_config
+from transfer.segmentation.label_check import check_label_maps
+from transfer.segmentation.label_maps import LabelledImage, check_maps_exist, read_classes
 from transfer.weights import load_pretrained
 
 
-def check_data(config: Mapping[str, Any]) -> dict[str, str]:
-    """Read what the training will read; a sentence each for the training and the validation data.
+def check_data(config: Mapping[str, Any], parts: Sequence[str] = ("train", "val")) -> dict[str, str]:
+    """Read what the run will read; a sentence each for the training and the validation data.
 
     Raises ``UserError`` with the file and the remedy for the first thing that would go wrong.
     """
     num_classes = configs.heads_of(config)[0]["num_classes"]
     seed = (config.get("randomness") or {}).get("seed") or 0
     sentences = {}
-    for part in ("train", "val"):
+    for part in parts:
         section = config[f"{part}_dataloader"]["dataset"]
         on_error = section.get("on_error", "skip")
         pairs, classes, reduce_zero_label = labelled_images(section)
         if len(classes) != num_classes:
-            raise UserError(
-                f"the config has num_classes={num_classes}, and the {part} data {len(classes)} classes "
-                f"({_shorten(classes)}); set num_classes={len(classes)}, or correct classes.txt or reduce_zero_label"
-            )
-        found = check_label_maps(pairs, num_classes, reduce_zero_label=reduce_zero_label, seed=seed, on_error=on_error)
+            raise UserError(_class_count(num_classes, part, classes))
+        found = check_label_maps(
+            pairs,
+            num_classes,
+            reduce_zero_label=reduce_zero_label,
+            seed=seed,
+            on_error=on_error,
+            names_known=names_known(section),
+        )
         leave_out(section, pairs, {path for path, _ in found.unreadable})
         name_bad_files(section, num_classes, on_error if part == "train" else "raise")
         sentences[f"{part} data"] = found.describe(classes)
     return sentences
+
+
+def folders_to_check(config_path: Path, options: Mapping[str, Any]) -> list[tuple[str, Path, Path, Any, bool, str]]:
+    """Per part of a config: its name, image and label map folder, class names (their number where they are not known),
+    ``reduce_zero_label``, and what a label map's name ends with."""
+    register_all_modules()
+    config = read_config(config_path, options)
+    num_classes = configs.heads_of(config)[0]["num_classes"]
+    found = []
+    for part in ("train", "val"):
+        section = config[f"{part}_dataloader"]["dataset"]
+        root, prefix = Path(section.get("data_root") or ""), section.get("data_prefix") or {}
+        dataset = DATASETS.get(section["type"])
+        stated = inspect.signature(dataset.__init__).parameters.get("reduce_zero_label")
+        reduced = section.get("reduce_zero_label", stated.default if stated is not None else False)
+        file = root / (section.get("classes_file") or "classes.txt")
+        names: Any = num_classes
+        if names_known(section):
+            known = (section.get("metainfo") or {}).get("classes") or dataset.METAINFO.get("classes")
+            names = list(known or read_classes(file, reduce_zero_label=reduced))
+            if len(names) != num_classes:
+                raise UserError(_class_count(num_classes, part, names))
+        images, maps = (root / prefix.get(key, "") for key in ("img_path", "seg_map_path"))
+        found.append((f"{part} data", images, maps, names, bool(reduced), section.get("seg_map_suffix", ".png")))
+    return found
+
+
+def names_known(section: Mapping[str, Any]) -> bool:
+    """Whether the classes of a dataset section have been named one by one, in a file, in the config or by mmseg."""
+    if section.get("type") != LabelledFolder.__name__ or (section.get("metainfo") or {}).get("classes"):
+        return True
+    file = section.get("classes_file", "classes.txt")
+    return file is not None and Path(section.get("data_root") or "", file).is_file()
 
 
 def leave_out(section: MutableMapping[str, Any], pairs: Sequence[LabelledImage], unreadable: Collection[str]) -> None:
@@ -70,12 +112,19 @@ def labelled_images(section: Mapping[str, Any]) -> tuple[list[LabelledImage], li
     return pairs, classes, bool(dataset.metainfo.get("reduce_zero_label", False))
 
 
+def _class_count(num_classes: int, part: str, classes: Sequence[str]) -> str:
+    return (
+        f"the config has num_classes={num_classes}, and the {part} data {len(classes)} classes "
+        f"({_shorten(classes)}); set num_classes={len(classes)}, or correct classes.txt or reduce_zero_label"
+    )
+
+
 def _shorten(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
-def check_model(config: Mapping[str, Any]) -> None:
-    """Build the model, load its weights and throw it away: what does not fit is found before anything is written."""
+def check_model(config: Mapping[str, Any]) -> nn.Module:
+    """Build the model and load its weights: what does not fit is found before anything is written."""
     batch_size = config["train_dataloader"].get("batch_size", 1)
     norms = {section.get("type") for section in configs.sections(config["model"])}
     if batch_size < 2 and norms & {"BN", "SyncBN"} and config.get("launcher", "none") == "none":
@@ -89,3 +138,4 @@ def check_model(config: Mapping[str, Any]) -> None:
         raise UserError(f"the config's model cannot be built: {type(error).__name__}: {error}") from None
     if isinstance(model.backbone, MAECoreViT) and model.backbone.weights is not None:
         load_pretrained(model.backbone, model.backbone.weights)
+    return model

@@ -12,6 +12,7 @@ from mmseg.datasets.transforms import LoadAnnotations
 from mmseg.registry import DATASETS, TRANSFORMS
 
 from mae_core.errors import UserError, first_line
+from transfer.segmentation.config import LABEL_READERS, READERS, sections
 from transfer.segmentation.drawing import palette
 from transfer.segmentation.label_maps import IGNORED, pair_files, read_classes
 
@@ -112,8 +113,8 @@ class NamedLabels(LoadAnnotations):
 
 def name_bad_files(section: MutableMapping[str, Any], num_classes: int, on_error: str) -> None:
     """Put readers that name a bad file into a pipeline: the check before the training is a sample of large folders."""
-    for step in section.get("pipeline", []):
-        if step["type"] in ("LoadImageFromFile", "NamedImage"):
+    for step in sections(section.get("pipeline", [])):
+        if step.get("type") in READERS:
             step.update(type="NamedImage", on_error=on_error)
-        elif step["type"] in ("LoadAnnotations", "NamedLabels"):
+        elif step.get("type") in LABEL_READERS:
             step.update(type="NamedLabels", num_classes=num_classes)

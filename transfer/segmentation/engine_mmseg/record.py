@@ -11,11 +11,10 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from mmseg.registry import HOOKS
-from PIL import Image, ImageOps
 
 from mae_core import layout
 from mae_core.atomic import write_json, write_text
-from transfer.segmentation.drawing import Example, draw_examples
+from transfer.segmentation.drawing import Example, draw_examples, open_upright
 from transfer.segmentation.engine_mmseg.runner import bare_model
 
 
@@ -62,10 +61,8 @@ class RunRecord(Hook):
         drawn = {round(index * total / self.num_pictures) for index in range(self.num_pictures)}
         for position, sample in enumerate(outputs or []):
             if first + position in drawn and is_main_process():
-                with Image.open(sample.img_path) as image:
-                    picture = ImageOps.exif_transpose(image).convert("RGB")
                 labels = [part.data.squeeze(0).cpu().numpy() for part in (sample.gt_sem_seg, sample.pred_sem_seg)]
-                self.examples.append(Example(picture, *labels))
+                self.examples.append(Example(open_upright(sample.img_path), *labels))
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         """A line of metrics, and the picture."""

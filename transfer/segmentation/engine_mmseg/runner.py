@@ -22,6 +22,12 @@ def bare_model(model: nn.Module) -> nn.Module:
     return getattr(model, "module", model)
 
 
+def trained_model(model: nn.Module) -> nn.Module:
+    """The segmentor itself, without the wrappings for several ranks and for averaging over views."""
+    model = bare_model(model)
+    return model if hasattr(model, "backbone") else model.module
+
+
 class SegmentationRunner(Runner):
     """mmengine's runner; dumps of many lines (environment, config, hooks) go to its log file alone."""
 

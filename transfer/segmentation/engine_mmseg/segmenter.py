@@ -1,27 +1,69 @@
-"""``segmenter.safetensors``: a trained segmenter with its classes and the config that rebuilds it."""
+"""From a run's model to ``segmenter.safetensors``, and from the file to a model."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
+from mmengine.config import ConfigDict
+from mmengine.model import revert_sync_batchnorm
 from mmengine.runner import Runner
+from mmseg.registry import MODELS
+from mmseg.utils import register_all_modules
+from torch import Tensor, nn
 
 from mae_core.conversion.files import write_weights
 from mae_core.conversion.loading import describe_encoder
+from mae_core.errors import UserError, first_line
 from transfer.segmentation.engine_mmseg.backbone import MAECoreViT
 from transfer.segmentation.engine_mmseg.runner import bare_model
-
-SEGMENTER = "segmenter.safetensors"
+from transfer.segmentation.segmenter_file import FORMAT, SegmenterFile
 
 
 def write_segmenter(path: Path, runner: Runner) -> None:
     """The trained segmenter's tensors, with the classes and the config that rebuilds it as metadata."""
     model = bare_model(runner.model)
     meta = runner.val_dataloader.dataset.metainfo
-    facts = {"format": "mae_core segmenter", "classes": list(meta["classes"]), "steps": runner.iter}
+    facts: dict[str, Any] = {"format": FORMAT, "classes": list(meta["classes"]), "steps": runner.iter}
     facts["palette"] = [list(map(int, colour)) for colour in meta["palette"]]
     facts["reduce_zero_label"] = bool(meta.get("reduce_zero_label", False))
     if isinstance(model.backbone, MAECoreViT):
         facts["encoder"] = describe_encoder(model.backbone)
     facts["config"] = runner.cfg.pretty_text
     write_weights(path, model.state_dict(), facts)
+
+
+def build_segmenter(file: SegmenterFile, device: torch.device | str = "cpu") -> nn.Module:
+    """The segmenter of a file, in evaluation mode, batch norm for one device.
+
+    Raises ``UserError`` where its config does not build a model that the tensors fit.
+    """
+    register_all_modules()
+    section = ConfigDict(file.config["model"])
+    section.backbone.pop("weights", None)
+    try:
+        model = revert_sync_batchnorm(MODELS.build(section))
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{file.path}: its model cannot be built: {type(error).__name__}: {first_line(error)}"
+        ) from None
+    load_segmenter(model, file.state, str(file.path))
+    return model.to(device).eval()
+
+
+def load_segmenter(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Put all tensors of a trained segmenter into ``model``; ``UserError`` unless names and shapes are the same."""
+    wanted = model.state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    missing = sorted(wanted.keys() - shapes.keys())
+    unknown = sorted(shapes.keys() - wanted.keys())
+    other = [name for name, tensor in wanted.items() if shapes.get(name, tuple(tensor.shape)) != tuple(tensor.shape)]
+    if missing or unknown or other:
+        parts = ((missing, "missing"), (unknown, "unknown to the model"), (other, "of another shape"))
+        told = "; ".join(f"{len(names)} tensors {what}, such as {names[0]}" for names, what in parts if names)
+        raise UserError(f"{source} does not fit the model of the config ({told}); use the config it was trained with")
+    model.load_state_dict(state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
 from collections.abc import Mapping
@@ -9,22 +10,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.runner import Runner
 from mmseg.utils import register_all_modules
+from torch import Tensor
 
 from mae_core import layout
 from mae_core.atomic import write_json
 from mae_core.conversion.loading import read_encoder
+from mae_core.errors import UserError
 from mae_core.training.distributed import barrier, world_size
+from mae_core.training.run import environment
 from transfer.segmentation import config as configs
 from transfer.segmentation.engine_mmseg.checkpoints import load_safely
-from transfer.segmentation.engine_mmseg.checks import check_data, check_model
+from transfer.segmentation.engine_mmseg.checks import check_data, check_model, labelled_images
+from transfer.segmentation.engine_mmseg.data import name_bad_files
 from transfer.segmentation.engine_mmseg.metric import PerClassIoUMetric
 from transfer.segmentation.engine_mmseg.options import read_config
 from transfer.segmentation.engine_mmseg.record import RunRecord
-from transfer.segmentation.engine_mmseg.runner import SegmentationRunner, worker_errors
-from transfer.segmentation.engine_mmseg.segmenter import SEGMENTER, write_segmenter
+from transfer.segmentation.engine_mmseg.runner import SegmentationRunner, trained_model, worker_errors
+from transfer.segmentation.engine_mmseg.segmenter import load_segmenter, write_segmenter
+from transfer.segmentation.segmenter_file import SegmenterFile, read_segmenter
 
 
 def train(
@@ -34,6 +41,7 @@ def train(
     work_dir: Path | str,
     options: Mapping[str, Any],
     checkpoint: Path | None,
+    amp: bool | None,
 ) -> dict[str, Any]:
     """Train, evaluate and write the run directory; returns what metrics.json holds. See `train_net.train_segmenter`."""
     register_all_modules()
@@ -42,9 +50,7 @@ def train(
     config = read_config(config_path, options)
     view = dict(config.items())
     notes: list[str] = []
-    distributed = world_size() > 1
-    if distributed:
-        config.launcher = "pytorch"
+    if world_size() > 1:
         notes.append(f"ranks: {world_size()}, and the batch size is that of each")
     if checkpoint is not None:
         configs.check_steps_left(checkpoint, view)
@@ -56,8 +62,7 @@ def train(
         view["model"]["backbone"].pop("weights", None)
     elif not view["model"]["backbone"].get("weights"):
         notes.append("weights: none, training from scratch; --weights FILE starts from a pre-trained encoder")
-    gpu = torch.cuda.is_available()
-    notes += configs.fit_to_machine(view, gpu=gpu, bf16=gpu and torch.cuda.is_bf16_supported())
+    notes += fit_to_machine(view, amp)
     configs.check_widths(view)
     configs.check_schedule(view)
     notes += [f"{part}: {found}" for part, found in check_data(view).items()]
@@ -65,17 +70,90 @@ def train(
     for note in notes if is_main_process() else ():
         print(note, flush=True)
 
-    barrier()  # every rank has found its input in order, and the work dir as it was
-    stem = Path(config_path).stem
-    config.work_dir = str(work_dir)
-    config.experiment_name = f"{stem}_{uuid.uuid4().hex[:8]}"  # mmengine keeps a global logger and hub for each name
     config.resume, config.load_from = checkpoint is not None, str(checkpoint or "") or None
-    if config.get("visualizer") is not None:
-        config.visualizer.save_dir = str(work_dir / "tensorboard")
-    runner = SegmentationRunner.from_cfg(config)
+    runner = build_runner(config, Path(config_path).stem, work_dir)
     with worker_errors():
         runner.train()
     return finish(runner, started, write_model=True)
+
+
+def fit_to_machine(view: dict[str, Any], amp: bool | None = None) -> list[str]:
+    """``config.fit_to_machine`` for this machine."""
+    gpu = torch.cuda.is_available()
+    return configs.fit_to_machine(view, gpu=gpu, bf16=gpu and torch.cuda.is_bf16_supported(), amp=amp)
+
+
+def build_runner(config: Config, name: str, work_dir: Path) -> SegmentationRunner:
+    """The runner of a config that has been checked; all ranks make it together, and from here on files are written."""
+    barrier()  # every rank has found its input in order, and the work dir as it was
+    config.launcher = "pytorch" if world_size() > 1 else "none"
+    config.work_dir = str(work_dir)
+    config.experiment_name = f"{name}_{uuid.uuid4().hex[:8]}"  # mmengine keeps a global logger and hub for each name
+    if config.get("visualizer") is not None:
+        config.visualizer.save_dir = str(work_dir / "tensorboard")
+    runner = SegmentationRunner.from_cfg(config)
+    if is_main_process():
+        write_json(work_dir / layout.ENVIRONMENT, environment(next(runner.model.parameters()).device))
+    return runner
+
+
+def evaluate(
+    config_path: Path | str, checkpoint: Path, *, work_dir: Path | str, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Evaluate a trained segmenter on a config's validation data; see ``train_net.evaluate_segmenter``."""
+    register_all_modules()
+    started = time.monotonic()
+    config = read_config(config_path, options)
+    view = dict(config.items())
+    state, file = read_trained(checkpoint)
+    notes = []
+    if file is not None:
+        view["model"].update(take_model(file, view["model"]))
+        notes.append(f"model, mean and std are those of {file.path}; data, metric and test mode are the config's")
+    fit_to_machine(view)
+    notes += [f"{part}: {found}" for part, found in check_data(view, ("val",)).items()]
+    classes = labelled_images(view["val_dataloader"]["dataset"])[1]
+    if file is not None and file.classes != classes:
+        wrong = next((pair for pair in zip(file.classes, classes, strict=False) if pair[0] != pair[1]), None)
+        told = f"{wrong[0]!r} against {wrong[1]!r}" if wrong else f"{len(file.classes)} against {len(classes)}"
+        raise UserError(f"{file.path} was trained on other classes than the data has ({told}); correct classes.txt")
+    load_segmenter(check_model(view), state, str(checkpoint))
+    if view.get("tta_model") and view.get("tta_pipeline"):
+        config.model = {**view["tta_model"], "module": view["model"]}
+        config.val_dataloader.dataset.pipeline = view["tta_pipeline"]
+        name_bad_files(config.val_dataloader.dataset, len(classes), "raise")
+        views = math.prod(len(step) for step in view["tta_pipeline"][-1]["transforms"])
+        notes.append(f"each image is the average over {views} scaled and mirrored views")
+    for note in notes if is_main_process() else ():
+        print(note, flush=True)
+    for key in ("train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler", "load_from"):
+        config[key] = None
+    runner = build_runner(config, Path(config_path).stem, Path(work_dir))
+    load_segmenter(trained_model(runner.model), state, str(checkpoint))
+    with worker_errors():
+        runner.val()
+    return finish(runner, started, write_model=False)
+
+
+def read_trained(checkpoint: Path) -> tuple[Mapping[str, Tensor], SegmenterFile | None]:
+    """The tensors of a segmenter file, of a run directory or of mmengine's checkpoint; and the file, if it is one."""
+    if checkpoint.is_dir() or checkpoint.suffix == ".safetensors":
+        file = read_segmenter(checkpoint)
+        return file.state, file
+    content = load_safely(str(checkpoint), "cpu")
+    state = content.get("state_dict") if isinstance(content, Mapping) else None
+    if not isinstance(state, Mapping):
+        raise UserError(f"{checkpoint} holds no state_dict; give a segmenter.safetensors, or a checkpoint of a run")
+    return {name.removeprefix("module."): tensor for name, tensor in state.items()}, None
+
+
+def take_model(file: SegmenterFile, model: Mapping[str, Any]) -> dict[str, Any]:
+    """The model section of a segmenter file, to be tested and padded as the one of another config."""
+    taken = dict(file.config["model"])
+    taken["backbone"] = {key: value for key, value in taken["backbone"].items() if key != "weights"}
+    if model.get("test_cfg"):
+        taken["test_cfg"] = model["test_cfg"]
+    return taken
 
 
 def finish(runner: Runner, started: float, *, write_model: bool) -> dict[str, Any]:
@@ -90,5 +168,5 @@ def finish(runner: Runner, started: float, *, write_model: bool) -> dict[str, An
     if is_main_process():
         write_json(work_dir / layout.METRICS, results)
         if write_model:
-            write_segmenter(work_dir / SEGMENTER, runner)
+            write_segmenter(work_dir / layout.SEGMENTER, runner)
     return results

@@ -12,24 +12,18 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from timm.optim import param_groups_layer_decay
 
 from mae_core.conversion.files import read_weights, write_weights
-from mae_core.conversion.loading import describe_encoder
 from mae_core.errors import UserError
-from mae_core.models.encoder import ViTEncoder
-from mae_core.models.sizes import SIZES
-from transfer.backbone import DenseViT
 from transfer.segmentation.config import check_key, with_variables
-from transfer.segmentation.train_net import main, train_segmenter
+from transfer.segmentation.launching import first_host, join_launched, translate_slurm
+from transfer.segmentation.train_net import train_segmenter
 
 mmseg = pytest.importorskip("mmseg", reason="mmseg is not installed; pip install mae-transfer[segmentation]")
 engine = pytest.importorskip("transfer.segmentation.engine_mmseg", reason="mmseg is here without mmcv or mmengine")
 
 from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
-from mmseg.registry import MODELS
-from mmseg.utils import register_all_modules
 
 from transfer.segmentation import config as configs
 from transfer.segmentation.engine_mmseg import checks
@@ -37,150 +31,10 @@ from transfer.segmentation.engine_mmseg.checkpoints import history_method, load_
 from transfer.segmentation.engine_mmseg.options import parse_options, read_config, registered
 from transfer.segmentation.label_maps import LabelledImage
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 CONFIGS = REPOSITORY / "configs" / "segmentation"
 DIGITS = CONFIGS / "digits.py"
 NAMES = ("ground", "box", "disc")
-TINY = {
-    "num_classes": 3,
-    "crop_size": 32,
-    "head_width": 16,
-    "batch_size": 4,
-    "model.neck.rescales": [4, 2, 1, 0.5],
-    "visualizer.vis_backends": [],
-}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def write_scenes(root: Path, num_images: int = 8, side: int = 32) -> Path:
-    """Scenes of a red box and a blue disc on green ground; training and validation are the same."""
-    generator = np.random.default_rng(0)
-    rows, columns = np.mgrid[:side, :side]
-    for index in range(num_images):
-        labels = np.zeros((side, side), np.uint8)
-        top, left = generator.integers(0, side - 14, 2)
-        labels[top : top + 12, left : left + 14] = 1
-        centre = generator.integers(6, side - 6, 2)
-        labels[(rows - centre[0]) ** 2 + (columns - centre[1]) ** 2 < 36] = 2
-        pixels = np.array([[40, 160, 60], [200, 40, 40], [40, 40, 220]])[labels] + generator.normal(
-            0, 12, (side, side, 3)
-        )
-        for part in ("training", "validation"):
-            for folder, array in (("images", pixels.clip(0, 255).astype(np.uint8)), ("annotations", labels)):
-                (root / folder / part).mkdir(parents=True, exist_ok=True)
-                Image.fromarray(array).save(root / folder / part / f"{index}.png")
-    (root / "classes.txt").write_text("".join(f"{value}\t{name}\n" for value, name in enumerate(NAMES)))
-    return root
-
-
-def write_encoder(path: Path, size: str = "nano", in_chans: int = 3, image_size: int = 32, **metadata) -> Path:
-    torch.manual_seed(7)
-    encoder = ViTEncoder(size, image_size=image_size, patch_size=8, in_chans=in_chans)
-    write_weights(path, encoder.state_dict(), {**describe_encoder(encoder), **metadata})
-    return path
-
-
-@pytest.fixture
-def scenes(tmp_path: Path) -> Path:
-    return write_scenes(tmp_path / "scenes")
-
-
-@pytest.fixture(scope="module")
-def digits_model():
-    register_all_modules()
-    return MODELS.build(read_config(DIGITS, {}).model)
-
-
-# ---------------------------------------------------------------- backbone and optimizer
-
-
-@pytest.mark.parametrize("shape", [(64, 64), (40, 72)])
-def test_backbone_equals_dense_vit(shape):
-    ours = engine.MAECoreViT("nano", image_size=64, patch_size=8).eval()
-    plain = DenseViT("nano", image_size=64, patch_size=8, cls_token=True).eval()
-    plain.load_state_dict(ours.state_dict())
-    images = torch.randn(2, 3, *shape)
-    maps = ours(images)
-    assert isinstance(maps, tuple) and [level.shape for level in maps] == [(2, 128, shape[0] // 8, shape[1] // 8)] * 4
-    for one, other in zip(maps, plain(images), strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize(
-    ("size", "taps"), [("base", (3, 5, 7, 11)), ("large", (7, 11, 15, 23)), ("tiny", (2, 5, 8, 11))]
-)
-def test_taps_are_the_published_ones_or_the_quarters(size, taps, monkeypatch):
-    def small_init(self, size, **options):
-        torch.nn.Module.__init__(self)
-        self.given = options
-
-    monkeypatch.setattr(DenseViT, "__init__", small_init)
-    given = engine.MAECoreViT(size).given
-    assert (given["taps"] or SIZES[size].quarter_taps) == taps and given["cls_token"] is True
-    assert engine.MAECoreViT(size, taps=[0, 1]).given["taps"] == [0, 1]
-
-
-def test_init_weights_draws_nothing_anew():
-    backbone = engine.MAECoreViT("nano", image_size=32, patch_size=8)
-    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
-    backbone.init_weights()
-    assert all(torch.equal(before[name], tensor) for name, tensor in backbone.state_dict().items())
-
-
-def test_neck_and_heads_see_four_strides(digits_model):
-    images = torch.randn(2, 3, 64, 64)
-    features = digits_model.extract_feat(images)
-    assert [tuple(level.shape) for level in features] == [(2, 128, side, side) for side in (16, 8, 4, 2)]
-    assert digits_model.decode_head.forward(features).shape == (2, 5, 16, 16)
-    assert digits_model.auxiliary_head.forward(features).shape == (2, 5, 4, 4)
-
-
-def layer_decay_groups(model, rate: float = 0.65, lr: float = 1e-3, decay: float = 0.05):
-    settings = {"type": "OptimWrapper", "optimizer": {"type": "AdamW", "lr": lr, "weight_decay": decay}}
-    return engine.MAECoreLayerDecay(settings, {"layer_decay_rate": rate})(model).optimizer.param_groups
-
-
-def test_layer_decay_of_the_trunk_is_one_layer_below_timm(digits_model):
-    """timm gives the last block the head's rate; BEiT, mmseg and the published log put it a layer below."""
-    encoder = ViTEncoder("nano", image_size=64, patch_size=8)
-    names = {id(parameter): name for name, parameter in encoder.named_parameters()}
-    expected = {
-        names[id(parameter)]: (group["lr_scale"], group["weight_decay"])
-        for group in param_groups_layer_decay(encoder, 0.05, encoder.no_weight_decay(), layer_decay=0.65)
-        for parameter in group["params"]
-    }
-    found = {
-        name.removeprefix("backbone."): (group["lr_scale"], group["weight_decay"])
-        for group in layer_decay_groups(digits_model)
-        for name in group["param_names"]
-        if name.startswith("backbone.")
-    }
-    assert found.keys() == expected.keys() - {"norm.weight", "norm.bias"}
-    for name, values in found.items():
-        assert values == pytest.approx((0.65 * expected[name][0], expected[name][1])), name
-
-
-def test_layer_decay_rule(digits_model):
-    depth = SIZES["nano"].depth
-    groups = layer_decay_groups(digits_model)
-    by_name = {name: group for group in groups for name in group["param_names"]}
-    assert by_name.keys() == dict(digits_model.named_parameters()).keys()
-    assert sum(len(group["params"]) for group in groups) == len(by_name)
-    for name in ("backbone.pos_embed", "backbone.cls_token"):  # the published code decays both
-        assert by_name[name]["weight_decay"] == 0 and by_name[name]["lr_scale"] == pytest.approx(0.65 ** (depth + 1))
-    assert by_name[f"backbone.blocks.{depth - 1}.mlp.fc1.weight"]["lr"] == pytest.approx(0.65e-3)
-    for name in ("neck.upsample_2x.0.weight", "decode_head.conv_seg.weight", "auxiliary_head.conv_seg.weight"):
-        assert by_name.get(name, groups[0])["lr"] == pytest.approx(1e-3)
-        assert by_name.get(name, groups[0])["weight_decay"] in (0, 0.05)
-    assert by_name["decode_head.conv_seg.bias"]["weight_decay"] == 0
-    assert groups[0]["lr_scale"] == 1  # what mmengine's log shows
 
 
 # ---------------------------------------------------------------- metric
@@ -289,27 +143,69 @@ def test_a_section_without_type_takes_its_own_keys_only():
         check_key({"a": {"deep": 1}}, "a.dep", lambda place, node: ())
 
 
-def test_precision_follows_the_machine():
-    def wrapper(**machine):
-        section = {"type": "AmpOptimWrapper", "dtype": "bfloat16", "loss_scale": "dynamic"}
-        notes = configs.fit_to_machine({"optim_wrapper": section, "train_dataloader": {}}, **machine)
-        return section, notes[0]
+def precision(kind="AmpOptimWrapper", **machine):
+    """The section of the optimizer, and what the user is told."""
+    section = {"type": kind, "dtype": "bfloat16", "loss_scale": "dynamic"} if "Amp" in kind else {"type": kind}
+    notes = configs.fit_to_machine({"optim_wrapper": section, "train_dataloader": {}}, **machine)
+    return section, notes[0]
 
-    assert wrapper(gpu=False, bf16=False) == (
+
+def test_precision_follows_the_machine():
+    assert precision(gpu=False, bf16=False) == (
         {"type": "OptimWrapper"},
         "precision: fp32; there is no GPU for the config's bfloat16",
     )
-    assert wrapper(gpu=True, bf16=True)[0]["dtype"] == "bfloat16"
-    assert wrapper(gpu=True, bf16=False)[0]["dtype"] == "float16"
+    assert precision(gpu=True, bf16=True)[0]["dtype"] == "bfloat16"
+    assert precision(gpu=True, bf16=False)[0]["dtype"] == "float16"
+
+
+def test_precision_follows_the_user():
+    gpu = {"gpu": True, "bf16": True}
+    assert precision("OptimWrapper", **gpu) == ({"type": "OptimWrapper"}, "precision: fp32, as the config says")
+    asked = precision("OptimWrapper", amp=True, **gpu)
+    assert asked == ({"type": "AmpOptimWrapper", "dtype": "bfloat16"}, "precision: mixed, bfloat16")
+    assert precision("OptimWrapper", amp=True, gpu=True, bf16=False)[0]["dtype"] == "float16"
+    assert precision(amp=False, **gpu) == ({"type": "OptimWrapper"}, "precision: fp32, as --no-amp says")
+    with pytest.raises(UserError, match="--amp was asked for, but torch sees no GPU"):
+        precision(amp=True, gpu=False, bf16=False)
+
+
+def test_ranks_of_slurm_are_translated(monkeypatch):
+    step = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_NODELIST": "gpu[03-05,9]"}
+    translate_slurm(step)
+    assert {name: step[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")} == {
+        "RANK": "5",
+        "WORLD_SIZE": "8",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "gpu03",
+        "MASTER_PORT": "29500",
+    }
+    hosts = [("one", "one"), ("a1,a2", "a1"), ("n[7]-ib,m", "n7-ib"), ("rack-2-[001-004]", "rack-2-001")]
+    assert all(first_host(nodes) == first for nodes, first in hosts)
+    with pytest.raises(UserError, match="SLURM_NODELIST is not set: Slurm did not start this process"):
+        translate_slurm({name: "0" for name in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")})
+
+
+def test_a_launcher_that_did_not_launch_is_refused(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match="torchrun did not start this process"):
+        join_launched("pytorch")
+    with pytest.raises(UserError, match="Slurm did not start this process"):
+        join_launched("slurm")
+    assert join_launched("none").is_main and join_launched(None).is_main
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="torchrun started 4 processes, each of which would train alone"):
+        join_launched("none")
 
 
 # ---------------------------------------------------------------- trainings
 
 
-def test_training_writes_a_whole_run_directory_twice_in_one_process(scenes, tmp_path, capsys):
+def test_training_writes_a_whole_run_directory_twice_in_one_process(tmp_path, capsys, tiny, write_encoder):
     mean, std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
     weights = write_encoder(tmp_path / "encoder.safetensors", image_size=24, mean=mean, std=std)
-    options = {**TINY, "data_root": str(scenes), "iterations": 4, "custom_hooks.0.interval": 2}
+    options = {**tiny, "iterations": 4, "custom_hooks.0.interval": 2}
     frozen = {**options, "lr": 0.0, "visualizer.vis_backends": [{"type": "TensorboardVisBackend"}]}
     first = train_segmenter(DIGITS, weights=weights, work_dir=tmp_path / "first", cfg_options=frozen)
     printed = capsys.readouterr().out
@@ -343,8 +239,8 @@ def test_training_writes_a_whole_run_directory_twice_in_one_process(scenes, tmp_
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_overfits_eight_images(scenes, tmp_path):
-    options = {**TINY, "data_root": str(scenes), "iterations": 100, "lr": 2e-3, "head_width": 32, "batch_size": 8}
+def test_overfits_eight_images(tmp_path, tiny):
+    options = {**tiny, "iterations": 100, "lr": 2e-3, "head_width": 32, "batch_size": 8}
     options["train_dataloader.dataset.pipeline.2.ratio_range"] = [1.0, 1.0]
     results = train_segmenter(DIGITS, work_dir=tmp_path / "run", cfg_options=options)
     assert results["mIoU"] > 90
@@ -352,8 +248,8 @@ def test_overfits_eight_images(scenes, tmp_path):
     assert lines[-2]["loss"] < 0.5 * lines[0]["loss"]
 
 
-def test_resume_goes_on_from_the_last_checkpoint(scenes, tmp_path):
-    options = {**TINY, "data_root": str(scenes), "iterations": 4, "custom_hooks.0.interval": 1}
+def test_resume_goes_on_from_the_last_checkpoint(tmp_path, tiny):
+    options = {**tiny, "iterations": 4, "custom_hooks.0.interval": 1}
     run = tmp_path / "run"
     train_segmenter(DIGITS, work_dir=run, cfg_options={**options, "train_cfg.max_iters": 2})
     with pytest.raises(UserError, match=r"is not empty; give another --work-dir, or --resume"):
@@ -377,8 +273,8 @@ class Malice:
         return Path.touch, (self.path,)
 
 
-def test_resume_runs_no_code_of_the_checkpoint(scenes, tmp_path):
-    options = {**TINY, "data_root": str(scenes), "iterations": 4}
+def test_resume_runs_no_code_of_the_checkpoint(tmp_path, tiny, refused):
+    options = {**tiny, "iterations": 4}
     run, trace = tmp_path / "run", tmp_path / "executed"
     train_segmenter(DIGITS, work_dir=run, cfg_options={**options, "train_cfg.max_iters": 2})
     checkpoint = run / "iter_2.pth"
@@ -400,11 +296,11 @@ def test_attributes_in_a_checkpoint_are_those_of_its_histories():
             history_method(owner, name)
 
 
-def test_unreadable_images_are_named_counted_and_left_out(scenes, tmp_path, capsys):
+def test_unreadable_images_are_named_counted_and_left_out(scenes, tmp_path, tiny):
     for part, name in (("training", "2.png"), ("validation", "7.png")):
         (scenes / "images" / part / name).write_bytes(b"no picture")
     (scenes / "images" / "training" / "._0.png").write_bytes(b"a notebook's copy")
-    options = {**TINY, "data_root": str(scenes), "iterations": 3}
+    options = {**tiny, "iterations": 3}
     config = read_config(DIGITS, options)
     found = checks.check_data(dict(config.items()))
     assert "1 unreadable images left out" in found["train data"] and "training/2.png" in found["train data"]
@@ -422,7 +318,7 @@ def test_left_out_images_respect_the_indices_of_the_config():
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_bad_map_that_the_check_did_not_see_is_named(scenes, tmp_path, monkeypatch, workers):
+def test_a_bad_map_that_the_check_did_not_see_is_named(scenes, tmp_path, monkeypatch, workers, tiny):
     path = scenes / "annotations" / "training" / "3.png"
     unchecked = checks.check_label_maps
 
@@ -432,7 +328,7 @@ def test_a_bad_map_that_the_check_did_not_see_is_named(scenes, tmp_path, monkeyp
         return found
 
     monkeypatch.setattr(checks, "check_label_maps", spoil)
-    options = {**TINY, "data_root": str(scenes), "iterations": 9, "workers": workers}
+    options = {**tiny, "iterations": 9, "workers": workers}
     with pytest.raises(UserError, match=rf"^label map {path} holds the value 9, which is none of the 3 classes; "):
         train_segmenter(DIGITS, work_dir=tmp_path / "run", cfg_options=options)
 
@@ -461,14 +357,15 @@ def test_small_data_config_needs_no_class_file(scenes):
     assert classes(num_classes=3, reduce_zero_label=False) == ["class 0", "class 1", "class 2"]
 
 
-def test_two_ranks_of_torchrun_train_as_one(scenes, tmp_path):
+def test_two_ranks_of_torchrun_train_as_one(tmp_path, tiny):
     script = REPOSITORY / "transfer" / "segmentation" / "train_net.py"
-    options = {**TINY, "data_root": scenes, "iterations": 3, "custom_hooks.0.interval": 1, "batch_size": 2}
+    options = {**tiny, "iterations": 3, "custom_hooks.0.interval": 1, "batch_size": 2}
     options.pop("visualizer.vis_backends")
     settings = [f"{key}={value}".replace(" ", "") for key, value in options.items()]
+    command = [str(script), str(DIGITS), "--work-dir", str(tmp_path / "run")]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*torchrun, str(script), str(DIGITS), "--work-dir", str(tmp_path / "run"), "--cfg-options", *settings],
+        [*torchrun, *command, "--launcher", "pytorch", "--cfg-options", *settings],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
@@ -479,7 +376,7 @@ def test_two_ranks_of_torchrun_train_as_one(scenes, tmp_path):
     assert steps == [1, 2, 3, 3]
 
 
-def test_mmseg_alone_runs_the_config(scenes, tmp_path, monkeypatch):
+def test_mmseg_alone_runs_the_config(scenes, tmp_path, monkeypatch, write_encoder):
     from mmengine.runner import Runner
 
     config = Config.fromfile(DIGITS)
@@ -495,9 +392,9 @@ def test_mmseg_alone_runs_the_config(scenes, tmp_path, monkeypatch):
     assert runner.model.backbone.loading.share == 1 and runner.iter == 2
 
 
-def test_grey_weights_make_grey_images(scenes, tmp_path, capsys):
+def test_grey_weights_make_grey_images(tmp_path, capsys, tiny, write_encoder):
     weights = write_encoder(tmp_path / "grey.safetensors", in_chans=1, mean=[0.5], std=[0.25])
-    options = {**TINY, "data_root": str(scenes), "iterations": 3}
+    options = {**tiny, "iterations": 3}
     results = train_segmenter(DIGITS, weights=weights, work_dir=tmp_path / "run", cfg_options=options)
     assert results["steps"] == 3 and "read as greyscale" in capsys.readouterr().out
 
@@ -505,101 +402,84 @@ def test_grey_weights_make_grey_images(scenes, tmp_path, capsys):
 # ---------------------------------------------------------------- wrong input
 
 
-def refused(scenes: Path, tmp_path: Path, capsys, *arguments: str, **options) -> str:
-    """The one sentence that the command answers with; nothing may have been written."""
-    work_dir = tmp_path / "refused"
-    settings = {**TINY, "data_root": scenes, "iterations": 3, **options}
-    settings.pop("visualizer.vis_backends")
-    command = [str(DIGITS), "--work-dir", str(work_dir), *arguments, "--cfg-options"]
-    with pytest.raises(SystemExit) as stopped:
-        main([*command, *(f"{key}={value}".replace(" ", "") for key, value in settings.items())])
-    assert stopped.value.code == 2
-    assert not work_dir.exists()
-    error = capsys.readouterr().err.strip()
-    assert error.startswith("error: ") and "\n" not in error
-    return error
-
-
-def test_label_value_out_of_range(scenes, tmp_path, capsys):
+def test_label_value_out_of_range(scenes, refused):
     path = scenes / "annotations" / "training" / "3.png"
     labels = np.asarray(Image.open(path)).copy()
     labels[0, 0] = 200
     Image.fromarray(labels).save(path)
-    assert f"label map {path} holds the value 200, but num_classes=3 allows 0..2" in refused(scenes, tmp_path, capsys)
+    assert f"label map {path} holds the value 200, but num_classes=3 allows 0..2" in refused()
 
 
-def test_image_without_label_map(scenes, tmp_path, capsys):
+def test_image_without_label_map(scenes, refused):
     (scenes / "annotations" / "validation" / "5.png").unlink()
-    assert "1 of 8 images have no label map" in refused(scenes, tmp_path, capsys)
+    assert "1 of 8 images have no label map" in refused()
 
 
-def test_missing_data_folder(scenes, tmp_path, capsys):
-    error = refused(scenes, tmp_path, capsys, data_root=tmp_path / "nowhere")
+def test_missing_data_folder(tmp_path, refused):
+    error = refused(data_root=tmp_path / "nowhere")
     assert f"data folder {tmp_path}/nowhere/images/training does not exist; set data_root" in error
 
 
-def test_number_of_classes(scenes, tmp_path, capsys):
-    error = refused(scenes, tmp_path, capsys, num_classes=4)
+def test_number_of_classes(refused):
+    error = refused(num_classes=4)
     assert "num_classes=4, and the train data 3 classes (ground, box, disc); set num_classes=3" in error
 
 
-def test_unreadable_image_where_it_is_to_stop_the_run(scenes, tmp_path, capsys):
+def test_unreadable_image_where_it_is_to_stop_the_run(scenes, refused):
     (scenes / "images" / "training" / "2.png").write_bytes(b"no picture")
     option = {"train_dataloader.dataset.on_error": "raise"}
-    assert "2.png cannot be read" in refused(scenes, tmp_path, capsys, **option)
+    assert "2.png cannot be read" in refused(**option)
 
 
-def test_weights_of_another_architecture(scenes, tmp_path, capsys):
+def test_weights_of_another_architecture(tmp_path, tiny, write_encoder, refused):
     weights = write_encoder(tmp_path / "tiny.safetensors", size="tiny")
-    error = refused(scenes, tmp_path, capsys, "--weights", str(weights))
+    error = refused("--weights", str(weights))
     assert f"the config builds an encoder with size=nano, and {weights} holds one with size=tiny" in error
 
 
-def test_weights_that_hold_no_encoder(scenes, tmp_path, capsys):
+def test_weights_that_hold_no_encoder(tmp_path, refused):
     write_weights(tmp_path / "detector.safetensors", {"roi_heads.weight": torch.zeros(2)}, {})
-    assert "no MAE encoder in it" in refused(
-        scenes, tmp_path, capsys, "--weights", str(tmp_path / "detector.safetensors")
-    )
+    assert "no MAE encoder in it" in refused("--weights", str(tmp_path / "detector.safetensors"))
 
 
-def test_weights_that_lack_a_tensor(scenes, tmp_path, capsys):
+def test_weights_that_lack_a_tensor(tmp_path, write_encoder, refused):
     weights = write_encoder(tmp_path / "encoder.safetensors")
     state, metadata = read_weights(weights)
     state.pop("blocks.2.attn.qkv.weight")
     write_weights(weights, state, metadata)
-    error = refused(scenes, tmp_path, capsys, "--weights", str(weights))
+    error = refused("--weights", str(weights))
     assert "blocks.2.attn.qkv.weight: missing from the file" in error
 
 
-def test_truncated_and_missing_weights(scenes, tmp_path, capsys):
+def test_truncated_and_missing_weights(tmp_path, write_encoder, refused):
     weights = write_encoder(tmp_path / "encoder.safetensors")
     weights.write_bytes(weights.read_bytes()[:-100])
-    assert "is truncated" in refused(scenes, tmp_path, capsys, "--weights", str(weights))
-    assert "does not exist" in refused(scenes, tmp_path, capsys, "--weights", str(tmp_path / "none.pth"))
+    assert "is truncated" in refused("--weights", str(weights))
+    assert "does not exist" in refused("--weights", str(tmp_path / "none.pth"))
 
 
-def test_normalisation_that_contradicts_the_weights(scenes, tmp_path, capsys):
+def test_normalisation_that_contradicts_the_weights(tmp_path, write_encoder, refused):
     weights = write_encoder(tmp_path / "encoder.safetensors", mean=[0.5] * 3, std=[0.5] * 3)
     option = {"model.data_preprocessor.mean": [1, 2, 3]}
-    error = refused(scenes, tmp_path, capsys, "--weights", str(weights), **option)
+    error = refused("--weights", str(weights), **option)
     assert "mean=[1, 2, 3] was asked for" in error and "[127.5, 127.5, 127.5]" in error
 
 
-def test_crop_that_does_not_split_into_patches(scenes, tmp_path, capsys):
-    assert "30" in refused(scenes, tmp_path, capsys, crop_size=30)
+def test_crop_that_does_not_split_into_patches(refused):
+    assert "30" in refused(crop_size=30)
 
 
-def test_encoder_wider_than_the_heads(scenes, tmp_path, capsys):
-    assert "maps of a tiny encoder are 192 wide; set width=192" in refused(scenes, tmp_path, capsys, size="tiny")
+def test_encoder_wider_than_the_heads(tiny, refused):
+    assert "maps of a tiny encoder are 192 wide; set width=192" in refused(size="tiny")
 
 
-def test_training_shorter_than_its_warm_up(scenes, tmp_path, capsys):
-    error = refused(scenes, tmp_path, capsys, iterations=2)
+def test_training_shorter_than_its_warm_up(refused):
+    error = refused(iterations=2)
     assert "the PolyLR phase of param_scheduler runs from step 2 to 2; train for more steps" in error
 
 
-def test_batch_of_one(scenes, tmp_path, capsys):
-    assert "batch norm needs at least 2 images" in refused(scenes, tmp_path, capsys, batch_size=1)
+def test_batch_of_one(refused):
+    assert "batch norm needs at least 2 images" in refused(batch_size=1)
 
 
 def test_script_run_by_path_names_a_missing_config(tmp_path):

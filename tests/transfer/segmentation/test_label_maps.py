@@ -8,7 +8,8 @@ from PIL import Image
 
 from mae_core.errors import UserError
 from transfer.segmentation.drawing import IGNORED_COLOUR, TITLES, Example, colour_labels, draw_examples, palette
-from transfer.segmentation.label_maps import check_label_maps, pair_files, read_classes
+from transfer.segmentation.label_check import check_label_maps
+from transfer.segmentation.label_maps import pair_files, read_classes
 
 
 def write_pair(root: Path, name: str, labels: np.ndarray, image_suffix: str = ".jpg") -> None:

@@ -1,0 +1,142 @@
+"""The command that looks at images and label maps before a training; none of it needs mmseg but a config."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from transfer.segmentation.check_data import main
+from transfer.segmentation.label_check import zero_label_mistake
+
+
+def look(scenes: Path, capsys, *arguments: str, num_classes: int = 3, reduce: str = "no") -> tuple[int, str]:
+    """Exit code and all that the command says of the training half of the scenes."""
+    folders = [f"--{name}={scenes / folder / 'training'}" for name, folder in FOLDERS.items()]
+    classes = [] if any("--classes" in word for word in arguments) else [f"--num-classes={num_classes}"]
+    code = 0
+    try:
+        main([*folders, *classes, f"--reduce-zero-label={reduce}", *arguments])
+    except SystemExit as stopped:
+        code = stopped.code
+    said = capsys.readouterr()
+    return code, said.out + said.err
+
+
+FOLDERS = {"images": "images", "label-maps": "annotations"}
+
+
+def relabel(scenes: Path, change) -> None:
+    """Write every label map of both halves anew."""
+    for path in (scenes / "annotations").rglob("*.png"):
+        Image.fromarray(change(np.asarray(Image.open(path))).astype(np.uint8)).save(path)
+
+
+def test_nothing_wrong(scenes, capsys):
+    code, said = look(scenes, capsys)
+    assert code == 0 and "all 8 images read" in said and said.endswith("nothing is wrong\n")
+    maps = np.stack([np.asarray(Image.open(path)) for path in sorted((scenes / "annotations/training").iterdir())])
+    assert f"class 1                  {(maps == 1).mean():>7.2%}\n" in said
+
+
+def test_every_mistake_is_listed_at_once(scenes, capsys):
+    images, maps = (scenes / folder / "training" for folder in FOLDERS.values())
+    (maps / "0.png").unlink()
+    (images / "1.png").unlink()
+    (images / "2.png").write_bytes((images / "2.png").read_bytes()[:60])
+    (maps / "3.png").write_bytes(b"no picture")
+    Image.fromarray(np.zeros((31, 32), np.uint8)).save(maps / "4.png")
+    labels = np.asarray(Image.open(maps / "5.png")).copy()
+    labels[3, 4] = 200
+    Image.fromarray(labels).save(maps / "5.png")
+    Image.new("RGB", (32, 32)).save(maps / "6.png")
+    code, said = look(scenes, capsys)
+    assert code == 2
+    for line in (
+        "images without a label map: 1",
+        f"image {images / '0.png'} has no label map; it would be {maps / '0.png'}; add it",
+        "label maps without an image: 1",
+        f"label map {maps / '1.png'} has no image of its name below {images}",
+        "unreadable images: 1",
+        f"{images / '2.png'}: ",
+        "unreadable label maps: 2",
+        f"label map {maps / '3.png'} cannot be read",
+        f"label map {maps / '6.png'} is a colour picture",
+        "different sizes: 1",
+        f"image {images / '4.png'} has 32x32 pixels and its label map {maps / '4.png'} 31x32",
+        "values that are no class: 1",
+        f"label map {maps / '5.png'} holds the value 200, but num_classes=3 allows 0..2",
+        "error: 7 problems found",
+    ):
+        assert line in said, line
+
+
+def test_the_suffix_that_would_match_the_names_is_told(scenes, capsys):
+    maps = scenes / "annotations" / "training"
+    for path in list(maps.iterdir()):
+        path.rename(maps / f"{path.stem}_labelIds.png")
+    code, said = look(scenes, capsys)
+    assert code == 2 and "images without a label map: 8" in said and "set seg_map_suffix=_labelIds.png" in said
+    assert look(scenes, capsys, "--map-suffix=_labelIds.png")[0] == 0
+
+
+def test_void_that_is_not_reduced(scenes, capsys):
+    relabel(scenes, lambda labels: labels + (labels > 0))  # 0 void, 2 and 3; and now 1
+    relabel(scenes, lambda labels: np.where(np.arange(32) == 0, 1, labels))
+    code, said = look(scenes, capsys)
+    assert code == 2 and "the zero label: 1" in said
+    assert "the values run from 0 to 3, one more than the 3 classes: if 0 is void, as in ADE20K, set reduce" in said
+    assert look(scenes, capsys, reduce="yes")[0] == 0
+
+
+def test_a_class_that_would_be_reduced_away(scenes, capsys):
+    code, said = look(scenes, capsys, reduce="yes")
+    assert code == 2 and "the values run from 0 to 2, as many as there are classes" in said
+    names = scenes / "names.txt"
+    names.write_text("0\tvoid\n1\tbox\n2\tdisc\n3\trare\n")  # somebody has said what is meant
+    assert look(scenes, capsys, f"--classes={names}", reduce="yes")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "num_classes", "reduced", "wrong"),
+    [
+        ({0, 1, 2}, 3, False, False),
+        ({0, 1, 2, 255}, 3, False, False),
+        ({1, 2, 3}, 3, False, True),
+        ({0, 3}, 3, False, True),
+        ({0, 200}, 3, False, False),  # out of range, but not by one
+        ({0, 1, 2, 3}, 3, True, False),
+        ({0, 1, 2}, 3, True, True),
+        ({1, 2}, 3, True, False),
+        ({0, 1}, 3, True, False),
+        ({255}, 3, True, False),
+    ],
+)
+def test_zero_label_mistake(values, num_classes, reduced, wrong):
+    assert (zero_label_mistake(values, num_classes, reduced) is not None) == wrong
+
+
+def test_what_is_missing_is_said(capsys, tmp_path, scenes):
+    for arguments, message in (
+        ([f"--images={tmp_path}"], "without a CONFIG, --label-maps, --reduce-zero-label, --num-classes"),
+        (["no_such.py"], "config no_such.py does not exist"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == 2 and message in capsys.readouterr().err
+    (scenes / "images" / "training").rename(scenes / "images" / "elsewhere")
+    assert "images/training does not exist" in look(scenes, capsys)[1]
+
+
+def test_folders_of_a_config(scenes, capsys):
+    pytest.importorskip("mmseg", reason="mmseg is not installed; pip install mae-transfer[segmentation]")
+    config = Path(__file__).parents[3] / "configs" / "segmentation" / "digits.py"
+    (scenes / "annotations" / "validation" / "3.png").unlink()
+    with pytest.raises(SystemExit):
+        main([str(config), "--cfg-options", f"data_root={scenes}", "num_classes=3"])
+    said = capsys.readouterr().out
+    assert "train data: all 8 images read" in said and "val data: 7 of 8 images read" in said and "disc" in said
+    assert said.count("without a label map: 1") == 1
+    with pytest.raises(SystemExit):
+        main([str(config), "--cfg-options", f"data_root={scenes}", "num_classes=4"])
+    assert "num_classes=4, and the train data 3 classes" in capsys.readouterr().err

@@ -1,0 +1,229 @@
+"""A trained segmenter's file: read, evaluated, asked to label images."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mae_core.conversion.files import read_weights, write_weights
+from mae_core.errors import UserError
+from transfer.segmentation.config import inference_mode, inference_pipeline
+from transfer.segmentation.predict import main, predict
+from transfer.segmentation.segmenter_file import literal_config, read_segmenter
+
+pytest.importorskip("mmseg", reason="mmseg is not installed; pip install mae-transfer[segmentation]")
+pytest.importorskip("transfer.segmentation.engine_mmseg", reason="mmseg is here without mmcv or mmengine")
+
+from transfer.segmentation import train_net
+from transfer.segmentation.engine_mmseg.prediction import Predictor
+
+DIGITS = Path(__file__).parents[3] / "configs" / "segmentation" / "digits.py"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, write_scenes, tiny_options):
+    """A run of a few steps on scenes of three classes, whose images are not square; and their folder."""
+    root = tmp_path_factory.mktemp("trained")
+    scenes = write_scenes(root / "scenes", side=(24, 40))
+    options = {**tiny_options, "data_root": str(scenes), "iterations": 12, "lr": 2e-3}
+    train_net.train_segmenter(DIGITS, work_dir=root / "run", cfg_options=options)
+    return root / "run", scenes
+
+
+def mean_iou(truth: Path, found: Path) -> float:
+    confusion = np.zeros((3, 3))
+    for path in truth.glob("*.png"):
+        np.add.at(confusion, (np.asarray(Image.open(path)), np.asarray(Image.open(found / path.name))), 1)
+    right = np.diag(confusion)
+    union = confusion.sum(0) + confusion.sum(1) - right
+    return 100 * float(np.mean((right / union)[confusion.sum(1) > 0]))
+
+
+def test_label_maps_are_those_of_the_evaluation(trained, tmp_path, capsys):
+    run, scenes = trained
+    main([str(run), str(scenes / "images" / "validation"), "--out", str(tmp_path / "out")])
+    assert "labelled 8 images" in capsys.readouterr().out
+    stated = json.loads((run / "metrics.json").read_text())
+    assert mean_iou(scenes / "annotations" / "validation", tmp_path / "out" / "labels") == pytest.approx(
+        stated["mIoU"], abs=0.011
+    )
+    label_map = Image.open(tmp_path / "out" / "labels" / "3.png")
+    assert label_map.mode == "L" and label_map.size == (40, 24)
+    assert (tmp_path / "out" / "classes.txt").read_text() == (scenes / "classes.txt").read_text()
+    overlay = Image.open(tmp_path / "out" / "overlays" / "3.png")
+    assert overlay.mode == "RGB" and overlay.width >= 40 and overlay.height > 24
+    file = read_segmenter(run)
+    labels = np.asarray(label_map)
+    colour, pixel = (
+        np.array(file.palette[labels[5, 7]]),
+        np.asarray(Image.open(scenes / "images/validation/3.png"))[5, 7],
+    )
+    assert np.abs(np.asarray(overlay)[5, 7] - (colour + pixel) / 2).max() <= 1
+
+
+def test_evaluation_of_a_file_repeats_the_training_s(trained, tmp_path, capsys):
+    run, scenes = trained
+    stated = json.loads((run / "metrics.json").read_text())
+    options = {"data_root": str(scenes), "visualizer.vis_backends": []}
+    for name, checkpoint in (("file", run / "segmenter.safetensors"), ("folder", run)):
+        found = train_net.evaluate_segmenter(DIGITS, checkpoint, work_dir=tmp_path / name, cfg_options=options)
+        assert found["per_class"] == stated["per_class"] and found["mIoU"] == stated["mIoU"]
+    assert (tmp_path / "file" / "metrics.json").is_file() and list((tmp_path / "file" / "pictures").iterdir())
+    assert not (tmp_path / "file" / "segmenter.safetensors").exists()
+
+
+def test_evaluation_of_a_checkpoint_of_mmengine(trained, tmp_path, tiny_options, capsys):
+    run, scenes = trained
+    settings = {**tiny_options, "data_root": scenes}
+    settings.pop("visualizer.vis_backends")
+    options = [f"{key}={value}".replace(" ", "") for key, value in settings.items()]
+    checkpoint = str(run / "iter_12.pth")
+    command = [str(DIGITS), "--eval-only", checkpoint, "--work-dir", str(tmp_path / "run"), "--cfg-options", *options]
+    train_net.main(command)
+    stated = json.loads((run / "metrics.json").read_text())
+    assert f"mIoU {stated['mIoU']:.2f}" in capsys.readouterr().out
+    wider = [*command[:4], str(tmp_path / "other"), *command[5:], "head_width=24"]
+    with pytest.raises(SystemExit):
+        train_net.main(wider)
+    told = capsys.readouterr().err
+    assert "iter_12.pth does not fit the model of the config" in told and "of another shape, such as" in told
+    assert not (tmp_path / "other").exists()
+
+
+def test_views_of_other_scales_and_mirrored_ones_are_averaged(trained):
+    run, scenes = trained
+    file = read_segmenter(run)
+    path = scenes / "images" / "validation" / "2.png"
+    several = Predictor(file, scales=(0.5, 1.0, 2.0), flip=True)
+    assert len(several.pipeline.transforms[1].subroutines) == 6
+    assert several(path).shape == (24, 40)
+    plain, single = Predictor(file), Predictor(file, scales=(1.0,), flip=True)
+    mirrored = scenes / "mirrored.png"
+    Image.open(path).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(mirrored)
+    both = single(path)
+    assert np.array_equal(both, single(mirrored)[:, ::-1])  # an average over both does not see which was given
+    assert not np.array_equal(plain(path), plain(mirrored)[:, ::-1])
+
+
+def test_sliding_windows(trained):
+    run, scenes = trained
+    file = read_segmenter(run)
+    path = scenes / "images" / "validation" / "2.png"
+    whole, slide = Predictor(file, mode="whole"), Predictor(file, mode="slide", crop_size=16, stride=8)
+    covering = Predictor(file, mode="slide", crop_size=64)
+    assert np.array_equal(covering(path), whole(path))
+    assert slide(path).shape == (24, 40) and not np.array_equal(slide(path), whole(path))
+    seen = []
+    slide.model.backbone.register_forward_hook(lambda module, given, result: seen.append(given[0].shape[-2:]))
+    slide(path)
+    assert len(seen) == 3 * 7 and set(seen) == {(16, 16)}  # 32 x 64 after padding to whole windows of the pyramid
+
+
+def test_windows_of_an_inference():
+    config = {"model": {"data_preprocessor": {"size": (48, 48)}, "test_cfg": {"mode": "whole"}}}
+    assert inference_mode(config) == {"mode": "whole"}
+    assert inference_mode(config, mode="slide") == {"mode": "slide", "crop_size": (48, 48), "stride": (32, 32)}
+    assert inference_mode(config, stride=10)["stride"] == (10, 10)
+    with pytest.raises(UserError, match="leave gaps"):
+        inference_mode(config, mode="slide", stride=49)
+    with pytest.raises(UserError, match="belong to --mode slide"):
+        inference_mode(config, mode="whole", stride=4)
+    with pytest.raises(UserError, match="must be positive"):
+        inference_pipeline(config, [0.0], flip=False)
+
+
+def test_a_file_s_config_is_data():
+    text = "a = dict(b=(1, 2), c=[None, dict(d=-1.5)])\ne = {'f': True}\n"
+    assert literal_config(text) == {"a": {"b": (1, 2), "c": [None, {"d": -1.5}]}, "e": {"f": True}}
+    for code in ("import os", "a = open('x')", "a = dict(b=__import__('os'))", "a = [x for x in 'ab']"):
+        with pytest.raises(ValueError):
+            literal_config(code)
+
+
+def test_code_in_a_file_is_not_run(trained, tmp_path):
+    state, metadata = read_weights(trained[0] / "segmenter.safetensors")
+    metadata["config"] += f"\nx = open({str(tmp_path / 'trace')!r}, 'w')\n"
+    write_weights(tmp_path / "s.safetensors", state, metadata)
+    with pytest.raises(UserError, match=r"the metadata of .* is damaged"):
+        read_segmenter(tmp_path / "s.safetensors")
+    assert not (tmp_path / "trace").exists()
+
+
+def refusal(capsys, *arguments) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in arguments])
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+def test_predict_refuses_in_one_sentence(trained, tmp_path, capsys, write_encoder):
+    run, scenes = trained
+    images, out = scenes / "images" / "validation", tmp_path / "out"
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes((run / "segmenter.safetensors").read_bytes()[:-500])
+    encoder = write_encoder(tmp_path / "encoder.safetensors")
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "x").touch()
+    for message, *arguments in (
+        ("is no segmenter (it holds mae_core)", encoder, images, "--out", out),
+        ("is truncated", broken, images, "--out", out),
+        ("holds no segmenter.safetensors", scenes, images, "--out", out),
+        ("does not exist", tmp_path / "none.safetensors", images, "--out", out),
+        ("does not exist; give image files or folders", run, tmp_path / "nowhere", "--out", out),
+        ("cannot be read", run, tmp_path / "text.png", "--out", out),
+        ("is not empty; give another --out", run, images, "--out", tmp_path / "taken"),
+        ("would both be written as 1.png", run, images / "1.png", scenes / "images/training/1.png", "--out", out),
+        ("--opacity is 3.0", run, images, "--out", out, "--opacity", "3"),
+        ("leave gaps", run, images, "--out", out, "--mode", "slide", "--stride", "999"),
+    ):
+        assert message in refusal(capsys, *arguments)
+        assert not out.exists()
+
+
+def test_unreadable_images_are_named_and_the_rest_is_labelled(trained, tmp_path, capsys):
+    run, scenes = trained
+    folder = tmp_path / "photos"
+    (folder / "deep").mkdir(parents=True)
+    Image.open(scenes / "images/training/0.png").save(folder / "deep" / "a.jpg")
+    (folder / "b.jpg").write_bytes(b"no picture")
+    written = predict(run, [folder], tmp_path / "out")
+    assert written == [tmp_path / "out" / "labels" / "deep" / "a.png"]
+    assert f"skipped: image {folder / 'b.jpg'} cannot be read" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"b\.jpg cannot be read"):
+        predict(run, [folder], tmp_path / "other", on_error="raise")
+
+
+def test_values_are_those_of_the_label_maps_it_was_trained_on(trained, tmp_path):
+    state, metadata = read_weights(trained[0] / "segmenter.safetensors")
+    write_weights(tmp_path / "s.safetensors", state, {**metadata, "reduce_zero_label": True})
+    image = trained[1] / "images" / "training" / "0.png"
+    (plain,) = predict(trained[0], [image], tmp_path / "plain")
+    (reduced,) = predict(tmp_path / "s.safetensors", [image], tmp_path / "reduced")
+    assert np.array_equal(np.asarray(Image.open(plain)) + 1, np.asarray(Image.open(reduced)))
+    assert (tmp_path / "reduced" / "classes.txt").read_text() == "1\tground\n2\tbox\n3\tdisc\n"
+
+
+def test_evaluation_refuses(trained, tmp_path, capsys):
+    run, scenes = trained
+    options = {"data_root": str(scenes), "visualizer.vis_backends": []}
+
+    def refused(checkpoint, match, **more):
+        with pytest.raises(UserError, match=match):
+            train_net.evaluate_segmenter(DIGITS, checkpoint, work_dir=tmp_path / "run", cfg_options={**options, **more})
+        assert not (tmp_path / "run").exists()
+
+    refused(tmp_path / "none.pth", r"none\.pth does not exist")
+    torch.save({"weights": 1}, tmp_path / "odd.pth")
+    refused(tmp_path / "odd.pth", "holds no state_dict")
+    (scenes / "other.txt").write_text("0\tsky\n1\tbox\n2\tdisc\n")
+    other = {f"{part}_dataloader.dataset.classes_file": "other.txt" for part in ("train", "val")}
+    refused(run, r"was trained on other classes than the data has \('ground' against 'sky'\)", **other)
+    for flag in ("--resume", "--amp", "--weights=x"):
+        with pytest.raises(SystemExit):
+            train_net.main([str(DIGITS), "--eval-only", str(run), flag])
+        assert "--eval-only trains nothing" in capsys.readouterr().err
