@@ -22,7 +22,12 @@ lr = 1.2e-3
 model = dict(
     data_preprocessor=dict(size=(crop_size, crop_size)),
     backbone=dict(
-        size=size, image_size=crop_size, patch_size=patch_size, drop_path=0.0, relative_positions="none"
+        size=size,
+        image_size=crop_size,
+        patch_size=patch_size,
+        drop_path=0.0,
+        relative_positions="none",
+        layer_scale=None,
     ),
     neck=dict(embed_dim=width, rescales=[2, 1, 0.5, 0.25]),  # patches of 8: the strides are 4, 8, 16, 32 as ever
     decode_head=dict(in_channels=[width] * 4, channels=head_width, num_classes=num_classes),

@@ -29,7 +29,7 @@ warmup = max(2, iterations // 20)
 lr = 5e-4
 
 model = dict(
-    data_preprocessor=dict(size=(crop_size, crop_size)),
+    data_preprocessor=dict(size=(crop_size, crop_size), test_cfg=dict(size_divisor=4 * patch_size)),
     backbone=dict(size=size, image_size=crop_size, patch_size=patch_size),
     neck=dict(embed_dim=width, rescales=[2, 1, 0.5, 0.25]),  # patches of 12: the strides are 6, 12, 24, 48
     decode_head=dict(in_channels=[width] * 4, channels=head_width, num_classes=num_classes),

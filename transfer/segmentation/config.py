@@ -29,27 +29,48 @@ def check_config_exists(path: Path) -> None:
         raise UserError(f"config {path} does not exist or is not a .py file; {near}")
 
 
-def variables_of(source: str) -> set[str]:
-    """Names that a config file assigns at its top level, its bases aside."""
-    return {name for name, _ in _assignments(ast.parse(source)) if name != BASES}
+def variables_of(path: Path) -> set[str]:
+    """Names that a config file and its bases assign at their top level."""
+    tree = _parse(path)
+    own = {name for name, _ in _assignments(tree) if name != BASES}
+    return own.union(*(variables_of(base) for base in _bases(tree, path.parent)))
 
 
-def with_variables(source: str, values: Mapping[str, Any], folder: Path) -> str:
-    """A config's source with top-level assignments replaced, so that whatever is computed from them follows.
+def copy_with_variables(path: Path, values: Mapping[str, Any], folder: Path) -> Path:
+    """Copy a config and its bases into ``folder`` with top-level assignments replaced by ``values``; returns the copy.
 
-    mmengine merges options into the finished config only, where a changed ``crop_size`` or ``data_root`` would reach no
-    pipeline. Bases, relative to ``folder``, become absolute.
+    Whatever is computed from a variable, in a base too, then follows. mmengine merges options into the finished config
+    only, where a changed ``crop_size`` or ``data_root`` would reach no pipeline.
     """
-    tree = ast.parse(source)
+    tree = _parse(path)
+    copies = [
+        copy_with_variables(base, values, folder / f"base{number}")
+        for number, base in enumerate(_bases(tree, path.parent))
+    ]
     for name, assignment in _assignments(tree):
-        if name in values:
-            assignment.value = ast.parse(repr(values[name]), mode="eval").body
-        elif name == BASES:
-            given = ast.literal_eval(assignment.value)
-            bases = [given] if isinstance(given, str) else list(given)
-            paths = [base if "::" in base else str(folder / base) for base in bases]
-            assignment.value = ast.parse(repr(paths), mode="eval").body
-    return ast.unparse(tree)
+        if name == BASES or name in values:
+            value = list(map(str, copies)) if name == BASES else values[name]
+            assignment.value = ast.parse(repr(value), mode="eval").body
+    folder.mkdir(parents=True, exist_ok=True)
+    copy = folder / path.name
+    copy.write_text(ast.unparse(tree), encoding="utf-8")
+    return copy
+
+
+def _parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def _bases(tree: ast.Module, folder: Path) -> list[Path]:
+    """The base files of a config, as absolute paths. Raises ``UserError`` for those that belong to a package."""
+    given = [ast.literal_eval(assignment.value) for name, assignment in _assignments(tree) if name == BASES]
+    bases = [base for entry in given for base in ([entry] if isinstance(entry, str) else entry)]
+    if foreign := [base for base in bases if "::" in base]:
+        raise UserError(
+            f"the base {foreign[0]!r} lies in a package, where the maintained forks of mmengine do not find it; "
+            "copy the file and name its path"
+        )
+    return [(folder / base).resolve() for base in bases]
 
 
 def _assignments(tree: ast.Module) -> Iterator[tuple[str, ast.Assign]]:

@@ -10,9 +10,10 @@ model = dict(
         bgr_to_rgb=True,
         pad_val=0,
         seg_pad_val=255,
-        test_cfg=dict(size_divisor=32),
+        test_cfg=dict(size_divisor=32),  # whole cells of the coarsest map; a leaf with other patches sets its own
     ),
-    backbone=dict(type="MAECoreViT", drop_path=0.1),
+    # BEiT's relative positions, from zero, and a trainable LayerScale from 1: both are added in transfer alone
+    backbone=dict(type="MAECoreViT", drop_path=0.1, relative_positions="table", layer_scale=1.0),
     neck=dict(type="Feature2Pyramid", rescales=[4, 2, 1, 0.5], norm_cfg=dict(type="SyncBN", requires_grad=True)),
     decode_head=dict(
         type="UPerHead",

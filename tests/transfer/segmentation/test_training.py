@@ -15,8 +15,6 @@ from safetensors.torch import load_file
 
 from mae_core.conversion.files import read_weights, write_weights
 from mae_core.errors import UserError
-from transfer.segmentation.config import check_key, with_variables
-from transfer.segmentation.launching import first_host, join_launched, translate_slurm
 from transfer.segmentation.train_net import train_segmenter
 
 mmseg = pytest.importorskip("mmseg", reason="mmseg is not installed; pip install mae-transfer[segmentation]")
@@ -25,10 +23,9 @@ engine = pytest.importorskip("transfer.segmentation.engine_mmseg", reason="mmseg
 from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
 
-from transfer.segmentation import config as configs
 from transfer.segmentation.engine_mmseg import checks
 from transfer.segmentation.engine_mmseg.checkpoints import history_method, load_safely
-from transfer.segmentation.engine_mmseg.options import parse_options, read_config, registered
+from transfer.segmentation.engine_mmseg.options import read_config
 from transfer.segmentation.label_maps import LabelledImage
 
 REPOSITORY = Path(__file__).parents[3]
@@ -63,140 +60,6 @@ def test_iou_equals_an_independent_confusion_matrix():
             "Acc": pytest.approx(accuracy[index], abs=0.01),
         }
     assert metric.per_class["absent"] == {"IoU": None, "Acc": None}
-
-
-# ---------------------------------------------------------------- configs and options
-
-
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
-def test_config_is_one_that_mmengine_reads(path):
-    config = Config.fromfile(path)
-    configs.check_widths(dict(config.items()))
-    assert config.model.backbone.type == "MAECoreViT" and config.default_scope == "mmseg"
-    assert config.param_scheduler[1].end == config.train_cfg.max_iters
-    assert config.optim_wrapper.constructor == "MAECoreLayerDecay"
-    for section in configs.sections(config.to_dict()):
-        if isinstance(section.get("type"), str):
-            assert registered(section["type"]), f"{section['type']} is unknown to mmseg"
-
-
-def test_ade20k_recipe_numbers():
-    config = read_config(next(CONFIGS.glob("*ade20k*")), {})
-    optimizer = config.optim_wrapper.optimizer
-    assert (optimizer.lr, optimizer.betas, optimizer.weight_decay) == (1e-4, (0.9, 0.999), 0.05)
-    assert config.optim_wrapper.type == "AmpOptimWrapper" and config.optim_wrapper.dtype == "bfloat16"
-    assert config.optim_wrapper.paramwise_cfg.layer_decay_rate == 0.65
-    assert config.model.test_cfg == {"mode": "slide", "crop_size": (512, 512), "stride": (341, 341)}
-    assert (config.model.decode_head.channels, config.model.auxiliary_head.loss_decode.loss_weight) == (768, 0.4)
-
-
-def test_a_variable_reaches_whatever_is_computed_from_it():
-    config = read_config(DIGITS, {"data_root": "/somewhere", "crop_size": 48, "lr": 0.5, "iterations": 7})
-    assert config.train_dataloader.dataset.data_root == config.val_dataloader.dataset.data_root == "/somewhere"
-    assert config.model.data_preprocessor["size"] == (48, 48)
-    assert config.train_dataloader.dataset.pipeline[3].crop_size == (48, 48)
-    assert config.model.backbone.image_size == 48
-    assert config.optim_wrapper.optimizer.lr == 0.5
-    assert config.param_scheduler[1].end == config.train_cfg.max_iters == 7
-
-
-def test_setting_variables_keeps_bases_where_they_are(tmp_path):
-    source = with_variables("_base_ = ['_base_/a.py']\nx = 1\ny = 2 * x\n", {"x": 5}, tmp_path)
-    scope: dict = {}
-    exec(source, scope)
-    assert scope["y"] == 10 and scope["_base_"] == [str(tmp_path / "_base_" / "a.py")]
-
-
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        ("data_rot=x", "unknown config option 'data_rot'; did you mean 'data_root'"),
-        ("model.backbon.drop_path=0", "did you mean 'model.backbone'"),
-        ("model.backbone.drop_pth=0", "did you mean 'model.backbone.drop_path'"),
-        ("model.backbone.fp16=1", "unknown config option 'model.backbone.fp16'"),
-        ("train_cfg.max_iter=5", "did you mean 'train_cfg.max_iters'"),
-        ("optim_wrapper.optimizer.learning_rate=1", "unknown config option 'optim_wrapper.optimizer.learning_rate'"),
-        ("fp16.loss_scale=dynamic", "unknown config option 'fp16.loss_scale'"),
-        ("train_dataloader.dataset.pipeline.9.prob=0", "pipeline is a list of 5"),
-        ("lr.x=1", "lr is a variable of"),
-        ("lr", "'lr' is not a config option; write key=value"),
-    ],
-)
-def test_an_option_that_nothing_reads_is_refused(option, message):
-    with pytest.raises(UserError, match=message.replace("[", r"\[")):
-        read_config(DIGITS, parse_options([option]))
-
-
-def test_options_that_a_type_takes_are_accepted():
-    options = [
-        "optim_wrapper.clip_grad.max_norm=1",
-        "train_dataloader.dataset.indices=4",
-        "model.backbone.taps=[1,2,3,4]",
-    ]
-    config = read_config(DIGITS, parse_options([*options, "train_dataloader.pin_memory=True"]))
-    assert config.optim_wrapper.clip_grad == {"max_norm": 1}
-    assert config.model.backbone.taps == [1, 2, 3, 4] and config.train_dataloader.pin_memory is True
-
-
-def test_a_section_without_type_takes_its_own_keys_only():
-    with pytest.raises(UserError, match=r"did you mean 'a\.deep'"):
-        check_key({"a": {"deep": 1}}, "a.dep", lambda place, node: ())
-
-
-def precision(kind="AmpOptimWrapper", **machine):
-    """The section of the optimizer, and what the user is told."""
-    section = {"type": kind, "dtype": "bfloat16", "loss_scale": "dynamic"} if "Amp" in kind else {"type": kind}
-    notes = configs.fit_to_machine({"optim_wrapper": section, "train_dataloader": {}}, **machine)
-    return section, notes[0]
-
-
-def test_precision_follows_the_machine():
-    assert precision(gpu=False, bf16=False) == (
-        {"type": "OptimWrapper"},
-        "precision: fp32; there is no GPU for the config's bfloat16",
-    )
-    assert precision(gpu=True, bf16=True)[0]["dtype"] == "bfloat16"
-    assert precision(gpu=True, bf16=False)[0]["dtype"] == "float16"
-
-
-def test_precision_follows_the_user():
-    gpu = {"gpu": True, "bf16": True}
-    assert precision("OptimWrapper", **gpu) == ({"type": "OptimWrapper"}, "precision: fp32, as the config says")
-    asked = precision("OptimWrapper", amp=True, **gpu)
-    assert asked == ({"type": "AmpOptimWrapper", "dtype": "bfloat16"}, "precision: mixed, bfloat16")
-    assert precision("OptimWrapper", amp=True, gpu=True, bf16=False)[0]["dtype"] == "float16"
-    assert precision(amp=False, **gpu) == ({"type": "OptimWrapper"}, "precision: fp32, as --no-amp says")
-    with pytest.raises(UserError, match="--amp was asked for, but torch sees no GPU"):
-        precision(amp=True, gpu=False, bf16=False)
-
-
-def test_ranks_of_slurm_are_translated(monkeypatch):
-    step = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_NODELIST": "gpu[03-05,9]"}
-    translate_slurm(step)
-    assert {name: step[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")} == {
-        "RANK": "5",
-        "WORLD_SIZE": "8",
-        "LOCAL_RANK": "1",
-        "MASTER_ADDR": "gpu03",
-        "MASTER_PORT": "29500",
-    }
-    hosts = [("one", "one"), ("a1,a2", "a1"), ("n[7]-ib,m", "n7-ib"), ("rack-2-[001-004]", "rack-2-001")]
-    assert all(first_host(nodes) == first for nodes, first in hosts)
-    with pytest.raises(UserError, match="SLURM_NODELIST is not set: Slurm did not start this process"):
-        translate_slurm({name: "0" for name in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")})
-
-
-def test_a_launcher_that_did_not_launch_is_refused(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID"):
-        monkeypatch.delenv(name, raising=False)
-    with pytest.raises(UserError, match="torchrun did not start this process"):
-        join_launched("pytorch")
-    with pytest.raises(UserError, match="Slurm did not start this process"):
-        join_launched("slurm")
-    assert join_launched("none").is_main and join_launched(None).is_main
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(UserError, match="torchrun started 4 processes, each of which would train alone"):
-        join_launched("none")
 
 
 # ---------------------------------------------------------------- trainings

@@ -48,30 +48,38 @@ def read_config(path: Path | str, options: Mapping[str, Any]) -> Config:
     Raises ``UserError`` for a broken file and for an option that nothing would read.
     """
     path = Path(path)
-    try:
-        source = path.read_text(encoding="utf-8")
-        variables = configs.variables_of(source) - runner_keys()
-        chosen = {key: value for key, value in options.items() if key in variables}
-        with tempfile.TemporaryDirectory() as folder:
-            copy = Path(folder, path.name)
-            copy.write_text(configs.with_variables(source, chosen, path.resolve().parent), encoding="utf-8")
-            config = Config.fromfile(copy)
-    except UserError:
-        raise
-    except Exception as error:  # a config is a program
-        raise UserError(f"config {path} cannot be read: {type(error).__name__}: {error}") from None
+    config, chosen = evaluated(path, options)
+    for name in chosen:
+        without, _ = evaluated(path, {key: value for key, value in options.items() if key != name})
+        same = {**config.to_dict(), name: None} == {**without.to_dict(), name: None}
+        if same and without.get(name) != options[name]:
+            raise UserError(
+                f"{name}={options[name]} changes nothing: {path} itself sets what its base makes of {name}; "
+                "set those keys, such as model.backbone.size, or copy the config"
+            )
     rest = {key: value for key, value in options.items() if key not in chosen}
     for key in rest:
         if key.split(".")[0] in set(config.keys()) - runner_keys():
-            if key.split(".")[0] in variables:
-                raise UserError(f"{key.split('.')[0]} is a variable of {path}; set it as a whole")
-            raise UserError(f"{key!r} is a variable of a base of {path}, already used there; set the keys made from it")
+            raise UserError(f"{key.split('.')[0]} is a variable of {path}; set it as a whole")
         configs.check_key(dict(config.items()), key, accepted_keys)
         config.merge_from_dict({key: rest[key]})
     missing = {"model", "train_dataloader", "train_cfg", "optim_wrapper", "val_dataloader"} - set(config.keys())
     if missing:
         raise UserError(f"config {path} has no {', '.join(sorted(missing))}; a training needs them")
     return config
+
+
+def evaluated(path: Path, options: Mapping[str, Any]) -> tuple[Config, set[str]]:
+    """A config with those of ``options`` that are variables of it or its bases, before it is evaluated; and which."""
+    try:
+        chosen = set(options) & (configs.variables_of(path) - runner_keys())
+        with tempfile.TemporaryDirectory() as folder:
+            values = {name: options[name] for name in chosen}
+            return Config.fromfile(configs.copy_with_variables(path.resolve(), values, Path(folder))), chosen
+    except UserError:
+        raise
+    except Exception as error:  # a config is a program
+        raise UserError(f"config {path} cannot be read: {type(error).__name__}: {error}") from None
 
 
 def runner_keys() -> set[str]:

@@ -1,0 +1,226 @@
+# ruff: noqa: E402 (most imports need mmseg, which may be absent)
+"""The configs, the options of the command line, precision and launchers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mae_core.errors import UserError
+from transfer.segmentation import config as configs
+from transfer.segmentation.config import check_key
+from transfer.segmentation.launching import first_host, join_launched, translate_slurm
+
+mmseg = pytest.importorskip("mmseg", reason="mmseg is not installed; pip install mae-transfer[segmentation]")
+engine = pytest.importorskip("transfer.segmentation.engine_mmseg", reason="mmseg is here without mmcv or mmengine")
+
+from mmengine.config import Config
+from mmseg.registry import MODELS
+from mmseg.utils import register_all_modules
+
+from transfer.segmentation.engine_mmseg.options import parse_options, read_config, registered
+
+CONFIGS = Path(__file__).parents[3] / "configs" / "segmentation"
+DIGITS = CONFIGS / "digits.py"
+BASE = CONFIGS / "mae_vit_base_upernet_160k_ade20k_512x512.py"
+LARGE = CONFIGS / "mae_vit_large_upernet_160k_ade20k_512x512.py"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
+def test_config_is_one_that_mmengine_reads_and_builds(path):
+    register_all_modules()
+    config = Config.fromfile(path)
+    configs.check_widths(dict(config.items()))
+    configs.check_schedule(dict(config.items()))
+    assert config.model.backbone.type == "MAECoreViT" and config.default_scope == "mmseg"
+    assert "transfer.segmentation.engine_mmseg" in config.custom_imports["imports"]
+    assert config.param_scheduler[1].end == config.train_cfg.max_iters
+    assert config.optim_wrapper.constructor == "MAECoreLayerDecay"
+    for section in configs.sections(config.to_dict()):
+        if isinstance(section.get("type"), str):
+            assert registered(section["type"]), f"{section['type']} is unknown to mmseg"
+        assert "::" not in str(section.get("_base_", ""))
+    if path.stem.endswith("_ms"):
+        return  # the model is that of the single-scale config, as another test shows
+    with torch.device("meta"):
+        model = MODELS.build(config.model)
+        patch = model.backbone.grid.patch
+        divisor = config.model.data_preprocessor.test_cfg.size_divisor
+        images = torch.zeros(2, 3, 2 * divisor, 3 * divisor)
+        logits = model.eval().decode_head.forward(model.extract_feat(images))
+    finest = 4 if patch >= 14 else 2
+    assert divisor % patch == 0
+    assert logits.shape == (2, config.model.decode_head.num_classes, *(finest * s * divisor // patch for s in (2, 3)))
+
+
+RECIPES = {
+    # learning rate, layer decay, drop path, LayerScale, iterations, images a step, crop, taps
+    "mae_vit_base_upernet_160k_ade20k_512x512": (1e-4, 0.65, 0.1, 1.0, 160000, 16, 512, (3, 5, 7, 11)),
+    "mae_vit_large_upernet_160k_ade20k_512x512": (9e-5, 0.75, 0.2, 1.0, 160000, 16, 512, (7, 11, 15, 23)),
+    "mae_vit_huge_upernet_160k_ade20k_504x504": (8e-5, 0.8, 0.3, 1.0, 160000, 16, 504, (7, 15, 23, 31)),
+    "beit_like_vit_base_upernet_160k_ade20k_512x512": (7e-4, 0.65, 0.1, 0.1, 160000, 16, 512, (3, 5, 7, 11)),
+    "mae_vit_base_upernet_one_gpu_ade20k_512x512": (1e-4, 0.65, 0.1, 1.0, 640000, 4, 512, (3, 5, 7, 11)),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe(name):
+    config = Config.fromfile(CONFIGS / f"{name}.py")
+    wrapper, backbone, test = config.optim_wrapper, config.model.backbone, config.model.test_cfg
+    with torch.device("meta"):
+        taps = engine.MAECoreViT(**{key: value for key, value in backbone.items() if key != "type"}).taps
+    rates = (wrapper.optimizer.lr, wrapper.paramwise_cfg.layer_decay_rate, backbone.drop_path, backbone.layer_scale)
+    steps = (config.train_cfg.max_iters, config.train_dataloader.batch_size)
+    assert (*rates, *steps, backbone.image_size, taps) == RECIPES[name]
+    assert wrapper.type == "AmpOptimWrapper" and wrapper.dtype == "bfloat16"
+    assert (wrapper.optimizer.betas, wrapper.optimizer.weight_decay) == ((0.9, 0.999), 0.05)
+    assert wrapper.paramwise_cfg.paper_bug is False and backbone.relative_positions == "table"
+    assert steps[1] * wrapper.get("accumulative_counts", 1) == 16
+    warmup, decay = config.param_scheduler
+    assert (warmup.end, warmup.start_factor) == (1500 * wrapper.get("accumulative_counts", 1), 1e-6)
+    assert (decay.begin, decay.end, decay.power, decay.eta_min) == (warmup.end, steps[0], 1.0, 0.0)
+    crop = backbone.image_size
+    assert test == {"mode": "slide", "crop_size": (crop, crop), "stride": (crop * 2 // 3, crop * 2 // 3)}
+    for head, width in ((config.model.decode_head, config.model.neck.embed_dim), (config.model.auxiliary_head, 256)):
+        assert (head.num_classes, head.channels or width) == (150, width) and head.align_corners is False
+    assert config.model.auxiliary_head.loss_decode.loss_weight == 0.4 and config.model.auxiliary_head.in_index == 2
+    resize, crop_step = (next(s for s in config.train_dataloader.dataset.pipeline if s.type == t) for t in CROPPING)
+    assert (resize.scale, resize.ratio_range) == ((4 * crop, crop), (0.5, 2.0))
+    assert (crop_step.crop_size, crop_step.cat_max_ratio) == ((crop, crop), 0.75)
+
+
+CROPPING = ("RandomResize", "RandomCrop")
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*_ms.py")), ids=lambda path: path.stem)
+def test_multi_scale_variants_train_the_same_and_test_twelve_views(path):
+    several, single = Config.fromfile(path), Config.fromfile(path.with_name(path.name.replace("_ms", "")))
+    sizes, flips, *_ = several.tta_pipeline[1].transforms
+    crop = single.model.backbone.image_size
+    expected = [(int(4 * crop * s), int(crop * s)) for s in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)]
+    assert [size.scale for size in sizes] == expected and [flip.prob for flip in flips] == [0.0, 1.0]
+    for key, value in single.to_dict().items():
+        assert several.to_dict()[key] == value, key
+
+
+def test_a_variable_reaches_whatever_is_computed_from_it():
+    config = read_config(DIGITS, {"data_root": "/somewhere", "crop_size": 48, "lr": 0.5, "iterations": 7})
+    assert config.train_dataloader.dataset.data_root == config.val_dataloader.dataset.data_root == "/somewhere"
+    assert config.model.data_preprocessor["size"] == (48, 48)
+    assert config.train_dataloader.dataset.pipeline[3].crop_size == (48, 48)
+    assert config.model.backbone.image_size == 48
+    assert config.optim_wrapper.optimizer.lr == 0.5
+    assert config.param_scheduler[1].end == config.train_cfg.max_iters == 7
+
+
+def test_a_variable_of_a_base_reaches_the_child():
+    """Plain mmengine evaluates a base by itself; options are set in it before that."""
+    config = read_config(LARGE, {"data_root": "/somewhere", "batch_size": 2, "iterations": 10})
+    loaders = config.train_dataloader, config.val_dataloader, config.test_dataloader
+    assert {loader.dataset.data_root for loader in loaders} == {"/somewhere"}
+    assert (config.train_dataloader.batch_size, config.train_cfg.max_iters) == (2, 10)
+    assert config.model.backbone.size == "large" and config.model.neck.embed_dim == 1024
+
+
+def test_a_variable_that_the_child_passes_over_is_refused():
+    with pytest.raises(UserError, match=r"size=small changes nothing: .*large.* itself sets"):
+        read_config(LARGE, {"size": "small"})
+    assert read_config(LARGE, {"size": "base"}).model.backbone.size == "large"  # what the base says anyway
+
+
+def test_a_base_of_a_package_is_refused(tmp_path):
+    (tmp_path / "mine.py").write_text("_base_ = ['mmseg::_base_/default_runtime.py']\n")
+    with pytest.raises(UserError, match=r"the base 'mmseg::_base_/default_runtime\.py' lies in a package"):
+        read_config(tmp_path / "mine.py", {})
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("data_rot=x", "unknown config option 'data_rot'; did you mean 'data_root'"),
+        ("model.backbon.drop_path=0", "did you mean 'model.backbone'"),
+        ("model.backbone.drop_pth=0", "did you mean 'model.backbone.drop_path'"),
+        ("model.backbone.fp16=1", "unknown config option 'model.backbone.fp16'"),
+        ("train_cfg.max_iter=5", "did you mean 'train_cfg.max_iters'"),
+        ("optim_wrapper.optimizer.learning_rate=1", "unknown config option 'optim_wrapper.optimizer.learning_rate'"),
+        ("fp16.loss_scale=dynamic", "unknown config option 'fp16.loss_scale'"),
+        ("train_dataloader.dataset.pipeline.9.prob=0", "pipeline is a list of 5"),
+        ("lr.x=1", "lr is a variable of"),
+        ("lr", "'lr' is not a config option; write key=value"),
+    ],
+)
+def test_an_option_that_nothing_reads_is_refused(option, message):
+    with pytest.raises(UserError, match=message.replace("[", r"\[")):
+        read_config(DIGITS, parse_options([option]))
+
+
+def test_options_that_a_type_takes_are_accepted():
+    options = [
+        "optim_wrapper.clip_grad.max_norm=1",
+        "train_dataloader.dataset.indices=4",
+        "model.backbone.taps=[1,2,3,4]",
+    ]
+    config = read_config(DIGITS, parse_options([*options, "train_dataloader.pin_memory=True"]))
+    assert config.optim_wrapper.clip_grad == {"max_norm": 1}
+    assert config.model.backbone.taps == [1, 2, 3, 4] and config.train_dataloader.pin_memory is True
+
+
+def test_a_section_without_type_takes_its_own_keys_only():
+    with pytest.raises(UserError, match=r"did you mean 'a\.deep'"):
+        check_key({"a": {"deep": 1}}, "a.dep", lambda place, node: ())
+
+
+def precision(kind="AmpOptimWrapper", **machine):
+    """The section of the optimizer, and what the user is told."""
+    section = {"type": kind, "dtype": "bfloat16", "loss_scale": "dynamic"} if "Amp" in kind else {"type": kind}
+    notes = configs.fit_to_machine({"optim_wrapper": section, "train_dataloader": {}}, **machine)
+    return section, notes[0]
+
+
+def test_precision_follows_the_machine():
+    assert precision(gpu=False, bf16=False) == (
+        {"type": "OptimWrapper"},
+        "precision: fp32; there is no GPU for the config's bfloat16",
+    )
+    assert precision(gpu=True, bf16=True)[0]["dtype"] == "bfloat16"
+    assert precision(gpu=True, bf16=False)[0]["dtype"] == "float16"
+
+
+def test_precision_follows_the_user():
+    gpu = {"gpu": True, "bf16": True}
+    assert precision("OptimWrapper", **gpu) == ({"type": "OptimWrapper"}, "precision: fp32, as the config says")
+    asked = precision("OptimWrapper", amp=True, **gpu)
+    assert asked == ({"type": "AmpOptimWrapper", "dtype": "bfloat16"}, "precision: mixed, bfloat16")
+    assert precision("OptimWrapper", amp=True, gpu=True, bf16=False)[0]["dtype"] == "float16"
+    assert precision(amp=False, **gpu) == ({"type": "OptimWrapper"}, "precision: fp32, as --no-amp says")
+    with pytest.raises(UserError, match="--amp was asked for, but torch sees no GPU"):
+        precision(amp=True, gpu=False, bf16=False)
+
+
+def test_ranks_of_slurm_are_translated(monkeypatch):
+    step = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_NODELIST": "gpu[03-05,9]"}
+    translate_slurm(step)
+    assert {name: step[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")} == {
+        "RANK": "5",
+        "WORLD_SIZE": "8",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "gpu03",
+        "MASTER_PORT": "29500",
+    }
+    hosts = [("one", "one"), ("a1,a2", "a1"), ("n[7]-ib,m", "n7-ib"), ("rack-2-[001-004]", "rack-2-001")]
+    assert all(first_host(nodes) == first for nodes, first in hosts)
+    with pytest.raises(UserError, match="SLURM_NODELIST is not set: Slurm did not start this process"):
+        translate_slurm({name: "0" for name in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")})
+
+
+def test_a_launcher_that_did_not_launch_is_refused(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match="torchrun did not start this process"):
+        join_launched("pytorch")
+    with pytest.raises(UserError, match="Slurm did not start this process"):
+        join_launched("slurm")
+    assert join_launched("none").is_main and join_launched(None).is_main
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="torchrun started 4 processes, each of which would train alone"):
+        join_launched("none")
