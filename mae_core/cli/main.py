@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mae_core.cli.looking import data_stats
 from mae_core.errors import UserError, user_errors
 
 app = typer.Typer(
@@ -120,6 +121,9 @@ def digits(
             workers=workers,
             on_progress=Counter("composing scenes"),
         )
+
+
+app.command("data-stats")(data_stats)
 
 
 def main() -> None:

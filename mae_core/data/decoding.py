@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import struct
 import warnings
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeAlias
+from typing import BinaryIO, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ STRETCH = (2, 98)
 """Percentiles shown as black and white where numbers are no picture by themselves."""
 
 _NUMPY, _TIFFS = b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_BITS_PER_SAMPLE = 258
+_BITS_PER_SAMPLE, _SAMPLES, _SAMPLE_FORMAT = 258, 277, 339
 
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what is wrong with a file is said by UnreadableImage
 
@@ -48,10 +49,10 @@ class UnreadableImage(Exception):
         self.unreadable = Unreadable(str(path), reason)
 
 
-def read_image(path: Path, channels: int) -> Pixels:
+def read_image(path: Path, channels: int | None) -> Pixels:
     """The pixels of a file in ``channels`` channels: 1 is greyscale, 3 is RGB, any other number is as stored.
 
-    Grey becomes RGB and RGB grey where asked; no other number of channels is made of another. Raises
+    ``None`` is as stored too. Grey becomes RGB and RGB grey; no other number of channels is made of another. Raises
     ``UnreadableImage`` for a file that is no image, is truncated, has other channels, or holds NaN or infinity.
     """
     try:
@@ -61,26 +62,21 @@ def read_image(path: Path, channels: int) -> Pixels:
         raise UnreadableImage(path, _first_line(error)) from None
 
 
-def decode_image(file: BinaryIO, name: str, channels: int) -> Pixels:
+def decode_image(file: BinaryIO, name: str, channels: int | None) -> Pixels:
     """Like ``read_image``, of an open file that can seek; ``name`` is for the error."""
     try:
         head = file.read(8)
         file.seek(0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if head.startswith(_NUMPY):
-                return _from_array(np.load(file, allow_pickle=False), channels)
-            if head.startswith(_TIFFS):
-                return _read_tiff(file, channels)
-            with Image.open(file) as image:
-                return _from_picture(image, channels)
+            return with_channels(_as_stored(file, head, channels), channels)
     except UnidentifiedImageError:
         raise UnreadableImage(name, "not an image") from None
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise UnreadableImage(name, _first_line(error)) from None
 
 
-def decode_bytes(content: bytes, name: str, channels: int) -> Pixels:
+def decode_bytes(content: bytes, name: str, channels: int | None) -> Pixels:
     """Like ``read_image``, of the content of a file."""
     return decode_image(BytesIO(content), name, channels)
 
@@ -111,28 +107,58 @@ def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def _from_picture(image: Image.Image, channels: int) -> Pixels:
+def with_channels(pixels: Pixels, channels: int | None) -> Pixels:
+    """``pixels`` in the channels asked for. Raises ``ValueError`` where they cannot be made of those that are there."""
+    if not isinstance(pixels, Tensor):
+        if channels in (1, 3):
+            return pixels.convert("L" if channels == 1 else "RGB")
+        if channels is None and pixels.mode in ("L", "RGB"):
+            return pixels
+        pixels = F.pil_to_tensor(pixels)
+    if len(pixels) == 1 and channels == 3:
+        return pixels.repeat(3, 1, 1)
+    if len(pixels) == 3 and channels == 1:
+        grey = torch.tensordot(torch.tensor(GREY_WEIGHTS), pixels.float(), dims=1)[None]
+        return grey if pixels.is_floating_point() else grey.round().to(torch.uint8)
+    if channels not in (None, len(pixels)):
+        raise ValueError(f"it has {len(pixels)} channels, data.channels is {channels}")
+    return pixels
+
+
+def _as_stored(file: BinaryIO, head: bytes, channels: int | None) -> Pixels:
+    """All bands of a file; ``channels`` only says which axis of an array they may be."""
+    if head.startswith(_NUMPY):
+        return _from_array(np.load(file, allow_pickle=False), channels)
+    if head.startswith(_TIFFS):
+        return _read_tiff(file, channels)
+    with Image.open(file) as image:
+        return _from_picture(image)
+
+
+def _from_picture(image: Image.Image) -> Pixels:
     if image.mode.startswith("I"):  # 16 bits in a PNG or PGM; Pillow calls them I;16 or I
-        return _from_array(np.asarray(image).astype(np.uint16), channels)
+        return _from_array(np.asarray(image).astype(np.uint16), None)
     if image.mode == "F":
-        return _from_array(np.asarray(image), channels)
-    if channels in (1, 3):
-        return image.convert("L" if channels == 1 else "RGB")
-    plain = image.convert("RGB") if image.mode == "P" else image
-    return _from_array(np.asarray(plain), channels)
+        return _from_array(np.asarray(image), None)
+    if image.mode == "P":  # through RGBA where a colour of the palette is transparent: Pillow asks for that
+        return image.convert("RGBA").convert("RGB") if "transparency" in image.info else image.convert("RGB")
+    if image.mode == "1":
+        return image.convert("L")
+    image.load()
+    return image.copy()
 
 
-def _read_tiff(file: BinaryIO, channels: int) -> Pixels:
+def _read_tiff(file: BinaryIO, channels: int | None) -> Pixels:
     """One picture of 8 bits a channel through Pillow, which knows all compressions; all else through tifffile."""
-    if channels in (1, 3):
-        try:
-            with Image.open(file) as image:
-                bits: Any = image.tag_v2.get(_BITS_PER_SAMPLE, (8,))
-                if max(bits) <= 8 and getattr(image, "n_frames", 1) == 1:
-                    return _from_picture(image, channels)
-        except UnidentifiedImageError:
-            pass  # channels that Pillow has no mode for
-        file.seek(0)
+    try:
+        with Image.open(file) as image:
+            bits, kinds = (image.tag_v2.get(tag, (1,)) for tag in (_BITS_PER_SAMPLE, _SAMPLE_FORMAT))
+            whole = image.tag_v2.get(_SAMPLES, 1) == len(image.getbands()) and getattr(image, "n_frames", 1) == 1
+            if max(bits) <= 8 and set(kinds) == {1} and whole:
+                return _from_picture(image)
+    except (UnidentifiedImageError, TypeError, KeyError, IndexError, struct.error):
+        pass  # channels that Pillow has no mode for, or a damaged directory
+    file.seek(0)
     import tifffile
 
     try:
@@ -144,25 +170,17 @@ def _read_tiff(file: BinaryIO, channels: int) -> Pixels:
     return _from_array(array, channels)
 
 
-def _from_array(array: np.ndarray, channels: int) -> Tensor:
+def _from_array(array: np.ndarray, channels: int | None) -> Tensor:
     """(H, W), (H, W, C) or (C, H, W) -> (C, H, W); see ``Pixels`` for the type and ``read_image`` for the errors."""
     if array.dtype.kind not in "buif" or array.ndim not in (2, 3) or 0 in array.shape:
         raise ValueError(
             f"an array {tuple(array.shape)} of {array.dtype}; numbers (H, W), (H, W, C) or (C, H, W) are needed"
         )
     planes = array[None] if array.ndim == 2 else np.moveaxis(array, _channel_axis(array.shape, channels), 0)
-    values = _in_range(planes)
-    if len(values) == 1 and channels == 3:
-        values = values.repeat(3, axis=0)
-    elif len(values) == 3 and channels == 1:
-        grey = np.tensordot(np.array(GREY_WEIGHTS, dtype=np.float32), values, axes=1)[None]
-        values = grey if values.dtype != np.uint8 else grey.round().astype(np.uint8)
-    if len(values) != channels:
-        raise ValueError(f"it has {len(values)} channels, data.channels is {channels}")
-    return torch.from_numpy(np.ascontiguousarray(values))
+    return torch.from_numpy(np.ascontiguousarray(_in_range(planes)))
 
 
-def _channel_axis(shape: tuple[int, ...], channels: int) -> int:
+def _channel_axis(shape: tuple[int, ...], channels: int | None) -> int:
     """The last axis where it is as long as asked, else the first where that is, else the shorter of the two."""
     for axis in (2, 0):
         if shape[axis] == channels:

@@ -43,7 +43,7 @@ class ImageSource(Protocol):
 class ImageFiles:
     """Image files by their paths; names are relative to ``root``."""
 
-    def __init__(self, paths: Sequence[Path], channels: int, root: Path | None = None) -> None:
+    def __init__(self, paths: Sequence[Path], channels: int | None, root: Path | None = None) -> None:
         self.paths, self.channels, self.root = list(paths), channels, root
 
     @property

@@ -36,7 +36,7 @@ class TarShards:
     ``damaged`` names the shards that end too early; the images before the end are used.
     """
 
-    def __init__(self, shards: Sequence[Path], channels: int) -> None:
+    def __init__(self, shards: Sequence[Path], channels: int | None) -> None:
         self.shards, self.channels = list(shards), channels
         self.members: list[Member] = []
         self.damaged: list[Unreadable] = []
@@ -87,7 +87,7 @@ class HuggingFaceImages:
     """The image column of a Hugging Face data set on this disk: saved with ``save_to_disk``, or a folder that
     ``load_dataset`` understands (imagefolder, parquet)."""
 
-    def __init__(self, path: Path, channels: int, split: str | None = None) -> None:
+    def __init__(self, path: Path, channels: int | None, split: str | None = None) -> None:
         datasets = require("datasets")
         self.path, self.channels = path, channels
         try:
@@ -179,11 +179,11 @@ def damaged_parts(source: ImageSource) -> list[Unreadable]:
     return list(getattr(source, "damaged", []))
 
 
-def _files(path: Path, data: PretrainData) -> ImageSource:
-    return ImageFiles(list_images(path), data.channels, path)
+def _files(path: Path, channels: int | None, split: str | None) -> ImageSource:
+    return ImageFiles(list_images(path), channels, path)
 
 
-def _list(path: Path, data: PretrainData) -> ImageSource:
+def _list(path: Path, channels: int | None, split: str | None) -> ImageSource:
     """A line a file, relative to the list's folder; empty lines and those that start with # are passed over."""
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
@@ -192,10 +192,10 @@ def _list(path: Path, data: PretrainData) -> ImageSource:
     paths = [path.parent / line for line in lines if line and not line.startswith("#")]
     if not paths:
         raise UserError(f"file list {path} names no files; write one path a line")
-    return ImageFiles(paths, data.channels, path.parent)
+    return ImageFiles(paths, channels, path.parent)
 
 
-def _shards(path: Path, data: PretrainData) -> ImageSource:
+def _shards(path: Path, channels: int | None, split: str | None) -> ImageSource:
     if path.is_dir():
         shards = sorted(path.rglob("*.tar"))
     else:
@@ -203,22 +203,23 @@ def _shards(path: Path, data: PretrainData) -> ImageSource:
     missing = [shard for shard in shards if not shard.is_file()]
     if not shards or missing:
         raise UserError(f"shard {missing[0] if missing else path / '*.tar'} does not exist; set data.path to tar files")
-    return TarShards(shards, data.channels)
+    return TarShards(shards, channels)
 
 
-def _huggingface(path: Path, data: PretrainData) -> ImageSource:
+def _huggingface(path: Path, channels: int | None, split: str | None) -> ImageSource:
     if not path.is_dir():
         raise UserError(f"data set {path} is not a folder; set data.path to one that was saved or downloaded before")
-    return HuggingFaceImages(path, data.channels, data.split)
+    return HuggingFaceImages(path, channels, split)
 
 
-SOURCES: dict[str, Callable[[Path, PretrainData], ImageSource]] = {
+SOURCES: dict[str, Callable[[Path, int | None, str | None], ImageSource]] = {
     "files": _files,
     "list": _list,
     "shards": _shards,
     "huggingface": _huggingface,
 }
-"""Name in a config -> how a path becomes images. To add one: a function, and a row; ``kind_of`` may recognise it."""
+"""Name in a config -> (path, channels or None for as stored, split) -> images. To add one: a function, and a row;
+``kind_of`` may recognise it."""
 
 
 def kind_of(path: Path) -> str:
@@ -242,10 +243,17 @@ def open_source(data: PretrainData) -> ImageSource:
     if data.path is None:
         list_images(None)
     paths: tuple[Path, ...] = data.path if isinstance(data.path, tuple) else (data.path or Path(),)
-    sources = []
-    for path in paths:
-        kind = data.source if data.source != "auto" else kind_of(path)
-        sources.append(SOURCES[kind](path, data))
+    return open_places(paths, data.channels, kind=data.source, split=data.split)
+
+
+def open_places(
+    paths: Sequence[Path], channels: int | None, *, kind: str = "auto", split: str | None = None
+) -> ImageSource:
+    """The images of several places, one after the other. ``channels=None`` reads them as they are stored.
+
+    Raises ``UserError`` where one of the places holds none.
+    """
+    sources = [SOURCES[kind_of(path) if kind == "auto" else kind](path, channels, split) for path in paths]
     return sources[0] if len(sources) == 1 else JoinedSources(sources)
 
 
