@@ -43,7 +43,13 @@ def read_arguments(schema: Any, arguments: list[str] | None) -> Any:
 
 
 @app.command()
-def pretrain(arguments: ConfigAndOverrides = None, resume: Resume = False) -> None:
+def pretrain(
+    arguments: ConfigAndOverrides = None,
+    resume: Resume = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what the run will be, cost and take, and write nothing.")
+    ] = False,
+) -> None:
     """Pre-train on a folder of images without labels. Writes encoder.safetensors.
 
     Example: mae pretrain configs/pretrain/tiny_96.yaml data.path=images output=runs/mine
@@ -52,7 +58,13 @@ def pretrain(arguments: ConfigAndOverrides = None, resume: Resume = False) -> No
         from mae_core.config import PretrainConfig
         from mae_core.training.pretrain import pretrain as run
 
-        run(read_arguments(PretrainConfig, arguments), resume=resume)
+        config = read_arguments(PretrainConfig, arguments)
+        if not dry_run:
+            run(config, resume=resume)
+            return
+        from mae_core.training.rehearsal import rehearse
+
+        rehearse(config)
 
 
 @app.command()

@@ -65,6 +65,13 @@ def pretrain_loss(model: nn.Module, batch: PretrainBatch) -> dict[str, Tensor]:
     return {"loss": model(batch.pixels, generator=batch.generators()).loss}
 
 
+def pretrain_optimizer(model: nn.Module, config: PretrainConfig) -> torch.optim.Optimizer:
+    """AdamW (paper, Table 8): biases and 1-D tensors are not decayed; the cls and mask tokens are, as in the official
+    code."""
+    groups = param_groups_weight_decay(model, config.optim.weight_decay)
+    return torch.optim.AdamW(groups, lr=config.optim.lr, betas=config.optim.betas, fused=True)
+
+
 def pretrain(config: PretrainConfig, *, resume: bool = False) -> FitResult:
     """Run a pre-training; writes the run directory. Raises ``UserError`` for everything a user can get wrong."""
     check_output(config, resume=resume)
@@ -83,9 +90,7 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> FitResult:
     run = open_run(config, resume=resume, names=source.names)
     run.note_unreadable(damaged_parts(source))
     model.to(run.device)
-    # Biases and 1-D tensors are not decayed; the cls and mask tokens are, as in the official code.
-    groups = param_groups_weight_decay(model, config.optim.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=config.optim.betas, fused=True)
+    optimizer = pretrain_optimizer(model, config)
     start = run.restore(model, optimizer) if resume else 0
     announce(run.say, config, model, len(images), settings)
     sampler = run.sampler(len(images), config.optim.batch_size, total_steps=settings.total_steps, start_step=start)

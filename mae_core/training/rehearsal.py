@@ -1,0 +1,263 @@
+"""``mae pretrain --dry-run``: what a run will be and take, with a few of its steps measured; nothing is written."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from mae_core.config import PretrainConfig, config_differences
+from mae_core.data.images import statistics_of
+from mae_core.data.loading import share_of
+from mae_core.data.sources import damaged_parts, open_source
+from mae_core.data.unlabelled import PretrainBatch, UnlabelledImages, collate
+from mae_core.models.mae import MaskedAutoencoder
+from mae_core.models.sizes import SIZES
+from mae_core.training import distributed
+from mae_core.training.loop import FitSettings, backward, seed_everything
+from mae_core.training.pretrain import announce, build_pretrain_model, pretrain_loss, pretrain_optimizer
+from mae_core.training.progress import clock
+from mae_core.training.run import Run
+from mae_core.training.watch import split_images
+
+PAPER_SIZES = ("base", "large", "huge")
+ALSO_IN_PAPER = {"optim.epochs": ("800.0", "1600.0"), "target.kind": ("pixels", "normalized_pixels")}
+"""Leaves of which Table 8 or Table 1's default row has another value than the schema."""
+COMPARED = ("model.", "decoder.", "masking.", "target.", "optim.", "data.", "watch.share")
+NOT_A_RECIPE = ("data.path", "data.source", "data.split", "data.workers", "data.on_error", "optim.micro_batch")
+BYTES_PER_PARAMETER = {"parameters": 4, "gradients": 4, "AdamW's two moments": 8}
+TIMED_STEPS = 3
+IMAGES_READ = 16
+SECONDS_A_STEP = 5.0
+"""A measured step takes fewer images where as many as the run's would take longer than this."""
+GIB = 2**30
+
+
+class Cost(NamedTuple):
+    """Of one image: FLOPs forward, forward and backward, and bytes that are kept for the backward pass."""
+
+    forward: int
+    total: int
+    kept: int
+
+
+class Speed(NamedTuple):
+    """Measured: seconds an image to read it in one process, and to compute it; how many were computed at once."""
+
+    reading: float
+    computing: float
+    at_once: int
+
+
+def rehearse(config: PretrainConfig, say: Callable[[str], None] = print) -> None:
+    """Print the plan of a run, its cost, and what differs from the paper. Raises ``UserError`` as the run would."""
+    source = open_source(config.data)
+    for path, reason in damaged_parts(source):
+        say(f"damaged: {path} ({reason})")
+    watched = split_images(config, source)
+    images = UnlabelledImages(watched.training, config.data, config.seed)
+    images.fixed_views(1)
+    settings = FitSettings.of(config.optim, len(images))
+    seed_everything(config.seed)
+    model = build_pretrain_model(config).train()
+    place = distributed.join(config.device)
+    try:
+        run = Run(config, place)
+        announce(run.say, config, model, len(images), settings)
+        for line in plan(config, model, settings, len(images), run.world):
+            run.say(line)
+        for line in parameter_lines(model):
+            run.say(line)
+        cost = cost_of(model, config, run.precision)
+        micro = min(config.optim.micro_batch or config.optim.batch_size, share_of(config.optim.batch_size, run.world))
+        for line in cost_lines(cost, model, config.optim.batch_size, micro):
+            run.say(line)
+        needed, there = memory_of(model, cost, 1), available_memory(run.device)
+        if needed > there:
+            run.say(f"time: not measured, one image needs {needed / GIB:.1f} GiB and {there / GIB:.1f} GiB are free")
+        else:
+            speed = measure_speed(model, images, config, run, micro)
+            for line in time_lines(speed, config, settings, run.world):
+                run.say(line)
+        for line in differences_from_paper(config):
+            run.say(line)
+        run.say("dry run: nothing was written")
+    finally:
+        distributed.leave()
+
+
+def plan(config: PretrainConfig, model: MaskedAutoencoder, settings: FitSettings, length: int, world: int) -> list[str]:
+    """Batch, learning rate, steps and tokens."""
+    optim = config.optim
+    share = share_of(optim.batch_size, world)
+    micro = min(optim.micro_batch or share, share)
+    mask = model.masker(1, model.encoder.grid, torch.Generator().manual_seed(0))
+    hidden, visible = mask.hidden_ids.shape[1], mask.visible_ids.shape[1]
+    seen = model.encoder.grid.num_patches if model.mask_token is not None else visible
+    return [
+        f"batch: {optim.batch_size} images a step, on {world} devices {share} each, accumulated in "
+        f"{math.ceil(share / micro)} rounds of at most {micro}",
+        f"learning rate: {optim.base_lr:g} x {optim.batch_size} / 256 = {settings.lr:.6g} at its peak, warm-up "
+        f"{settings.warmup_steps} steps, half-cosine to {settings.min_lr:g}; weight decay {optim.weight_decay:g}, "
+        f"betas {optim.betas[0]:g}, {optim.betas[1]:g}",
+        f"steps: {settings.total_steps} = {optim.epochs:g} epochs of {length / optim.batch_size:.6g} steps",
+        f"tokens: {hidden + visible} patches, {hidden} masked and {visible} visible ({config.masking.kind}, "
+        f"{config.masking.ratio:g}); the encoder runs on {seen} + 1, the decoder on {hidden + visible} + 1",
+    ]
+
+
+def parameter_lines(model: MaskedAutoencoder) -> list[str]:
+    """Totals, and fvcore's table where it is installed."""
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    total = sum(p.numel() for p in model.parameters())
+    lines = [f"parameters: {total:,}: encoder {counts['encoder']:,}, decoder {counts['decoder']:,}"]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # fvcore's own, of torch.jit
+            from fvcore.nn import parameter_count_table
+    except ImportError:
+        return [*lines, "  pip install fvcore for a table of them"]
+    return [*lines, str(parameter_count_table(model, max_depth=2))]
+
+
+def cost_of(model: MaskedAutoencoder, config: PretrainConfig, precision: torch.dtype) -> Cost:
+    """Of one image, on the CPU: torch's counter, attention as plain matrix products, whatever kernel the run uses;
+    the bytes are those of fused attention, which keeps no attention matrix."""
+
+    def loss(images: int) -> Tensor:
+        pixels = torch.zeros(images, config.data.channels, *model.encoder.grid.image_size)
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            return model(pixels, generator=torch.Generator().manual_seed(0)).loss
+
+    forward, whole = FlopCounterMode(display=False), FlopCounterMode(display=False)
+    with sdpa_kernel(SDPBackend.MATH), whole:
+        with forward:
+            found = loss(1)
+        found.backward()
+    model.zero_grad(set_to_none=True)
+    # The difference of two batches leaves out what is kept once: parameters, and their copies in lower precision.
+    kept = _kept_bytes(lambda: loss(2)) - _kept_bytes(lambda: loss(1))
+    return Cost(forward.get_total_flops(), whole.get_total_flops(), kept)
+
+
+def _kept_bytes(forward: Callable[[], Tensor]) -> int:
+    """Bytes of all tensors that a forward pass keeps for its backward pass, each storage once."""
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        forward()
+    return sum(kept.values())
+
+
+def memory_of(model: nn.Module, cost: Cost, micro: int) -> int:
+    """Bytes: parameters with gradients and moments, and what the backward pass of ``micro`` images keeps."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(t.numel() for t in [*model.parameters(), *model.buffers()] if not t.requires_grad)
+    return trained * sum(BYTES_PER_PARAMETER.values()) + frozen * 4 + cost.kept * micro
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that are free on the device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return 2**63
+
+
+def cost_lines(cost: Cost, model: MaskedAutoencoder, batch_size: int, micro: int) -> list[str]:
+    """FLOPs and memory."""
+    fixed = memory_of(model, cost, 0)
+    return [
+        f"FLOPs: {cost.total * batch_size:.4g} a step = {batch_size} images x {cost.total:.4g} forward and backward "
+        f"({cost.forward:.4g} forward), a multiplication and an addition counted as two",
+        f"memory, estimated: {memory_of(model, cost, micro) / GIB:.2f} GiB = {fixed / GIB:.2f} GiB for "
+        f"{', '.join(BYTES_PER_PARAMETER)}, and {cost.kept * micro / GIB:.2f} GiB for {micro} images at once "
+        f"({cost.kept / 2**20:.1f} MiB each)",
+    ]
+
+
+def measure_speed(
+    model: MaskedAutoencoder, images: UnlabelledImages, config: PretrainConfig, run: Run, micro: int
+) -> Speed:
+    """Time reading and a few optimizer steps of the model, which is changed by them."""
+    count = min(IMAGES_READ, max(len(images), 2))
+    before = time.perf_counter()
+    samples = [images[(0, index * len(images) // count)] for index in range(count)]
+    reading = (time.perf_counter() - before) / count
+    batch = collate(samples)
+    model.to(run.device)
+    optimizer = pretrain_optimizer(model, config)
+    precision = torch.autocast(run.device.type, run.precision, enabled=run.precision != torch.float32)
+
+    def step(at_once: int) -> float:
+        chosen = [index % len(batch) for index in range(at_once)]
+        part: Any = PretrainBatch(batch.pixels[chosen], [batch.mask_seeds[index] for index in chosen], [])
+        if run.device.type == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        backward(model, part, pretrain_loss, run.device, precision, None)
+        if run.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    step(1)
+    at_once = max(1, min(micro, int(SECONDS_A_STEP / max(step(1), 1e-9))))
+    computing = min(step(at_once) for _ in range(TIMED_STEPS)) / at_once
+    started = time.perf_counter()
+    optimizer.step()
+    update = time.perf_counter() - started
+    return Speed(reading, computing + update * run.world / config.optim.batch_size, at_once)
+
+
+def time_lines(speed: Speed, config: PretrainConfig, settings: FitSettings, world: int) -> list[str]:
+    """How long the run will take, and what it waits for."""
+    workers = config.data.workers
+    share = config.optim.batch_size / world
+    reading, computing = speed.reading * share / max(workers, 1), speed.computing * share
+    seconds = max(reading, computing) if workers else reading + computing
+    whole = settings.total_steps * seconds
+    days = f" ({whole / 86400:.1f} days)" if whole > 2 * 86400 else ""
+    lines = [
+        f"time, from {TIMED_STEPS} measured steps of {speed.at_once} images on each of {world} devices: "
+        f"{seconds:.3g} s a step, {clock(whole)}{days} for the run; without pictures, checkpoints and measurements",
+        f"  computing {1 / speed.computing:.4g} images/s a device, reading {1 / speed.reading:.4g} images/s a process",
+    ]
+    if workers and reading > computing:
+        lines.append(f"  reading with {workers} workers is what takes longer; raise data.workers")
+    return lines
+
+
+def differences_from_paper(config: PretrainConfig) -> list[str]:
+    """What is not the paper's recipe (Tables 1 and 8), a line each."""
+    size = config.model.size if config.model.size in PAPER_SIZES else "base"
+    paper = PretrainConfig.model_validate({"model": {"size": size}})
+    lines = []
+    if config.model.size not in PAPER_SIZES:
+        lines.append(f"  model.size: {', '.join(PAPER_SIZES)} -> {config.model.size}")
+    plain = config.model_copy(update={"model": config.model.model_copy(update={"size": size})})
+    if config.model.patch_size == SIZES[config.model.size].patch_size:
+        plain = plain.model_copy(update={"model": plain.model.model_copy(update={"patch_size": None})})
+    for line in config_differences(paper, plain):
+        key, _, values = line.partition(": ")
+        if not key.startswith(COMPARED) or key.startswith(NOT_A_RECIPE):
+            continue
+        if values.rpartition(" -> ")[2] not in ALSO_IN_PAPER.get(key, ()):
+            lines.append(f"  {line}")
+    mean, std = statistics_of(config.data)
+    if len(mean) == 3 and (mean, std) == statistics_of(paper.data):
+        lines = [line for line in lines if not line.startswith(("  data.mean", "  data.std"))]
+    return ["differs from the paper's recipe:", *lines] if lines else ["this is the paper's recipe"]

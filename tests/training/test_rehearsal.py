@@ -1,0 +1,123 @@
+"""mae pretrain --dry-run: its numbers against numbers worked out here, and that it leaves nothing behind."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from mae_core.cli.main import app
+from mae_core.config import PretrainConfig, load_config
+from mae_core.data.images import statistics_of
+from mae_core.errors import UserError
+from mae_core.models.sizes import SIZES
+from mae_core.training.loop import FitSettings
+from mae_core.training.pretrain import build_pretrain_model
+from mae_core.training.rehearsal import cost_of, differences_from_paper, memory_of, plan, rehearse
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "pretrain"
+
+
+def configured(options, *more) -> PretrainConfig:
+    return load_config(PretrainConfig, None, [*options, *more])
+
+
+def block_flops(tokens: int, width: int) -> int:
+    """Forward: four projections, two matrix products of attention, and an MLP of ratio 4."""
+    return 2 * tokens * width * width * 4 + 2 * 2 * tokens * tokens * width + 2 * tokens * width * 4 * width * 2
+
+
+@pytest.mark.parametrize("mask_tokens", [False, True])
+def test_flops_are_those_of_the_matrix_products(pretrain_options, mask_tokens):
+    config = configured(pretrain_options, f"masking.mask_tokens_in_encoder={mask_tokens}")
+    size = SIZES["nano"]
+    seen = 17 if mask_tokens else 5  # 16 patches, four visible, and the cls token
+    encoder = 2 * 16 * size.width * 192 + size.depth * block_flops(seen, size.width)
+    decoder = 2 * seen * size.width * 32 + block_flops(17, 32) + 2 * 17 * 32 * 192
+    cost = cost_of(build_pretrain_model(config), config, torch.float32)
+    assert cost.forward == pytest.approx(encoder + decoder, rel=0.01)
+    assert cost.total == pytest.approx(3 * cost.forward, rel=0.05)
+
+
+def test_memory_grows_with_the_images_at_once_and_counts_the_optimizer(pretrain_options):
+    config = configured(pretrain_options)
+    model = build_pretrain_model(config)
+    cost = cost_of(model, config, torch.float32)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    assert memory_of(model, cost, 0) == trained * 16 + frozen * 4
+    assert memory_of(model, cost, 10) - memory_of(model, cost, 0) == 10 * cost.kept
+    tokens = 5 * SIZES["nano"].depth * SIZES["nano"].width * 4
+    assert cost.kept > 10 * tokens  # at least ten activations of each block
+    half = cost_of(model, config, torch.bfloat16).kept
+    assert half < 0.9 * cost.kept
+
+
+def test_the_plan_is_the_papers_arithmetic():
+    config = load_config(PretrainConfig, CONFIGS / "table1" / "baseline.yaml", ["model.size=tiny", "decoder.depth=1"])
+    settings = FitSettings.of(config.optim, 1_281_167)
+    lines = "\n".join(plan(config, build_pretrain_model(config), settings, 1_281_167, 8))
+    assert "4096 images a step, on 8 devices 512 each, accumulated in 1 rounds" in lines
+    assert "0.00015 x 4096 / 256 = 0.0024" in lines and "warm-up 12511 steps" in lines
+    assert "steps: 250228 = 800 epochs" in lines
+    assert "196 patches, 147 masked and 49 visible (random, 0.75); the encoder runs on 49 + 1" in lines
+    small = load_config(PretrainConfig, None, ["optim.micro_batch=100", "model.size=nano", "decoder.depth=1"])
+    assert "accumulated in 6 rounds of at most 100" in plan(small, build_pretrain_model(small), settings, 10, 8)[0]
+
+
+@pytest.mark.parametrize(
+    "name, different",
+    [
+        ("base", []),
+        ("huge_800", []),
+        ("table1/baseline", []),
+        ("table1/a_depth_2", ["decoder.depth: 8 -> 2"]),
+        ("table1/f_block_50", ["masking.kind: random -> block", "masking.ratio: 0.75 -> 0.5"]),
+    ],
+)
+def test_what_differs_from_the_paper_is_named(name, different):
+    found = differences_from_paper(load_config(PretrainConfig, CONFIGS / f"{name}.yaml", ["data.path=x", "seed=3"]))
+    assert [line.strip() for line in found[1:]] == different
+    assert found[0] == ("differs from the paper's recipe:" if different else "this is the paper's recipe")
+
+
+def test_a_size_that_is_not_the_papers_is_named():
+    found = differences_from_paper(load_config(PretrainConfig, CONFIGS / "tiny_96.yaml"))
+    assert "  model.size: base, large, huge -> tiny" in found and "  model.patch_size: None -> 12" in found
+
+
+def test_a_dry_run_says_all_and_writes_nothing(pretrain_options, tmp_path, write_images, monkeypatch):
+    write_images(tmp_path / "images", 9)
+    monkeypatch.chdir(tmp_path)
+    arguments = [*pretrain_options, f"data.path={tmp_path / 'images'}", "output=run", "optim.micro_batch=3"]
+    result = CliRunner().invoke(app, ["pretrain", *arguments, "--dry-run"])
+    assert result.exit_code == 0, result.output
+    for word in (
+        "batch: 4",
+        "in 2 rounds",
+        "learning rate",
+        "steps",
+        "12 masked and 4 visible",
+        "parameters: ",
+        "FLOPs",
+    ):
+        assert word in result.output
+    for word in ("encoder.blocks", "memory, estimated", "s a step", "for the run", "differs from the paper's recipe"):
+        assert word in result.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images"]
+
+
+def test_a_run_that_does_not_fit_is_not_started(pretrain_options, tmp_path, write_images, monkeypatch):
+    write_images(tmp_path, 3)
+    monkeypatch.setattr("mae_core.training.rehearsal.available_memory", lambda device: 1000)
+    said: list[str] = []
+    monkeypatch.setattr("builtins.print", lambda *words, **_: said.append(" ".join(map(str, words))))
+    rehearse(configured(pretrain_options, f"data.path={tmp_path}"))
+    assert any("time: not measured" in line for line in said)
+
+
+def test_it_refuses_what_the_run_would_refuse(pretrain_options, tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        rehearse(configured(pretrain_options, f"data.path={tmp_path / 'none'}"))
+    with pytest.raises(UserError, match="no usual mean of 5 channels; run mae data-stats"):
+        statistics_of(configured(pretrain_options, "data.channels=5").data)
