@@ -214,8 +214,8 @@ class PretrainData(ImagesConfig):
         return self
 
 
-class OptimConfig(Schema):
-    """AdamW, linear warm-up, half-cosine decay. lr = base_lr * batch_size / 256."""
+class ScheduleConfig(Schema):
+    """Linear warm-up, half-cosine decay. lr = base_lr * batch_size / 256."""
 
     epochs: Annotated[float, Field(gt=0)]
     warmup_epochs: Annotated[float, Field(ge=0)]
@@ -223,8 +223,6 @@ class OptimConfig(Schema):
     micro_batch: Count | None = Field(None, description="most images a device takes at once; the rest is accumulated")
     base_lr: Annotated[float, Field(gt=0)]
     min_lr: Annotated[float, Field(ge=0)] = 0.0
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    betas: tuple[Beta, Beta]
     clip_grad: Annotated[float, Field(gt=0)] | None = Field(
         None, description="largest gradient norm; none in the paper"
     )
@@ -233,6 +231,13 @@ class OptimConfig(Schema):
     def lr(self) -> float:
         """Peak learning rate, by the linear scaling rule (paper, Table 8)."""
         return self.base_lr * self.batch_size / 256
+
+
+class OptimConfig(ScheduleConfig):
+    """AdamW."""
+
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    betas: tuple[Beta, Beta]
 
 
 class PretrainOptim(OptimConfig):
@@ -323,12 +328,16 @@ class PretrainConfig(RunConfig):
         return self
 
 
-class LabelledData(ImagesConfig):
-    """``path/train/<class>/*`` and ``path/val/<class>/*`` (ImageFolder)."""
+class EvaluationData(ImagesConfig):
+    """Images as they are measured: shorter side resized (bicubic), centre crop."""
 
     test_crop: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None, description="centre crop as a share of the resized image; 0.875 up to 224 pixels and 1.0 above when empty"
     )
+
+
+class LabelledData(EvaluationData):
+    """``path/train/<class>/*`` and ``path/val/<class>/*`` (ImageFolder)."""
 
 
 class FinetuneData(LabelledData):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from mae_core.cli.arguments import ConfigAndOverrides, Resume, read_arguments
+from mae_core.cli.classification import linprobe
 from mae_core.cli.looking import data_stats
-from mae_core.errors import UserError, user_errors
+from mae_core.errors import user_errors
 
 app = typer.Typer(
     name="mae",
@@ -18,28 +20,6 @@ app = typer.Typer(
     help="Pre-train a ViT on your own images with a masked autoencoder, look at it, and fine-tune it. "
     "Detection: python transfer/detection/train_net.py. Segmentation: python transfer/segmentation/train_net.py.",
 )
-
-ConfigAndOverrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[CONFIG.yaml] [KEY=VALUE]...",
-        help="A configuration file, and options that override it, such as data.path=images optim.epochs=100.",
-        show_default=False,
-    ),
-]
-Resume = Annotated[
-    bool, typer.Option("--resume", help="Continue the run in the output folder from its last checkpoint.")
-]
-
-
-def read_arguments(schema: Any, arguments: list[str] | None) -> Any:
-    """A configuration from a command line: at most one file, anywhere, and overrides."""
-    from mae_core.config import load_config
-
-    files = [argument for argument in arguments or [] if "=" not in argument]
-    if len(files) > 1:
-        raise UserError(f"one configuration file at a time, got {', '.join(files)}; options are written key=value")
-    return load_config(schema, files[0] if files else None, [a for a in arguments or [] if "=" in a])
 
 
 @app.command()
@@ -136,6 +116,8 @@ def digits(
 
 
 app.command("data-stats")(data_stats)
+for command in (linprobe,):
+    app.command()(command)
 
 
 def main() -> None:

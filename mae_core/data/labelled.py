@@ -3,41 +3,23 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from PIL import Image
-from timm.data import auto_augment, create_transform
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mae_core.config import FinetuneData, LabelledData
-from mae_core.data.images import (
-    Statistics,
-    Unreadable,
-    UnreadableImage,
-    check_found,
-    list_images,
-    next_readable,
-    read_image,
-)
+from mae_core.config import EvaluationData, FinetuneData
+from mae_core.data.augmentation import Size
+from mae_core.data.decoding import Unreadable, UnreadableImage, read_image
+from mae_core.data.images import Statistics, check_found, list_images, next_readable
 from mae_core.data.loading import Place
+from mae_core.data.views import View, evaluation_view, finetune_view
 from mae_core.errors import UserError
 from mae_core.seeds import AUGMENT, derive_seed, seeded
-
-
-def _posterize(image: Image.Image, bits_to_keep: int, **options: Any) -> Image.Image:
-    """timm's posterize, where no bits leave a black image."""
-    return auto_augment.posterize(image, bits_to_keep, **options) if bits_to_keep else Image.new(image.mode, image.size)
-
-
-# timm (up to 1.0.31 at least) lets RandAugment ask for ``ImageOps.posterize(image, 0)``, which Pillow 13 refuses with a
-# ValueError and Pillow <= 12 answered with a black image. Remove this once timm no longer asks.
-auto_augment.NAME_TO_OP.update({name: _posterize for name in auto_augment.NAME_TO_OP if name.startswith("Posterize")})
-
 
 Label = int | tuple[int, ...]
 """The class of an image, or, with several labels an image, its classes."""
@@ -182,13 +164,11 @@ class LabelledBatch:
 
 
 class AugmentedImages(Dataset[LabelledSample]):
-    """Training images by (epoch, index), through a random transform from PIL image to (C, H, W); an unreadable file is
-    replaced by the next readable one."""
+    """Training images by (epoch, index), through a random view; an unreadable file is replaced by the next readable
+    one."""
 
-    def __init__(
-        self, files: LabelledPaths, transform: Callable[[Image.Image], Tensor], channels: int, seed: int
-    ) -> None:
-        self.files, self.transform, self.channels, self.seed = files, transform, channels, seed
+    def __init__(self, files: LabelledPaths, view: View, channels: int, seed: int) -> None:
+        self.files, self.view, self.channels, self.seed = files, view, channels, seed
 
     def __len__(self) -> int:
         return len(self.files.paths)
@@ -201,56 +181,24 @@ class AugmentedImages(Dataset[LabelledSample]):
         if image is None:
             return LabelledSample(None, -1, unreadable)
         with seeded(derive_seed(self.seed, AUGMENT, epoch, index)):
-            return LabelledSample(self.transform(image), self.files.target(chosen), unreadable)
+            return LabelledSample(self.view(image), self.files.target(chosen), unreadable)
 
 
 class TrainImages(AugmentedImages):
-    """Images augmented for fine-tuning, by timm (paper, Table 9).
+    """Images augmented for fine-tuning; see ``finetune_view`` for what is refused."""
 
-    Raises ``UserError`` for an auto-augment string that timm does not know.
-    """
-
-    def __init__(
-        self, files: LabelledPaths, data: FinetuneData, size: tuple[int, int], statistics: Statistics, seed: int
-    ) -> None:
-        channels = len(statistics.mean)
-        try:
-            transform = create_transform(
-                (channels, *size),
-                is_training=True,
-                scale=data.crop_scale,
-                hflip=data.hflip,
-                color_jitter=None,
-                auto_augment=data.auto_augment,
-                interpolation="bicubic",
-                mean=statistics.mean,
-                std=statistics.std,
-                re_prob=data.random_erasing,
-                re_mode="pixel",
-            )
-        except (AssertionError, ValueError, KeyError) as error:
-            raise UserError(
-                f"data.auto_augment={data.auto_augment} is not understood by timm ({error}); "
-                "use rand-m9-mstd0.5-inc1, or null for none"
-            ) from None
-        super().__init__(files, transform, channels, seed)
+    def __init__(self, files: LabelledPaths, data: FinetuneData, size: Size, statistics: Statistics, seed: int) -> None:
+        super().__init__(files, finetune_view(data, size, statistics), len(statistics.mean), seed)
 
 
 class TestImages(Dataset[LabelledSample]):
-    """Images as they are evaluated: shorter side resized, centre crop. Unreadable files have no pixels."""
+    """Images as they are evaluated, see ``evaluation_view``. Unreadable files have no pixels."""
 
     __test__ = False
 
-    def __init__(self, files: LabelledPaths, data: LabelledData, size: tuple[int, int], statistics: Statistics) -> None:
+    def __init__(self, files: LabelledPaths, data: EvaluationData, size: Size, statistics: Statistics) -> None:
         self.files, self.channels = files, len(statistics.mean)
-        self.transform = create_transform(
-            (self.channels, *size),
-            is_training=False,
-            interpolation="bicubic",
-            mean=statistics.mean,
-            std=statistics.std,
-            crop_pct=data.test_crop or (0.875 if max(size) <= 224 else 1.0),
-        )
+        self.view = evaluation_view(data.test_crop, size, statistics)
 
     def __len__(self) -> int:
         return len(self.files.paths)
@@ -260,7 +208,7 @@ class TestImages(Dataset[LabelledSample]):
             image = read_image(self.files.paths[index], self.channels)
         except UnreadableImage as error:
             return LabelledSample(None, self.files.target(index), [error.unreadable])
-        return LabelledSample(self.transform(image), self.files.target(index), [])
+        return LabelledSample(self.view(image), self.files.target(index), [])
 
 
 def collate(samples: Sequence[LabelledSample]) -> LabelledBatch:

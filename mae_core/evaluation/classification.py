@@ -64,13 +64,29 @@ def predict(model: nn.Module, batches: Iterable[LabelledBatch], run: Run) -> Ite
             yield logits.float(), moved.labels
 
 
+class Tally:
+    """Counts right and wrong answers of this rank; ``total`` adds those of all."""
+
+    def __init__(self, num_classes: int, device: torch.device) -> None:
+        self.num_classes = num_classes
+        self._confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+        self._top5 = torch.zeros((), dtype=torch.int64, device=device)
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """logits (B, C), labels (B,) int64."""
+        best = logits.topk(min(5, self.num_classes), dim=1).indices
+        places = labels * self.num_classes + best[:, 0]
+        self._confusion += torch.bincount(places, minlength=self.num_classes**2).view_as(self._confusion)
+        self._top5 += (best == labels[:, None]).any(dim=1).sum()
+
+    def total(self) -> Accuracy:
+        """Over all ranks, which must all call it."""
+        return Accuracy(sum_over_ranks(self._confusion).cpu(), int(sum_over_ranks(self._top5)))
+
+
 def evaluate_classifier(model: nn.Module, batches: Iterable[LabelledBatch], run: Run, num_classes: int) -> Accuracy:
     """Run ``model`` (in eval mode) over this rank's batches; the counts of all ranks are added."""
-    confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=run.device)
-    top5 = torch.zeros((), dtype=torch.int64, device=run.device)
+    tally = Tally(num_classes, run.device)
     for logits, labels in predict(model, batches, run):
-        best = logits.topk(min(5, num_classes), dim=1).indices
-        places = labels * num_classes + best[:, 0]
-        confusion += torch.bincount(places, minlength=num_classes**2).reshape(num_classes, num_classes)
-        top5 += (best == labels[:, None]).any(dim=1).sum()
-    return Accuracy(sum_over_ranks(confusion).cpu(), int(sum_over_ranks(top5)))
+        tally.add(logits, labels)
+    return tally.total()

@@ -11,7 +11,7 @@ from torch.utils.data import BatchSampler, DataLoader
 from mae_core.atomic import write_json
 from mae_core.config import FinetuneData, LabelledData
 from mae_core.conversion.files import write_weights
-from mae_core.conversion.loading import LoadReport
+from mae_core.conversion.loading import LoadReport, describe_encoder
 from mae_core.data.images import ImageFiles, Statistics, check_all, read_some
 from mae_core.data.labelled import (
     LabelledBatch,
@@ -22,9 +22,11 @@ from mae_core.data.labelled import (
     read_label_lists,
 )
 from mae_core.data.loading import make_loader
+from mae_core.data.views import check_pictures
 from mae_core.evaluation.classification import evaluate_classifier
 from mae_core.evaluation.multi_label import evaluate_multi_label
 from mae_core.layout import CLASSIFIER, LOADING, METRICS
+from mae_core.models.encoder import Pooling, ViTEncoder
 from mae_core.patches import as_pair
 from mae_core.training.progress import Counter
 from mae_core.training.run import Run
@@ -57,11 +59,13 @@ def read_splits(data: LabelledData) -> Splits:
     if data.on_error == "raise":
         check_all(source, on_progress=Counter("checking images"))
     for files in (train, val):
-        read_some(ImageFiles(files.paths, data.channels), IMAGES_TRIED)
+        tried = read_some(ImageFiles(files.paths, data.channels), IMAGES_TRIED)
+        if isinstance(data, FinetuneData):
+            check_pictures(tried, data)
     return Splits(train, val, source)
 
 
-def test_loader(
+def evaluation_loader(
     files: LabelledPaths, data: LabelledData, statistics: Statistics, batch: int, run: Run
 ) -> DataLoader[Any]:
     """This rank's share of ``files`` as they are evaluated, each image on one rank and once."""
@@ -101,6 +105,25 @@ def tell_of_weights(run: Run, report: LoadReport | None) -> None:
     elif run.is_main:
         report.print()
         write_json(run.folder / LOADING, report.as_dict())
+
+
+def steps_between(epochs: float, images: int, batch_size: int) -> int:
+    """Steps in so many epochs, at least one."""
+    return max(1, round(epochs * images / batch_size))
+
+
+def classifier_metadata(
+    model: ViTEncoder, statistics: Statistics, pooling: Pooling, classes: list[str], epochs: float
+) -> dict[str, Any]:
+    """What the file of a classifier says about itself."""
+    return {
+        **describe_encoder(model),
+        "mean": statistics.mean,
+        "std": statistics.std,
+        "pooling": pooling,
+        "classes": classes,
+        "epochs": epochs,
+    }
 
 
 def conclude(run: Run, state: Mapping[str, Any], metadata: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:

@@ -13,7 +13,6 @@ from mae_core.config import FinetuneConfig, FinetuneData
 from mae_core.conversion.loading import (
     LoadReport,
     classifier_from,
-    describe_encoder,
     read_encoder,
     with_channels_of,
 )
@@ -27,14 +26,16 @@ from mae_core.patches import as_pair
 from mae_core.training import distributed
 from mae_core.training.averaging import attach_average, steps_averaged
 from mae_core.training.classification import (
+    classifier_metadata,
     conclude,
+    evaluation_loader,
     headline,
     in_words,
     measure,
     measure_multi_label,
     read_splits,
+    steps_between,
     tell_of_weights,
-    test_loader,
 )
 from mae_core.training.groups import layer_decay_groups
 from mae_core.training.loop import FitSettings, LossOf, fit, seed_everything
@@ -175,7 +176,7 @@ def finetune(config: FinetuneConfig, *, resume: bool = False) -> dict[str, Any]:
     on_gpu = run.device.type == "cuda"
     sampler = run.sampler(len(images), config.optim.batch_size, total_steps=settings.total_steps, start_step=start)
     train_batches = make_loader(images, sampler, collate, workers=config.data.workers, pin=on_gpu)
-    test_batches = test_loader(splits.val, config.data, statistics, config.evaluation_batch, run)
+    test_batches = evaluation_loader(splits.val, config.data, statistics, config.evaluation_batch, run)
     announce(config, run, model, settings, len(images), len(splits.val.paths), len(splits.classes))
     measured = measure_multi_label if config.data.multi_label else measure
     metrics: dict[str, Any] = {}
@@ -188,16 +189,8 @@ def finetune(config: FinetuneConfig, *, resume: bool = False) -> dict[str, Any]:
             metrics["without_ema"] = headline(measured(model, test_batches, run, splits.classes))
             run.record({"step": step, **{f"{name}_without_ema": v for name, v in metrics["without_ema"].items()}})
 
-    every = max(1, round(config.evaluate_every * len(images) / config.optim.batch_size))
-    metadata = {
-        **describe_encoder(model),
-        "mean": statistics.mean,
-        "std": statistics.std,
-        "pooling": config.model.pooling,
-        "classes": splits.classes,
-        "multi_label": config.data.multi_label,
-        "epochs": config.optim.epochs,
-    }
+    metadata = classifier_metadata(model, statistics, config.model.pooling, splits.classes, config.optim.epochs)
+    metadata["multi_label"] = config.data.multi_label
     fit(
         model,
         train_batches,
@@ -206,7 +199,7 @@ def finetune(config: FinetuneConfig, *, resume: bool = False) -> dict[str, Any]:
         run=run,
         settings=settings,
         start_step=start,
-        hooks=[(every, evaluate)],
+        hooks=[(steps_between(config.evaluate_every, len(images), config.optim.batch_size), evaluate)],
         metadata=metadata,
     )
     if not metrics:

@@ -22,7 +22,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mae_core.config import OptimConfig
+from mae_core.config import ScheduleConfig
 from mae_core.data.loading import Batch, share_of, steps_for
 from mae_core.errors import UserError
 from mae_core.seeds import STEP, derive_seed
@@ -50,7 +50,7 @@ class FitSettings:
     milestones: tuple[float, ...] = ()
 
     @classmethod
-    def of(cls, optim: OptimConfig, length: int) -> FitSettings:
+    def of(cls, optim: ScheduleConfig, length: int) -> FitSettings:
         """From a configuration and the number of training images.
 
         Raises ``UserError`` where the batch does not divide among the ranks, before anything is written.

@@ -1,0 +1,84 @@
+"""Frozen trunks and trained classifiers from weights files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mae_core.config import JobConfig
+from mae_core.conversion.loading import EncoderFile, LoadReport, fit_state, read_encoder, with_channels_of
+from mae_core.errors import UserError
+from mae_core.models.encoder import Pooling, ViTEncoder
+
+NORM_AFTER_POOLING = {"norm.weight": "fc_norm.weight", "norm.bias": "fc_norm.bias"}
+Frozen = TypeVar("Frozen", bound=JobConfig)
+
+
+def weights_of(config: Any) -> EncoderFile:
+    """The file behind the ``weights`` of a configuration. Raises ``UserError`` where none is given."""
+    if config.weights is None:
+        raise UserError("no weights given; set weights=FILE, such as the encoder.safetensors of a run")
+    return read_encoder(config.weights)
+
+
+def as_file_says(source: EncoderFile, config: Frozen) -> Frozen:
+    """``config`` with the channels and the image size of the weights where the user set none: a frozen trunk is
+    measured at the size it was trained at. Raises ``UserError`` where other channels are asked for."""
+    config = with_channels_of(source, config)
+    data = config.data  # type: ignore[attr-defined]
+    source.check_asked(in_chans=data.channels)
+    if "image_size" in data.model_fields_set:
+        return config
+    return config.model_copy(update={"data": data.model_copy(update={"image_size": source.image_size})})
+
+
+def trunk_from(
+    source: EncoderFile, *, pooling: Pooling, image_size: int | Sequence[int] | None = None
+) -> tuple[ViTEncoder, LoadReport]:
+    """A frozen trunk that maps images (B, C, H, W) to features (B, D), in eval mode, and the report of its weights.
+
+    ``cls`` is the cls token after the encoder's norm; ``mean`` the mean of the patch tokens, after which the encoder's
+    norm follows, as in a classifier, with the norm it was trained with. The official code leaves a random norm there.
+    Raises ``UserError`` where the file is a classifier on mean-pooled patches and the cls token is asked for.
+    """
+    if pooling == "cls" and not source.has_norm:
+        raise UserError(
+            f"{source.path} is a classifier on mean-pooled patches, its cls token means nothing; "
+            "set model.pooling=mean, or give the encoder it was fine-tuned from"
+        )
+    model = ViTEncoder(
+        source.size,
+        image_size=source.image_size if image_size is None else image_size,
+        patch_size=source.patch_size,
+        in_chans=source.in_chans,
+        pooling=pooling,
+    )
+    rename = NORM_AFTER_POOLING if pooling == "mean" and source.has_norm else {}
+    report = fit_state(model, source, grid=model.grid[:2], unused={"head.*": "a classifier's head"}, rename=rename)
+    return model.requires_grad_(False).eval(), report
+
+
+def read_classifier(
+    path: Path | str, *, image_size: int | Sequence[int] | None = None
+) -> tuple[ViTEncoder, EncoderFile, LoadReport]:
+    """A trained classifier, in eval mode, its file and the report: ours, or of the official fine-tuned layout.
+
+    Raises ``UserError`` where the file is an encoder without a head, and for what ``read_encoder`` refuses.
+    """
+    source = read_encoder(path)
+    if not source.num_classes:
+        raise UserError(
+            f"{source.path} is a pre-trained encoder without a head, not a classifier; fine-tune it with mae finetune, "
+            "or measure it with mae linprobe or mae knn"
+        )
+    model = ViTEncoder(
+        source.size,
+        image_size=source.image_size if image_size is None else image_size,
+        patch_size=source.patch_size,
+        in_chans=source.in_chans,
+        num_classes=source.num_classes,
+        pooling="cls" if source.has_norm else "mean",
+    )
+    report = fit_state(model, source, grid=model.grid[:2])
+    return model.eval(), source, report

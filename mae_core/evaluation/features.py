@@ -1,0 +1,95 @@
+"""Features of images from a frozen trunk, computed once and, by option, kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler
+
+from mae_core.config import EvaluationData
+from mae_core.conversion.files import read_weights, write_weights
+from mae_core.data.images import Statistics
+from mae_core.data.labelled import LabelledPaths, TestImages, collate_readable
+from mae_core.data.loading import make_loader
+from mae_core.errors import UserError
+from mae_core.evaluation.classification import predict
+from mae_core.models.encoder import ViTEncoder
+from mae_core.patches import as_pair
+from mae_core.training.distributed import gather
+from mae_core.training.run import Run
+
+
+class Features(NamedTuple):
+    """values (N, D) float32, and which image each row is of: indices (N,) int64, ascending. Unreadable images have no
+    row."""
+
+    values: Tensor
+    indices: Tensor
+
+
+class FrozenTrunk(NamedTuple):
+    """A trunk, and all that decides what its features are."""
+
+    model: ViTEncoder
+    data: EvaluationData
+    statistics: Statistics
+    batch: int
+
+
+def features_of(paths: Sequence[Path], trunk: FrozenTrunk, run: Run, *, cache: Path | None = None) -> Features:
+    """Features of images as they are measured (no augmentation), on all ranks; each image is computed on one.
+
+    ``cache``: a folder where features of the same files under the same trunk and view are looked for first, and kept.
+    Raises ``UserError`` where no image can be read, or the cache cannot be written.
+    """
+    kept = None if cache is None else cache / f"{_identity(paths, trunk)}.safetensors"
+    if kept is not None and all(gather(kept.is_file())):
+        run.say(f"features of {len(paths)} images are in {kept}")
+        stored, _ = read_weights(kept)
+        return Features(stored["values"], stored["indices"])
+    # An image's place takes the place of its label, so that each row knows its image.
+    files = LabelledPaths(list(paths), range(len(paths)), [])
+    images = TestImages(files, trunk.data, as_pair(trunk.data.image_size), trunk.statistics)
+    mine = BatchSampler(range(run.rank, len(paths), run.world), trunk.batch, drop_last=False)
+    pin = run.device.type == "cuda"
+    loader = make_loader(images, mine, collate_readable, workers=trunk.data.workers, pin=pin)
+    found = [(values.cpu(), places.cpu()) for values, places in predict(trunk.model, loader, run)]
+    parts = [pair for part in gather(found) for pair in part]
+    if not parts:
+        raise UserError(f"none of {len(paths)} images can be read, the first is {paths[0]}; check data.path")
+    values, indices = (torch.cat(columns) for columns in zip(*parts, strict=True))
+    order = indices.argsort()
+    features = Features(values[order], indices[order])
+    if kept is not None and run.is_main:
+        try:
+            write_weights(kept, features._asdict(), {"images": len(paths)})
+        except OSError as error:
+            raise UserError(f"cannot write features to cache={cache}: {error.strerror}") from None
+        run.say(f"kept the features of {len(features.values)} images in {kept}")
+    return features
+
+
+def check_cache(cache: Path | None) -> None:
+    """Raise ``UserError`` where ``cache`` is no folder, before any work."""
+    if cache is not None and cache.exists() and not cache.is_dir():
+        raise UserError(f"cache={cache} is a file; give a folder to keep features in")
+
+
+def _identity(paths: Sequence[Path], trunk: FrozenTrunk) -> str:
+    """Changes with the trunk's weights and pooling, the view, and the files' names, sizes and times."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(trunk.model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    view = [trunk.data.image_size, trunk.data.test_crop, trunk.data.channels, trunk.statistics]
+    digest.update(json.dumps(view).encode())
+    for path in paths:
+        found = path.stat()
+        digest.update(f"{path}\0{found.st_size}\0{found.st_mtime_ns}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()[:24]

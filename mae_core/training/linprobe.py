@@ -1,0 +1,199 @@
+"""``mae linprobe``: how far one linear layer on a frozen encoder gets (paper, A.1, Table 10)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from timm.optim import Lars
+from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader, Dataset
+
+from mae_core.conversion.classifiers import as_file_says, trunk_from, weights_of
+from mae_core.data.images import statistics_of
+from mae_core.data.labelled import (
+    AugmentedImages,
+    LabelledBatch,
+    LabelledPaths,
+    LabelledSample,
+    collate,
+    collate_readable,
+)
+from mae_core.data.loading import Place, make_loader, share_of
+from mae_core.data.views import probe_view
+from mae_core.errors import UserError
+from mae_core.evaluation.classification import Tally, predict
+from mae_core.evaluation.config import LinprobeConfig, ProbeOptim
+from mae_core.evaluation.features import Features, FrozenTrunk, check_cache, features_of
+from mae_core.models.probe import LinearProbe
+from mae_core.patches import as_pair
+from mae_core.training import distributed
+from mae_core.training.classification import (
+    Splits,
+    classifier_metadata,
+    conclude,
+    evaluation_loader,
+    headline,
+    in_words,
+    read_splits,
+    steps_between,
+    tell_of_weights,
+)
+from mae_core.training.loop import FitSettings, fit, seed_everything
+from mae_core.training.run import Run, check_output, open_run
+
+ROWS_AT_ONCE = 4096
+"""Cached features in a batch of the evaluation."""
+
+
+class FeatureRows(Dataset[LabelledSample]):
+    """Features as if they were images: by (epoch, index) for training, by index for measuring."""
+
+    def __init__(self, features: Features, files: LabelledPaths) -> None:
+        self.features = features
+        self.labels = [files.target(index) for index in features.indices.tolist()]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, place: Place | int) -> LabelledSample:
+        row = place if isinstance(place, int) else place[1]
+        return LabelledSample(self.features.values[row], self.labels[row], [])
+
+
+def rates_of(optim: ProbeOptim) -> list[float]:
+    """The base learning rates of one pass, each once."""
+    return list(dict.fromkeys((optim.base_lr, *optim.sweep)))
+
+
+def lars(probe: LinearProbe, optim: ProbeOptim, lr: float) -> Lars:
+    """LARS with one group of weights and one of biases per head; biases take plain steps with momentum, without
+    adaptation and decay.
+
+    The update of a weight w with gradient g: g' = g + decay w; v <- momentum v + trust |w| / |g'| g'; w <- w - lr v.
+    """
+    groups: list[dict[str, Any]] = []
+    for head, rate in zip(probe.heads, rates_of(optim), strict=True):
+        scale = rate / optim.base_lr
+        groups += [
+            {"params": [head.weight], "lr_scale": scale, "weight_decay": optim.weight_decay, "always_adapt": True},
+            {"params": [head.bias], "lr_scale": scale, "weight_decay": 0.0, "always_adapt": False},
+        ]
+    return Lars(groups, lr=lr, momentum=optim.momentum, trust_coeff=optim.trust_coefficient, eps=0.0)
+
+
+def probe_loss(model: nn.Module, batch: LabelledBatch) -> dict[str, Tensor]:
+    """Cross-entropy of every head, summed: no head sees another's gradient."""
+    losses = torch.stack([nn.functional.cross_entropy(logits, batch.labels) for logits in model(batch.pixels)])
+    each = {f"loss_{number}": loss for number, loss in enumerate(losses)} if len(losses) > 1 else {}
+    return {"loss": losses.sum(), **each}
+
+
+class ProbeData(NamedTuple):
+    """What a probe trains on, how many of it, and this rank's share of what it is measured on."""
+
+    images: Dataset[LabelledSample]
+    num_images: int
+    test_batches: DataLoader[Any]
+
+
+def probe_data(config: LinprobeConfig, splits: Splits, frozen: FrozenTrunk, run: Run) -> ProbeData:
+    """Augmented images, or with ``cache`` their features as rows, computed once."""
+    if config.cache is None:
+        view = probe_view(config.data.crop_scale, config.data.hflip, as_pair(config.data.image_size), frozen.statistics)
+        images = AugmentedImages(splits.train, view, config.data.channels, config.seed)
+        batches = evaluation_loader(splits.val, config.data, frozen.statistics, config.evaluation_batch, run)
+        return ProbeData(images, len(images), batches)
+    train, val = (
+        FeatureRows(features_of(files.paths, frozen, run, cache=config.cache), files)
+        for files in (splits.train, splits.val)
+    )
+    mine = BatchSampler(range(run.rank, len(val), run.world), ROWS_AT_ONCE, drop_last=False)
+    batches = make_loader(val, mine, collate_readable, workers=0, pin=run.device.type == "cuda")
+    return ProbeData(train, len(train), batches)
+
+
+def check_batches(optim: ProbeOptim) -> None:
+    """Raise ``UserError`` where batch norm would see a single image at once."""
+    share = share_of(optim.batch_size, distributed.world_size())
+    parts = optim.micro_batch or share
+    if 1 in (share, parts) or share % parts == 1:
+        raise UserError(
+            f"batch norm needs two images at once, and optim.batch_size={optim.batch_size} in parts of {parts} leaves "
+            "one alone; change optim.batch_size or optim.micro_batch"
+        )
+
+
+def linprobe(config: LinprobeConfig, *, resume: bool = False) -> dict[str, Any]:
+    """Train and measure; returns what metrics.json holds: the best head's numbers, and every learning rate's.
+
+    classifier.safetensors holds the trunk, as it was, and the best head with its batch norm folded in. Raises
+    ``UserError`` for what a user can get wrong.
+    """
+    source = weights_of(config)
+    source.check_pretrained()
+    config = as_file_says(source, config)
+    check_output(config, resume=resume)
+    check_cache(config.cache)
+    check_batches(config.optim)
+    splits = read_splits(config.data)
+    statistics = statistics_of(config.data, source.metadata)
+    trunk, report = trunk_from(source, pooling=config.model.pooling, image_size=config.data.image_size)
+    seed_everything(config.seed)
+    rates, cached = rates_of(config.optim), config.cache is not None
+    probe = LinearProbe(None if cached else trunk, trunk.embed_dim, len(splits.classes), heads=len(rates))
+
+    run = open_run(config, resume=resume, names=splits.source.names)
+    tell_of_weights(run, report)
+    frozen = FrozenTrunk(trunk.to(run.device), config.data, statistics, config.evaluation_batch)
+    data = probe_data(config, splits, frozen, run)
+    settings = FitSettings.of(config.optim, data.num_images)
+    optimizer = lars(probe.to(run.device), config.optim, settings.lr)
+    start = run.restore(probe, optimizer) if resume else 0
+    sampler = run.sampler(data.num_images, config.optim.batch_size, total_steps=settings.total_steps, start_step=start)
+    workers = 0 if cached else config.data.workers
+    train_batches = make_loader(data.images, sampler, collate, workers=workers, pin=run.device.type == "cuda")
+    run.say(
+        f"{data.num_images} training and {len(splits.val.paths)} validation images of {len(splits.classes)} classes; "
+        f"{trunk.embed_dim} {config.model.pooling} features {'kept' if cached else 'of augmented images'}; "
+        f"{settings.total_steps} steps of {config.optim.batch_size}, base lr {', '.join(f'{r:g}' for r in rates)}; "
+        f"writing to {run.folder}"
+    )
+    metrics: dict[str, Any] = {}
+
+    def evaluate(step: int) -> None:
+        metrics.update(measure_heads(probe, data.test_batches, run, splits.classes, rates))
+        run.record({"step": step, **headline(metrics)})
+        best = f" with base lr {metrics['base_lr']:g}, the best of {len(rates)}" if len(rates) > 1 else ""
+        run.say(f"step {step}: {in_words(metrics)}{best}")
+
+    metadata = classifier_metadata(trunk, statistics, config.model.pooling, splits.classes, config.optim.epochs)
+    fit(
+        probe,
+        train_batches,
+        probe_loss,
+        optimizer,
+        run=run,
+        settings=settings,
+        start_step=start,
+        hooks=[(steps_between(config.evaluate_every, data.num_images, config.optim.batch_size), evaluate)],
+        metadata=metadata,
+    )
+    if not metrics:
+        evaluate(settings.total_steps)
+    weight, bias = probe.folded(rates.index(metrics["base_lr"]))
+    conclude(run, {**trunk.state_dict(), "head.weight": weight, "head.bias": bias}, metadata, metrics)
+    distributed.leave()
+    return metrics
+
+
+def measure_heads(probe: LinearProbe, batches: Any, run: Run, classes: list[str], rates: list[float]) -> dict[str, Any]:
+    """The metrics of the head with the best top-1, its base learning rate, and top-1 and top-5 of every head."""
+    tallies = [Tally(len(classes), run.device) for _ in rates]
+    for logits, labels in predict(probe, batches, run):
+        for tally, of_head in zip(tallies, logits, strict=True):
+            tally.add(of_head, labels)
+    found = [tally.total().as_dict(classes) for tally in tallies]
+    best = max(range(len(rates)), key=lambda number: found[number]["top1"])
+    sweep = {f"{rate:g}": headline(each) for rate, each in zip(rates, found, strict=True)}
+    return {**found[best], "base_lr": rates[best], "sweep": sweep}
