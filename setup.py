@@ -35,6 +35,7 @@ CORE = [
     "tensorboard>=2.15",
     "numpy>=1.26",
     "Pillow>=10.1",
+    "matplotlib>=3.8",
     "tifffile>=2024.1.30",
     "PyYAML>=6.0",
 ]

@@ -17,3 +17,29 @@ def linprobe(arguments: ConfigAndOverrides = None, resume: Resume = False) -> No
         from mae_core.training.linprobe import linprobe as run
 
         run(read_arguments(LinprobeConfig, arguments), resume=resume)
+
+
+def knn(arguments: ConfigAndOverrides = None) -> None:
+    """Classify val/<class>/* by the nearest images of train/<class>/* in a frozen encoder's features: cosine
+    similarity, temperature 0.07, k = 10 and 20. Writes metrics.json.
+
+    Example: mae knn weights=runs/mine data.path=labelled output=runs/knn
+    """
+    with user_errors():
+        from mae_core.evaluation.config import KnnConfig
+        from mae_core.evaluation.embedding import knn as run
+
+        run(read_arguments(KnnConfig, arguments))
+
+
+def features(arguments: ConfigAndOverrides = None) -> None:
+    """Embed all images below data.path with a frozen encoder. Writes features.npz (features, files, folders) and a
+    picture of them in the plane (picture=pca, tsne or none).
+
+    Example: mae features weights=runs/mine data.path=images output=runs/features
+    """
+    with user_errors():
+        from mae_core.evaluation.config import FeaturesConfig
+        from mae_core.evaluation.embedding import write_features
+
+        write_features(read_arguments(FeaturesConfig, arguments))

@@ -20,6 +20,14 @@ QUERIES_AT_ONCE = 1024
 """Bounds the (queries, bank) similarity matrix."""
 
 
+def check_neighbours(neighbours: Sequence[int], bank: int) -> None:
+    """Raise ``UserError`` where a bank of so many images has too few for the largest k."""
+    if bank < max(neighbours):
+        raise UserError(
+            f"{max(neighbours)} nearest neighbours were asked for, but the bank holds {bank} images; lower k"
+        )
+
+
 def knn_scores(
     queries: Tensor,
     bank: Tensor,
@@ -35,9 +43,8 @@ def knn_scores(
     Features need no normalisation; the computation is float32 on the bank's device, and the votes come back there.
     Raises ``UserError`` where the bank holds fewer than the largest k, or a label is not in 0..num_classes - 1.
     """
+    check_neighbours(neighbours, len(bank))
     most = max(neighbours)
-    if len(bank) < most:
-        raise UserError(f"{most} nearest neighbours were asked for, but the bank holds {len(bank)} images; lower k")
     if len(bank_labels) and not (0 <= int(bank_labels.min()) and int(bank_labels.max()) < num_classes):
         found = f"{int(bank_labels.min())} to {int(bank_labels.max())}"
         raise UserError(f"the bank's labels reach from {found}, but there are {num_classes} classes")
