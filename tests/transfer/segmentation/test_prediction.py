@@ -11,14 +11,20 @@ from PIL import Image
 from mae_core.conversion.files import read_weights, write_weights
 from mae_core.errors import UserError
 from transfer.segmentation.config import inference_mode, inference_pipeline
+from transfer.segmentation.export import main as export_main
 from transfer.segmentation.predict import main, predict
 from transfer.segmentation.segmenter_file import literal_config, read_segmenter
 
 pytest.importorskip("mmseg", reason="mmseg is not installed; pip install mae-transfer[segmentation]")
 pytest.importorskip("transfer.segmentation.engine_mmseg", reason="mmseg is here without mmcv or mmengine")
 
+from mmengine.config import Config
+from mmseg.apis import inference_model, init_model
+
 from transfer.segmentation import train_net
+from transfer.segmentation.engine_mmseg import exporting
 from transfer.segmentation.engine_mmseg.prediction import Predictor
+from transfer.segmentation.engine_mmseg.segmenter import build_segmenter
 
 DIGITS = Path(__file__).parents[3] / "configs" / "segmentation" / "digits.py"
 
@@ -29,6 +35,7 @@ def trained(tmp_path_factory, write_scenes, tiny_options):
     root = tmp_path_factory.mktemp("trained")
     scenes = write_scenes(root / "scenes", side=(24, 40))
     options = {**tiny_options, "data_root": str(scenes), "iterations": 12, "lr": 2e-3}
+    options |= {"model.backbone.relative_positions": "table", "model.backbone.layer_scale": 0.5}
     train_net.train_segmenter(DIGITS, work_dir=root / "run", cfg_options=options)
     return root / "run", scenes
 
@@ -77,7 +84,8 @@ def test_evaluation_of_a_file_repeats_the_training_s(trained, tmp_path, capsys):
 
 def test_evaluation_of_a_checkpoint_of_mmengine(trained, tmp_path, tiny_options, capsys):
     run, scenes = trained
-    settings = {**tiny_options, "data_root": scenes}
+    settings = {**tiny_options, "data_root": scenes, "model.backbone.layer_scale": 0.5}
+    settings["model.backbone.relative_positions"] = "table"
     settings.pop("visualizer.vis_backends")
     options = [f"{key}={value}".replace(" ", "") for key, value in settings.items()]
     checkpoint = str(run / "iter_12.pth")
@@ -227,3 +235,64 @@ def test_evaluation_refuses(trained, tmp_path, capsys):
         with pytest.raises(SystemExit):
             train_net.main([str(DIGITS), "--eval-only", str(run), flag])
         assert "--eval-only trains nothing" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- for other programs
+
+
+def test_onnx_gives_the_labels_of_the_evaluation(trained, tmp_path, capsys):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="pip install mae-transfer[onnx]")
+    pytest.importorskip("onnxscript", reason="pip install mae-transfer[onnx]")
+    run, scenes = trained
+    path, out = scenes / "images" / "validation" / "4.png", tmp_path / "s.onnx"
+    export_main([str(run), "--to", "onnx", "--size", "24", "40", "--out", str(out)])
+    assert "for images of 24x40; its logits differ from torch's by" in capsys.readouterr().out
+    session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
+    pixels = np.asarray(Image.open(path).convert("RGB"), np.float32).transpose(2, 0, 1)[None]
+    logits, labels = session.run(["logits", "labels"], {"images": pixels})
+    assert logits.shape == (1, 3, 24, 40) and np.array_equal(labels, logits.argmax(1))
+    assert np.array_equal(labels[0], Predictor(read_segmenter(run))(path))
+    facts = session.get_modelmeta().custom_metadata_map
+    assert json.loads(facts["classes"]) == ["ground", "box", "disc"]
+
+
+def test_mmseg_runs_the_export_with_its_own_backbone(trained, tmp_path, capsys):
+    run, scenes = trained
+    out = tmp_path / "s.pth"
+    export_main([str(run), "--to", "mmseg", "--out", str(out)])
+    assert "mmseg's logits differ from ours by" in capsys.readouterr().out
+    config = Config.fromfile(out.with_suffix(".py"))
+    assert config.model.backbone.type == "MAE" and "custom_imports" not in config
+    theirs = init_model(config, str(out), device="cpu")
+    assert list(theirs.dataset_meta["classes"]) == ["ground", "box", "disc"]
+    ours = build_segmenter(read_segmenter(run))
+    tables = [name for name in theirs.state_dict() if name.endswith("relative_position_bias_table")]
+    assert len(tables) == 6 and any(theirs.state_dict()[name].abs().max() > 0 for name in tables)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        one, other = (model.decode_head.forward(model.extract_feat(images)) for model in (ours, theirs))
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    labels = inference_model(theirs, str(scenes / "images/validation/4.png")).pred_sem_seg.data[0].numpy()
+    assert np.array_equal(labels, Predictor(read_segmenter(run), crop_size=32)(scenes / "images/validation/4.png"))
+
+
+def test_an_export_that_differs_is_not_written(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(exporting, "TOLERANCE", -1.0)
+    with pytest.raises(SystemExit):
+        export_main([str(trained[0]), "--to", "mmseg", "--out", str(tmp_path / "s.pth")])
+    assert "logits differ by" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_export_refuses_in_one_sentence(trained, tmp_path, capsys):
+    run = str(trained[0])
+    (tmp_path / "taken.py").touch()
+    for message, *arguments in (
+        ("has to end in .onnx for onnx", "--to", "onnx", "--size", "24", "40", "--out", tmp_path / "s.pth"),
+        ("--size HEIGHT WIDTH belongs to --to onnx", "--to", "onnx", "--out", tmp_path / "s.onnx"),
+        ("--size HEIGHT WIDTH belongs to --to onnx", "--to", "mmseg", "--size", "8", "8", "--out", tmp_path / "s.pth"),
+        ("taken.py exists", "--to", "mmseg", "--out", tmp_path / "taken.pth"),
+        ("give two positive numbers", "--to", "onnx", "--size", "0", "8", "--out", tmp_path / "s.onnx"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            export_main([run, *map(str, arguments)])
+        assert stopped.value.code == 2 and message in capsys.readouterr().err
