@@ -10,6 +10,51 @@ import typer
 from mae_core.errors import UserError, user_errors
 
 
+def reconstruct(
+    weights: Annotated[
+        Path, typer.Argument(help="A pre-training run, a checkpoint of one, or any file with a MAE decoder.")
+    ],
+    images: Annotated[list[Path], typer.Argument(help="Image files, or folders, lists or shards of them.")],
+    out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("reconstruction.png"),
+    ratio: Annotated[
+        list[float] | None, typer.Option(help="Share of hidden patches; the run's own by default. May be repeated.")
+    ] = None,
+    masking: Annotated[
+        list[str] | None, typer.Option(help="random, block or grid; the run's own by default. May be repeated.")
+    ] = None,
+    masks: Annotated[int, typer.Option(min=1, help="Different masks of each kind.")] = 1,
+    bands: Annotated[
+        str | None, typer.Option(help="Channels to show, from 0: one as grey, or three, such as 3,2,1 for a satellite.")
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="What the decoder predicts, where the file does not say.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the masks.")] = 0,
+    most: Annotated[int, typer.Option(min=1, help="Draw at most this many images.")] = 12,
+) -> None:
+    """Draw what a masked autoencoder makes of images: input, masked, prediction, pasted.
+
+    Example: mae reconstruct runs/mine images --ratio 0.5 --ratio 0.75 --ratio 0.9 --masking random --masking block
+    """
+    with user_errors():
+        from mae_core.training.viewer import reconstruct_files
+
+        try:
+            chosen = [int(band) for band in bands.split(",")] if bands else None
+        except ValueError:
+            raise UserError(f"--bands {bands} are no numbers; write one or three, such as 3,2,1") from None
+        reconstruct_files(
+            weights,
+            images,
+            out,
+            ratios=ratio or (),
+            maskings=masking or (),
+            masks=masks,
+            bands=chosen,
+            target=target,
+            seed=seed,
+            most=most,
+        )
+
+
 def data_stats(
     paths: Annotated[
         list[Path], typer.Argument(help="Folders, .txt lists of files, .tar shards, Hugging Face data sets.")

@@ -9,7 +9,7 @@ import typer
 
 from mae_core.cli.arguments import ConfigAndOverrides, Resume, read_arguments
 from mae_core.cli.classification import features, knn, linprobe
-from mae_core.cli.looking import data_stats
+from mae_core.cli.looking import data_stats, reconstruct
 from mae_core.errors import user_errors
 
 app = typer.Typer(
@@ -62,22 +62,6 @@ def finetune(arguments: ConfigAndOverrides = None, resume: Resume = False) -> No
 
 
 @app.command()
-def reconstruct(
-    weights: Annotated[Path, typer.Argument(help="A pre-training run, or a checkpoint of one.")],
-    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
-    out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("reconstruction.png"),
-    ratio: Annotated[float | None, typer.Option(help="Share of hidden patches; the run's own by default.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the masks.")] = 0,
-    most: Annotated[int, typer.Option(min=1, help="Draw at most this many images.")] = 12,
-) -> None:
-    """Draw what a masked autoencoder makes of images: input, masked, prediction, pasted."""
-    with user_errors():
-        from mae_core.training.viewer import reconstruct_files
-
-        reconstruct_files(weights, images, out, ratio=ratio, seed=seed, most=most)
-
-
-@app.command()
 def inspect(file: Annotated[Path, typer.Argument(help="A weights file, a run, or a checkpoint.")]) -> None:
     """Say what a weights file holds: architecture, sizes, target, and what it can be used for."""
     with user_errors():
@@ -115,6 +99,7 @@ def digits(
         )
 
 
+app.command()(reconstruct)
 app.command("data-stats")(data_stats)
 for command in (linprobe, knn, features):
     app.command()(command)

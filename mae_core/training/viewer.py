@@ -1,54 +1,86 @@
-"""``mae reconstruct``: look at any checkpoint on any images."""
+"""``mae reconstruct``: look at any checkpoint on any images, under any masks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from mae_core.atomic import atomic_path
-from mae_core.conversion.files import read_weights
+from mae_core.config import hint
+from mae_core.conversion.describing import read_described
 from mae_core.conversion.loading import load_mae
 from mae_core.data.augmentation import centre_view
-from mae_core.data.images import Statistics, UnreadableImage, list_images, read_image
+from mae_core.data.decoding import UnreadableImage
+from mae_core.data.images import DEFAULT_STATISTICS, ImageFiles, ImageSource, Statistics
+from mae_core.data.sources import kind_of, open_places
 from mae_core.errors import UserError
 from mae_core.layout import resolve_weights
-from mae_core.training.pictures import fixed_mask, reconstruction_strip
+from mae_core.masking import MASKERS, Masker, name_of_masker
+from mae_core.models.mae import MaskedAutoencoder
+from mae_core.targets import TARGETS
+from mae_core.training.pictures import (
+    Display,
+    Strip,
+    describe_mask,
+    draw_mask,
+    notes_of,
+    panel_titles,
+    reconstruction_rows,
+    tile,
+)
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def reconstruct_files(
-    weights: Path, images: Sequence[Path], out: Path, *, ratio: float | None = None, seed: int = 0, most: int = 12
+    weights: Path,
+    images: Sequence[Path],
+    out: Path,
+    *,
+    ratios: Sequence[float] = (),
+    maskings: Sequence[str] = (),
+    masks: int = 1,
+    bands: Sequence[int] | None = None,
+    target: str | None = None,
+    seed: int = 0,
+    most: int = 12,
 ) -> Path:
-    """Draw reconstruction strips of image files (or of the first of a folder) into the picture ``out``.
+    """Draw reconstruction strips of images (files, or the first of folders, lists, shards) into the picture ``out``: a
+    row for each image, strategy, ratio and mask.
 
-    Raises ``UserError`` for unreadable images, weights without a decoder, a ratio outside (0, 1) and an
-    ``out`` that exists or cannot be written.
+    Empty ``ratios`` and ``maskings`` are the checkpoint's own; ``target`` is for files that do not say theirs. Raises
+    ``UserError`` for unreadable images, weights without a decoder, predictions that are no pixels, unknown names, a
+    ratio outside (0, 1) and an ``out`` that exists or cannot be written.
     """
     if out.suffix.lower() not in PICTURE_SUFFIXES:
         raise UserError(f"--out {out} is not a picture; end it in {', '.join(PICTURE_SUFFIXES)}")
     if out.exists():
         raise UserError(f"{out} exists; choose another picture with --out")
-    model = load_mae(weights)
-    if ratio is not None:
-        model.masker = type(model.masker)(ratio)  # type: ignore[call-arg]
-    metadata = read_weights(resolve_weights(weights, decoder=True))[1]
-    statistics = Statistics(tuple(metadata["mean"]), tuple(metadata["std"]))
-    view = centre_view(model.encoder.grid.image_size, statistics)
-    files: list[Path] = []
-    for path in images:
-        files += list_images(path) if path.is_dir() else [path]
-    pixels = []
-    for path in files[:most]:
-        try:
-            pixels.append(view(read_image(path, model.encoder.in_channels)))
-        except UnreadableImage as error:
-            _, reason = error.unreadable
-            raise UserError(f"image {path} cannot be read ({reason}); mend it, or give another") from None
-    mask = fixed_mask(model, len(pixels), seed)
-    strip = reconstruction_strip(model, torch.stack(pixels), mask, statistics)
+    for name in maskings:
+        check_known(name, MASKERS)
+    if target is not None:
+        check_known(target, TARGETS)
+    model, statistics = load_with_statistics(weights, target)
+    if not model.target.gives_pixels:
+        raise UserError(
+            f"{weights} predicts {model.target_name}, whose tokenizer has no decoder; there are no pixels to draw"
+        )
+    display = Display.of(statistics, bands)
+    maskers = [
+        MASKERS[name](ratio)
+        for name in maskings or [name_of_masker(model.masker)]
+        for ratio in ratios or [model.masker.ratio]
+    ]
+    pixels = read_views(images, model, statistics, most)
+    strip = tile(
+        all_rows(model, pixels, maskers, statistics, display, masks=masks, seed=seed),
+        panel_titles(model),
+        notes_of(model, display),
+    )
     try:
         with atomic_path(out) as temporary:
             strip.save(temporary)
@@ -56,3 +88,64 @@ def reconstruct_files(
         raise UserError(f"cannot write {out} ({error}); choose another picture with --out") from None
     print(f"wrote {out}")
     return out
+
+
+def check_known(name: str, table: Collection[str]) -> None:
+    """Raise ``UserError`` with a guess unless ``table`` has a row ``name``."""
+    if name not in table:
+        raise UserError(f"unknown name {name!r}; {hint(name, table)}")
+
+
+def all_rows(
+    model: MaskedAutoencoder,
+    pixels: Tensor,
+    maskers: Sequence[Masker],
+    statistics: Statistics,
+    display: Display,
+    *,
+    masks: int,
+    seed: int,
+) -> list[Strip]:
+    """Rows of all images (B, C, H, W), those of one image below each other."""
+    blocks = []
+    for masker in maskers:
+        for number in range(masks):
+            mask = draw_mask(model, masker, len(pixels), seed, number)
+            label = describe_mask(masker, mask) + (f"\nmask {number + 1}" if masks > 1 else "")
+            blocks.append(reconstruction_rows(model, pixels, mask, statistics, display, label))
+    return [rows[index] for index in range(len(pixels)) for rows in blocks]
+
+
+def load_with_statistics(weights: Path, target: str | None) -> tuple[MaskedAutoencoder, Statistics]:
+    """The model, and the mean and std of the pixels it was trained on: the file's, or ImageNet's, as the released
+    models'. What is assumed is said. Raises ``UserError`` where nothing usual can be assumed."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = load_mae(weights, target=target)
+    for warning in caught:
+        print(f"note: {warning.message}")
+    metadata = read_described(resolve_weights(weights, decoder=True), mapped=True).metadata
+    channels = model.encoder.in_channels
+    if metadata.get("mean") and metadata.get("std"):
+        return model, Statistics(tuple(metadata["mean"]), tuple(metadata["std"]))
+    if channels not in DEFAULT_STATISTICS:
+        raise UserError(f"{weights} says no mean and std of its {channels} channels, and there are no usual ones")
+    print(f"note: {weights} says no mean and std of its pixels; ImageNet's are assumed")
+    return model, Statistics(*DEFAULT_STATISTICS[channels])
+
+
+def read_views(images: Sequence[Path], model: MaskedAutoencoder, statistics: Statistics, most: int) -> Tensor:
+    """(B, C, H, W): centre crops of at most ``most`` images. Raises ``UserError`` at one that cannot be read."""
+    channels = model.encoder.in_channels
+    view = centre_view(model.encoder.grid.image_size, statistics)
+    views: list[Tensor] = []
+    for path in images:
+        alone = not path.is_dir() and kind_of(path) == "files"
+        source: ImageSource = ImageFiles([path], channels) if alone else open_places([path], channels)
+        for index in range(min(len(source), most - len(views))):
+            try:
+                views.append(view(source.read(index)))
+            except UnreadableImage as error:
+                name, reason = error.unreadable
+                raise UserError(f"image {name} cannot be read ({reason}); mend it, or give another") from None
+    return torch.stack(views)
