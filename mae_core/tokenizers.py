@@ -6,6 +6,7 @@ which BEiT and the paper use.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 
 from mae_core.errors import UserError
 from mae_core.patches import PatchGrid, patchify, unpatchify
+
+START_SCALE = 30.0
+"""Of cosines to logits: large enough that the first tokens drawn already tell patches apart. It is learned."""
 
 
 class Tokenizer(Protocol):
@@ -37,9 +41,13 @@ class Tokenizer(Protocol):
 
 
 class VAELoss(NamedTuple):
-    """loss: what is minimised; reconstruction: mean squared error of standardised pixels; divergence: of the tokens'
-    distribution from the uniform one, in nats a token; used: tokens in use, as the exponent of the entropy of a
-    batch."""
+    """Scalars of a batch.
+
+    loss            what is minimised
+    reconstruction  mean squared error of the standardised pixels
+    divergence      of the chance of each token over the batch from the uniform distribution, in nats
+    used            tokens in use: the exponential of the entropy of those drawn
+    """
 
     loss: Tensor
     reconstruction: Tensor
@@ -48,10 +56,11 @@ class VAELoss(NamedTuple):
 
 
 class DiscreteVAE(nn.Module):
-    """A small discrete VAE with one token per patch (after Ramesh et al. 2021, section 2.1, far smaller).
+    """A small discrete VAE with one token per patch, after Ramesh et al. 2021 (section 2.1), far smaller.
 
-    A linear embedding of each ``stride`` x ``stride`` patch, residual 3x3 convolutions on the grid of patches, logits
-    over the vocabulary; the decoder is its mirror image. Any patch size, any number of channels.
+    A linear embedding of each ``stride`` x ``stride`` patch and residual 3x3 convolutions on the grid of patches; the
+    logits of a token are the cosine to its code, scaled; the decoder is the encoder's mirror image. Any patch size, any
+    number of channels.
     """
 
     kind: ClassVar[str] = "dvae"
@@ -74,8 +83,9 @@ class DiscreteVAE(nn.Module):
         values = stride * stride * self.channels
         self.embed = nn.Linear(values, width)
         self.encoder = nn.Sequential(*(_Residual(width) for _ in range(depth)))
-        self.to_logits = nn.Conv2d(width, vocabulary, 1)
+        self.query = nn.Conv2d(width, width, 1)
         self.codebook = nn.Embedding(vocabulary, width)
+        self.log_scale = nn.Parameter(torch.tensor(START_SCALE).log())
         self.decoder = nn.Sequential(*(_Residual(width) for _ in range(depth)))
         self.pred = nn.Linear(width, values)
         self.register_buffer("mean", torch.tensor([*mean], dtype=torch.float32)[:, None, None])
@@ -85,7 +95,9 @@ class DiscreteVAE(nn.Module):
         """(B, C, rows*stride, cols*stride), pixels as read -> (B, vocabulary, rows, cols)."""
         grid = PatchGrid.of(tuple(images.shape[2:]), self.stride)
         tokens = self.embed(patchify((images - self.mean) / self.std, self.stride))
-        return self.to_logits(self.encoder(tokens.transpose(1, 2).unflatten(2, (grid.rows, grid.cols))))
+        query = self.query(self.encoder(tokens.transpose(1, 2).unflatten(2, (grid.rows, grid.cols))))
+        codes = F.normalize(self.codebook.weight, dim=1)
+        return torch.einsum("bdrc,vd->bvrc", F.normalize(query, dim=1), codes) * self.log_scale.exp()
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, rows*stride, cols*stride), pixels as read -> the likeliest tokens, (B, rows*cols) int64."""
@@ -101,19 +113,17 @@ class DiscreteVAE(nn.Module):
         return unpatchify(self.pred(self.decoder(codes).flatten(2).transpose(1, 2)), grid)
 
     def loss(self, images: Tensor, *, temperature: float, divergence_weight: float) -> VAELoss:
-        """The evidence bound with a straight-through Gumbel-softmax; draws from the global generator.
+        """Reconstruct from tokens drawn with a straight-through Gumbel-softmax, by the global generator.
 
-        images: (B, C, rows*stride, cols*stride), pixels as read.
+        images: (B, C, rows*stride, cols*stride), pixels as read. The divergence is that of the whole batch, not of each
+        patch: a patch may be certain of its token, but all tokens are to be used.
         """
         logits = self.logits(images).float()
         choice = F.gumbel_softmax(logits, tau=temperature, hard=True, dim=1)
         codes = torch.einsum("bvrc,vd->bdrc", choice, self.codebook.weight)
         reconstruction = (self._pixels(codes).float() - (images - self.mean) / self.std).square().mean()
-        log_chance = logits.log_softmax(dim=1)
-        chance = log_chance.exp()
-        divergence = (chance * (log_chance + float(torch.tensor(self.vocabulary).log()))).sum(dim=1).mean()
-        usage = choice.detach().mean(dim=(0, 2, 3))
-        used = torch.exp(-(usage * (usage + 1e-10).log()).sum())
+        divergence = math.log(self.vocabulary) - _entropy(logits.softmax(dim=1).mean(dim=(0, 2, 3)))
+        used = _entropy(choice.detach().mean(dim=(0, 2, 3))).exp()
         return VAELoss(reconstruction + divergence_weight * divergence, reconstruction, divergence, used)
 
     def describe(self) -> dict[str, Any]:
@@ -133,6 +143,11 @@ class DiscreteVAE(nn.Module):
         zeros, ones = ([value] * described["channels"] for value in (0.0, 1.0))
         shape = {name: described[name] for name in ("vocabulary", "stride", "width", "depth")}
         return cls(**shape, mean=zeros, std=ones)
+
+
+def _entropy(chances: Tensor) -> Tensor:
+    """(V,) -> nats."""
+    return torch.special.entr(chances.clamp(min=1e-12)).sum()
 
 
 class _Residual(nn.Module):

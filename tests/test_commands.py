@@ -16,7 +16,10 @@ from mae_core.conversion.files import write_weights
 from mae_core.conversion.loading import describe_encoder
 from mae_core.models.encoder import ViTEncoder
 
-COMMANDS = ("pretrain", "finetune", "linprobe", "knn", "features", "reconstruct", "inspect", "digits", "data-stats")
+COMMANDS = (
+    *("pretrain", "fit-pca", "train-tokenizer", "finetune", "linprobe", "knn", "features"),
+    *("reconstruct", "inspect", "digits", "data-stats"),
+)
 SCRATCH = ("from_scratch=true", "model.size=nano", "model.patch_size=8", "data.image_size=32", "data.workers=0")
 
 

@@ -47,6 +47,39 @@ def pretrain(
         rehearse(config)
 
 
+@app.command("fit-pca")
+def fit_pca(
+    arguments: ConfigAndOverrides = None,
+    out: Annotated[Path | None, typer.Option(help="The file to write; target.pca by default.")] = None,
+    components: Annotated[int, typer.Option(help="How many to keep; the paper keeps 96.")] = 96,
+    images: Annotated[int, typer.Option(min=1, help="Fit on the patches of this many images.")] = 2000,
+) -> None:
+    """Fit the principal components that target.kind=pca predicts, on patches as a pre-training sees them.
+
+    Example: mae fit-pca configs/pretrain/tiny_96.yaml data.path=images --out pca.safetensors, then
+    mae pretrain configs/pretrain/tiny_96.yaml data.path=images target.kind=pca target.pca=pca.safetensors
+    """
+    with user_errors():
+        from mae_core.config import PretrainConfig
+        from mae_core.training.pca import fit_pca as run
+
+        run(read_arguments(PretrainConfig, arguments), out, components=components, images=images)
+
+
+@app.command("train-tokenizer")
+def train_tokenizer(arguments: ConfigAndOverrides = None, resume: Resume = False) -> None:
+    """Train a small discrete VAE, whose tokens target.kind=tokens predicts. Writes tokenizer.safetensors.
+
+    Example: mae train-tokenizer data.path=images model.patch_size=16 output=runs/tokens, then
+    mae pretrain data.path=images target.kind=tokens target.tokenizer=runs/tokens
+    """
+    with user_errors():
+        from mae_core.config import TokenizerConfig
+        from mae_core.training.tokenizer import train_tokenizer as run
+
+        run(read_arguments(TokenizerConfig, arguments), resume=resume)
+
+
 @app.command()
 def finetune(arguments: ConfigAndOverrides = None, resume: Resume = False) -> None:
     """Fine-tune an encoder on train/<class>/* and evaluate on val/<class>/*. Writes classifier.safetensors,

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import pickle
+import tarfile
+import warnings
+import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -108,32 +113,68 @@ def load_tokenizer(path: Path | str) -> DiscreteVAE | DalleEncoder:
 class _Inert:
     """Stands in for the classes of a pickled module: it holds the attributes and has no behaviour."""
 
+    dump_patches = False  # torch asks a class whose stored source is not its own
 
-DALLE_CLASSES = (
-    "dall_e.encoder.Encoder",
-    "dall_e.encoder.EncoderBlock",
-    "dall_e.utils.Conv2d",
-    "torch.nn.modules.container.Sequential",
-    "torch.nn.modules.activation.ReLU",
-    "torch.nn.modules.pooling.MaxPool2d",
-    "torch.nn.modules.linear.Identity",
+
+DALLE_CLASSES = frozenset(
+    {
+        "dall_e.encoder.Encoder",
+        "dall_e.encoder.EncoderBlock",
+        "dall_e.utils.Conv2d",
+        "torch.nn.modules.container.Sequential",
+        "torch.nn.modules.activation.ReLU",
+        "torch.nn.modules.pooling.MaxPool2d",
+        "torch.nn.modules.linear.Identity",
+    }
 )
-"""What the published file names; whatever else a file names, torch's restricted unpickler refuses."""
+"""What the published file names; whatever else a file names is refused."""
+
+PLAIN = {
+    "collections.OrderedDict": OrderedDict,
+    "torch.device": torch.device,
+    "torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
+    "torch._utils._rebuild_parameter": torch._utils._rebuild_parameter,
+    "builtins.set": set,
+    "__builtin__.set": set,
+}
+
+
+class _InertUnpickler(pickle.Unpickler):
+    """For torch files of before 1.6, in which torch's restricted unpickler takes no modules."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """One of the above, and nothing else."""
+        full = f"{module}.{name}"
+        if full not in DALLE_CLASSES and full not in PLAIN:
+            raise pickle.UnpicklingError(f"GLOBAL {full} is not allowed")
+        return PLAIN.get(full, _Inert)
+
+
+def _load_inert(file: Any, **options: Any) -> Any:
+    return _InertUnpickler(file, **options).load()
+
+
+INERT_PICKLE = SimpleNamespace(__name__="inert pickle", Unpickler=_InertUnpickler, load=_load_inert)
 
 
 def _read_dalle(path: Path) -> dict[str, Tensor]:
     """Tensors by name of a pickled DALL-E encoder, or of any torch file of plain tensors."""
     try:
-        with torch.serialization.safe_globals([(_Inert, name) for name in DALLE_CLASSES]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "GLOBAL" in str(error).upper():
+        if zipfile.is_zipfile(path):
+            with torch.serialization.safe_globals([(_Inert, name) for name in sorted(DALLE_CLASSES)]):
+                content = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            if tarfile.is_tarfile(path):
+                raise ValueError("torch would unpack it")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", torch.serialization.SourceChangeWarning)
+                content = torch.load(path, map_location="cpu", pickle_module=INERT_PICKLE, weights_only=False)
+    except Exception as error:  # on foreign bytes an unpickler fails in every way there is
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error).upper():
             raise UserError(
                 f"{path} holds other objects than DALL-E's encoder, and loading them could execute code; save its "
                 "state_dict alone, as safetensors"
             ) from None
-        raise UserError(f"{path} is truncated or not a torch file; copy it again") from None
-    except Exception:  # on foreign bytes the unpickler fails in every way there is
         raise UserError(f"{path} is truncated or not a torch file; copy it again") from None
     return dict(_tensors_of(content)) if isinstance(content, _Inert) else read_weights(path)[0]
 
