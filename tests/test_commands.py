@@ -17,7 +17,7 @@ from mae_core.conversion.loading import describe_encoder
 from mae_core.models.encoder import ViTEncoder
 
 COMMANDS = (
-    *("pretrain", "fit-pca", "train-tokenizer", "finetune", "linprobe", "knn", "features"),
+    *("pretrain", "fit-pca", "train-tokenizer", "finetune", "linprobe", "knn", "features", "evaluate"),
     *("reconstruct", "inspect", "digits", "data-stats"),
 )
 SCRATCH = ("from_scratch=true", "model.size=nano", "model.patch_size=8", "data.image_size=32", "data.workers=0")

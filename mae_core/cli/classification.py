@@ -43,3 +43,16 @@ def features(arguments: ConfigAndOverrides = None) -> None:
         from mae_core.evaluation.embedding import write_features
 
         write_features(read_arguments(FeaturesConfig, arguments))
+
+
+def evaluate(arguments: ConfigAndOverrides = None) -> None:
+    """Measure a classifier on <class>/* folders below data.path, or on ImageNet-A, -R, -Sketch or -C (kind=...): top-1
+    and top-5, each class, the confusions, every prediction. Writes metrics.json, per_class.csv, predictions.csv.
+
+    Example: mae evaluate weights=runs/classes data.path=labelled/val output=runs/evaluation
+    """
+    with user_errors():
+        from mae_core.evaluation.config import EvaluateConfig
+        from mae_core.evaluation.evaluate import evaluate as run
+
+        run(read_arguments(EvaluateConfig, arguments))

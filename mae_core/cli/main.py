@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mae_core.cli.arguments import ConfigAndOverrides, Resume, read_arguments
-from mae_core.cli.classification import features, knn, linprobe
+from mae_core.cli.classification import evaluate, features, knn, linprobe
 from mae_core.cli.looking import data_stats, reconstruct
 from mae_core.errors import user_errors
 
@@ -134,7 +134,7 @@ def digits(
 
 app.command()(reconstruct)
 app.command("data-stats")(data_stats)
-for command in (linprobe, knn, features):
+for command in (linprobe, knn, features, evaluate):
     app.command()(command)
 
 

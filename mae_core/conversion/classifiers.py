@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 from mae_core.config import JobConfig
@@ -44,41 +43,40 @@ def trunk_from(
     """
     if pooling == "cls" and not source.has_norm:
         raise UserError(
-            f"{source.path} is a classifier on mean-pooled patches, its cls token means nothing; "
+            f"{source.path} has no norm of its cls token, as classifiers on mean-pooled patches have none; "
             "set model.pooling=mean, or give the encoder it was fine-tuned from"
         )
-    model = ViTEncoder(
-        source.size,
-        image_size=source.image_size if image_size is None else image_size,
-        patch_size=source.patch_size,
-        in_chans=source.in_chans,
-        pooling=pooling,
-    )
+    model = vit_of(source, image_size, pooling)
     rename = NORM_AFTER_POOLING if pooling == "mean" and source.has_norm else {}
     report = fit_state(model, source, grid=model.grid[:2], unused={"head.*": "a classifier's head"}, rename=rename)
     return model.requires_grad_(False).eval(), report
 
 
-def read_classifier(
-    path: Path | str, *, image_size: int | Sequence[int] | None = None
-) -> tuple[ViTEncoder, EncoderFile, LoadReport]:
-    """A trained classifier, in eval mode, its file and the report: ours, or of the official fine-tuned layout.
+def classifier_of(
+    source: EncoderFile, *, image_size: int | Sequence[int] | None = None
+) -> tuple[ViTEncoder, LoadReport]:
+    """The trained classifier of a file of ours or of the official fine-tuned layout, in eval mode, and the report.
 
-    Raises ``UserError`` where the file is an encoder without a head, and for what ``read_encoder`` refuses.
+    Raises ``UserError`` where the file is an encoder without a head.
     """
-    source = read_encoder(path)
     if not source.num_classes:
         raise UserError(
             f"{source.path} is a pre-trained encoder without a head, not a classifier; fine-tune it with mae finetune, "
             "or measure it with mae linprobe or mae knn"
         )
-    model = ViTEncoder(
+    model = vit_of(source, image_size, "cls" if source.has_norm else "mean", num_classes=source.num_classes)
+    return model.eval(), fit_state(model, source, grid=model.grid[:2])
+
+
+def vit_of(
+    source: EncoderFile, image_size: int | Sequence[int] | None, pooling: Pooling, *, num_classes: int = 0
+) -> ViTEncoder:
+    """An untrained model of a file's architecture, by default at its image size."""
+    return ViTEncoder(
         source.size,
         image_size=source.image_size if image_size is None else image_size,
         patch_size=source.patch_size,
         in_chans=source.in_chans,
-        num_classes=source.num_classes,
-        pooling="cls" if source.has_norm else "mean",
+        pooling=pooling,
+        num_classes=num_classes,
     )
-    report = fit_state(model, source, grid=model.grid[:2])
-    return model.eval(), source, report

@@ -55,31 +55,35 @@ def read_image_folder(root: Path | None) -> tuple[LabelledPaths, LabelledPaths]:
             raise UserError(
                 f"{root} has no {split}/ folder ({found}); data.path needs train/<class>/* and val/<class>/*"
             )
-    classes = _class_folders(root / "train")
+    classes = class_folders(root / "train")
     if len(classes) < 2:
         raise UserError(f"{root / 'train'} has {len(classes)} class folders; classification needs two or more")
-    strangers = sorted(set(_class_folders(root / "val")) - set(classes))
+    strangers = sorted(set(class_folders(root / "val")) - set(classes))
     if strangers:
         raise UserError(
             f"{root / 'val'} has classes that train has not: {', '.join(strangers[:5])}; the classes of both must agree"
         )
-    train, val = _read_split(root / "train", classes), _read_split(root / "val", classes)
+    train = read_class_folders(root / "train", classes, all_there=True)
+    val = read_class_folders(root / "val", classes)
     if not val.paths:
         raise UserError(f"{root / 'val'} holds no images to evaluate on; data.path needs val/<class>/*")
     return train, val
 
 
-def _class_folders(split: Path) -> list[str]:
+def class_folders(split: Path) -> list[str]:
+    """Names of the class folders in a folder, sorted; hidden ones left out."""
     return sorted(p.name for p in split.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
-def _read_split(split: Path, classes: list[str]) -> LabelledPaths:
+def read_class_folders(folder: Path, classes: list[str], *, all_there: bool = False) -> LabelledPaths:
+    """The images in ``folder/<class>/*``. Raises ``UserError`` where a folder has none; a class without a folder is
+    passed over unless ``all_there``."""
     paths: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        if split.name == "val" and not (split / name).is_dir():
+        if not all_there and not (folder / name).is_dir():
             continue
-        found = list_images(split / name)
+        found = list_images(folder / name)
         paths += found
         labels += [label] * len(found)
     return LabelledPaths(paths, labels, classes)
@@ -101,16 +105,24 @@ def read_label_lists(root: Path | None) -> tuple[LabelledPaths, LabelledPaths]:
     strangers = sorted({label for _, labels in rows["val"] for label in labels} - set(classes))
     if strangers:
         raise UserError(f"{root / 'val.csv'} has labels that train.csv has not: {', '.join(strangers[:5])}")
-    place = {name: index for index, name in enumerate(classes)}
-    train, val = (
-        LabelledPaths(
-            [path for path, _ in found],
-            [tuple(sorted(place[name] for name in set(names))) for _, names in found],
-            classes,
-        )
-        for found in rows.values()
-    )
+    train, val = (_with_several_labels(found, classes) for found in rows.values())
     return train, val
+
+
+def read_label_list(file: Path, classes: list[str]) -> LabelledPaths:
+    """Images with any number of ``classes`` each from one list, see ``read_label_lists``. Raises ``UserError`` for
+    labels that are none of them."""
+    rows = _read_label_list(file)
+    strangers = sorted({label for _, labels in rows for label in labels} - set(classes))
+    if strangers:
+        raise UserError(f"{file} has labels that are not the model's: {', '.join(strangers[:5])}")
+    return _with_several_labels(rows, classes)
+
+
+def _with_several_labels(rows: list[tuple[Path, list[str]]], classes: list[str]) -> LabelledPaths:
+    place = {name: index for index, name in enumerate(classes)}
+    labels = [tuple(sorted(place[name] for name in set(names))) for _, names in rows]
+    return LabelledPaths([path for path, _ in rows], labels, classes)
 
 
 def _read_label_list(file: Path) -> list[tuple[Path, list[str]]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,11 @@ class Accuracy(NamedTuple):
 
     confusion: Tensor
     top5_hits: int
+
+    @classmethod
+    def sum_of(cls, parts: Sequence[Accuracy]) -> Accuracy:
+        """The counts of several sets of images together."""
+        return cls(torch.stack([part.confusion for part in parts]).sum(dim=0), sum(part.top5_hits for part in parts))
 
     @property
     def images(self) -> int:
@@ -78,6 +83,10 @@ class Tally:
         places = labels * self.num_classes + best[:, 0]
         self._confusion += torch.bincount(places, minlength=self.num_classes**2).view_as(self._confusion)
         self._top5 += (best == labels[:, None]).any(dim=1).sum()
+
+    def mine(self) -> Accuracy:
+        """Over what this rank added."""
+        return Accuracy(self._confusion.cpu(), int(self._top5))
 
     def total(self) -> Accuracy:
         """Over all ranks, which must all call it."""

@@ -18,8 +18,10 @@ from mae_core.config import (
     RunConfig,
     ScheduleConfig,
     Schema,
+    row_of,
 )
 from mae_core.evaluation.knn import NEIGHBOURS, TEMPERATURE
+from mae_core.evaluation.robustness import KINDS
 from mae_core.models.encoder import Pooling
 
 Positive = Annotated[float, Field(gt=0)]
@@ -90,5 +92,16 @@ class FeaturesConfig(JobConfig):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="of t-SNE")
     cache: Path | None = Field(None, description="a folder where features are kept and found again")
     model: FrozenModel = FrozenModel()
+    data: EvaluationData = EvaluationData()
+    evaluation_batch: Count = 64
+
+
+class EvaluateConfig(JobConfig):
+    """``mae evaluate``."""
+
+    output: Path = Path("runs/evaluate")
+    weights: Path | None = Field(None, description="a classifier.safetensors, a run, or an official fine-tuned file")
+    kind: Annotated[str, row_of(KINDS)] = Field("folder", description="a row of mae_core.evaluation.robustness.KINDS")
+    save_logits: bool = Field(False, description="write logits.npz too: all scores of every image")
     data: EvaluationData = EvaluationData()
     evaluation_batch: Count = 64

@@ -17,7 +17,7 @@ from mae_core.data.images import ImageFiles, list_images, statistics_of
 from mae_core.data.labelled import LabelledPaths
 from mae_core.errors import UserError
 from mae_core.evaluation.config import FeaturesConfig, KnnConfig
-from mae_core.evaluation.features import Features, FrozenTrunk, check_cache, features_of
+from mae_core.evaluation.features import Rows, Viewer, check_cache, features_of
 from mae_core.evaluation.knn import check_neighbours, knn_scores
 from mae_core.evaluation.pictures import scatter_picture
 from mae_core.layout import FEATURES, METRICS, PICTURES
@@ -27,12 +27,10 @@ from mae_core.training.classification import read_splits, tell_of_weights
 from mae_core.training.run import check_output, open_run
 
 
-def frozen_trunk(
-    source: EncoderFile, data: EvaluationData, pooling: Pooling, batch: int
-) -> tuple[FrozenTrunk, LoadReport]:
+def frozen_trunk(source: EncoderFile, data: EvaluationData, pooling: Pooling, batch: int) -> tuple[Viewer, LoadReport]:
     """The trunk of a file with the view its images need, and the report of its weights."""
     model, report = trunk_from(source, pooling=pooling, image_size=data.image_size)
-    return FrozenTrunk(model, data, statistics_of(data, source.metadata), batch), report
+    return Viewer(model, data, statistics_of(data, source.metadata), batch), report
 
 
 def knn(config: KnnConfig) -> dict[str, Any]:
@@ -111,7 +109,7 @@ def write_features(config: FeaturesConfig) -> Path:
     return file
 
 
-def draw_features(config: FeaturesConfig, found: Features, folders: list[str], file: Path) -> None:
+def draw_features(config: FeaturesConfig, found: Rows, folders: list[str], file: Path) -> None:
     """The embeddings in the plane, coloured by the folder they are in."""
     if config.picture == "tsne":
         points, axes = tsne(found.values, config.seed), ["t-SNE 1", "t-SNE 2"]

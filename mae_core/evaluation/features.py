@@ -1,4 +1,4 @@
-"""Features of images from a frozen trunk, computed once and, by option, kept on disk."""
+"""What a model says of images, row by row; features of a frozen trunk, by option kept on disk."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import BatchSampler
 
 from mae_core.config import EvaluationData
@@ -19,53 +19,57 @@ from mae_core.data.labelled import LabelledPaths, TestImages, collate_readable
 from mae_core.data.loading import make_loader
 from mae_core.errors import UserError
 from mae_core.evaluation.classification import predict
-from mae_core.models.encoder import ViTEncoder
 from mae_core.patches import as_pair
 from mae_core.training.distributed import gather
 from mae_core.training.run import Run
 
 
-class Features(NamedTuple):
-    """values (N, D) float32, and which image each row is of: indices (N,) int64, ascending. Unreadable images have no
-    row."""
+class Rows(NamedTuple):
+    """What a model says of images: values (N, D) float32, and which image each row is of: indices (N,) int64,
+    ascending. Unreadable images have no row."""
 
     values: Tensor
     indices: Tensor
 
 
-class FrozenTrunk(NamedTuple):
-    """A trunk, and all that decides what its features are."""
+class Viewer(NamedTuple):
+    """A model from images (B, C, H, W) to rows (B, D), and how images come to it."""
 
-    model: ViTEncoder
+    model: nn.Module
     data: EvaluationData
     statistics: Statistics
     batch: int
 
 
-def features_of(paths: Sequence[Path], trunk: FrozenTrunk, run: Run, *, cache: Path | None = None) -> Features:
-    """Features of images as they are measured (no augmentation), on all ranks; each image is computed on one.
+def rows_of(paths: Sequence[Path], viewer: Viewer, run: Run) -> Rows:
+    """A row for each image as it is measured (no augmentation), on all ranks; each image is computed on one, once.
 
-    ``cache``: a folder where features of the same files under the same trunk and view are looked for first, and kept.
-    Raises ``UserError`` where no image can be read, or the cache cannot be written.
+    Raises ``UserError`` where no image can be read.
     """
-    kept = None if cache is None else cache / f"{_identity(paths, trunk)}.safetensors"
-    if kept is not None and all(gather(kept.is_file())):
-        run.say(f"features of {len(paths)} images are in {kept}")
-        stored, _ = read_weights(kept)
-        return Features(stored["values"], stored["indices"])
     # An image's place takes the place of its label, so that each row knows its image.
     files = LabelledPaths(list(paths), range(len(paths)), [])
-    images = TestImages(files, trunk.data, as_pair(trunk.data.image_size), trunk.statistics)
-    mine = BatchSampler(range(run.rank, len(paths), run.world), trunk.batch, drop_last=False)
+    images = TestImages(files, viewer.data, as_pair(viewer.data.image_size), viewer.statistics)
+    mine = BatchSampler(range(run.rank, len(paths), run.world), viewer.batch, drop_last=False)
     pin = run.device.type == "cuda"
-    loader = make_loader(images, mine, collate_readable, workers=trunk.data.workers, pin=pin)
-    found = [(values.cpu(), places.cpu()) for values, places in predict(trunk.model, loader, run)]
+    loader = make_loader(images, mine, collate_readable, workers=viewer.data.workers, pin=pin)
+    found = [(values.cpu(), places.cpu()) for values, places in predict(viewer.model, loader, run)]
     parts = [pair for part in gather(found) for pair in part]
     if not parts:
         raise UserError(f"none of {len(paths)} images can be read, the first is {paths[0]}; check data.path")
     values, indices = (torch.cat(columns) for columns in zip(*parts, strict=True))
     order = indices.argsort()
-    features = Features(values[order], indices[order])
+    return Rows(values[order], indices[order])
+
+
+def features_of(paths: Sequence[Path], trunk: Viewer, run: Run, *, cache: Path | None = None) -> Rows:
+    """Features of images, see ``rows_of``. ``cache``: a folder where features of the same files under the same trunk
+    and view are looked for first, and kept. Raises ``UserError`` where it cannot be written."""
+    kept = None if cache is None else cache / f"{_identity(paths, trunk)}.safetensors"
+    if kept is not None and all(gather(kept.is_file())):
+        run.say(f"features of {len(paths)} images are in {kept}")
+        stored, _ = read_weights(kept)
+        return Rows(stored["values"], stored["indices"])
+    features = rows_of(paths, trunk, run)
     if kept is not None and run.is_main:
         try:
             write_weights(kept, features._asdict(), {"images": len(paths)})
@@ -81,7 +85,7 @@ def check_cache(cache: Path | None) -> None:
         raise UserError(f"cache={cache} is a file; give a folder to keep features in")
 
 
-def _identity(paths: Sequence[Path], trunk: FrozenTrunk) -> str:
+def _identity(paths: Sequence[Path], trunk: Viewer) -> str:
     """Changes with the trunk's weights and pooling, the view, and the files' names, sizes and times."""
     digest = hashlib.sha256()
     for name, tensor in sorted(trunk.model.state_dict().items()):

@@ -24,7 +24,7 @@ from mae_core.data.views import probe_view
 from mae_core.errors import UserError
 from mae_core.evaluation.classification import Tally, predict
 from mae_core.evaluation.config import LinprobeConfig, ProbeOptim
-from mae_core.evaluation.features import Features, FrozenTrunk, check_cache, features_of
+from mae_core.evaluation.features import Rows, Viewer, check_cache, features_of
 from mae_core.models.probe import LinearProbe
 from mae_core.patches import as_pair
 from mae_core.training import distributed
@@ -49,7 +49,7 @@ ROWS_AT_ONCE = 4096
 class FeatureRows(Dataset[LabelledSample]):
     """Features as if they were images: by (epoch, index) for training, by index for measuring."""
 
-    def __init__(self, features: Features, files: LabelledPaths) -> None:
+    def __init__(self, features: Rows, files: LabelledPaths) -> None:
         self.features = features
         self.labels = [files.target(index) for index in features.indices.tolist()]
 
@@ -97,7 +97,7 @@ class ProbeData(NamedTuple):
     test_batches: DataLoader[Any]
 
 
-def probe_data(config: LinprobeConfig, splits: Splits, frozen: FrozenTrunk, run: Run) -> ProbeData:
+def probe_data(config: LinprobeConfig, splits: Splits, frozen: Viewer, run: Run) -> ProbeData:
     """Augmented images, or with ``cache`` their features as rows, computed once."""
     if config.cache is None:
         view = probe_view(config.data.crop_scale, config.data.hflip, as_pair(config.data.image_size), frozen.statistics)
@@ -145,7 +145,7 @@ def linprobe(config: LinprobeConfig, *, resume: bool = False) -> dict[str, Any]:
 
     run = open_run(config, resume=resume, names=splits.source.names)
     tell_of_weights(run, report)
-    frozen = FrozenTrunk(trunk.to(run.device), config.data, statistics, config.evaluation_batch)
+    frozen = Viewer(trunk.to(run.device), config.data, statistics, config.evaluation_batch)
     data = probe_data(config, splits, frozen, run)
     settings = FitSettings.of(config.optim, data.num_images)
     optimizer = lars(probe.to(run.device), config.optim, settings.lr)

@@ -14,7 +14,7 @@ from torch import nn
 from torchvision.transforms import v2
 
 from mae_core.config import load_config
-from mae_core.conversion.classifiers import read_classifier, trunk_from
+from mae_core.conversion.classifiers import classifier_of, trunk_from
 from mae_core.conversion.files import read_weights
 from mae_core.conversion.loading import load_encoder, read_encoder
 from mae_core.data.views import SingleDrawCrop
@@ -162,7 +162,8 @@ def test_the_saved_classifier_is_the_best_head_of_the_sweep(tmp_path, data, pret
     best = max(metrics["sweep"].values(), key=lambda each: each["top1"])
     assert metrics["top1"] == best["top1"]
     (probe,) = probes
-    model, source, _ = read_classifier(run)
+    source = read_encoder(run)
+    model, _ = classifier_of(source)
     images = torch.randn(5, 3, 32, 32)
     number = ["0.001", "1", "3000"].index(f"{metrics['base_lr']:g}")
     torch.testing.assert_close(model(images), probe.eval()(images)[number], rtol=1e-4, atol=1e-5)
