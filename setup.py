@@ -45,6 +45,7 @@ SEGMENTATION = ["onedl-mmcv>=2.3.6", "onedl-mmengine>=0.10.12", "onedl-mmsegment
 # Tar shards and Hugging Face data sets; folders and file lists need neither.
 DATA = ["webdataset>=1.0", "datasets>=3.0"]
 DEMO = ["scikit-learn>=1.4", *DETECTION, *SEGMENTATION]
+ONNX = ["onnx>=1.16", "onnxscript>=0.3", "onnxruntime>=1.18"]
 DEV = [
     "pytest>=8.0",
     "pytest-timeout>=2.3",
@@ -74,8 +75,12 @@ setup(
         "segmentation": SEGMENTATION,
         "data": DATA,
         "demo": DEMO,
+        "onnx": ONNX,
         "dev": DEV,
-        "all": [*DEMO, *DATA, *DEV],
+        "all": [*DEMO, *DATA, *ONNX, *DEV],
     },
-    entry_points={"console_scripts": ["mae = mae_core.cli.main:main"]},
+    entry_points={
+        "console_scripts": ["mae = mae_core.cli.main:main"],
+        "mae_core.feature_readers": ["mmseg = transfer.segmentation.engine_mmseg.published:run_backbone"],
+    },
 )

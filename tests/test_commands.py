@@ -18,7 +18,7 @@ from mae_core.models.encoder import ViTEncoder
 
 COMMANDS = (
     *("pretrain", "fit-pca", "train-tokenizer", "finetune", "linprobe", "knn", "features", "evaluate"),
-    *("reconstruct", "inspect", "digits", "data-stats"),
+    *("reconstruct", "inspect", "convert", "export", "digits", "data-stats"),
 )
 SCRATCH = ("from_scratch=true", "model.size=nano", "model.patch_size=8", "data.image_size=32", "data.workers=0")
 

@@ -10,6 +10,7 @@ import typer
 from mae_core.cli.arguments import ConfigAndOverrides, Resume, read_arguments
 from mae_core.cli.classification import evaluate, features, knn, linprobe
 from mae_core.cli.looking import data_stats, reconstruct
+from mae_core.cli.weights import catalogue, convert, export, inspect
 from mae_core.errors import user_errors
 
 app = typer.Typer(
@@ -95,15 +96,6 @@ def finetune(arguments: ConfigAndOverrides = None, resume: Resume = False) -> No
 
 
 @app.command()
-def inspect(file: Annotated[Path, typer.Argument(help="A weights file, a run, or a checkpoint.")]) -> None:
-    """Say what a weights file holds: architecture, sizes, target, and what it can be used for."""
-    with user_errors():
-        from mae_core.conversion.inspection import describe_file
-
-        typer.echo(describe_file(file))
-
-
-@app.command()
 def digits(
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = 0,
@@ -134,8 +126,9 @@ def digits(
 
 app.command()(reconstruct)
 app.command("data-stats")(data_stats)
-for command in (linprobe, knn, features, evaluate):
+for command in (linprobe, knn, features, evaluate, inspect, convert, export):
     app.command()(command)
+app.add_typer(catalogue, name="weights")
 
 
 def main() -> None:

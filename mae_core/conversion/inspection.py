@@ -2,35 +2,119 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from mae_core.conversion.files import read_weights
-from mae_core.conversion.loading import read_encoder
+from mae_core.conversion.describing import heads_of, read_described
+from mae_core.conversion.formats import FORMATS
+from mae_core.conversion.parts import missing_decoder, num_parameters, read_parts, sizes_of
+from mae_core.conversion.report import LoadReport
+from mae_core.conversion.resizing import grid_of, is_row_first
+from mae_core.errors import UserError
 from mae_core.layout import resolve_weights
+from mae_core.models.sizes import SIZES
+
+USES: dict[str, tuple[str, ...]] = {
+    "encode": ("norm.weight", "cls_token", "pos_embed"),
+    "finetune": ("cls_token", "pos_embed"),
+    "linprobe": ("norm.weight", "cls_token", "pos_embed"),
+    "detection": ("pos_embed",),
+    "segmentation": ("cls_token", "pos_embed"),
+    "reconstruct": ("decoder_pred.weight", "norm.weight", "cls_token", "pos_embed"),
+    "evaluate": ("head.weight",),
+}
+"""What a file can be used for -> our names that it takes."""
+
+
+def inspect_file(path: Path | str) -> dict[str, Any]:
+    """What a weights file, run, checkpoint or exported folder holds, as JSON values.
+
+    Raises ``UserError`` where it is broken or of no known format; then the nearest format is named.
+    """
+    path = resolve_weights(path)
+    file = read_described(path, mapped=True)
+    report = LoadReport(str(path), notes=list(file.notes))
+    try:
+        parts = read_parts(file.state, report)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    tensors, known = parts.tensors, file.metadata
+    sizes = sizes_of(tensors)
+    width, patch = sizes["D"], sizes["P"]
+    depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
+    grid: tuple[int, int] | None = None
+    if "pos_embed" in tensors:
+        try:
+            grid = grid_of(tensors["pos_embed"].shape[1] - 1, patch, known)
+        except UserError as error:
+            report.notes.append(str(error))
+    if grid is not None and is_row_first(tensors["pos_embed"], grid):
+        report.notes.append("pos_embed has the row-first sine-cosine layout of mmpretrain and MIMDet")
+    lost = missing_decoder(tensors) if parts.has_decoder else []
+    uses = {use: [name for name in names if name not in tensors] for use, names in USES.items()}
+    uses["reconstruct"] += [name for name in lost if name not in uses["reconstruct"]]
+    if "head.weight" in tensors:  # a classifier's trunk is no pre-trained encoder
+        for use in ("finetune", "linprobe"):
+            uses[use].append("a trunk that was not fine-tuned")
+    stated = known.get("format") if known.get("format") in FORMATS else None
+    return {
+        "file": str(path),
+        "format": stated or parts.format,
+        "layout": parts.fit.reading.layout.about,
+        "same_names": sorted({parts.format, *parts.others} - {stated or parts.format}),
+        "size": next((name for name, row in SIZES.items() if (row.width, row.depth) == (width, depth)), None),
+        "width": width,
+        "depth": depth,
+        "heads": heads_of(width, known),
+        "patch_size": patch,
+        "in_chans": sizes["C"],
+        "grid": list(grid) if grid else None,
+        "image_size": [side * patch for side in grid] if grid else None,
+        "decoder": {"width": sizes["E"], "missing": lost} if parts.has_decoder else None,
+        "classes": sizes.get("K", 0),
+        "target": known.get("target"),
+        "dtype": sorted({str(values.dtype).removeprefix("torch.") for values in tensors.values()}),
+        "tensors": len(file.state),
+        "parameters": num_parameters(tensors),
+        "metadata": dict(known),
+        "dropped": report.unused,
+        "notes": report.notes,
+        "missing_for": {use: lacking for use, lacking in uses.items() if lacking},
+        "use_for": [use for use, lacking in uses.items() if not lacking],
+    }
 
 
 def describe_file(path: Path | str) -> str:
-    """A few lines on a weights file, a run or a checkpoint. Raises ``UserError`` where it holds no MAE encoder."""
-    source = read_encoder(path)
-    state, metadata = read_weights(resolve_weights(path))
-    decoder = any(name.startswith(("decoder.", "decoder_")) for name in state)
-    classes = state["head.weight"].shape[0] if "head.weight" in state else None
-    known = ", ".join(f"{key} {metadata[key]}" for key in ("target", "mask_ratio", "epochs", "step") if key in metadata)
-    uses = ["detection", "segmentation"] if classes else ["finetune", "detection", "segmentation"]
-    uses += ["reconstruct"] if any(n.startswith("decoder.") for n in state) else []
-    parameters = sum(tensor.numel() for tensor in state.values())
+    """``inspect_file`` in lines to read. Raises ``UserError`` as it does."""
+    found = inspect_file(path)
+    known: Mapping[str, Any] = found["metadata"]
+    training = ", ".join(
+        f"{k} {known[k]}" for k in ("target", "mask_ratio", "epochs", "step") if known.get(k) is not None
+    )
+    alike = f" ({', '.join(found['same_names'])} has the same names)" if found["same_names"] else ""
+    size = f"ViT-{found['size']}" if found["size"] else "a ViT of no named size"
+    grid, image = found["grid"], found["image_size"]
+    place = f"grid {grid[0]}x{grid[1]} (images {image[0]}x{image[1]})" if grid else "grid not stated and not square"
+    decoder = "no"
+    if found["decoder"]:
+        lost = found["decoder"]["missing"]
+        decoder = f"width {found['decoder']['width']}" + (f", {len(lost)} tensors missing" if lost else "")
     lines = [
-        f"file       {source.path}",
-        f"format     {metadata.get('format', 'official MAE names, no metadata')}",
-        f"encoder    ViT-{source.size}: width {source.shape.width}, depth {source.shape.depth}, "
-        f"heads {source.shape.heads}",
-        f"patches    {source.patch_size}x{source.patch_size}, grid {source.grid[0]}x{source.grid[1]} "
-        f"(images {source.image_size[0]}x{source.image_size[1]}), {source.in_chans} channels",
-        f"decoder    {'yes' if decoder else 'no'}",
-        f"classes    {classes if classes else 'none'}",
-        f"pixels     mean {metadata.get('mean', 'not stated')}, std {metadata.get('std', 'not stated')}",
-        f"training   {known or 'not stated'}",
-        f"tensors    {len(state)}, {parameters:,} numbers",
-        f"use it for {', '.join(uses)}",
+        f"file       {found['file']}",
+        f"format     {found['format']}: {found['layout']}{alike}",
+        f"encoder    {size}: width {found['width']}, depth {found['depth']}, heads {found['heads']}",
+        f"patches    {found['patch_size']}x{found['patch_size']}, {place}, {found['in_chans']} channels",
+        f"decoder    {decoder}",
+        f"classes    {found['classes'] or 'none'}",
+        f"target     {found['target'] or 'not stated'}",
+        f"pixels     mean {known.get('mean', 'not stated')}, std {known.get('std', 'not stated')}",
+        f"training   {training or 'not stated'}",
+        f"tensors    {found['tensors']}, {found['parameters']:,} numbers, {', '.join(found['dtype'])}",
     ]
+    if found["dropped"]:
+        lines.append(f"besides    {len(found['dropped'])} tensors: {', '.join(sorted(set(found['dropped'].values())))}")
+    lines += [f"note       {note}" for note in found["notes"]]
+    lines.append(f"use it for {', '.join(found['use_for']) or 'nothing as it is'}")
+    lines += [f"not for    {use}: lacks {', '.join(lacking[:3])}" for use, lacking in found["missing_for"].items()]
     return "\n".join(lines)

@@ -213,11 +213,13 @@ def recognise(names: Sequence[str], source: str | None = None) -> tuple[Fit, lis
     return best, others
 
 
-def their_name(reading: Reading, ours: str) -> str:
-    """What a reading calls one of our tensors; our name where it has none."""
+def their_name(reading: Reading, ours: str, place: int | None = None) -> str:
+    """What a reading calls one of our tensors, or a third of it; our name where it has none."""
     pattern, index = split_index(ours)
-    found = next((theirs for theirs, slot in reading.rows.items() if slot.ours == pattern), None)
-    return ours if found is None else found.format(index) if index is not None else found
+    for theirs, slot in reading.rows.items():
+        if slot.ours == pattern and place in (None, slot.place):
+            return theirs if index is None else theirs.format(index)
+    return ours
 
 
 def is_decoder(name: str) -> bool:

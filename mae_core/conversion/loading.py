@@ -120,9 +120,11 @@ def size_name(width: int, depth: int) -> str:
     raise UserError(f"a ViT of width {width} and depth {depth} is none of {', '.join(SIZES)}")
 
 
-def read_encoder(path: Path | str) -> EncoderFile:
+def read_encoder(path: Path | str, *, image_size: int | Sequence[int] | None = None) -> EncoderFile:
     """Read the encoder of a weights file of any known format, a run directory, a checkpoint folder or a folder of timm
     or transformers; of a full MAE, the encoder alone.
+
+    ``image_size`` of the images it is wanted for tells the grid of a file that is not square and does not say.
 
     Raises ``UserError`` where the file is broken or holds no encoder of a known size.
     """
@@ -137,7 +139,7 @@ def read_encoder(path: Path | str) -> EncoderFile:
         decoder = {name: parts.tensors.pop(name) for name in list(parts.tensors) if is_decoder(name)}
         official = write_parts(parts, FORMATS["official"], report, dict(file.metadata))
         state = {name: as_tensor(values) for name, values in {**official.tensors, **decoder}.items()}
-        grid = grid_of(state["pos_embed"].shape[1] - 1, sizes["P"], file.metadata)
+        grid = grid_of(state["pos_embed"].shape[1] - 1, sizes["P"], file.metadata, image_size)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     metadata = {"format": parts.format, **file.metadata}
@@ -256,7 +258,7 @@ def load_encoder(
 
     Raises ``UserError`` where the file does not hold one.
     """
-    source = read_encoder(path)
+    source = read_encoder(path, image_size=image_size)
     if not source.has_norm:
         kind = "a classifier on mean-pooled patches" if "fc_norm.weight" in source.state else f"a {source.format} file"
         raise UserError(

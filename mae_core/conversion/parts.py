@@ -91,12 +91,15 @@ class Parts:
     tensors   our name -> values
     sources   our name -> the names they have in the file
     fit       how the file was read
+    others    formats that name these tensors alike
+    state     the file's tensors without outer prefixes
     """
 
     tensors: dict[str, Values]
     sources: dict[str, list[str]]
     fit: Fit
     others: list[str] = field(default_factory=list)
+    state: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def format(self) -> str:
@@ -139,6 +142,8 @@ def read_parts(
     for name, slot in fit.known.items():
         values = state[name]
         sources.setdefault(slot.ours, []).append(name)
+        if not values.dtype.is_floating_point and not slot.ours.startswith(OWN_ONLY):
+            report.refused[name] = f"its numbers are {str(values.dtype).removeprefix('torch.')}"
         if slot.place is None and slot.ours in tensors:
             report.refused[name] = f"a second {slot.ours} beside {sources[slot.ours][0]}"
         elif slot.place is None:
@@ -146,16 +151,16 @@ def read_parts(
         else:
             apart.setdefault(slot.ours, {})[slot.place] = values
     for ours, places in apart.items():
-        only_biases = set(places) == set(KEPT_APART.values()) and ours.endswith("attn.qkv.bias")
+        only_biases = set(places) == set(KEPT_APART.values()) and sources[ours][0].endswith(tuple(KEPT_APART))
         if set(places) != {0, 1, 2} and not only_biases:
-            lacking = ", ".join(name for place, name in enumerate(("query", "key", "value")) if place not in places)
-            report.refused[sources[ours][0]] = f"{lacking} beside it: missing from the file"
+            for place in {0, 1, 2} - places.keys():
+                report.refused[their_name(fit.reading, ours, place)] = "missing from the file"
             continue
         if only_biases:
             places[1] = torch.zeros_like(places[0])
         tensors[ours] = Joined([places[0], places[1], places[2]])
     _refuse_unfit(tensors, sources, fit, report)
-    return Parts(tensors, sources, fit, others)
+    return Parts(tensors, sources, fit, others, state)
 
 
 def _refuse_unfit(
@@ -173,9 +178,6 @@ def _refuse_unfit(
             report.refused[their_name(reading, lost)] = "missing from the file"
     for name, (found, wanted) in wrong_shapes(tensors).items():
         report.refused[sources[name][0]] = f"file {found}, model {wanted}"
-    for name, values in tensors.items():
-        if not values.dtype.is_floating_point and not name.startswith(OWN_ONLY):
-            report.refused[sources[name][0]] = f"its numbers are {str(values.dtype).removeprefix('torch.')}"
     if report.refused:
         examples = "; ".join(f"{name}: {why}" for name, why in sorted(report.refused.items(), key=first_of)[:3])
         bare = {"pos_embed", "patch_embed.proj.weight"} & set(fit.missing)
@@ -212,7 +214,11 @@ def sizes_of(tensors: Mapping[str, Values]) -> dict[str, int]:
             times = 3 if letter.startswith("3") else 1
             if letter != "1" and size % times == 0:
                 votes.setdefault(letter.removeprefix("3"), Counter())[size // times] += 1
-    return {letter: counts.most_common(1)[0][0] for letter, counts in votes.items()}
+    sizes = {letter: counts.most_common(1)[0][0] for letter, counts in votes.items() if letter != "T"}
+    if "T" in votes:  # two tensors that disagree: most decoders predict the pixels of a patch
+        votes["T"][sizes.get("P", 0) ** 2 * sizes.get("C", 0)] += 1
+        sizes["T"] = votes["T"].most_common(1)[0][0]
+    return sizes
 
 
 def wrong_shapes(tensors: Mapping[str, Values]) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:

@@ -7,7 +7,7 @@ of the image resize (FlexiViT, arXiv 2212.08013, 3.4), which keeps the embedding
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -57,8 +57,11 @@ class Adaptation:
     seed: int = 0
 
 
-def grid_of(positions: int, patch: int, metadata: Mapping[str, Any]) -> tuple[int, int]:
-    """(rows, cols) that a file's metadata states, or of a square. Raises ``UserError`` where they are not clear."""
+def grid_of(
+    positions: int, patch: int, metadata: Mapping[str, Any], image_size: int | Sequence[int] | None = None
+) -> tuple[int, int]:
+    """(rows, cols) that a file's metadata states, of a square, or of the images (H, W) it is wanted for if they fill
+    the positions exactly. Raises ``UserError`` where they are not clear."""
     stated = metadata.get("grid")
     size = metadata.get("image_size")
     if stated is None and size is not None and metadata.get("patch_size", patch) == patch:
@@ -67,13 +70,16 @@ def grid_of(positions: int, patch: int, metadata: Mapping[str, Any]) -> tuple[in
         except (TypeError, ValueError):
             stated = None
     side = int(positions**0.5)
-    grid = stated or (side, positions // max(side, 1))
+    grid = stated or (side, side)
+    if stated is None and side * side != positions and image_size is not None:
+        height, width = as_pair(image_size)
+        grid = (height // patch, width // patch)
     if not (isinstance(grid, list | tuple) and len(grid) == 2 and all(type(cells) is int for cells in grid)):
         raise UserError(f"its metadata names the grid {grid!r}, which is not [rows, columns]; the file is damaged")
     if grid[0] * grid[1] != positions or positions < 1:
         raise UserError(
             f"{positions} positions do not fill a {grid[0]}x{grid[1]} grid; the file is damaged, or its grid is not "
-            "square and has to be named"
+            "square and has to be named, with mae convert --grid ROWS COLS or by the size of the images"
         )
     return grid[0], grid[1]
 
@@ -92,7 +98,7 @@ def adapt(parts: Parts, wanted: Adaptation, metadata: dict[str, Any], report: Lo
     old: tuple[int, int] | None = None
     if "pos_embed" in tensors:
         try:
-            old = grid_of(tensors["pos_embed"].shape[1] - 1, patch, metadata)
+            old = grid_of(tensors["pos_embed"].shape[1] - 1, patch, metadata, wanted.image_size)
         except UserError:
             if changes:
                 raise

@@ -23,13 +23,20 @@ GAMMAS = {"gamma_1": "attn.proj", "gamma_2": "mlp.fc2"}
 
 @dataclass
 class Converted:
-    """Tensors under the names of a format, not yet joined; ``layout`` and ``prefix`` are how they were named."""
+    """Tensors under the names of a format, not yet joined.
+
+    reading   how they are named
+    parts     the source under our names, after resizing
+    metadata  what is known of the model, its sizes after resizing
+    raw       the source as it was read, without outer prefixes; None where it was resized
+    """
 
     tensors: dict[str, Values]
     reading: Reading
     parts: Parts
     report: LoadReport
     metadata: dict[str, Any] = field(default_factory=dict)
+    raw: dict[str, Tensor] | None = None
 
 
 def convert(
@@ -70,8 +77,12 @@ def convert_lazily(
     parts = read_parts(state, report, source, drop=drop, needless=tuple(wanted.lacks))
     report.path = f"{parts.format} -> {target}"
     metadata = dict(metadata or {})
+    before = dict(parts.tensors)
     adapt(parts, adaptation or Adaptation(), metadata, report)
-    return write_parts(parts, wanted, report, metadata)
+    resized = any(parts.tensors.get(name) is not values for name, values in before.items())
+    converted = write_parts(parts, wanted, report, metadata)
+    converted.raw = None if resized else parts.state
+    return converted
 
 
 def write_parts(parts: Parts, target: Format, report: LoadReport, metadata: dict[str, Any]) -> Converted:

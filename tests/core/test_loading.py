@@ -420,8 +420,9 @@ def test_inspect_describes_a_file(encoder_file, pretrained):
     assert "ViT-nano: width 128, depth 6, heads 4" in text
     assert "8x8, grid 4x6 (images 32x48), 3 channels" in text
     assert "target pixels, epochs 3" in text
-    assert "reconstruct" not in text
-    assert "reconstruct" in describe_file(sorted((pretrained / "checkpoints").iterdir())[-1])
+    assert "not for    reconstruct: lacks decoder_pred.weight" in text
+    whole = describe_file(sorted((pretrained / "checkpoints").iterdir())[-1])
+    assert re.search("use it for .*reconstruct", whole)
 
 
 def test_a_mean_pooled_classifier_is_not_an_encoder_and_inspect_says_so(tmp_path, encoder_file):

@@ -1,0 +1,175 @@
+"""The commands on weights files: ``mae convert``, ``inspect``, ``export`` and ``weights list`` and ``get``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mae_core.errors import UserError, user_errors
+
+catalogue = typer.Typer(no_args_is_help=True, help="Published MAE weights: list them, get them.")
+File = Annotated[Path, typer.Argument(help="A weights file, a run, a checkpoint, or a folder of timm or transformers.")]
+
+
+def convert(
+    source: File,
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            help="official, mae_core, timm, huggingface, mmseg, mmpretrain, detectron2 or mae_segmentation; also "
+            "huggingface_5 (the names transformers 5 has in memory) and mmseg_beit.",
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(help="What to write: a .safetensors or .pth file, or a folder for timm and transformers."),
+    ],
+    source_format: Annotated[
+        str | None, typer.Option("--from", help="Format of the file; recognised by its names when left out.")
+    ] = None,
+    image_size: Annotated[
+        tuple[int, int] | None, typer.Option(metavar="H W", help="Resize the positions to images of this size.")
+    ] = None,
+    patch_size: Annotated[int | None, typer.Option(help="Resize the patch embedding to patches of this side.")] = None,
+    in_chans: Annotated[int | None, typer.Option(help="Adapt the patch embedding to this many channels.")] = None,
+    channels: Annotated[
+        str | None, typer.Option(help="How: sum (to one channel), mean_tile or new; sum for one, else mean_tile.")
+    ] = None,
+    patch_method: Annotated[str, typer.Option(help="How patches are resized: bicubic or pseudo_inverse.")] = "bicubic",
+    antialias: Annotated[
+        bool, typer.Option("--antialias", help="Resize positions as timm does; the official code does not antialias.")
+    ] = False,
+    grid: Annotated[
+        tuple[int, int] | None,
+        typer.Option(metavar="ROWS COLS", help="Grid of the file, where it is not square and the file does not say."),
+    ] = None,
+    reorder_positions: Annotated[
+        bool,
+        typer.Option(
+            "--reorder-positions", help="Put mmpretrain's and MIMDet's row-first positions in official order."
+        ),
+    ] = False,
+    drop: Annotated[list[str] | None, typer.Option(help="Pattern of tensors to leave out; repeatable.")] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Run both ends on the same images; above 1e-4 nothing is written.")
+    ] = False,
+    report: Annotated[Path | None, typer.Option(help="Write the account of every tensor as JSON.")] = None,
+) -> None:
+    """Convert weights between formats: every tensor accounted for, and proven by running both ends with --check.
+
+    Example: mae convert mae_pretrain_vit_base.pth --to mmseg --out backbone.pth --check
+    """
+    with user_errors():
+        from mae_core.atomic import write_json
+        from mae_core.conversion.converting import convert_file, summary
+        from mae_core.conversion.resizing import Adaptation
+
+        if report is not None and report.exists():
+            raise UserError(f"{report} exists; choose another --report")
+        adaptation = Adaptation(
+            image_size=image_size or None,
+            patch_size=patch_size,
+            in_chans=in_chans,
+            channels=_one_of("--channels", channels, ("sum", "mean_tile", "new")),  # type: ignore[arg-type]
+            patch=_one_of("--patch-method", patch_method, ("bicubic", "pseudo_inverse")),  # type: ignore[arg-type]
+            antialias=antialias,
+            grid=grid or None,
+            reorder=reorder_positions,
+        )
+        account, comparison = convert_file(
+            source, to, out, from_format=source_format, adaptation=adaptation, drop=drop or (), check=check
+        )
+        account.print(of="the target's")
+        if report is not None:
+            proof = None if comparison is None else comparison._asdict()
+            write_json(report, {**account.as_dict(), "check": proof})
+        typer.echo(summary(account, comparison, out))
+
+
+def _one_of(option: str, value: str | None, known: tuple[str, ...]) -> str | None:
+    if value is not None and value not in known:
+        raise UserError(f"{option} {value} is not known; use {', '.join(known)}")
+    return value
+
+
+def inspect(
+    file: File, as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False
+) -> None:
+    """Say what a weights file holds: format, architecture, sizes, target, what it can be used for and what it lacks."""
+    with user_errors():
+        from mae_core.conversion.inspection import describe_file, inspect_file
+
+        typer.echo(json.dumps(inspect_file(file), indent=2, default=str) if as_json else describe_file(file))
+
+
+def export(
+    file: File,
+    out: Annotated[Path, typer.Option(help="The file or folder to write.")],
+    onnx: Annotated[bool, typer.Option("--onnx", help="The encoder as ONNX, checked with onnxruntime.")] = False,
+    timm: Annotated[bool, typer.Option("--timm", help='A folder for timm.create_model("local-dir:...").')] = False,
+    huggingface: Annotated[
+        bool, typer.Option("--huggingface", help="A folder for from_pretrained, with a card.")
+    ] = False,
+    check: Annotated[bool, typer.Option("--check", help="Run both ends on the same images first.")] = False,
+) -> None:
+    """Write weights for others: a folder of timm or transformers, or the encoder as ONNX.
+
+    Example: mae export runs/mine --onnx --out encoder.onnx
+    """
+    with user_errors():
+        chosen = [name for name, wanted in (("onnx", onnx), ("timm", timm), ("huggingface", huggingface)) if wanted]
+        if len(chosen) != 1:
+            raise UserError("say what to write: one of --onnx, --timm and --huggingface")
+        if onnx:
+            from mae_core.conversion.exporting import export_encoder
+
+            typer.echo(export_encoder(file, out))
+            return
+        from mae_core.conversion.converting import convert_file, summary
+
+        if out.suffix:
+            raise UserError(f"--out {out} has to be a folder, without a file ending")
+        account, comparison = convert_file(file, chosen[0], out, check=check)
+        typer.echo(summary(account, comparison, out))
+
+
+@catalogue.command("list")
+def list_weights(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Show the published MAE weights: content, pixel target, hash, licence, URL."""
+    from dataclasses import asdict
+
+    from mae_core.conversion.catalogue import CATALOGUE, NOTICE
+
+    if as_json:
+        typer.echo(json.dumps([asdict(row) for row in CATALOGUE.values()], indent=2))
+        return
+    for row in CATALOGUE.values():
+        typer.echo(f"{row.name}: {row.content}")
+        typer.echo(f"    target {row.target or 'none'}, md5 {row.md5 or 'not published'}..., {row.licence}, {row.url}")
+    typer.echo(NOTICE)
+
+
+@catalogue.command("get")
+def get(
+    name: Annotated[str, typer.Argument(help="A name that mae weights list shows.")],
+    out: Annotated[Path, typer.Option(help="The folder to put it in.")] = Path(),
+    url: Annotated[str | None, typer.Option(help="A mirror of the file.")] = None,
+) -> None:
+    """Download published weights; what was cut off goes on where it ended, and the hash is checked."""
+    with user_errors():
+        from mae_core.conversion.catalogue import CATALOGUE, NOTICE, get_weights
+
+        path = get_weights(name, out, url=url, on_progress=_show_progress)
+        typer.echo(NOTICE, err=True)
+        row = CATALOGUE[name]
+        told = f"md5 begins {row.md5}" if row.md5 else "no hash is published for it, so it was not checked"
+        typer.echo(f"{path} ({told})")
+
+
+def _show_progress(done: int, total: int) -> None:
+    if total and (done == total or done % (64 << 20) < (1 << 20)):
+        typer.echo(f"{done >> 20} of {total >> 20} MiB", err=True)

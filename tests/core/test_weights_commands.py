@@ -1,0 +1,310 @@
+"""``mae convert``, ``inspect``, ``export`` and ``weights`` as a user types them, and the proof behind a conversion."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import json
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import Tensor
+from typer.testing import CliRunner
+
+import mae_core
+from mae_core.cli.main import app
+from mae_core.conversion import catalogue, exporting, writing
+from mae_core.conversion.catalogue import CATALOGUE, get_weights
+from mae_core.conversion.checking import compare_features, runner_of
+from mae_core.conversion.converting import convert_file
+from mae_core.conversion.files import read_weights
+from mae_core.conversion.keymap import Reading
+from mae_core.conversion.reference import Geometry, OwnReading
+from mae_core.errors import UserError
+
+EVERY = ("official", "mae_core", "timm", "huggingface", "huggingface_5", "mmseg", "mmpretrain", "detectron2",
+         "mae_segmentation")  # fmt: skip
+
+
+def mae(*arguments: object, code: int = 0) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def state(official_state) -> dict[str, Tensor]:
+    return official_state(128, 6, grid=(4, 4), patch=8, decoder=64)
+
+
+@pytest.fixture(scope="module")
+def file(state, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("official") / "full.pth"
+    torch.save({"model": state}, path)
+    return path
+
+
+@pytest.mark.parametrize("target", EVERY)
+def test_convert_proves_itself(tmp_path, file, target):
+    out = tmp_path / "out.safetensors"
+    text = mae("convert", file, "--to", target, "--out", out, "--check")
+    assert "checked: largest feature difference" in text and f"wrote {out}" in text
+    assert inspect(out)["format"] == target
+    back = mae("convert", out, "--to", "official", "--out", tmp_path / "back.pth", "--check")
+    assert "checked" in back
+
+
+def inspect(path: Path) -> dict:
+    return json.loads(mae("inspect", path, "--json"))
+
+
+@pytest.mark.parametrize("target", EVERY)
+def test_a_wrong_conversion_is_not_written(tmp_path, file, target, monkeypatch):
+    """The value rows of every qkv are exchanged with the key rows: no name and no shape tells."""
+    right = writing.write_parts
+
+    def wrong(parts, *arguments):
+        for name in [name for name in parts.tensors if name.endswith("blocks.2.attn.qkv.weight")]:
+            query, key, value = parts.tensors[name].chunk(3)
+            parts.tensors[name] = torch.cat([query, value, key])
+        return right(parts, *arguments)
+
+    monkeypatch.setattr(writing, "write_parts", wrong)
+    out = tmp_path / "out.safetensors"
+    text = mae("convert", file, "--to", target, "--out", out, "--check", code=2)
+    assert "features of source and target differ by" in text and "nothing was written" in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_sizes_change_on_the_way(tmp_path, file):
+    out = tmp_path / "out.safetensors"
+    options = ["--image-size", 48, 96, "--patch-size", 16, "--in-chans", 13, "--check"]
+    report = tmp_path / "report.json"
+    text = mae("convert", file, "--to", "timm", "--out", out, "--report", report, *options)
+    assert "not a frozen feature" in " ".join(text.split())
+    account = json.loads(report.read_text())
+    assert account["resized"]["pos_embed"] == "4x4 -> 3x6"
+    assert account["resized"]["patch_embed.proj.weight"] == "patch 8 -> 16 (bicubic), channels 3 -> 13 (mean_tile)"
+    assert account["check"]["difference"] < 1e-4
+    assert read_weights(out)[0]["patch_embed.proj.weight"].shape == (128, 13, 16, 16)
+    found = inspect(out)
+    assert found["grid"] == [3, 6] and found["in_chans"] == 13 and found["image_size"] == [48, 96]
+    encoder = mae_core.load_encoder(out)
+    assert encoder.grid == (3, 6, 16) and encoder.in_channels == 13
+
+
+def test_every_refusal_is_one_sentence_and_writes_nothing(tmp_path, file):
+    out = tmp_path / "out.pth"
+    for arguments, told in [
+        (["--to", "onnx", "--out", out], "unknown format 'onnx'"),
+        (["--to", "mmseg", "--out", tmp_path / "folder"], "has to end in .safetensors or .pth"),
+        (["--to", "timm", "--out", out, "--channels", "mean"], "--channels mean is not known; use sum, mean_tile, new"),
+        (["--to", "timm", "--out", out, "--in-chans", 4, "--channels", "sum"], "sum makes one channel of several"),
+        (["--to", "timm", "--out", out, "--image-size", 50, 50], "does not split into 8x8 patches"),
+        (["--to", "timm", "--out", out, "--from", "mmseg"], "blocks"),
+        (["--to", "timm", "--out", file], "exists; choose another --out"),
+        (["--to", "official", "--out", out, "--drop", "mask_token"], "decoder is not complete"),
+    ]:
+        text = mae("convert", file, *arguments, code=2)
+        assert told in text and "Traceback" not in text
+    assert "does not exist" in mae("convert", tmp_path / "none.pth", "--to", "timm", "--out", out, code=2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_grid_that_nobody_states_has_to_be_named(tmp_path, official_state):
+    torch.save(official_state(64, 2, grid=(2, 3), decoder=None), tmp_path / "x.pth")
+    arguments = ["convert", tmp_path / "x.pth", "--to", "timm", "--out", tmp_path / "out.safetensors"]
+    assert "--grid ROWS COLS" in mae(*arguments, "--check", code=2)
+    mae(*arguments, "--check", "--grid", 2, 3)
+    assert inspect(tmp_path / "out.safetensors")["grid"] == [2, 3]
+
+
+@pytest.mark.parametrize("channels, grid", [(3, (4, 4)), (13, (2, 5)), (1, (3, 3))])
+def test_timm_opens_its_folder(tmp_path, official_state, channels, grid):
+    state = official_state(128, 3, grid=grid, patch=8, channels=channels, decoder=None)
+    torch.save({"model": state, "metadata": {"grid": list(grid)}}, tmp_path / "x.pth")
+    mae("export", tmp_path / "x.pth", "--timm", "--out", tmp_path / "folder", "--check")
+    model = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True)
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    images = torch.randn(2, channels, grid[0] * 8, grid[1] * 8)
+    with torch.no_grad():
+        assert model.eval().forward_features(images).shape == (2, 1 + grid[0] * grid[1], 128)
+    card = (tmp_path / "folder" / "README.md").read_text()
+    assert "library_name: timm" in card and f"{channels} channels" in card
+
+
+def test_transformers_opens_its_folder(tmp_path, file, official_state):
+    from transformers import AutoModelForPreTraining, ViTModel
+
+    mae("export", file, "--huggingface", "--out", tmp_path / "mae")
+    model, info = AutoModelForPreTraining.from_pretrained(tmp_path / "mae", output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.config.layer_norm_eps == 1e-6 and model.config.decoder_num_hidden_layers == 1
+    state = official_state(128, 3, grid=(2, 5), patch=8, channels=13, decoder=None)
+    torch.save({"model": state, "metadata": {"grid": [2, 5]}}, tmp_path / "x.pth")
+    mae("export", tmp_path / "x.pth", "--huggingface", "--out", tmp_path / "vit", "--check")
+    vit, info = ViTModel.from_pretrained(tmp_path / "vit", output_loading_info=True)
+    assert all(name.startswith("pooler") for name in info["missing_keys"]) and not info["unexpected_keys"]
+    assert torch.equal(vit.embeddings.position_embeddings, state["pos_embed"])
+
+
+def test_transformers_mae_cannot_hold_every_grid(tmp_path, official_state):
+    torch.save({"model": official_state(128, 1, grid=(2, 3)), "metadata": {"grid": [2, 3]}}, tmp_path / "x.pth")
+    text = mae("export", tmp_path / "x.pth", "--huggingface", "--out", tmp_path / "out", code=2)
+    assert "square number of patches, not 2x3" in text and not (tmp_path / "out").exists()
+
+
+def test_what_transformers_saves_comes_back(tmp_path, state):
+    """transformers 5 renames the decoder's layers when it saves; the file is read all the same."""
+    from transformers import ViTMAEForPreTraining
+
+    torch.save({"model": state}, tmp_path / "x.pth")
+    convert_file(tmp_path / "x.pth", "huggingface", tmp_path / "ours")
+    ViTMAEForPreTraining.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
+    convert_file(tmp_path / "theirs", "official", tmp_path / "back.pth")
+    back = read_weights(tmp_path / "back.pth")[0]
+    assert back.keys() == state.keys() and all(torch.equal(back[name], state[name]) for name in state)
+
+
+def test_onnx_agrees_with_torch(tmp_path, file):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    text = mae("export", file, "--onnx", "--out", tmp_path / "encoder.onnx")
+    assert "by onnxruntime" in text
+    encoder = mae_core.load_encoder(file)
+    images = torch.randn(3, 3, 32, 32)
+    session = onnxruntime.InferenceSession(str(tmp_path / "encoder.onnx"), providers=["CPUExecutionProvider"])
+    (tokens,) = session.run(None, {"images": images.numpy()})
+    with torch.no_grad():
+        assert (torch.from_numpy(tokens) - encoder.encode(images)).abs().max() < 1e-4
+
+
+def test_onnx_without_its_packages_is_one_sentence(tmp_path, file, monkeypatch):
+    monkeypatch.setattr(exporting, "ONNX_PACKAGES", ("onnx_that_nobody_has",))
+    text = mae("export", file, "--onnx", "--out", tmp_path / "x.onnx", code=2)
+    assert "ONNX needs onnx_that_nobody_has; install them with pip install 'mae-transfer[onnx]'" in text
+
+
+def test_our_reading_is_the_libraries(state):
+    """The forward pass that stands in for missing libraries, against timm's and transformers'."""
+    geometry = Geometry((32, 32), 8, 3, 4)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for target in ("timm", "huggingface", "huggingface_5"):
+        encoder = {name: t for name, t in state.items() if "decoder" not in name and name != "mask_token"}
+        tensors = mae_core.convert(encoder, "official", target)[0]
+        name, library = runner_of(target, cls=True)
+        assert name in ("timm", "transformers")
+        with torch.no_grad():
+            one, other = library(tensors, geometry, images), OwnReading()(tensors, geometry, images)
+        assert (one.normed - other.normed).abs().max() < 1e-5 and (one.raw - other.raw).abs().max() < 1e-5
+
+
+def test_relative_positions_run_as_in_mmseg(official_state):
+    pytest.importorskip("mmseg")
+    from mae_core.conversion.formats import FORMATS
+    from transfer.segmentation.engine_mmseg.published import run_backbone
+
+    state = mae_core.convert(official_state(64, 2, grid=(2, 4), decoder=None), "official", "mmseg")[0]
+    generator = torch.Generator().manual_seed(5)
+    for index in (0, 1):
+        state[f"layers.{index}.attn.relative_position_bias_table"] = torch.randn(3 * 7 + 3, 4, generator=generator)
+        state[f"layers.{index}.gamma_1"] = torch.randn(64, generator=generator)
+    geometry = Geometry((8, 16), 4, 3, 4)
+    images = torch.randn(2, 3, 8, 16, generator=generator)
+    with torch.no_grad():
+        theirs, ours = run_backbone(state, geometry, images), OwnReading()(state, geometry, images)
+    assert (theirs.raw - ours.raw[:, 1:]).abs().max() < 1e-5
+    segmenter = mae_core.convert(state, "mmseg", "mae_segmentation")[0]
+    readings = [Reading(FORMATS[name], FORMATS[name].layouts[0], "") for name in ("mmseg", "mae_segmentation")]
+    assert compare_features(state, readings[0], segmenter, readings[1], geometry).difference < 1e-5
+
+
+# The catalogue and its download.
+
+
+class Ranges(http.server.BaseHTTPRequestHandler):
+    """Serves one file, honours ranges, and hangs up after ``stop`` bytes when told to."""
+
+    content = b""
+    stop: int | None = None
+    asked: list[str | None] = []
+
+    def do_GET(self) -> None:
+        cls = type(self)
+        cls.asked.append(self.headers.get("Range"))
+        start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").rstrip("-"))
+        if start >= len(cls.content):
+            self.send_error(416)
+            return
+        body = cls.content[start:]
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body if cls.stop is None else body[: cls.stop])
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """(handler, url): a local server, and a row of the catalogue whose hash is that of what it serves."""
+
+    class Handler(Ranges):
+        content = bytes(range(256)) * 9000
+        asked: list[str | None] = []
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        digest = hashlib.md5(Handler.content).hexdigest()
+        url = f"http://127.0.0.1:{running.server_port}/mae_pretrain_vit_base.pth"
+        row = replace(CATALOGUE["pretrain_base"], url=url, md5=digest[:6])
+        monkeypatch.setitem(CATALOGUE, "pretrain_base", row)
+        yield Handler
+        running.shutdown()
+
+
+def test_a_download_that_is_cut_off_goes_on(tmp_path, server):
+    server.stop = 1_000_000
+    assert "go on" in mae("weights", "get", "pretrain_base", "--out", tmp_path, code=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["mae_pretrain_vit_base.pth.part"]
+    server.stop = None
+    text = mae("weights", "get", "pretrain_base", "--out", tmp_path)
+    assert "no commercial use" in text and "md5 begins" in text
+    assert server.asked == [None, "bytes=1000000-"]
+    (path,) = tmp_path.iterdir()
+    assert path.name == "mae_pretrain_vit_base.pth" and path.read_bytes() == server.content
+    get_weights("pretrain_base", tmp_path)
+    assert len(server.asked) == 2, "what is there already is checked, not loaded again"
+
+
+def test_a_part_that_is_the_whole_file_is_taken(tmp_path, server):
+    (tmp_path / "mae_pretrain_vit_base.pth.part").write_bytes(server.content)
+    assert get_weights("pretrain_base", tmp_path).read_bytes() == server.content
+
+
+def test_a_file_of_another_hash_is_refused_and_not_kept(tmp_path, server):
+    server.content = b"an error page"
+    text = mae("weights", "get", "pretrain_base", "--out", tmp_path, code=2)
+    assert "is not the published pretrain_base: its md5 begins" in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_server_that_does_not_answer_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match="cannot download"):
+        get_weights("full_base", tmp_path, url="http://127.0.0.1:9/none.pth")
+    with pytest.raises(UserError, match="no published weights 'huge'; known: pretrain_base"):
+        get_weights("huge", tmp_path)
+
+
+def test_the_catalogue_names_the_published_files():
+    text = mae("weights", "list")
+    assert "8cad7c" in text and "CC BY-NC" in text and "no commercial use" in text
+    rows = {row["name"]: row for row in json.loads(mae("weights", "list", "--json"))}
+    assert len(rows) == 13 and rows["visualize_huge"]["target"] == "pixels"
+    assert rows["full_large"]["target"] == "normalized_pixels" == rows["pretrain_huge"]["target"]
+    assert all(row["url"].startswith(catalogue.BASE_URL) for row in rows.values())
