@@ -84,6 +84,9 @@ def test_training_writes_a_whole_run_directory_twice_in_one_process(tmp_path, ca
     assert {"loss", "lr", "time"} <= lines[0].keys() and lines[-1]["mIoU"] == first["mIoU"]
     assert Image.open(run / "pictures" / "step_000004.png").size[0] > 500
     assert list((run / "tensorboard").rglob("events.*"))
+    page = (run / "report.html").read_text()
+    shown = (f"mIoU {first['mIoU']:.2f} % after 4 steps", "disc", "Training loss", "data:image/png", "pos_embed: 3x3")
+    assert all(part in page for part in shown) and json.loads((run / "environment.json").read_text())["torch"]
 
     tensors, metadata = read_weights(run / "segmenter.safetensors")
     for name, tensor in load_file(weights).items():  # lr 0: the trained trunk is the file's

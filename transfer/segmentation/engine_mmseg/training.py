@@ -31,6 +31,7 @@ from transfer.segmentation.engine_mmseg.options import read_config
 from transfer.segmentation.engine_mmseg.record import RunRecord
 from transfer.segmentation.engine_mmseg.runner import SegmentationRunner, trained_model, worker_errors
 from transfer.segmentation.engine_mmseg.segmenter import load_segmenter, write_segmenter
+from transfer.segmentation.run_report import write_run_report
 from transfer.segmentation.segmenter_file import SegmenterFile, read_segmenter
 
 
@@ -157,7 +158,7 @@ def take_model(file: SegmenterFile, model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def finish(runner: Runner, started: float, *, write_model: bool) -> dict[str, Any]:
-    """Write metrics.json and, with ``write_model``, segmenter.safetensors; returns what metrics.json holds."""
+    """Write metrics.json, report.html and, with ``write_model``, segmenter.safetensors; returns the metrics."""
     work_dir = Path(runner.work_dir)
     record = next((hook for hook in runner.hooks if isinstance(hook, RunRecord)), RunRecord())
     metrics = [metric for metric in runner.val_evaluator.metrics if isinstance(metric, PerClassIoUMetric)]
@@ -167,6 +168,7 @@ def finish(runner: Runner, started: float, *, write_model: bool) -> dict[str, An
     runner.visualizer.close()
     if is_main_process():
         write_json(work_dir / layout.METRICS, results)
+        write_run_report(work_dir, results)
         if write_model:
             write_segmenter(work_dir / layout.SEGMENTER, runner)
     return results
