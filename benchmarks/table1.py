@@ -3,8 +3,8 @@
     python benchmarks/table1.py DATA OUT [--epochs 20] [--finetune-epochs 8] [--rows 1a,1f]
 
 DATA holds train/<class>/* and val/<class>/*, such as imagenette. A row is what its file in configs/pretrain/table1
-says, on top of benchmarks/table1.yaml; its encoder is measured by k-NN and by a short fine-tuning. Two rows run at once,
-one thread each. Stopped, the same command goes on where it was. OUT/table1.md and OUT/table1.json hold the numbers.
+says, on top of benchmarks/table1.yaml; its encoder is measured by k-NN and by a short fine-tuning. Two rows run
+abreast, one thread each. Stopped, the same command goes on where it was. OUT/table1.md and .json hold the numbers.
 """
 
 from __future__ import annotations
@@ -265,8 +265,8 @@ def markdown(found: dict[str, Any]) -> str:
         f"fine-tuning, or {NEIGHBOURS}-NN on frozen features; one seed. Top-1 on {found['images']} images, so that a "
         f"single number has a standard error of up to {found['standard_error']:.1f} points. The paper: ViT-L/16, 224 "
         f"pixels, 800 epochs on ImageNet-1K. Decoder widths are an eighth of the paper's, PCA keeps {COMPONENTS} of "
-        "192 numbers (the paper's 96 of 768), and the tokens are of a small discrete VAE trained on the same images, where "
-        "the paper's are DALL-E's.",
+        "192 numbers (the paper's 96 of 768), and the tokens are of a small discrete VAE trained on the same images, "
+        "where the paper's are DALL-E's.",
         "",
         "| table | row | paper, fine-tuned | here, fine-tuned | paper, linear | here, k-NN | FLOPs here |",
         "|---|---|---:|---:|---:|---:|---:|",
