@@ -1,6 +1,6 @@
 """Every row of the paper's Table 1 at small scale, the same budget each; writes a table beside the paper's numbers.
 
-    python benchmarks/table1.py DATA OUT [--epochs 20] [--finetune-epochs 8] [--rows 1a,1f]
+    python benchmarks/table1.py DATA OUT [--epochs 12] [--finetune-epochs 5] [--rows 1a,1f]
 
 DATA holds train/<class>/* and val/<class>/*, such as imagenette. A row is what its file in configs/pretrain/table1
 says, on top of benchmarks/table1.yaml; its encoder is measured by k-NN and by a short fine-tuning. Two rows run
@@ -137,6 +137,7 @@ class Bench:
         jobs = [Job("fit pca", fit)] if "d_pca" in names and not self.pca.is_file() else []
         if "d_tokens" in names and not (self.tokenizer / TOKENIZER).is_file():
             train = ["mae", "train-tokenizer", data, "data.image_size=48", "data.workers=0", "model.patch_size=8"]
+            train += ["model.vocabulary=256", "model.width=128", "optim.batch_size=64", "optim.base_lr=4e-3"]
             epochs = [f"optim.epochs={self.epochs:g}", f"seed={self.seed}"]
             jobs.append(self.continued("train tokenizer", [*train, *epochs], self.tokenizer))
         return jobs
@@ -265,8 +266,8 @@ def markdown(found: dict[str, Any]) -> str:
         f"fine-tuning, or {NEIGHBOURS}-NN on frozen features; one seed. Top-1 on {found['images']} images, so that a "
         f"single number has a standard error of up to {found['standard_error']:.1f} points. The paper: ViT-L/16, 224 "
         f"pixels, 800 epochs on ImageNet-1K. Decoder widths are an eighth of the paper's, PCA keeps {COMPONENTS} of "
-        "192 numbers (the paper's 96 of 768), and the tokens are of a small discrete VAE trained on the same images, "
-        "where the paper's are DALL-E's.",
+        "192 numbers (the paper's 96 of 768), and the tokens are of a small discrete VAE with 256 words, trained on "
+        "the same images, where the paper's are DALL-E's.",
         "",
         "| table | row | paper, fine-tuned | here, fine-tuned | paper, linear | here, k-NN | FLOPs here |",
         "|---|---|---:|---:|---:|---:|---:|",
@@ -285,8 +286,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("data", type=Path, help="train/<class>/* and val/<class>/*")
     parser.add_argument("out", type=Path, help="the folder of all runs and of the table")
-    parser.add_argument("--epochs", type=float, default=20, help="of pre-training, each row")
-    parser.add_argument("--finetune-epochs", type=float, default=8)
+    parser.add_argument("--epochs", type=float, default=12, help="of pre-training, each row")
+    parser.add_argument("--finetune-epochs", type=float, default=5)
     parser.add_argument(
         "--rows", default="", help="parts of the table, such as 1a,1f, or files, such as f_grid_75; all"
     )
