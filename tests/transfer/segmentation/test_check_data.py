@@ -140,3 +140,19 @@ def test_folders_of_a_config(scenes, capsys):
     with pytest.raises(SystemExit):
         main([str(config), "--cfg-options", f"data_root={scenes}", "num_classes=4"])
     assert "num_classes=4, and the train data 3 classes" in capsys.readouterr().err
+
+
+def test_ade20k_with_a_label_of_200(scenes, capsys):
+    pytest.importorskip("mmseg", reason="mmseg is not installed; pip install mae-transfer[segmentation]")
+    config = Path(__file__).parents[3] / "configs" / "segmentation" / "mae_vit_base_upernet_160k_ade20k_512x512.py"
+    for path in (scenes / "images").rglob("*.png"):
+        Image.open(path).save(path.with_suffix(".jpg"))
+        path.unlink()
+    main([str(config), "--cfg-options", f"data_root={scenes}"])
+    assert "    1  wall " in capsys.readouterr().out
+    relabel(scenes, lambda labels: np.where(labels == 2, 200, labels))
+    with pytest.raises(SystemExit) as stopped:
+        main([str(config), "--cfg-options", f"data_root={scenes}"])
+    said = capsys.readouterr()
+    assert stopped.value.code == 2 and said.err.count("\n") == 1
+    assert "holds the value 200, but num_classes=150 allows 1..150, 0 = ignored and 255 = ignored" in said.out

@@ -82,6 +82,39 @@ def test_evaluation_of_a_file_repeats_the_training_s(trained, tmp_path, capsys):
     assert not (tmp_path / "file" / "segmenter.safetensors").exists()
 
 
+MULTI_SCALE = """
+_base_ = [{base!r}]
+scales = [0.5, 1.0]
+tta_model = dict(type="SegTTAModel")
+tta_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(
+        type="TestTimeAug",
+        transforms=[
+            [dict(type="Resize", scale_factor=scale, keep_ratio=True) for scale in scales],
+            [dict(type="RandomFlip", prob=0.0), dict(type="RandomFlip", prob=1.0)],
+            [dict(type="LoadAnnotations")],
+            [dict(type="PackSegInputs")],
+        ],
+    ),
+]
+"""
+
+
+def test_evaluation_on_several_views_equals_their_predictions(trained, tmp_path, capsys):
+    run, scenes = trained
+    config = tmp_path / "several.py"
+    config.write_text(MULTI_SCALE.format(base=str(DIGITS)))
+    options = {"data_root": str(scenes), "visualizer.vis_backends": []}
+    found = train_net.evaluate_segmenter(config, run, work_dir=tmp_path / "eval", cfg_options=options)
+    assert "the average over 4 scaled and mirrored views" in capsys.readouterr().out
+    images = scenes / "images" / "validation"
+    predict(run, [images], tmp_path / "out", scales=(0.5, 1.0), flip=True)
+    expected = mean_iou(scenes / "annotations" / "validation", tmp_path / "out" / "labels")
+    assert found["mIoU"] == pytest.approx(expected, abs=0.011)
+    assert found["mIoU"] != json.loads((run / "metrics.json").read_text())["mIoU"]
+
+
 def test_evaluation_of_a_checkpoint_of_mmengine(trained, tmp_path, tiny_options, capsys):
     run, scenes = trained
     settings = {**tiny_options, "data_root": scenes, "model.backbone.layer_scale": 0.5}

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from mae_core.conversion.files import read_weights, write_weights
 from mae_core.errors import UserError
+from mae_core.models.encoder import ViTEncoder
 from transfer.segmentation.train_net import train_segmenter
 
 mmseg = pytest.importorskip("mmseg", reason="mmseg is not installed; pip install mae-transfer[segmentation]")
@@ -256,6 +257,45 @@ def test_mmseg_alone_runs_the_config(scenes, tmp_path, monkeypatch, write_encode
     runner = Runner.from_cfg(config)
     runner.train()
     assert runner.model.backbone.loading.share == 1 and runner.iter == 2
+
+
+def test_the_official_layout_trains_with_a_full_report(tmp_path, tiny):
+    """A released pre-training checkpoint: the encoder's names, the decoder's, arguments, all under ``model``."""
+    torch.manual_seed(3)
+    encoder = ViTEncoder("nano", image_size=24, patch_size=8)
+    decoder = {"mask_token": torch.zeros(1, 1, 64), "decoder_embed.weight": torch.zeros(64, 128)}
+    decoder |= {"decoder_embed.bias": torch.zeros(64), "decoder_pos_embed": torch.zeros(1, 10, 64)}
+    torch.save({"model": {**encoder.state_dict(), **decoder}, "epoch": 799}, tmp_path / "mae_pretrain.pth")
+    options = {**tiny, "iterations": 3, "lr": 0.0, "model.backbone.relative_positions": "table"}
+    train_segmenter(DIGITS, weights=tmp_path / "mae_pretrain.pth", work_dir=tmp_path / "run", cfg_options=options)
+    report = json.loads((tmp_path / "run" / "loading.json").read_text())
+    assert len(report["loaded"]) + len(report["resized"]) == 6 * 12 + 4 and report["resized"] == {
+        "pos_embed": "3x3 -> 4x4"
+    }
+    assert {*decoder, "norm.weight", "norm.bias"} == set(report["unused"]) and not report["refused"]
+    assert report["new"] == [f"blocks.{index}.attn.relative_position_bias_table" for index in range(6)]
+    trained = load_file(tmp_path / "run" / "segmenter.safetensors")
+    for name, tensor in encoder.state_dict().items():
+        if not name.startswith(("norm.", "pos_embed")):
+            assert torch.equal(trained[f"backbone.{name}"], tensor), name
+
+
+def test_weights_of_detectors_are_refused(refused, tmp_path, write_encoder):
+    encoder = load_file(write_encoder(tmp_path / "encoder.safetensors"))
+    vitdet = {
+        f"backbone.net.{name}": tensor for name, tensor in encoder.items() if not name.startswith(("cls_token", "norm"))
+    }
+    resnet = {"backbone.body.conv1.weight": torch.zeros(8, 3, 7, 7), "rpn.head.conv.weight": torch.zeros(8, 8, 3, 3)}
+    for name, state, message in (
+        (
+            "vitdet.pth",
+            {"model": {**vitdet, "roi_heads.box_head.fc1.weight": torch.zeros(4, 4)}},
+            "missing from the file",
+        ),
+        ("maskrcnn.pth", resnet, "no MAE encoder in it"),
+    ):
+        torch.save(state, tmp_path / name)
+        assert message in refused("--weights", str(tmp_path / name))
 
 
 def test_grey_weights_make_grey_images(tmp_path, capsys, tiny, write_encoder):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from mmseg.registry import HOOKS
+from torch.utils.data import DataLoader
 
 from mae_core import layout
 from mae_core.atomic import write_json, write_text
@@ -56,8 +58,15 @@ class RunRecord(Hook):
 
     def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Keep the predictions of the images that are drawn."""
-        total = len(runner.val_dataloader.dataset)
-        first = batch_idx * runner.val_dataloader.batch_size
+        self._keep(runner.val_dataloader, batch_idx, outputs)
+
+    def after_test_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """As in validation."""
+        self._keep(runner.test_dataloader, batch_idx, outputs)
+
+    def _keep(self, loader: DataLoader, batch_idx: int, outputs: Any) -> None:
+        total = len(loader.dataset)
+        first = batch_idx * (loader.batch_size or 1)
         drawn = {round(index * total / self.num_pictures) for index in range(self.num_pictures)}
         for position, sample in enumerate(outputs or []):
             if first + position in drawn and is_main_process():
@@ -66,10 +75,16 @@ class RunRecord(Hook):
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         """A line of metrics, and the picture."""
+        self._tell(runner, runner.val_dataloader.dataset.metainfo, metrics)
+
+    def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        """As in validation."""
+        self._tell(runner, runner.test_dataloader.dataset.metainfo, metrics)
+
+    def _tell(self, runner: Runner, meta: Mapping[str, Any], metrics: dict[str, float] | None) -> None:
         found = (metrics or {}).items()
         self.metrics = {key: round(float(value), 2) for key, value in found if not key.endswith("time")}
         self._record(runner, {"step": runner.iter, **self.metrics})
-        meta = runner.val_dataloader.dataset.metainfo
         if self.examples and is_main_process():
             folder = Path(runner.work_dir, layout.PICTURES)
             folder.mkdir(exist_ok=True)

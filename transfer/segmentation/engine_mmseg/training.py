@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from mmengine.config import Config
 from mmengine.dist import is_main_process
+from mmengine.evaluator import Evaluator
 from mmengine.runner import Runner
 from mmseg.utils import register_all_modules
 from torch import Tensor
@@ -75,7 +76,7 @@ def train(
     runner = build_runner(config, Path(config_path).stem, work_dir)
     with worker_errors():
         runner.train()
-    return finish(runner, started, write_model=True)
+    return finish(runner, runner.val_evaluator, started, write_model=True)
 
 
 def fit_to_machine(view: dict[str, Any], amp: bool | None = None) -> list[str]:
@@ -121,6 +122,7 @@ def evaluate(
     load_segmenter(check_model(view), state, str(checkpoint))
     if view.get("tta_model") and view.get("tta_pipeline"):
         config.model = {**view["tta_model"], "module": view["model"]}
+        config.val_dataloader.batch_size = 1
         config.val_dataloader.dataset.pipeline = view["tta_pipeline"]
         name_bad_files(config.val_dataloader.dataset, len(classes), "raise")
         views = math.prod(len(step) for step in view["tta_pipeline"][-1]["transforms"])
@@ -129,11 +131,15 @@ def evaluate(
         print(note, flush=True)
     for key in ("train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler", "load_from"):
         config[key] = None
+    # the test loop, for mmseg averages over views in no other
+    config.test_dataloader, config.test_evaluator = config.val_dataloader, config.val_evaluator
+    config.test_cfg = {"type": "TestLoop"}
+    config.val_dataloader = config.val_evaluator = config.val_cfg = None
     runner = build_runner(config, Path(config_path).stem, Path(work_dir))
     load_segmenter(trained_model(runner.model), state, str(checkpoint))
     with worker_errors():
-        runner.val()
-    return finish(runner, started, write_model=False)
+        runner.test()
+    return finish(runner, runner.test_evaluator, started, write_model=False)
 
 
 def read_trained(checkpoint: Path) -> tuple[Mapping[str, Tensor], SegmenterFile | None]:
@@ -157,11 +163,11 @@ def take_model(file: SegmenterFile, model: Mapping[str, Any]) -> dict[str, Any]:
     return taken
 
 
-def finish(runner: Runner, started: float, *, write_model: bool) -> dict[str, Any]:
+def finish(runner: Runner, evaluator: Evaluator, started: float, *, write_model: bool) -> dict[str, Any]:
     """Write metrics.json, report.html and, with ``write_model``, segmenter.safetensors; returns the metrics."""
     work_dir = Path(runner.work_dir)
     record = next((hook for hook in runner.hooks if isinstance(hook, RunRecord)), RunRecord())
-    metrics = [metric for metric in runner.val_evaluator.metrics if isinstance(metric, PerClassIoUMetric)]
+    metrics = [metric for metric in evaluator.metrics if isinstance(metric, PerClassIoUMetric)]
     per_class = metrics[0].per_class if metrics else {}
     seconds = round(time.monotonic() - started, 1)
     results = {**record.metrics, "per_class": per_class, "steps": runner.iter, "seconds": seconds}
