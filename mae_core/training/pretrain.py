@@ -76,10 +76,11 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> FitResult:
     """Run a pre-training; writes the run directory. Raises ``UserError`` for everything a user can get wrong."""
     check_output(config, resume=resume)
     source = open_source(config.data)
+    watched = split_images(config, source)
     if config.data.on_error == "raise":
         refuse_unreadable(damaged_parts(source))
-        check_all(source, on_progress=Counter("checking images"))
-    watched = split_images(config, source)
+        for images_read in (source, *watched.only_looked_at(config.data.channels)):
+            check_all(images_read, on_progress=Counter("checking images"))
     images = UnlabelledImages(watched.training, config.data, config.seed)
     views = images.fixed_views(NUM_PICTURES)
     settings = FitSettings.of(config.optim, len(images))

@@ -12,11 +12,11 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 from mae_core.config import PretrainConfig, PretrainData
 from mae_core.data.augmentation import centre_view
 from mae_core.data.decoding import UnreadableImage
-from mae_core.data.images import ImageFiles, ImageSource, statistics_of
+from mae_core.data.images import ImageFiles, ImageSource, read_some, statistics_of
 from mae_core.data.labelled import LabelledPaths, LabelledSample, read_image_folder
 from mae_core.data.labelled import collate_readable as collate_labelled
 from mae_core.data.loading import make_loader
-from mae_core.data.sources import Part, open_source
+from mae_core.data.sources import Part, open_places
 from mae_core.data.unlabelled import CentreViews, collate_readable
 from mae_core.errors import UserError
 from mae_core.evaluation.knn import knn_accuracy
@@ -26,6 +26,8 @@ from mae_core.seeds import SPLIT, generator_at
 from mae_core.training import distributed
 from mae_core.training.run import Run
 
+IMAGES_TRIED = 4
+
 
 class Watched(NamedTuple):
     """Images of a pre-training: those it learns from, those kept out, and the labelled ones; see ``WatchConfig``."""
@@ -33,6 +35,11 @@ class Watched(NamedTuple):
     training: ImageSource
     held_out: ImageSource | None
     labelled: tuple[LabelledPaths, LabelledPaths] | None
+
+    def only_looked_at(self, channels: int) -> list[ImageSource]:
+        """The images that the run measures on and does not learn from."""
+        held_out = [] if self.held_out is None else [self.held_out]
+        return [*held_out, *(ImageFiles(files.paths, channels) for files in self.labelled or ())]
 
 
 def split_images(config: PretrainConfig, source: ImageSource) -> Watched:
@@ -53,7 +60,7 @@ def split_images(config: PretrainConfig, source: ImageSource) -> Watched:
             )
         training, held_out = Part(source, sorted(order[count:])), Part(source, sorted(order[:count]))
     elif watch.path is not None:
-        held_out = open_source(config.data.model_copy(update={"path": watch.path}))
+        held_out = open_places([watch.path], config.data.channels)
     if held_out is not None and len(held_out) > watch.most_images:
         held_out = Part(held_out, spread(len(held_out), watch.most_images))
     labelled = None
@@ -65,7 +72,10 @@ def split_images(config: PretrainConfig, source: ImageSource) -> Watched:
                 f"{watch.labelled}/train; lower it"
             )
         labelled = train, val
-    return Watched(training, held_out, labelled)
+    watched = Watched(training, held_out, labelled)
+    for images in watched.only_looked_at(config.data.channels):
+        read_some(images, IMAGES_TRIED)
+    return watched
 
 
 def spread(length: int, count: int) -> list[int]:
@@ -81,8 +91,9 @@ def some_of(files: LabelledPaths, count: int) -> LabelledPaths:
 
 
 @torch.inference_mode()
-def held_out_loss(model: MaskedAutoencoder, source: ImageSource, config: PretrainConfig, run: Run) -> float:
-    """The loss on centre crops with a mask per image that is always the same, over all ranks."""
+def held_out_loss(model: MaskedAutoencoder, source: ImageSource, config: PretrainConfig, run: Run) -> float | None:
+    """The loss on centre crops with a mask per image that is always the same, over all ranks; None where no image can
+    be read any more."""
     loader = _loader(CentreViews(source, config.data, config.seed), collate_readable, config, run)
     total = torch.zeros(2, dtype=torch.float64)
     for batch in loader:
@@ -92,18 +103,18 @@ def held_out_loss(model: MaskedAutoencoder, source: ImageSource, config: Pretrai
                 loss = model(batch.pixels.to(run.device), generator=batch.generators()).loss
             total += torch.tensor([float(loss) * len(batch), len(batch)])
     total = distributed.sum_over_ranks(total.to(run.device, torch.float32))
-    return float(total[0] / total[1].clamp(min=1))
+    return float(total[0] / total[1]) if total[1] else None
 
 
 @torch.inference_mode()
 def knn_top1(
     model: MaskedAutoencoder, labelled: tuple[LabelledPaths, LabelledPaths], config: PretrainConfig, run: Run
-) -> float:
+) -> float | None:
     """Top-1 accuracy in percent of the validation images by their nearest training images; features are the mean of
-    the patch tokens of the last block, normalised."""
+    the patch tokens of the last block, normalised. None where too few images can be read any more."""
     (bank, bank_labels), (queries, labels) = (_features(model, files, config, run) for files in labelled)
     if len(bank) < config.watch.neighbours or not len(queries):
-        raise UserError(f"{config.watch.labelled}: too few images can be read for k-NN; see {run.folder}")
+        return None
     k = config.watch.neighbours
     classes = len(labelled[0].classes)
     return 100 * knn_accuracy(queries, labels, bank, bank_labels, classes, neighbours=(k,))[k]
@@ -156,7 +167,7 @@ def _precision(run: Run) -> torch.autocast:
 def measure(model: MaskedAutoencoder, watched: Watched, config: PretrainConfig, run: Run, step: int) -> None:
     """Measure what there is to measure, log it, and say it. The model is left in eval mode."""
     model.eval()
-    found: dict[str, float] = {}
+    found: dict[str, float | None] = {}
     if watched.held_out is not None:
         found["held_out_loss"] = held_out_loss(model, watched.held_out, config, run)
     if watched.labelled is not None:
@@ -164,4 +175,8 @@ def measure(model: MaskedAutoencoder, watched: Watched, config: PretrainConfig, 
     if found:
         run.record({"step": step, **found})
         told = {"held_out_loss": "loss on images kept out {:.4f}", "knn_top1": "k-NN top-1 {:.2f} %"}
-        run.say(f"step {step}: " + ", ".join(told[name].format(value) for name, value in found.items()))
+        texts = [
+            f"{name} not measured, too few images can be read" if value is None else told[name].format(value)
+            for name, value in found.items()
+        ]
+        run.say(f"step {step}: {', '.join(texts)}")

@@ -107,3 +107,35 @@ def test_too_few_labelled_images_are_refused(options, tmp_path, write_classes):
     config = configured(options, f"watch.labelled={labelled}", f"output={tmp_path / 'run'}")
     with pytest.raises(UserError, match=r"watch\.neighbours=20 is more than the 12 images"):
         pretrain(config)
+
+
+def test_unreadable_labelled_images_refuse_the_run_before_it_where_asked_to(options, tmp_path, write_classes):
+    labelled = write_classes(tmp_path / "labelled", train=6)
+    bad = next((labelled / "val").rglob("*.png"))
+    bad.write_bytes(b"broken")
+    more = [f"watch.labelled={labelled}", "watch.neighbours=2", f"output={tmp_path / 'run'}"]
+    with pytest.raises(UserError, match=rf"{bad} cannot be read"):
+        pretrain(configured(options, *more, "data.on_error=raise"))
+    assert not (tmp_path / "run").exists()
+    for path in (labelled / "val").rglob("*.png"):
+        path.write_bytes(b"broken")
+    with pytest.raises(UserError, match="none of 9 images tried can be read"):
+        pretrain(configured(options, *more))
+
+
+def test_images_that_vanish_while_it_runs_leave_a_gap_not_a_number(
+    options, tmp_path, write_images, monkeypatch, capsys
+):
+    others = write_images(tmp_path / "other", 3)
+    config = configured(options, f"watch.path={tmp_path / 'other'}", f"output={tmp_path / 'run'}")
+    from mae_core.training import pretrain as module
+
+    def split_and_delete(*given):
+        found = split_images(*given)
+        [path.unlink() for path in others]
+        return found
+
+    monkeypatch.setattr(module, "split_images", split_and_delete)
+    pretrain(config)
+    assert "held_out_loss not measured, too few images can be read" in capsys.readouterr().out
+    assert [entry["held_out_loss"] for entry in log_of(tmp_path / "run") if "held_out_loss" in entry] == [None, None]
