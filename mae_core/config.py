@@ -343,6 +343,9 @@ class TokenizerOptim(OptimConfig):
     epochs: Annotated[float, Field(gt=0)] = 100
     warmup_epochs: Annotated[float, Field(ge=0)] = 2
     batch_size: Count = 256
+    micro_batch: Count | None = Field(
+        32, description="most images a device takes at once: their logits alone are patches x vocabulary x 4 bytes each"
+    )
     base_lr: Annotated[float, Field(gt=0)] = 2e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     betas: tuple[Beta, Beta] = (0.9, 0.999)

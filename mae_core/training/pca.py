@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,6 +22,7 @@ from mae_core.errors import UserError
 from mae_core.models.sizes import size_of
 from mae_core.patches import PatchGrid, patchify
 from mae_core.training.progress import Counter
+from mae_core.training.watch import split_images
 
 BATCH = 32
 
@@ -52,16 +56,19 @@ class PatchMoments:
 
 
 def fit_pca(config: PretrainConfig, out: Path | None = None, *, components: int = 96, images: int = 2000) -> Path:
-    """Fit on ``images`` images, seen as the training of ``config`` sees them, and write ``out`` (``target.pca`` when
-    None).
+    """Fit on ``images`` training images, seen as a pre-training of ``config`` sees them; write ``out`` (``target.pca``
+    when None).
 
-    Raises ``UserError`` where ``out`` exists, or there are not as many components as asked for.
+    Raises ``UserError`` where ``out`` exists or cannot be written, or there are not as many components as asked for.
     """
     out = out or config.target.pca
     if out is None:
         raise UserError("no file to write; give --out FILE, or set target.pca=FILE")
     if out.exists():
         raise UserError(f"{out} exists; choose another file with --out")
+    with _writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out.parent).close()  # fails now, not after the fit
     grid = PatchGrid.of(config.data.image_size, config.model.patch_size or size_of(config.model.size).patch_size)
     values = grid.patch**2 * config.data.channels
     if not 0 < components <= values:
@@ -69,24 +76,7 @@ def fit_pca(config: PretrainConfig, out: Path | None = None, *, components: int 
             f"{components} components were asked for, patches of {grid.patch}x{grid.patch} pixels and "
             f"{config.data.channels} channels have {values}"
         )
-    dataset = UnlabelledImages(open_source(config.data), config.data, config.seed)
-    wanted = min(images, len(dataset))
-    size = min(BATCH, wanted)
-    steps = math.ceil(wanted / size)
-    seen = steps * size
-    if seen * grid.num_patches <= components:
-        raise UserError(
-            f"{seen} images have {seen * grid.num_patches} patches, too few for {components} components; raise --images"
-        )
-    sampler = StepSampler(len(dataset), size, config.seed, total_steps=steps)
-    moments, progress = PatchMoments(values), Counter("fitting on images")
-    for batch in make_loader(dataset, sampler, collate, workers=config.data.workers, pin=False):
-        if config.data.on_error == "raise":
-            refuse_unreadable(batch.unreadable)
-        for path, reason in batch.unreadable:
-            print(f"skipped unreadable image {path} ({reason})")
-        moments.add(patchify(batch.pixels, grid.patch).flatten(0, 1))
-        progress(moments.count // grid.num_patches, seen)
+    moments = moments_of(config, grid, images, least=components)
     rows, mean, variances = moments.components(components)
     explained = (variances[:components].sum() / variances.sum().clamp(min=1e-12)).item()
     metadata = {
@@ -97,9 +87,45 @@ def fit_pca(config: PretrainConfig, out: Path | None = None, *, components: int 
         "patches": moments.count,
         "explained": round(explained, 6),
     }
-    write_weights(out, {"components": rows.float(), "mean": mean.float(), "variances": variances.float()}, metadata)
+    tensors = {"components": rows, "mean": mean, "variances": variances}
+    with _writing(out):
+        write_weights(out, {name: tensor.float() for name, tensor in tensors.items()}, metadata)
     print(
         f"wrote {out}: {components} of {values} coefficients hold {explained:.1%} of the variance of "
         f"{moments.count} patches ({grid.patch}x{grid.patch} pixels, {config.data.channels} channels)"
     )
     return out
+
+
+def moments_of(config: PretrainConfig, grid: PatchGrid, images: int, *, least: int) -> PatchMoments:
+    """Of the patches of ``images`` training images (or of all). Raises ``UserError`` where they are ``least`` or
+    fewer."""
+    training = split_images(config, open_source(config.data)).training
+    dataset = UnlabelledImages(training, config.data, config.seed)
+    wanted = min(images, len(dataset))
+    size = min(BATCH, wanted)
+    steps = math.ceil(wanted / size)
+    seen = steps * size
+    if seen * grid.num_patches <= least:
+        raise UserError(
+            f"{seen} images have {seen * grid.num_patches} patches, too few for {least} components; raise --images"
+        )
+    sampler = StepSampler(len(dataset), size, config.seed, total_steps=steps)
+    moments, progress = PatchMoments(grid.patch**2 * config.data.channels), Counter("fitting on images")
+    for batch in make_loader(dataset, sampler, collate, workers=config.data.workers, pin=False):
+        if config.data.on_error == "raise":
+            refuse_unreadable(batch.unreadable)
+        for path, reason in batch.unreadable:
+            print(f"skipped unreadable image {path} ({reason})")
+        moments.add(patchify(batch.pixels, grid.patch).flatten(0, 1))
+        progress(moments.count // grid.num_patches, seen)
+    return moments
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """What stops a file from being written becomes a ``UserError``."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {out} ({error.strerror}); choose another file with --out") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 
 import numpy as np
@@ -84,6 +85,22 @@ def test_a_pca_that_cannot_be_fitted_is_refused(tmp_path, options, more, argumen
     with pytest.raises(UserError, match=message):
         fit_pca(config, **arguments)
     assert not new.exists()
+
+
+def test_what_cannot_be_written_is_refused_before_the_fit(tmp_path, options, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("mae_core.training.pca.moments_of", lambda *_, **__: pytest.fail("it fitted first"))
+    with pytest.raises(UserError, match=r"cannot write .*pca.safetensors \(Not a directory|File exists\)"):
+        fit_pca(config_of(options), tmp_path / "file" / "pca.safetensors")
+
+
+def test_images_kept_out_of_training_are_kept_out_of_the_fit(tmp_path, options, monkeypatch):
+    seen: list[int] = []
+    sampler = "mae_core.training.pca.StepSampler"
+    real = importlib.import_module("mae_core.training.pca").StepSampler
+    monkeypatch.setattr(sampler, lambda length, *args, **more: seen.append(length) or real(length, *args, **more))
+    fit_pca(config_of(options, "watch.share=0.25"), tmp_path / "pca.safetensors", components=4)
+    assert seen == [6]
 
 
 def test_a_pca_file_that_does_not_serve_is_refused_before_the_run_starts(tmp_path, options):
