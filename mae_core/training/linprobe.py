@@ -83,10 +83,12 @@ def lars(probe: LinearProbe, optim: ProbeOptim, lr: float) -> Lars:
 
 
 def probe_loss(model: nn.Module, batch: LabelledBatch) -> dict[str, Tensor]:
-    """Cross-entropy of every head, summed: no head sees another's gradient."""
+    """Cross-entropy of every head, summed: no head sees another's gradient, and one whose learning rate is too high
+    for a finite loss does not stop the others."""
     losses = torch.stack([nn.functional.cross_entropy(logits, batch.labels) for logits in model(batch.pixels)])
     each = {f"loss_{number}": loss for number, loss in enumerate(losses)} if len(losses) > 1 else {}
-    return {"loss": losses.sum(), **each}
+    finite = losses.isfinite()
+    return {"loss": losses[finite].sum() if finite.any() else losses.sum(), **each}
 
 
 class ProbeData(NamedTuple):
@@ -156,8 +158,8 @@ def linprobe(config: LinprobeConfig, *, resume: bool = False) -> dict[str, Any]:
     run.say(
         f"{data.num_images} training and {len(splits.val.paths)} validation images of {len(splits.classes)} classes; "
         f"{trunk.embed_dim} {config.model.pooling} features {'kept' if cached else 'of augmented images'}; "
-        f"{settings.total_steps} steps of {config.optim.batch_size}, base lr {', '.join(f'{r:g}' for r in rates)}; "
-        f"writing to {run.folder}"
+        f"{settings.total_steps} steps of {config.optim.batch_size}, base lr {', '.join(f'{r:g}' for r in rates)}"
+        f"{', the loss is the sum of theirs' if len(rates) > 1 else ''}; writing to {run.folder}"
     )
     metrics: dict[str, Any] = {}
 

@@ -17,12 +17,13 @@ from mae_core.config import load_config
 from mae_core.conversion.classifiers import classifier_of, trunk_from
 from mae_core.conversion.files import read_weights
 from mae_core.conversion.loading import load_encoder, read_encoder
+from mae_core.data.labelled import LabelledBatch
 from mae_core.data.views import SingleDrawCrop
 from mae_core.errors import UserError
 from mae_core.evaluation.config import LinprobeConfig, ProbeOptim
 from mae_core.layout import complete_checkpoints
 from mae_core.models.probe import LinearProbe
-from mae_core.training.linprobe import lars, linprobe
+from mae_core.training.linprobe import lars, linprobe, probe_loss
 
 OPTIONS = ("data.workers=0", "optim.batch_size=6", "optim.warmup_epochs=0", "log.every=1", "device=cpu")
 
@@ -176,6 +177,22 @@ def test_heads_of_a_sweep_are_those_of_single_runs(tmp_path, data, pretrained):
     for rate in ("1", "3000"):
         alone = linprobe(configuration(*options, f"optim.base_lr={rate}", f"output={tmp_path / rate}"))
         assert alone["sweep"][rate] == both["sweep"][rate]
+
+
+def test_a_rate_that_is_too_high_does_not_stop_the_others():
+    torch.manual_seed(0)
+    probe = LinearProbe(None, 4, 3, heads=3).train()
+    with torch.no_grad():
+        probe.heads[1].weight.fill_(float("inf"))
+    batch = LabelledBatch(torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2]), [])
+    losses = probe_loss(probe, batch)
+    torch.testing.assert_close(losses["loss"], losses["loss_0"] + losses["loss_2"])
+    losses["loss"].backward()
+    assert probe.heads[0].weight.grad.isfinite().all() and probe.heads[2].weight.grad.abs().sum() > 0
+    with torch.no_grad():
+        for head in probe.heads:
+            head.weight.fill_(float("nan"))
+    assert not probe_loss(probe, batch)["loss"].isfinite()
 
 
 def test_cached_features_are_computed_once_and_train_the_same_head(tmp_path, data, pretrained, monkeypatch):
