@@ -9,12 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from timm.data import ImageNetInfo, create_transform
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+import mae_core
 from mae_core.config import load_config
 from mae_core.conversion.files import write_weights
 from mae_core.conversion.loading import describe_encoder
@@ -85,6 +87,17 @@ def test_an_official_fine_tuned_file_says_what_plain_timm_says(tmp_path, data):
     assert np.ptp(expected) > 0.1
     right = sum(CLASSES[row.argmax()] == name.split("/")[0] for row, name in zip(expected, files, strict=True))
     assert metrics["top1"] == pytest.approx(100 * right / 9, abs=1e-3)
+
+
+def test_a_saved_classifier_opens_in_timms_create_model(tmp_path, pretrained):
+    """The names are timm's: its own factory builds the same network, and its logits are ours."""
+    model = mae_core.build_classifier(pretrained, 3, pooling="mean")
+    nn.init.normal_(model.head.weight)
+    options = {"img_size": 32, "patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4}
+    other = timm.create_model("vit_base_patch16_224", num_classes=3, global_pool="avg", **options)
+    other.load_state_dict(model.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(other.eval()(images), model.eval()(images), rtol=1e-5, atol=1e-5)
 
 
 def rows_of(file: Path) -> list[dict[str, str]]:
