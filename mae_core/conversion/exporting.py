@@ -208,6 +208,13 @@ def export_encoder(source: Path, out: Path) -> str:
     return f"wrote {out}; largest difference from torch {difference:.1e}, by onnxruntime"
 
 
+def require_onnx() -> None:
+    """Raise ``UserError``, with the line that installs them, where packages of the ONNX export are missing."""
+    missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"ONNX needs {', '.join(missing)}; install them with pip install 'mae-transfer[onnx]'")
+
+
 def export_onnx(encoder: nn.Module, example: Tensor, path: Path) -> float:
     """Write ``encoder.encode`` as ONNX, any batch size, and return its largest difference from torch, measured with
     onnxruntime on images of another batch size.
@@ -215,9 +222,7 @@ def export_onnx(encoder: nn.Module, example: Tensor, path: Path) -> float:
     Raises ``UserError`` where the packages are missing, ``path`` exists, or the difference is above 1e-4: then nothing
     is written.
     """
-    missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"ONNX needs {', '.join(missing)}; install them with pip install 'mae-transfer[onnx]'")
+    require_onnx()
     if path.exists():
         raise UserError(f"{path} exists; choose another --out")
     import onnxruntime

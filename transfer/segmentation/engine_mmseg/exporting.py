@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import warnings
 from collections.abc import Callable
@@ -19,13 +18,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mae_core import convert
 from mae_core.atomic import atomic_path, write_text
+from mae_core.conversion.exporting import require_onnx
 from mae_core.errors import UserError
 from mae_core.models.sizes import size_of
 from transfer.segmentation.config import BACKBONE, LABEL_READERS, inference_mode
 from transfer.segmentation.engine_mmseg.segmenter import build_segmenter, load_segmenter
 from transfer.segmentation.segmenter_file import SegmenterFile
 
-ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+MOST_GIGABYTES = 2.0
 TOLERANCE = 1e-4
 """The largest difference of the logits, as a share of the largest logit, that an export may show."""
 NAMES_OF_LAYER_SCALE = ((".ls1.gamma", ".gamma_1"), (".ls2.gamma", ".gamma_2"))
@@ -38,12 +38,16 @@ def write_onnx(file: SegmenterFile, size: tuple[int, int], out: Path) -> str:
     Normalising and padding are inside; classes, palette and reduce_zero_label are metadata. Raises ``UserError`` where
     the packages are missing or the outputs differ from torch's; nothing is written then.
     """
-    if missing := [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]:
-        raise UserError(f"ONNX needs {', '.join(missing)}; install them with pip install 'mae-transfer[onnx]'")
+    require_onnx()
     import onnx
     import onnxruntime
 
     model = WholeImage(file).eval()
+    weight = sum(tensor.nbytes for tensor in model.state_dict().values()) / 1e9
+    if weight > MOST_GIGABYTES:
+        raise UserError(
+            f"{file.path} takes {weight:.1f} GB, and an ONNX file holds {MOST_GIGABYTES}; export it to mmseg"
+        )
     generator = torch.Generator().manual_seed(0)
     images = 255 * torch.rand((2, 1, model.channels, *size), generator=generator)
     with atomic_path(out) as temporary:
