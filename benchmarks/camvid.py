@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,7 +68,12 @@ def measure(
         key: Job(run.name, task.command_line(encoder=starts[key[0]], output=run, seed=key[1]))
         for key, run in runs.items()
     }
-    Stage(out, parallel=cores, threads=1).run([job for key, job in jobs.items() if not (runs[key] / METRICS).is_file()])
+    missing = [key for key, run in runs.items() if not (run / METRICS).is_file()]
+    for key in missing:
+        if runs[key].exists():
+            print(f"{runs[key]} was not finished and is begun again", flush=True)
+            shutil.rmtree(runs[key])
+    Stage(out, parallel=cores, threads=1).run([jobs[key] for key in missing])
     found = {arm: [read_metric(runs[arm, seed], task.metric_path) for seed in seeds] for arm in starts}
     note = f"{steps} steps of 8 crops of {crop} pixels"
     results = {f"camvid, {arm}": TaskResult(task.metric, found[SCRATCH], found[arm], note=note) for arm in (OWN, OTHER)}

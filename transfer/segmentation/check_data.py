@@ -17,7 +17,16 @@ from typing import Any, NamedTuple
 from mae_core.errors import UserError, user_errors
 from transfer.engines import require
 from transfer.segmentation.config import check_config_exists
-from transfer.segmentation.label_check import KINDS, MOST_CHECKED, MOST_NAMED, Problem, Survey, stray_maps, survey
+from transfer.segmentation.label_check import (
+    KINDS,
+    MOST_CHECKED,
+    MOST_NAMED,
+    Names,
+    Problem,
+    Survey,
+    stray_maps,
+    survey,
+)
 from transfer.segmentation.label_maps import IGNORED, possible_pairs, read_classes
 from transfer.segmentation.quiet import quietly
 
@@ -26,6 +35,7 @@ class LabelledFolders(NamedTuple):
     """What is to be checked: two folders, and what the values in the label maps mean.
 
     classes  a name for each class, or their number where nobody has named them
+    origin   where the names come from, see ``label_check.survey``
     """
 
     part: str
@@ -34,6 +44,7 @@ class LabelledFolders(NamedTuple):
     classes: list[str] | int
     reduce_zero_label: bool
     map_suffix: str = ".png"
+    origin: Names = "unknown"
 
     @property
     def names(self) -> list[str]:
@@ -56,7 +67,7 @@ def check_folders(folders: LabelledFolders, *, most: int = MOST_CHECKED, seed: i
         whole,
         len(folders.names),
         reduce_zero_label=folders.reduce_zero_label,
-        names_known=isinstance(folders.classes, list),
+        names=folders.origin,
         most=most,
         seed=seed,
     )
@@ -144,9 +155,8 @@ def _as_typed(given: argparse.Namespace) -> LabelledFolders:
     names = read_classes(given.classes, reduce_zero_label=reduced) if given.classes else None
     if names is not None and given.num_classes not in (None, len(names)):
         raise UserError(f"--num-classes is {given.num_classes}, but {given.classes} names {len(names)}; leave it out")
-    return LabelledFolders(
-        "data", given.images, given.label_maps, names or given.num_classes, reduced, given.map_suffix
-    )
+    classes, origin = names or given.num_classes, "written" if names else "unknown"
+    return LabelledFolders("data", given.images, given.label_maps, classes, reduced, given.map_suffix, origin)
 
 
 if __name__ == "__main__":

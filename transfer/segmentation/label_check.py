@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -19,6 +19,7 @@ from transfer.segmentation.label_maps import IGNORED, LabelledImage, files_below
 MOST_CHECKED = 2000
 MOST_NAMED = 8
 READERS_ABREAST = 8
+Names = Literal["unknown", "dataset", "written"]
 UNREADABLE_IMAGE = "unreadable images"
 KINDS = (
     "images without a label map",
@@ -91,11 +92,12 @@ def survey(
     reduce_zero_label: bool,
     seed: int = 0,
     most: int = MOST_CHECKED,
-    names_known: bool = False,
+    names: Names = "unknown",
 ) -> Survey:
     """Read every pair, or a seeded sample of ``most``, and list all that is wrong, in the order of the pairs.
 
-    names_known  whether somebody wrote down the classes one by one, so that the number of classes is no guess
+    names  where those of the classes come from: nobody has named them (``unknown``), the ``dataset``'s type fixes them,
+           or the user has ``written`` them down one by one
     """
     chosen = list(pairs)
     if len(chosen) > most:
@@ -107,7 +109,7 @@ def survey(
         for found in pool.map(lambda pair: read_pair(pair, num_classes, reduce_zero_label), chosen):
             values.update(found.values)
             problems += found.problems
-    mistake = zero_label_mistake(values, num_classes, reduce_zero_label, names_known=names_known)
+    mistake = zero_label_mistake(values, num_classes, reduce_zero_label, names=names)
     if mistake is not None:
         problems.append(Problem(KINDS[-1], "", mistake))
     return Survey(values, problems, len(chosen))
@@ -142,12 +144,13 @@ def read_pair(pair: LabelledImage, num_classes: int, reduce_zero_label: bool) ->
 
 
 def zero_label_mistake(
-    values: Collection[int], num_classes: int, reduce_zero_label: bool, *, names_known: bool = False
+    values: Collection[int], num_classes: int, reduce_zero_label: bool, *, names: Names = "unknown"
 ) -> str | None:
     """A sentence where ``reduce_zero_label`` seems to be the wrong way round for the ``values`` that occur, else None.
 
     Kept though every value is in range: with the flag wrongly set, each class would silently be trained as its
-    neighbour, or not at all.
+    neighbour, or not at all. Where the type of the data set names the classes, a rare last one may be absent: it takes
+    all of the others to occur. See ``survey`` for ``names``.
     """
     present = set(values) - {IGNORED}
     if not present:
@@ -158,7 +161,8 @@ def zero_label_mistake(
             "if 0 is void, as in ADE20K, set reduce_zero_label=True; if it is a class, set "
             f"num_classes={num_classes + 1}"
         )
-    if reduce_zero_label and 0 in present and max(present) == num_classes - 1 and not names_known:
+    as_classes = max(present) == num_classes - 1 if names == "unknown" else present == set(range(num_classes))
+    if reduce_zero_label and 0 in present and as_classes and names != "written":
         return (
             f"the values run from 0 to {num_classes - 1}, as many as there are classes: with reduce_zero_label=True, 0 "
             "would be ignored and the last class never occur; set reduce_zero_label=False, or num_classes="
@@ -197,7 +201,7 @@ def check_label_maps(
     seed: int = 0,
     most: int = MOST_CHECKED,
     on_error: str = "skip",
-    names_known: bool = False,
+    names: Names = "unknown",
 ) -> LabelCheck:
     """What ``survey`` says, for a training: an image that cannot be read is listed, or refused with
     ``on_error="raise"``.
@@ -208,7 +212,7 @@ def check_label_maps(
     if on_error not in ("skip", "raise"):
         raise UserError(f"on_error is {on_error!r}; set it to skip or raise")
     values, problems, checked = survey(
-        pairs, num_classes, reduce_zero_label=reduce_zero_label, seed=seed, most=most, names_known=names_known
+        pairs, num_classes, reduce_zero_label=reduce_zero_label, seed=seed, most=most, names=names
     )
     unreadable = [
         Unreadable(problem.path, problem.sentence) for problem in problems if problem.kind == UNREADABLE_IMAGE

@@ -116,6 +116,15 @@ def test_zero_label_mistake(values, num_classes, reduced, wrong):
     assert (zero_label_mistake(values, num_classes, reduced) is not None) == wrong
 
 
+def test_maps_that_were_reduced_before():
+    """ADE20K with 0..149 in its files, where mmseg's data set counts from 1."""
+    every = set(range(150))
+    assert zero_label_mistake(every, 150, True, names="dataset") is not None
+    assert zero_label_mistake(every - {77}, 150, True, names="dataset") is None  # a part of the set, as it should be
+    assert zero_label_mistake({*every, 150}, 150, True, names="dataset") is None
+    assert zero_label_mistake(every, 150, True, names="written") is None
+
+
 def test_what_is_missing_is_said(capsys, tmp_path, scenes):
     for arguments, message in (
         ([f"--images={tmp_path}"], "without a CONFIG, --label-maps, --reduce-zero-label, --num-classes"),

@@ -17,7 +17,7 @@ from transfer.segmentation import config as configs
 from transfer.segmentation.engine_mmseg.backbone import MAECoreViT
 from transfer.segmentation.engine_mmseg.data import LabelledFolder, name_bad_files
 from transfer.segmentation.engine_mmseg.options import read_config
-from transfer.segmentation.label_check import check_label_maps
+from transfer.segmentation.label_check import Names, check_label_maps
 from transfer.segmentation.label_maps import LabelledImage, check_maps_exist, read_classes
 from transfer.weights import load_pretrained
 
@@ -42,7 +42,7 @@ def check_data(config: Mapping[str, Any], parts: Sequence[str] = ("train", "val"
             reduce_zero_label=reduce_zero_label,
             seed=seed,
             on_error=on_error,
-            names_known=names_known(section),
+            names=origin_of_names(section),
         )
         leave_out(section, pairs, {path for path, _ in found.unreadable})
         name_bad_files(section, num_classes, on_error if part == "train" else "raise")
@@ -50,9 +50,11 @@ def check_data(config: Mapping[str, Any], parts: Sequence[str] = ("train", "val"
     return sentences
 
 
-def folders_to_check(config_path: Path, options: Mapping[str, Any]) -> list[tuple[str, Path, Path, Any, bool, str]]:
+def folders_to_check(
+    config_path: Path, options: Mapping[str, Any]
+) -> list[tuple[str, Path, Path, Any, bool, str, Names]]:
     """Per part of a config: its name, image and label map folder, class names (their number where they are not known),
-    ``reduce_zero_label``, and what a label map's name ends with."""
+    ``reduce_zero_label``, what a label map's name ends with, and where the names come from."""
     register_all_modules()
     config = read_config(config_path, options)
     num_classes = configs.heads_of(config)[0]["num_classes"]
@@ -65,22 +67,25 @@ def folders_to_check(config_path: Path, options: Mapping[str, Any]) -> list[tupl
         reduced = section.get("reduce_zero_label", stated.default if stated is not None else False)
         file = root / (section.get("classes_file") or "classes.txt")
         names: Any = num_classes
-        if names_known(section):
+        if origin_of_names(section) != "unknown":
             known = (section.get("metainfo") or {}).get("classes") or dataset.METAINFO.get("classes")
             names = list(known or read_classes(file, reduce_zero_label=reduced))
             if len(names) != num_classes:
                 raise UserError(_class_count(num_classes, part, names))
         images, maps = (root / prefix.get(key, "") for key in ("img_path", "seg_map_path"))
-        found.append((f"{part} data", images, maps, names, bool(reduced), section.get("seg_map_suffix", ".png")))
+        suffix = section.get("seg_map_suffix", ".png")
+        found.append((f"{part} data", images, maps, names, bool(reduced), suffix, origin_of_names(section)))
     return found
 
 
-def names_known(section: Mapping[str, Any]) -> bool:
-    """Whether the classes of a dataset section have been named one by one, in a file, in the config or by mmseg."""
-    if section.get("type") != LabelledFolder.__name__ or (section.get("metainfo") or {}).get("classes"):
-        return True
+def origin_of_names(section: Mapping[str, Any]) -> Names:
+    """Who has named the classes of a dataset section; see ``label_check.survey``."""
+    if (section.get("metainfo") or {}).get("classes"):
+        return "written"
+    if section.get("type") != LabelledFolder.__name__:
+        return "dataset"
     file = section.get("classes_file", "classes.txt")
-    return file is not None and Path(section.get("data_root") or "", file).is_file()
+    return "written" if file is not None and Path(section.get("data_root") or "", file).is_file() else "unknown"
 
 
 def leave_out(section: MutableMapping[str, Any], pairs: Sequence[LabelledImage], unreadable: Collection[str]) -> None:

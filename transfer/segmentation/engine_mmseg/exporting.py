@@ -46,7 +46,7 @@ def write_onnx(file: SegmenterFile, size: tuple[int, int], out: Path) -> str:
     weight = sum(tensor.nbytes for tensor in model.state_dict().values()) / 1e9
     if weight > MOST_GIGABYTES:
         raise UserError(
-            f"{file.path} takes {weight:.1f} GB, and an ONNX file holds {MOST_GIGABYTES}; export it to mmseg"
+            f"{file.path} takes {weight:.1f} GB, but an ONNX file holds {MOST_GIGABYTES:g}; export it --to mmseg"
         )
     generator = torch.Generator().manual_seed(0)
     images = 255 * torch.rand((2, 1, model.channels, *size), generator=generator)
