@@ -155,7 +155,8 @@ def _as_typed(given: argparse.Namespace) -> LabelledFolders:
     names = read_classes(given.classes, reduce_zero_label=reduced) if given.classes else None
     if names is not None and given.num_classes not in (None, len(names)):
         raise UserError(f"--num-classes is {given.num_classes}, but {given.classes} names {len(names)}; leave it out")
-    classes, origin = names or given.num_classes, "written" if names else "unknown"
+    origin: Names = "written" if names else "unknown"
+    classes = names or given.num_classes
     return LabelledFolders("data", given.images, given.label_maps, classes, reduced, given.map_suffix, origin)
 
 
