@@ -5,8 +5,9 @@
 DIR holds train/<class>/* and val/<class>/*, FILE is an encoder pre-trained at 96 pixels by the recipe in
 configs/pretrain/tiny_96.yaml. For each number of blocks the last blocks of the encoder are tuned, with several seeds;
 0 is the linear probe, all blocks are full fine-tuning. Beside the curve: the same network from scratch, and the k-NN
-classification of the frozen encoder. All runs but the linear probe have the same epochs, batch and learning rate; from
-scratch there is no layer-wise decay. Runs that are finished in the folder are used again, interrupted ones continue.
+classification of the frozen encoder. All trainings but the linear probe have the same epochs and batch; from scratch
+there is no layer-wise decay and half the learning rate. Finished runs in the folder are used again, interrupted ones
+continue.
 """
 
 from __future__ import annotations
@@ -26,7 +27,12 @@ from mae_core.layout import CONFIG, METRICS, complete_checkpoints
 from mae_core.training.progress import clock
 from transfer.chain import Job, Stage, read_metric
 
-FINETUNE = "mae finetune configs/finetune/tiny_96.yaml data.workers=0 evaluate_every=1000 log.checkpoint_every=50"
+FINETUNE = (
+    "mae finetune configs/finetune/tiny_96.yaml data.workers=0 evaluate_every=1000 log.checkpoint_every=50 "
+    "optim.batch_size=32"
+)
+RATE, SCRATCH_RATE = "optim.base_lr=1.6e-2", "optim.base_lr=8e-3"
+"""A small batch makes the most of few epochs. From scratch all layers learn at the full rate, so it is half of it."""
 LINEAR = "mae linprobe configs/linprobe/one_gpu.yaml data.workers=0 evaluate_every=1000"
 """At the batch of the recipe for one GPU; on some thousand images its 90 epochs take seconds."""
 KNN = "mae knn data.workers=0 model.pooling=cls"
@@ -71,10 +77,12 @@ def arms_of(data: Path, encoder: Path, out: Path, *, blocks: Sequence[float], ep
         *(Arm(f"{k}-NN", f"{KNN} {frozen} k=[{k}]", range(1), ("top1", str(k))) for k in NEIGHBOURS),
         Arm("linear", f"{LINEAR} {frozen}", every),
         *(
-            Arm(f"{count:g} blocks", f"{FINETUNE} {schedule} weights={encoder} trainable_blocks={count:g}", every)
+            Arm(
+                f"{count:g} blocks", f"{FINETUNE} {schedule} {RATE} weights={encoder} trainable_blocks={count:g}", every
+            )
             for count in blocks
         ),
-        Arm("scratch", f"{FINETUNE} {schedule} from_scratch=true optim.layer_decay=1", every),
+        Arm("scratch", f"{FINETUNE} {schedule} {SCRATCH_RATE} from_scratch=true optim.layer_decay=1", every),
     ]
 
 
