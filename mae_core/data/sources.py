@@ -60,7 +60,9 @@ class TarShards:
                         raise tarfile.ReadError(f"it ends inside {member.name}")
                     self.members.append(Member(number, member.name, member.offset_data, member.size))
         except (OSError, tarfile.TarError) as error:
-            self.damaged.append(Unreadable(str(shard), f"{error}; shards are tar files without compression"))
+            known = any(member.shard == number for member in self.members)
+            hint = "" if known else "; a shard is a tar file without compression"
+            self.damaged.append(Unreadable(str(shard), f"{error}{hint}"))
 
     @property
     def names(self) -> list[str]:

@@ -124,7 +124,7 @@ def test_a_shard_cut_short_is_reported_and_what_is_whole_is_used(places):
 def test_a_compressed_shard_is_refused(tmp_path, paths):
     with tarfile.open(tmp_path / "x.tar", "w:gz") as archive:
         archive.add(paths[0], "0.png")
-    with pytest.raises(UserError, match="shards are tar files without compression"):
+    with pytest.raises(UserError, match="a shard is a tar file without compression"):
         open_source(PretrainData(path=tmp_path / "x.tar"))
 
 
