@@ -2,8 +2,9 @@
 
     python benchmarks/conversion.py --folder /tmp/conversion
 
-Each conversion runs in a process of its own (``mae convert``); its peak is the largest resident set that Linux saw of it,
-the interpreter and torch included (``getrusage`` would count the parent's). A copy is ``shutil.copyfile`` and fsync, the best of two.
+Each conversion runs in a process of its own (``mae convert``); its peak is the largest resident set that Linux saw of
+it, the interpreter and torch included (``getrusage`` would count the parent's). A copy is ``shutil.copyfile`` and
+fsync, the best of two.
 """
 
 from __future__ import annotations

@@ -281,6 +281,9 @@ class TransferConfig(RunConfig):
         None, description="an encoder.safetensors, a run that has one, or an official MAE file"
     )
     from_scratch: bool = Field(False, description="random initialisation instead of weights")
+    allow_missing: tuple[str, ...] = Field(
+        (), description="patterns of encoder tensors that may be missing from the weights and start anew, as cls_token"
+    )
 
     @model_validator(mode="after")
     def _weights_or_scratch(self) -> TransferConfig:

@@ -75,7 +75,7 @@ def convert_file(
         converted.parts.tensors.clear()
         write_torch(out, converted.tensors, metadata, FORMATS[target].wrapper)
     elif out.suffix == SAFETENSORS:
-        write_weights(out, converted.tensors, describe(converted))
+        write_weights(out, converted.tensors, describe(converted), unchanged=True)
     else:
         write_folder(converted, out)
     return converted.report, comparison

@@ -51,7 +51,7 @@ def write_folder(converted: Converted, folder: Path) -> None:
     card = model_card(converted, config)
     tensors: dict[str, Values] = converted.tensors
     with atomic_folder(folder) as temporary:
-        write_weights(temporary / MODEL, tensors, {"format": "pt"})
+        write_weights(temporary / MODEL, tensors, {"format": "pt"}, unchanged=True)
         (temporary / EXPORT_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (temporary / CARD).write_text(card, encoding="utf-8")
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import pickle
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mae_core.atomic import atomic_path
-from mae_core.conversion.parts import Values, as_tensor
+from mae_core.conversion.parts import Joined, Values, as_tensor
 from mae_core.conversion.unwrapping import arguments_of, unwrap
 from mae_core.errors import UserError
 
@@ -54,16 +55,20 @@ class WeightsFile:
     notes: list[str] = field(default_factory=list)
 
 
-def write_weights(path: Path | str, state: Mapping[str, Values], metadata: Mapping[str, Any]) -> None:
+def write_weights(
+    path: Path | str, state: Mapping[str, Values], metadata: Mapping[str, Any], *, unchanged: bool = False
+) -> None:
     """Write tensors and metadata (JSON values) as safetensors, atomically, one tensor at a time.
 
-    Equal input makes files of equal bytes.
+    Equal input makes files of equal bytes. ``unchanged``: no mapped tensor was changed in place, so that its bytes may
+    be taken from its file.
     """
+    texts = {key: json.dumps(value) for key, value in metadata.items()}
     with atomic_path(path) as temporary:
-        save_file(state, temporary, metadata={key: json.dumps(value) for key, value in metadata.items()})
+        save_file(state, temporary, metadata=texts, unchanged=unchanged)
 
 
-def save_file(state: Mapping[str, Values], path: Path, metadata: Mapping[str, str]) -> None:
+def save_file(state: Mapping[str, Values], path: Path, metadata: Mapping[str, str], *, unchanged: bool = False) -> None:
     """A safetensors file with a sorted header. No more than one joined tensor is in memory beside ``state``; the
     library's own writer copies all of them."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -80,12 +85,53 @@ def save_file(state: Mapping[str, Values], path: Path, metadata: Mapping[str, st
         place += length
     text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
     text = text.ljust(-(-len(text) // 8) * 8)
-    with path.open("wb") as file:
+    with path.open("wb") as file, Mappings() as mappings:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for name in names:
-            tensor = as_tensor(state[name]).detach().cpu().contiguous()
-            file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            values = state[name]
+            for part in values.parts if isinstance(values, Joined) else (values,):
+                tensor = part.detach().to("cpu", values.dtype).contiguous()
+                if not (unchanged and mappings.send(tensor, file)):
+                    file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+
+
+class Mappings:
+    """Files that are mapped into this process, so that a tensor that was only renamed goes from file to file inside the
+    kernel: not one page of it is touched here. Linux only; elsewhere there are none and tensors are written."""
+
+    def __enter__(self) -> Mappings:
+        """Read the table of this process."""
+        self._open: dict[str, int] = {}
+        self._regions: list[tuple[int, int, int, str]] = []
+        table = Path("/proc/self/maps")
+        for line in table.read_text().splitlines() if table.exists() and hasattr(os, "sendfile") else []:
+            addresses, _, offset, _, inode, *path = line.split(maxsplit=5)
+            if inode != "0" and path and path[0].endswith((SAFETENSORS, *TORCH_SUFFIXES)):
+                start, end = (int(number, 16) for number in addresses.split("-"))
+                self._regions.append((start, end, int(offset, 16), path[0]))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+
+    def send(self, tensor: Tensor, out: BinaryIO) -> bool:
+        """Append the bytes of a contiguous ``tensor`` to ``out`` if they lie in a mapped file; whether they did."""
+        first, length = tensor.data_ptr(), tensor.nbytes
+        for start, end, offset, path in self._regions:
+            if start <= first and first + length <= end and length:
+                place = offset + first - start
+                if path not in self._open:
+                    self._open[path] = os.open(path, os.O_RDONLY)
+                out.flush()
+                while length:
+                    sent = os.sendfile(out.fileno(), self._open[path], place, length)
+                    if not sent:
+                        raise UserError(f"{path} became shorter while it was read; run the command again")
+                    place, length = place + sent, length - sent
+                return True
+        return False
 
 
 def write_torch(path: Path | str, state: dict[str, Values], metadata: Mapping[str, Any], wrapper: str | None) -> None:

@@ -289,10 +289,12 @@ def classifier_from(
     pooling: Pooling = "mean",
     image_size: int | Sequence[int] | None = None,
     drop_path: float = 0.0,
+    allow_missing: Sequence[str] = (),
 ) -> tuple[ViTEncoder, LoadReport]:
     """A classifier on a pre-trained encoder, and the report of what was loaded.
 
-    Raises ``UserError`` where the file is a classifier already, or does not fit.
+    ``allow_missing``: patterns of tensors that the file may lack and that start anew. Raises ``UserError`` where the
+    file is a classifier already, or does not fit.
     """
     source.check_pretrained()
     model = ViTEncoder(
@@ -307,7 +309,9 @@ def classifier_from(
     unused = {}
     if pooling == "mean":
         unused["norm.*"] = "mean pooling learns a new norm after pooling"
-    report = fit_state(model, source, grid=model.grid[:2], new=("head.*", "fc_norm.*"), unused=unused)
+    report = fit_state(
+        model, source, grid=model.grid[:2], new=("head.*", "fc_norm.*"), unused=unused, allow_missing=allow_missing
+    )
     return model, report
 
 

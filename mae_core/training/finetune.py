@@ -91,7 +91,7 @@ def build_model(config: FinetuneConfig, num_classes: int) -> tuple[ViTEncoder, L
         patch_size=config.model.patch_size,
         in_chans=config.data.channels,
     )
-    model, report = classifier_from(source, **options)
+    model, report = classifier_from(source, **options, allow_missing=config.allow_missing)
     return frozen_as_asked(model, config), report, statistics_of(config.data, source.metadata)
 
 

@@ -170,5 +170,5 @@ def build_trunk(config: DetectionConfig) -> Trunk:
     source.check_asked(size=model.size, patch_size=model.patch_size, in_chans=data.channels)
     options = trunk_options(model, source.size, data.image_size, source.image_size)
     vit = DenseViT(source.size, patch_size=source.patch_size, in_chans=source.in_chans, **options)
-    report = load_pretrained(vit, config.weights)
+    report = load_pretrained(vit, config.weights, allow_missing=config.allow_missing)
     return Trunk(vit, report, statistics_of(data, source.metadata))

@@ -24,6 +24,7 @@ class MAECoreViT(DenseViT):
     relative_positions  ``table``: BEiT's biases with entries for the cls token, a table a block, from zero; ``none``
     layer_scale         initial value of LayerScale, None for none; 1.0 starts as the pre-trained trunk is
     weights             a file, run directory or checkpoint that ``init_weights`` loads; None for a random start
+    allow_missing       patterns of tensors that ``weights`` may lack and that start anew
 
     ``image_size`` is the crop that positions and tables are stored for; they are resized for any other size.
     """
@@ -41,6 +42,7 @@ class MAECoreViT(DenseViT):
         drop_path: float = 0.0,
         checkpointing: bool = False,
         weights: str | None = None,
+        allow_missing: Sequence[str] = (),
     ) -> None:
         super().__init__(
             size,
@@ -55,6 +57,7 @@ class MAECoreViT(DenseViT):
             checkpointing=checkpointing,
         )
         self.weights = weights
+        self.allow_missing = tuple(allow_missing)
         self.loading: LoadReport | None = None
 
     def init_weights(self) -> None:
@@ -63,7 +66,7 @@ class MAECoreViT(DenseViT):
         timm's method of this name would draw the whole trunk anew. Raises ``UserError`` where the file does not fit.
         """
         if self.weights is not None:
-            self.loading = load_pretrained(self, self.weights)
+            self.loading = load_pretrained(self, self.weights, allow_missing=self.allow_missing)
             if is_main_process():
                 self.loading.print()
 

@@ -141,6 +141,7 @@ def check_model(config: Mapping[str, Any]) -> nn.Module:
         raise
     except Exception as error:
         raise UserError(f"the config's model cannot be built: {type(error).__name__}: {error}") from None
-    if isinstance(model.backbone, MAECoreViT) and model.backbone.weights is not None:
-        load_pretrained(model.backbone, model.backbone.weights)
+    backbone = model.backbone
+    if isinstance(backbone, MAECoreViT) and backbone.weights is not None:
+        load_pretrained(backbone, backbone.weights, allow_missing=backbone.allow_missing)
     return model
