@@ -163,6 +163,7 @@ class BlockMasking(RandomMasking):
 SMALLEST_BLOCK = 16 / 196
 LARGEST_STRETCH = math.log(1 / 0.3)
 TRIES = 10
+"""BEiT's: a rectangle's least share of the grid, its largest aspect ratio (a logarithm), misses before the end."""
 
 
 def _hide_blocks(rows: int, cols: int, wanted: int, rng: random.Random) -> np.ndarray:

@@ -137,6 +137,7 @@ def announce(
         f"{num_images} images, {grid.image_size[0]}x{grid.image_size[1]}x{config.data.channels}; "
         f"ViT-{config.model.size} with {grid.patch}x{grid.patch} patches, {parameters:.1f} M parameters with decoder; "
         f"{hidden} of {grid.num_patches} patches hidden; target {config.target.kind}"
+        + ("" if model.target.gives_pixels else ", whose tokenizer has no decoder: no pictures are drawn")
     )
     say(
         f"{settings.total_steps} steps of {config.optim.batch_size} images = {config.optim.epochs:g} epochs, "

@@ -13,6 +13,7 @@ from mae_core import load_mae, load_pca, load_tokenizer
 from mae_core.config import PretrainConfig, TokenizerConfig, load_config
 from mae_core.conversion.files import read_weights
 from mae_core.errors import UserError
+from mae_core.tokenizers import DalleEncoder
 from mae_core.training.pca import PatchMoments, fit_pca
 from mae_core.training.pretrain import pretrain
 from mae_core.training.tokenizer import temperature_at, train_tokenizer
@@ -148,6 +149,17 @@ def test_a_trained_tokenizer_is_trained_on_and_travels_in_the_checkpoint(tmp_pat
     assert (model.target(normalised, 8) == tokenizer(pixels)).float().mean() > 0.9  # rounding moves a token at times
     assert model.decoder.pred.out_features == 16
     assert len(list((tmp_path / "run" / "pictures").glob("*.png"))) == 2
+
+
+def test_tokens_without_a_decoder_are_trained_on_and_not_drawn(tmp_path, options, capsys):
+    torch.save(DalleEncoder(vocabulary=16, width=8, blocks=1).state_dict(), tmp_path / "encoder.pt")
+    asked = ["target.kind=tokens", f"target.tokenizer={tmp_path / 'encoder.pt'}", "log.pictures_every=1"]
+    pretrain(config_of(options, *asked))
+    assert "no decoder: no pictures are drawn" in capsys.readouterr().out
+    assert not list((tmp_path / "run").glob("pictures/*"))
+    model = load_mae(tmp_path / "run")
+    with pytest.raises(UserError, match=r"\(DalleEncoder\) has no decoder: its tokens cannot be drawn"):
+        model.reconstruct(torch.zeros(1, 3, 32, 32), model(torch.zeros(1, 3, 32, 32)))
 
 
 def test_a_tokenizer_of_another_grid_is_refused_before_the_run_starts(tmp_path, images, options):
