@@ -36,6 +36,7 @@ NOT_A_RECIPE = ("data.path", "data.source", "data.split", "data.workers", "data.
 BYTES_PER_PARAMETER = {"parameters": 4, "gradients": 4, "AdamW's two moments": 8}
 TIMED_STEPS = 3
 IMAGES_READ = 16
+GROWTH = 4
 SECONDS_A_STEP = 5.0
 """A measured step takes fewer images where as many as the run's would take longer than this."""
 GIB = 2**30
@@ -214,8 +215,10 @@ def measure_speed(
             torch.cuda.synchronize()
         return time.perf_counter() - started
 
-    step(1)
-    at_once = max(1, min(micro, int(SECONDS_A_STEP / max(step(1), 1e-9))))
+    step(1)  # the first one is slower
+    at_once = 1
+    while at_once < micro and step(at_once) * GROWTH < SECONDS_A_STEP:
+        at_once = min(micro, at_once * GROWTH)
     computing = min(step(at_once) for _ in range(TIMED_STEPS)) / at_once
     started = time.perf_counter()
     optimizer.step()
