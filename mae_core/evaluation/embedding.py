@@ -23,7 +23,7 @@ from mae_core.evaluation.pictures import scatter_picture
 from mae_core.layout import FEATURES, METRICS, PICTURES
 from mae_core.models.encoder import Pooling
 from mae_core.training import distributed
-from mae_core.training.classification import read_splits, tell_of_weights
+from mae_core.training.classification import check_all_if_asked, read_splits, tell_of_weights
 from mae_core.training.run import check_output, open_run
 
 
@@ -90,6 +90,7 @@ def write_features(config: FeaturesConfig) -> Path:
     trunk, report = frozen_trunk(source, config.data, config.model.pooling, config.evaluation_batch)
 
     images = ImageFiles(paths, config.data.channels, config.data.path)
+    check_all_if_asked(images, config.data)
     run = open_run(config, resume=False, names=images.names)
     tell_of_weights(run, report)
     trunk.model.to(run.device)

@@ -24,7 +24,7 @@ from mae_core.evaluation.robustness import KINDS, Kind, corruption_errors, find_
 from mae_core.evaluation.tables import PredictionTable, write_logits, write_per_class
 from mae_core.layout import METRICS
 from mae_core.training import distributed
-from mae_core.training.classification import IMAGES_TRIED, in_words
+from mae_core.training.classification import IMAGES_TRIED, check_all_if_asked, in_words
 from mae_core.training.run import Run, check_output, open_run
 
 IMAGENET_CLASSES = 1000
@@ -143,6 +143,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         model, files = choose(model, parts[0].files)
         parts = [parts[0]._replace(files=files)]
     images = ImageFiles([path for part in parts for path in part.files.paths], config.data.channels, config.data.path)
+    check_all_if_asked(images, config.data)
 
     run = open_run(config, resume=False, names=images.names)
     announce(run, source, kind, parts, len(images))

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader
 
 from mae_core.atomic import write_json
-from mae_core.config import FinetuneData, LabelledData
+from mae_core.config import FinetuneData, ImagesConfig, LabelledData
 from mae_core.conversion.files import write_weights
 from mae_core.conversion.loading import LoadReport, describe_encoder
 from mae_core.data.images import ImageFiles, Statistics, check_all, read_some
@@ -56,13 +56,18 @@ def read_splits(data: LabelledData) -> Splits:
     several = isinstance(data, FinetuneData) and data.multi_label
     train, val = read_label_lists(data.path) if several else read_image_folder(data.path)
     source = ImageFiles(train.paths + val.paths, data.channels, data.path)
-    if data.on_error == "raise":
-        check_all(source, on_progress=Counter("checking images"))
+    check_all_if_asked(source, data)
     for files in (train, val):
         tried = read_some(ImageFiles(files.paths, data.channels), IMAGES_TRIED)
         if isinstance(data, FinetuneData):
             check_pictures(tried, data)
     return Splits(train, val, source)
+
+
+def check_all_if_asked(source: ImageFiles, data: ImagesConfig) -> None:
+    """With ``data.on_error=raise``, decode all images and raise ``UserError`` at the first that cannot be read."""
+    if data.on_error == "raise":
+        check_all(source, on_progress=Counter("checking images"))
 
 
 def evaluation_loader(

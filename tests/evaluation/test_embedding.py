@@ -104,6 +104,16 @@ def test_what_cannot_work_is_refused_before_any_work(tmp_path, data, pretrained,
     assert not (tmp_path / "run").exists()
 
 
+def test_an_unreadable_image_refuses_where_asked(tmp_path, write_classes, pretrained):
+    root = write_classes(tmp_path / "data")
+    (root / "val" / "ash" / "001.png").write_bytes(b"no image")
+    options = [*OPTIONS, f"weights={pretrained}", f"data.path={root}", f"output={tmp_path / 'run'}"]
+    for schema, action in ((KnnConfig, knn), (FeaturesConfig, write_features)):
+        with pytest.raises(UserError, match=r"001\.png cannot be read"):
+            action(load_config(schema, None, [*options, "data.on_error=raise", *(["k=[3]"] if action is knn else [])]))
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_output_that_holds_a_measurement_is_left_alone(tmp_path, data, pretrained):
     options = [*OPTIONS, f"weights={pretrained}", f"data.path={data}", f"output={tmp_path / 'run'}", "k=[3]"]
     knn(load_config(KnnConfig, None, options))

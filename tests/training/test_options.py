@@ -5,7 +5,11 @@ from __future__ import annotations
 import pytest
 
 from mae_core.config import FinetuneConfig, PretrainConfig, RunConfig, Schema, load_config
+from mae_core.evaluation.config import EvaluateConfig, FeaturesConfig, KnnConfig, LinprobeConfig
+from mae_core.evaluation.embedding import knn, write_features
+from mae_core.evaluation.evaluate import evaluate
 from mae_core.training.finetune import finetune
+from mae_core.training.linprobe import linprobe
 from mae_core.training.pretrain import pretrain
 
 pytestmark = pytest.mark.slow
@@ -48,3 +52,30 @@ def test_a_finetuning_reads_every_option(tmp_path, write_classes, monkeypatch):
     # from_scratch is what the schema checks weights=FILE against; a run looks at the weights.
     # pictures_every has nothing to draw in a classification.
     assert set(options_not_read(config, finetune, monkeypatch)) <= {"from_scratch", "pictures_every"}
+
+
+@pytest.mark.parametrize(
+    "schema, action, folder, more",
+    [
+        (LinprobeConfig, linprobe, "", ["optim.epochs=1", "optim.batch_size=2"]),
+        (KnnConfig, knn, "", ["k=[3]"]),
+        (FeaturesConfig, write_features, "val", []),
+        (FeaturesConfig, write_features, "val", ["picture=tsne"]),
+        (EvaluateConfig, evaluate, "val", []),
+    ],
+)
+def test_a_measurement_reads_every_option(
+    tmp_path, write_classes, pretrained, monkeypatch, schema, action, folder, more
+):
+    data = write_classes(tmp_path / "data", train=2, val=2)
+    weights = pretrained
+    if schema is EvaluateConfig:
+        probe = [f"weights={pretrained}", f"data.path={data}", f"output={tmp_path / 'probe'}", "data.workers=0"]
+        linprobe(load_config(LinprobeConfig, None, [*probe, "device=cpu", "optim.epochs=1", "optim.batch_size=2"]))
+        weights = tmp_path / "probe"
+    options = [f"weights={weights}", f"data.path={data / folder}", f"output={tmp_path / 'run'}", "device=cpu"]
+    # What the weights say of the images would be filled into a copy of the section, which nobody watches.
+    config = load_config(schema, None, [*options, "data.workers=0", "data.image_size=32", *more])
+    # Nothing to draw in a probe; the seed of features is t-SNE's.
+    allowed = {"pictures_every"} | ({"seed"} if schema is FeaturesConfig and not more else set())
+    assert set(options_not_read(config, action, monkeypatch)) <= allowed
