@@ -53,12 +53,14 @@ class TarShards:
         try:
             with tarfile.open(shard, "r:") as archive:
                 for member in archive:
+                    if member.offset_data + member.size > size:
+                        raise tarfile.ReadError(f"it ends inside {member.name}")
                     _, extension = split_name(member.name)
                     if not (member.isfile() and f".{(extension or '').rpartition('.')[2].lower()}" in IMAGE_SUFFIXES):
                         continue
-                    if member.offset_data + member.size > size:
-                        raise tarfile.ReadError(f"it ends inside {member.name}")
                     self.members.append(Member(number, member.name, member.offset_data, member.size))
+                if not _ends_at(shard, archive.offset):
+                    raise tarfile.ReadError(f"it is cut or damaged at byte {archive.offset}, what follows is not read")
         except (OSError, tarfile.TarError) as error:
             known = any(member.shard == number for member in self.members)
             hint = "" if known else "; a shard is a tar file without compression"
@@ -83,6 +85,14 @@ class TarShards:
         except OSError as error:
             raise UnreadableImage(label, str(error)) from None
         return decode_bytes(content, label, self.channels)
+
+
+def _ends_at(shard: Path, offset: int) -> bool:
+    """Whether the mark of a tar file's end, a block of zeros, is at ``offset``: tarfile stops silently at any header
+    that is cut or damaged, other than the first."""
+    with shard.open("rb") as file:
+        file.seek(offset)
+        return file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
 
 
 class HuggingFaceImages:

@@ -121,6 +121,20 @@ def test_a_shard_cut_short_is_reported_and_what_is_whole_is_used(places):
     assert damaged_parts(open_source(PretrainData(path=(places["files"], places["shards"])))) == [entry]
 
 
+@pytest.mark.parametrize("harm", ["cut before a header", "cut in a header", "a damaged header"])
+def test_a_shard_that_tarfile_takes_for_ended_is_reported(places, harm):
+    shard = places["shards"] / "part-0000.tar"
+    with tarfile.open(shard) as archive:
+        place = archive.getmembers()[-1].offset
+    whole = shard.read_bytes()
+    assert not damaged_parts(open_source(PretrainData(path=shard))) and place
+    ends = {"cut before a header": b"", "cut in a header": whole[place : place + 100]}
+    shard.write_bytes(whole[:place] + ends.get(harm, b"x" * 512 + whole[place + 512 :]))
+    source = open_source(PretrainData(path=shard))
+    (entry,) = damaged_parts(source)
+    assert 0 < len(source) and entry.reason == f"it is cut or damaged at byte {place}, what follows is not read"
+
+
 def test_a_compressed_shard_is_refused(tmp_path, paths):
     with tarfile.open(tmp_path / "x.tar", "w:gz") as archive:
         archive.add(paths[0], "0.png")
