@@ -7,6 +7,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +41,7 @@ GROWTH = 4
 SECONDS_A_STEP = 5.0
 """A measured step takes fewer images where as many as the run's would take longer than this."""
 GIB = 2**30
+MEMORY = Path("/proc/meminfo")
 
 
 class Cost(NamedTuple):
@@ -173,6 +175,11 @@ def available_memory(device: torch.device) -> int:
     """Bytes that are free on the device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    try:  # what the system can give: pages that only cache files are not among the free ones
+        table = dict(line.split(":", 1) for line in MEMORY.read_text(encoding="ascii").splitlines())
+        return int(table["MemAvailable"].split()[0]) * 1024
+    except (OSError, ValueError, KeyError):
+        pass
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):

@@ -13,7 +13,7 @@ from mae_core.errors import UserError
 from mae_core.models.sizes import SIZES
 from mae_core.training.loop import FitSettings
 from mae_core.training.pretrain import build_pretrain_model
-from mae_core.training.rehearsal import cost_of, differences_from_paper, memory_of, plan, rehearse
+from mae_core.training.rehearsal import available_memory, cost_of, differences_from_paper, memory_of, plan, rehearse
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "pretrain"
 
@@ -121,3 +121,12 @@ def test_it_refuses_what_the_run_would_refuse(pretrain_options, tmp_path):
         rehearse(configured(pretrain_options, f"data.path={tmp_path / 'none'}"))
     with pytest.raises(UserError, match="no usual mean of 5 channels; run mae data-stats"):
         statistics_of(configured(pretrain_options, "data.channels=5").data)
+
+
+def test_memory_that_only_caches_files_is_available(tmp_path, monkeypatch):
+    table = tmp_path / "meminfo"
+    table.write_text("MemTotal: 9000 kB\nMemFree: 10 kB\nMemAvailable:    7000 kB\n", encoding="ascii")
+    monkeypatch.setattr("mae_core.training.rehearsal.MEMORY", table)
+    assert available_memory(torch.device("cpu")) == 7000 * 1024
+    table.unlink()
+    assert available_memory(torch.device("cpu")) > 0
