@@ -35,11 +35,13 @@ class PatchGrid(NamedTuple):
     def of(cls, image_size: int | Sequence[int], patch: int) -> PatchGrid:
         """The grid of an image of ``image_size`` (side, or (height, width)) pixels.
 
-        Raises ``UserError`` where the image does not split into whole patches.
+        Raises ``UserError`` for a patch that has no pixels, and where the image does not split into whole patches.
         """
         height, width = as_pair(image_size)
-        if patch < 1 or height < patch or width < patch or height % patch or width % patch:
-            up = [max(patch, -(-side // max(patch, 1)) * patch) for side in (height, width)]
+        if not isinstance(patch, int) or patch < 1:
+            raise UserError(f"a patch has a side of 1 or more whole pixels; patch_size={patch!r} was asked for")
+        if height < patch or width < patch or height % patch or width % patch:
+            up = [max(patch, -(-side // patch) * patch) for side in (height, width)]
             raise UserError(
                 f"image size {height}x{width} does not split into {patch}x{patch} patches; "
                 f"use {up[0]}x{up[1]} or change patch_size"
@@ -48,11 +50,14 @@ class PatchGrid(NamedTuple):
 
 
 def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """``size`` as (height, width): one number means a square."""
+    """``size`` as (height, width): one number means a square. Raises ``UserError`` for what is neither."""
     if isinstance(size, int):
         return size, size
-    height, width = size
-    return int(height), int(width)
+    try:
+        height, width = map(int, size)
+    except (TypeError, ValueError):
+        raise UserError(f"an image size is one whole number or (height, width); got {size!r}") from None
+    return height, width
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:

@@ -32,8 +32,10 @@ class MAEDecoder(nn.Module):
         mask_tokens: bool = True,
     ) -> None:
         super().__init__()
-        if heads < 1 or width % heads or width % 4:
+        if heads < 1 or width < 1 or width % heads or width % 4:
             raise UserError(f"decoder width {width} must be divisible by its heads ({heads}) and by 4")
+        if depth < 1:
+            raise UserError(f"a decoder has at least one block; depth {depth} was asked for")
         self.heads = heads
         self.embed = nn.Linear(encoder_width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width)) if mask_tokens else None

@@ -213,3 +213,12 @@ def test_a_checkpoint_alone_is_enough_to_build_the_model_again(tmp_path, options
     assert mae_core.load_encoder(file).encode(images).equal(model.encoder.encode(images))
     if model.target.gives_pixels:
         assert torch.equal(*(one.reconstruct(images, ours).pasted for one in (model, again)))
+
+
+@pytest.mark.parametrize(
+    "option, message",
+    [({"decoder_width": 0}, "decoder width 0 must be"), ({"decoder_depth": -1}, "at least one block; depth -1")],
+)
+def test_a_decoder_without_numbers_is_refused(option, message):
+    with pytest.raises(UserError, match=message):
+        build_mae("nano", image_size=32, **{"decoder_width": 32, "decoder_heads": 2, **option})

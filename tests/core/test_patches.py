@@ -48,12 +48,6 @@ def test_a_grid_exists_exactly_where_the_image_splits(rows_or_height, cols_or_wi
             PatchGrid.of((rows_or_height, cols_or_width * patch), patch)
 
 
-@pytest.mark.parametrize("patch", [0, -4])
-def test_a_patch_has_pixels(patch):
-    with pytest.raises(UserError):
-        PatchGrid.of(32, patch)
-
-
 def test_the_error_names_the_next_size_that_fits():
     with pytest.raises(UserError, match=r"image size 225x224 does not split into 16x16 patches; use 240x224"):
         PatchGrid.of((225, 224), 16)
@@ -63,3 +57,15 @@ def test_the_error_names_the_next_size_that_fits():
 def test_unpatchify_refuses_what_does_not_fill_the_grid(shape):
     with pytest.raises(ValueError, match="2x3 grid"):
         unpatchify(torch.zeros(shape), PatchGrid(2, 3, 2))
+
+
+@pytest.mark.parametrize("patch", [0, -2, 16.0])
+def test_a_patch_size_is_a_whole_number_of_pixels(patch):
+    with pytest.raises(UserError, match=rf"1 or more whole pixels; patch_size={patch} was asked for"):
+        PatchGrid.of(32, patch)
+
+
+@pytest.mark.parametrize("size", ["224", 32.0, (1, 2, 3), None])
+def test_an_image_size_is_a_number_or_two(size):
+    with pytest.raises(UserError, match=r"one whole number or \(height, width\); got"):
+        PatchGrid.of(size, 16)
