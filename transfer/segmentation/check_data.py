@@ -130,13 +130,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with user_errors():
         if given.most < 1:
             raise UserError(f"--most is {given.most}; read at least 1 pair")
+        if given.num_classes is not None and given.num_classes < 1:
+            raise UserError(f"--num-classes is {given.num_classes}; give how many classes there are, 1 or more")
+        typed = (given.images, given.label_maps, given.num_classes, given.classes, given.reduce_zero_label)
+        if given.config and any(value is not None for value in typed):
+            raise UserError("CONFIG names folders and classes; leave out CONFIG, or what describes a pair of folders")
         count = 0
         for folders in folders_of_config(given.config, given.cfg_options) if given.config else [_as_typed(given)]:
             found, total = check_folders(folders, most=given.most)
             print(describe(folders, found, total), flush=True)
             count += len(found.problems)
         if count:
-            raise UserError(f"{count} problems found, listed above; mend them before a training")
+            raise UserError(f"{count} problem{'s' * (count > 1)} found, listed above; mend what is wrong before a training")
     print("nothing is wrong")
 
 

@@ -129,6 +129,8 @@ def test_what_is_missing_is_said(capsys, tmp_path, scenes):
     for arguments, message in (
         ([f"--images={tmp_path}"], "without a CONFIG, --label-maps, --reduce-zero-label, --num-classes"),
         (["no_such.py"], "config no_such.py does not exist"),
+        (["a.py", f"--images={tmp_path}"], "leave out CONFIG, or what describes a pair of folders"),
+        (["--num-classes=-3"], "--num-classes is -3; give how many classes there are"),
     ):
         with pytest.raises(SystemExit) as stopped:
             main(arguments)
