@@ -14,6 +14,7 @@ from PIL import Image
 from mae_core.conversion.files import write_weights
 from mae_core.conversion.loading import describe_encoder
 from mae_core.models.encoder import ViTEncoder
+from transfer.engines import installed
 
 DIGITS = Path(__file__).parents[3] / "configs" / "segmentation" / "digits.py"
 NAMES = ("ground", "box", "disc")
@@ -34,6 +35,15 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def plain_config_texts():
+    """mmengine lays out the config's text four times a run, which takes twice as long as a training of this size."""
+    with pytest.MonkeyPatch.context() as patch:
+        if installed("mmengine"):
+            patch.setattr("yapf.yapflib.yapf_api.FormatCode", lambda text, **_: (text, False))
+        yield
 
 
 @pytest.fixture(scope="session")
