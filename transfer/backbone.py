@@ -67,6 +67,8 @@ class DenseViT(ViTEncoder):
         drop_path: float = 0.0,
         checkpointing: bool = False,
     ) -> None:
+        if not 0 <= drop_path < 1:
+            raise UserError(f"drop_path is {drop_path}; give a rate from 0 up to but not including 1")
         super().__init__(size, image_size=image_size, patch_size=patch_size, in_chans=in_chans, drop_path=drop_path)
         if relative_positions not in RELATIVE_POSITIONS:
             known = ", ".join(RELATIVE_POSITIONS)

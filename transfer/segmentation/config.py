@@ -81,8 +81,9 @@ def _assignments(tree: ast.Module) -> Iterator[tuple[str, ast.Assign]]:
 
 def check_key(
     config: Mapping[str, Any], key: str, accepted: Callable[[str, Mapping[str, Any]], Collection[str]]
-) -> None:
-    """Raise ``UserError`` with a guess unless ``key`` (``a.b.0.c``) is in the config or its parent takes it.
+) -> Any:
+    """The value of ``key`` (``a.b.0.c``), None where the config lacks it and its parent takes it; else a ``UserError``
+    with a guess.
 
     ``accepted(path, node)`` names what a section takes besides the keys it has, such as the arguments of its ``type``.
     """
@@ -97,7 +98,7 @@ def check_key(
                 near = hint(prefix + part, [prefix + name for name in known])
                 raise UserError(f"unknown config option {key!r}; {near}")
             if part not in node:
-                return  # taken by the section's type, which checks what is below
+                return None  # taken by the section's type, which checks what is below
             node = node[part]
         elif isinstance(node, Sequence) and not isinstance(node, str):
             if not part.isdigit() or int(part) >= len(node):
@@ -106,6 +107,13 @@ def check_key(
         else:
             raise UserError(f"config option {key!r}: {where} is {node!r} and has no {part!r}")
         place.append(part)
+    return node
+
+
+def check_kind(key: str, stated: Any, given: Any) -> None:
+    """Raise ``UserError`` where an option gives a text for what the config has as a number."""
+    if isinstance(stated, int | float) and isinstance(given, str):
+        raise UserError(f"config option {key}={given}: the config has {stated} there; give a number, not a text")
 
 
 def fit_to_weights(config: MutableMapping[str, Any], source: EncoderFile, options: Collection[str] = ()) -> list[str]:

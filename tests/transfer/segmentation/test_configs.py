@@ -147,6 +147,8 @@ def test_a_base_of_a_package_is_refused(tmp_path):
         ("train_dataloader.dataset.pipeline.9.prob=0", "pipeline is a list of 5"),
         ("lr.x=1", "lr is a variable of"),
         ("lr", "'lr' is not a config option; write key=value"),
+        ("model.test_cfg={'mode':'whole'}", "cannot be read .*; write lists as"),
+        ("optim_wrapper.optimizer.weight_decay=much", "the config has 0.05 there; give a number, not a text"),
     ],
 )
 def test_an_option_that_nothing_reads_is_refused(option, message):

@@ -132,6 +132,10 @@ def test_evaluation_of_a_checkpoint_of_mmengine(trained, tmp_path, tiny_options,
     told = capsys.readouterr().err
     assert "iter_12.pth does not fit the model of the config" in told and "of another shape, such as" in told
     assert not (tmp_path / "other").exists()
+    for name, content in (("cut.pth", (run / "iter_12.pth").read_bytes()[:-100]), ("photo.jpg", b"no checkpoint")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=rf"{name} is truncated or no checkpoint; give one"):
+            train_net.evaluate_segmenter(DIGITS, tmp_path / name, work_dir=tmp_path / "other", cfg_options=options)
 
 
 def test_views_of_other_scales_and_mirrored_ones_are_averaged(trained):
@@ -264,6 +268,9 @@ def test_evaluation_refuses(trained, tmp_path, capsys):
     (scenes / "other.txt").write_text("0\tsky\n1\tbox\n2\tdisc\n")
     other = {f"{part}_dataloader.dataset.classes_file": "other.txt" for part in ("train", "val")}
     refused(run, r"was trained on other classes than the data has \('ground' against 'sky'\)", **other)
+    (scenes / "four.txt").write_text("0\tground\n1\tbox\n2\tdisc\n3\tmore\n")
+    more = {f"{part}_dataloader.dataset.classes_file": "four.txt" for part in ("train", "val")}
+    refused(run, r"was trained on other classes than the data has \(3 against 4\)", num_classes=4, **more)
     for flag in ("--resume", "--amp", "--weights=x"):
         with pytest.raises(SystemExit):
             train_net.main([str(DIGITS), "--eval-only", str(run), flag])

@@ -3,6 +3,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from mae_core.conversion.files import read_weights, write_weights
 from mae_core.errors import UserError
 from mae_core.models.encoder import ViTEncoder
-from transfer.segmentation.train_net import train_segmenter
+from transfer.segmentation.train_net import evaluate_segmenter, train_segmenter
 
 mmseg = pytest.importorskip("mmseg", reason="mmseg is not installed; pip install mae-transfer[segmentation]")
 engine = pytest.importorskip("transfer.segmentation.engine_mmseg", reason="mmseg is here without mmcv or mmengine")
@@ -303,6 +304,8 @@ def test_grey_weights_make_grey_images(tmp_path, capsys, tiny, write_encoder):
     options = {**tiny, "iterations": 3}
     results = train_segmenter(DIGITS, weights=weights, work_dir=tmp_path / "run", cfg_options=options)
     assert results["steps"] == 3 and "read as greyscale" in capsys.readouterr().out
+    found = evaluate_segmenter(DIGITS, tmp_path / "run", work_dir=tmp_path / "eval", cfg_options=tiny)
+    assert "read as greyscale" in capsys.readouterr().out and found["per_class"] == results["per_class"]
 
 
 # ---------------------------------------------------------------- wrong input
@@ -388,12 +391,33 @@ def test_batch_of_one(refused):
     assert "batch norm needs at least 2 images" in refused(batch_size=1)
 
 
-def test_script_run_by_path_names_a_missing_config(tmp_path):
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"lr": "abc"}, "lr=abc: the config has 0.0012 there; give a number"),
+        ({"train_cfg.max_iters": "abc"}, "train_cfg.max_iters=abc: the config has 3 there; give a number"),
+        ({"lr": -1}, "optim_wrapper cannot be built: ValueError: Invalid learning rate: -1"),
+        ({"workers": -1}, "train_dataloader.num_workers is -1; set it to 0 or more"),
+        ({"batch_size": 0}, "train_dataloader.batch_size is 0; set it to 1 or more"),
+        ({"model.backbone.taps": [1, 3, 5]}, "the backbone's taps [1, 3, 5] are not the 4 maps that the neck takes"),
+        ({"model.backbone.drop_path": 2}, "drop_path is 2; give a rate from 0 up to but not including 1"),
+        ({"model.decode_head.in_index": [0, 1, 2, 7]}, "model cannot be built: IndexError: tuple index out of range"),
+    ],
+)
+def test_values_that_break_a_training_are_refused_before_it_begins(refused, option, message):
+    assert message in refused(**option)
+
+
+def test_one_image_on_each_of_several_gpus_is_a_batch(tiny):
+    config = read_config(DIGITS, {**tiny, "batch_size": 1})
+    checks.check_batches(dict(config.items()), synchronised=True)
+    with pytest.raises(UserError, match="batch norm needs at least 2 images"):
+        checks.check_batches(dict(config.items()), synchronised=False)
+
+
+def test_script_run_by_path_names_a_missing_config(tmp_path, monkeypatch, capsys):
     script = REPOSITORY / "transfer" / "segmentation" / "train_net.py"
-    done = subprocess.run(
-        [sys.executable, str(script), str(CONFIGS / "digit.py"), "--work-dir", str(tmp_path / "run")],
-        capture_output=True,
-        text=True,
-        env={"PATH": "", "PYTHONPATH": str(REPOSITORY)},
-    )
-    assert done.returncode == 2 and "did you mean 'digits.py'" in done.stderr and "Traceback" not in done.stderr
+    monkeypatch.setattr(sys, "argv", [str(script), str(CONFIGS / "digit.py"), "--work-dir", str(tmp_path / "run")])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(script), run_name="__main__")
+    assert stopped.value.code == 2 and "did you mean 'digits.py'" in capsys.readouterr().err

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from mmengine.config import ConfigDict
+from mmengine.optim import build_optim_wrapper
 from mmengine.runner.utils import set_random_seed
 from mmseg.registry import DATASETS, MODELS
 from mmseg.utils import register_all_modules
 from torch import nn
 
-from mae_core.errors import UserError
+from mae_core.errors import UserError, first_line
 from transfer.segmentation import config as configs
 from transfer.segmentation.engine_mmseg.backbone import MAECoreViT
 from transfer.segmentation.engine_mmseg.data import LabelledFolder, name_bad_files
@@ -129,19 +133,60 @@ def _shorten(names: Sequence[str]) -> str:
 
 
 def check_model(config: Mapping[str, Any]) -> nn.Module:
-    """Build the model and load its weights: what does not fit is found before anything is written."""
-    batch_size = config["train_dataloader"].get("batch_size", 1)
-    norms = {section.get("type") for section in configs.sections(config["model"])}
-    if batch_size < 2 and norms & {"BN", "SyncBN"} and config.get("launcher", "none") == "none":
-        raise UserError("train_dataloader.batch_size is 1, and batch norm needs at least 2 images; set it to 2 or more")
+    """Build the model, pass an image through it and load its weights: what does not fit is found before anything is
+    written."""
     try:
         set_random_seed(0)
         model = MODELS.build(config["model"])
+        if isinstance(model.backbone, MAECoreViT):
+            pass_an_image(model)
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"the config's model cannot be built: {type(error).__name__}: {error}") from None
+        raise UserError(f"the config's model cannot be built: {type(error).__name__}: {first_line(error)}") from None
     backbone = model.backbone
     if isinstance(backbone, MAECoreViT) and backbone.weights is not None:
         load_pretrained(backbone, backbone.weights, allow_missing=backbone.allow_missing)
     return model
+
+
+def pass_an_image(model: Any) -> None:
+    """Run neck and heads once on small maps. Raises ``UserError`` where there are not as many maps as the neck takes,
+    and whatever mmseg raises where a head does not fit them."""
+    backbone, levels = model.backbone, len(getattr(model.neck, "rescales", ())) if model.with_neck else 0
+    if levels and levels != len(backbone.taps):
+        raise UserError(f"the backbone's taps {list(backbone.taps)} are not the {levels} maps that the neck takes")
+    side = 4 * backbone.grid.patch
+    model.eval()
+    with torch.no_grad():
+        features = model.extract_feat(torch.zeros(1, backbone.in_channels, side, side))
+        auxiliary = model.auxiliary_head if model.with_auxiliary_head else []
+        for head in (model.decode_head, *(auxiliary if isinstance(auxiliary, nn.ModuleList) else [auxiliary])):
+            head.forward(features)
+    model.train()
+
+
+def check_batches(config: Mapping[str, Any], *, synchronised: bool) -> None:
+    """Raise ``UserError`` for a training's batches that cannot be loaded or normalised.
+
+    ``synchronised``: batch norm sees the images of several GPUs, so that one on each is enough.
+    """
+    for name in ("train_dataloader", "val_dataloader"):
+        loader = config[name]
+        for key, least in (("batch_size", 1), ("num_workers", 0)):
+            if loader.get(key, least) < least:
+                raise UserError(f"{name}.{key} is {loader[key]}; set it to {least} or more")
+    norms = {section.get("type") for section in configs.sections(config["model"])}
+    alone = norms & {"BN"} if synchronised else norms & {"BN", "SyncBN"}
+    if alone and config["train_dataloader"].get("batch_size", 1) < 2:
+        raise UserError("train_dataloader.batch_size is 1, and batch norm needs at least 2 images; set it to 2 or more")
+
+
+def check_optimizer(model: nn.Module, config: Mapping[str, Any]) -> None:
+    """Build the optimizer of a config once. Raises ``UserError`` where it cannot be."""
+    try:
+        build_optim_wrapper(model, ConfigDict(copy.deepcopy(dict(config["optim_wrapper"]))))
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"the config's optim_wrapper cannot be built: {type(error).__name__}: {error}") from None

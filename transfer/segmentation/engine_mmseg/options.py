@@ -16,7 +16,7 @@ from mmengine.registry import Registry
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
-from mae_core.errors import UserError
+from mae_core.errors import UserError, first_line
 from transfer.segmentation import config as configs
 
 CONFIG_ONLY_KEYS = {
@@ -38,8 +38,11 @@ def parse_options(items: Sequence[str]) -> dict[str, Any]:
     parser.add_argument("--cfg-options", nargs="*", action=DictAction)
     try:
         return parser.parse_args(["--cfg-options", *items]).cfg_options or {}
-    except AssertionError as error:
-        raise UserError(f"config options {' '.join(items)}: {error}") from None
+    except (AssertionError, RecursionError, ValueError) as error:  # mmengine's reader of lists, at anything else
+        raise UserError(
+            f"config options {' '.join(items)} cannot be read ({first_line(error)}); write lists as [1,2], and the keys "
+            "of a dict one by one, such as model.test_cfg.mode=slide"
+        ) from None
 
 
 def read_config(path: Path | str, options: Mapping[str, Any]) -> Config:
@@ -51,6 +54,7 @@ def read_config(path: Path | str, options: Mapping[str, Any]) -> Config:
     config, chosen = evaluated(path, options)
     for name in chosen:
         without, _ = evaluated(path, {key: value for key, value in options.items() if key != name})
+        configs.check_kind(name, without.get(name), options[name])
         same = {**config.to_dict(), name: None} == {**without.to_dict(), name: None}
         if same and without.get(name) != options[name]:
             raise UserError(
@@ -61,7 +65,7 @@ def read_config(path: Path | str, options: Mapping[str, Any]) -> Config:
     for key in rest:
         if key.split(".")[0] in set(config.keys()) - runner_keys():
             raise UserError(f"{key.split('.')[0]} is a variable of {path}; set it as a whole")
-        configs.check_key(dict(config.items()), key, accepted_keys)
+        configs.check_kind(key, configs.check_key(dict(config.items()), key, accepted_keys), rest[key])
         config.merge_from_dict({key: rest[key]})
     missing = {"model", "train_dataloader", "train_cfg", "optim_wrapper", "val_dataloader"} - set(config.keys())
     if missing:

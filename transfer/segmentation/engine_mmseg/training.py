@@ -25,7 +25,13 @@ from mae_core.training.distributed import barrier, world_size
 from mae_core.training.run import environment
 from transfer.segmentation import config as configs
 from transfer.segmentation.engine_mmseg.checkpoints import load_safely
-from transfer.segmentation.engine_mmseg.checks import check_data, check_model, labelled_images
+from transfer.segmentation.engine_mmseg.checks import (
+    check_batches,
+    check_data,
+    check_model,
+    check_optimizer,
+    labelled_images,
+)
 from transfer.segmentation.engine_mmseg.data import name_bad_files
 from transfer.segmentation.engine_mmseg.metric import PerClassIoUMetric
 from transfer.segmentation.engine_mmseg.options import read_config
@@ -68,7 +74,8 @@ def train(
     configs.check_widths(view)
     configs.check_schedule(view)
     notes += [f"{part}: {found}" for part, found in check_data(view).items()]
-    check_model(view)
+    check_batches(view, synchronised=world_size() > 1 and torch.cuda.is_available())
+    check_optimizer(check_model(view), view)
     for note in notes if is_main_process() else ():
         print(note, flush=True)
 
@@ -112,13 +119,15 @@ def evaluate(
     if file is not None:
         view["model"].update(take_model(file, view["model"]))
         notes.append(f"model, mean and std are those of {file.path}; data, metric and test mode are the config's")
+        if view["model"]["backbone"].get("in_chans") == 1 and configs.read_grey(view):
+            notes.append("images are read as greyscale, like those of the training")
     fit_to_machine(view)
-    notes += [f"{part}: {found}" for part, found in check_data(view, ("val",)).items()]
     classes = labelled_images(view["val_dataloader"]["dataset"])[1]
     if file is not None and file.classes != classes:
         wrong = next((pair for pair in zip(file.classes, classes, strict=False) if pair[0] != pair[1]), None)
         told = f"{wrong[0]!r} against {wrong[1]!r}" if wrong else f"{len(file.classes)} against {len(classes)}"
         raise UserError(f"{file.path} was trained on other classes than the data has ({told}); correct classes.txt")
+    notes += [f"{part}: {found}" for part, found in check_data(view, ("val",)).items()]
     load_segmenter(check_model(view), state, str(checkpoint))
     if view.get("tta_model") and view.get("tta_pipeline"):
         config.model = {**view["tta_model"], "module": view["model"]}
