@@ -141,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(describe(folders, found, total), flush=True)
             count += len(found.problems)
         if count:
-            raise UserError(f"{count} problem{'s' * (count > 1)} found, listed above; mend what is wrong before a training")
+            raise UserError(f"{count} problem{'s' * (count > 1)} found, listed above; mend what is wrong")
     print("nothing is wrong")
 
 

@@ -40,8 +40,8 @@ def parse_options(items: Sequence[str]) -> dict[str, Any]:
         return parser.parse_args(["--cfg-options", *items]).cfg_options or {}
     except (AssertionError, RecursionError, ValueError) as error:  # mmengine's reader of lists, at anything else
         raise UserError(
-            f"config options {' '.join(items)} cannot be read ({first_line(error)}); write lists as [1,2], and the keys "
-            "of a dict one by one, such as model.test_cfg.mode=slide"
+            f"config options {' '.join(items)} cannot be read ({first_line(error)}); write lists as [1,2], and "
+            "the keys of a dict one by one, such as model.test_cfg.mode=slide"
         ) from None
 
 
