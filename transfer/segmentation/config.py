@@ -111,9 +111,11 @@ def check_key(
 
 
 def check_kind(key: str, stated: Any, given: Any) -> None:
-    """Raise ``UserError`` where an option gives a text for what the config has as a number."""
+    """Raise ``UserError`` where an option gives a text for what the config has as a number or as a section."""
     if isinstance(stated, int | float) and isinstance(given, str):
         raise UserError(f"config option {key}={given}: the config has {stated} there; give a number, not a text")
+    if stated and isinstance(stated, Mapping) and isinstance(given, str):
+        raise UserError(f"config option {key}={given}: {key} is a section; set its keys, such as {key}.{min(stated)}")
 
 
 def fit_to_weights(config: MutableMapping[str, Any], source: EncoderFile, options: Collection[str] = ()) -> list[str]:

@@ -147,7 +147,8 @@ def test_a_base_of_a_package_is_refused(tmp_path):
         ("train_dataloader.dataset.pipeline.9.prob=0", "pipeline is a list of 5"),
         ("lr.x=1", "lr is a variable of"),
         ("lr", "'lr' is not a config option; write key=value"),
-        ("model.test_cfg={'mode':'whole'}", "cannot be read .*; write lists as"),
+        ("model.test_cfg={'mode':'slide','stride':[32,32]}", "cannot be read .*; write lists as"),
+        ("model.test_cfg={'mode':'whole'}", "model.test_cfg is a section; set its keys, such as model.test_cfg.mode"),
         ("optim_wrapper.optimizer.weight_decay=much", "the config has 0.05 there; give a number, not a text"),
     ],
 )
