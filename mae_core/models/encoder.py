@@ -95,6 +95,11 @@ class ViTEncoder(VisionTransformer):
                 f"this encoder takes images (B, {wanted[0]}, {wanted[1]}, {wanted[2]}), got {tuple(images.shape)}; "
                 "resize them, or load the encoder with image_size=(H, W) and in_chans=C"
             )
+        if not images.is_floating_point():
+            raise UserError(
+                f"images are {images.dtype}; give floating-point pixels, standardised with the mean and std that the "
+                "encoder's file names"
+            )
 
     def embed(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, N, D): patch embeddings with their positions, no cls token."""

@@ -78,6 +78,11 @@ class MaskedAutoencoder(nn.Module):
         self.encoder.check_images(images)
         if mask is None:
             mask = self.masker(len(images), self.encoder.grid, generator)
+        elif not isinstance(mask, PatchMask):
+            raise UserError(
+                f"a mask is a PatchMask, not a {type(mask).__name__}; make one with PatchMask.from_hidden(hidden), "
+                "where hidden is (B, N) bool and True hides a patch"
+            )
         elif mask.hidden.shape != (len(images), self.encoder.grid.num_patches):
             raise UserError(
                 f"mask {tuple(mask.hidden.shape)} does not fit {len(images)} images "

@@ -227,5 +227,9 @@ def test_a_model_refuses_images_and_masks_that_are_not_its_own():
     for images in (torch.zeros(1, 3, 32, 40), torch.zeros(1, 1, 32, 32), torch.zeros(3, 32, 32)):
         with pytest.raises(UserError, match=r"takes images \(B, 3, 32, 32\)"):
             model(images)
+    with pytest.raises(UserError, match="floating-point pixels"):
+        model(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+    with pytest.raises(UserError, match=r"PatchMask\.from_hidden"):
+        model(torch.zeros(1, 3, 32, 32), mask=torch.zeros(1, 16, dtype=torch.bool))
     with pytest.raises(UserError, match="does not fit 3 images of 16 patches"):
         model(images_of(3), mask=random_mask(2, 4))
