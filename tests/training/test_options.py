@@ -38,20 +38,33 @@ def options_not_read(config: RunConfig, run, monkeypatch) -> list[str]:
     return sorted(name for _, name in wanted - read)
 
 
-def test_a_pretraining_reads_every_option(tmp_path, write_images, pretrain_options, monkeypatch):
-    write_images(tmp_path / "images", 4)
-    options = [*pretrain_options, f"data.path={tmp_path / 'images'}", f"output={tmp_path / 'run'}", "optim.epochs=1"]
-    assert options_not_read(load_config(PretrainConfig, None, options), pretrain, monkeypatch) == []
+def test_a_pretraining_reads_every_option(tmp_path, write_images, write_classes, pretrain_options, monkeypatch):
+    write_images(tmp_path / "images", 6)
+    labelled = write_classes(tmp_path / "labelled", train=2, val=1)
+    watched = ["watch.share=0.3", f"watch.labelled={labelled}", "watch.neighbours=3"]
+    unread = []
+    for name, more in {"plain": [], "watched": watched}.items():
+        places = [f"data.path={tmp_path / 'images'}", f"output={tmp_path / name}"]
+        config = load_config(PretrainConfig, None, [*pretrain_options, *places, "optim.epochs=1", *more])
+        unread.append(set(options_not_read(config, pretrain, monkeypatch)))
+    assert set.intersection(*unread) == set()
 
 
-def test_a_finetuning_reads_every_option(tmp_path, write_classes, monkeypatch):
+def test_a_finetuning_reads_every_option(tmp_path, write_classes, pretrained, monkeypatch):
     data = write_classes(tmp_path / "data", train=2, val=1)
-    options = ["model.size=nano", "model.patch_size=16", "data.image_size=32", "data.workers=0", "device=cpu"]
-    options += ["optim.epochs=1", "optim.batch_size=2", f"data.path={data}", f"output={tmp_path / 'run'}"]
-    config = load_config(FinetuneConfig, None, [*options, "from_scratch=true"])
+    options = ["data.image_size=32", "data.workers=0", "device=cpu", "optim.epochs=1", "optim.batch_size=2"]
+    starts = {
+        "scratch": ["from_scratch=true", "model.size=nano", "model.patch_size=16"],
+        "encoder": [f"weights={pretrained}", "model.size=nano"],
+    }
+    unread = []
+    for name, start in starts.items():
+        places = [f"data.path={data}", f"output={tmp_path / name}"]
+        config = load_config(FinetuneConfig, None, [*options, *start, *places])
+        unread.append(set(options_not_read(config, finetune, monkeypatch)))
     # from_scratch is what the schema checks weights=FILE against; a run looks at the weights.
     # pictures_every has nothing to draw in a classification.
-    assert set(options_not_read(config, finetune, monkeypatch)) <= {"from_scratch", "pictures_every"}
+    assert set.intersection(*unread) <= {"from_scratch", "pictures_every"}
 
 
 @pytest.mark.parametrize(
