@@ -13,13 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from mae_core.errors import UserError, user_errors
-from mae_core.layout import ENCODER, ENVIRONMENT, METRICS, PICTURES, resolve_weights
+from mae_core.layout import ENCODER, ENVIRONMENT, PICTURES, resolve_weights
 from transfer.chain import Job, Stage, Task, read_log, read_metric
 from transfer.report import Curve, Picture, Report, TaskResult, write_report
 
@@ -31,7 +30,8 @@ TRAIN = "python transfer/segmentation/train_net.py configs/segmentation/camvid.p
 
 def pretraining(images: Path, output: Path, epochs: int) -> Job:
     """The pre-training on the set's own images."""
-    return Job("pre-training", [*PRETRAIN.split(), f"optim.epochs={epochs}", f"data.path={images}", f"output={output}"])
+    options = [f"optim.epochs={epochs}", f"data.path={images}", f"output={output}"]
+    return Job("pre-training", [*PRETRAIN.split(), *options], output, ENCODER)
 
 
 def training(data: Path, steps: int, crop: int) -> Task:
@@ -60,20 +60,14 @@ def measure(
     own = out / "pretrain"
     task = training(camvid, steps, crop)
     first = pretraining(images, own, epochs)
-    if not (own / ENCODER).is_file():
-        Stage(out, parallel=1, threads=cores).run([first])
+    Stage(out, parallel=1, threads=cores).run([first])
     starts = {SCRATCH: None, OWN: own, OTHER: encoder}
     runs = {(arm, seed): out / f"{FOLDERS[arm]}_{seed}" for seed in seeds for arm in starts}
     jobs = {
-        key: Job(run.name, task.command_line(encoder=starts[key[0]], output=run, seed=key[1]))
+        key: Job(run.name, task.command_line(encoder=starts[key[0]], output=run, seed=key[1]), run)
         for key, run in runs.items()
     }
-    missing = [key for key, run in runs.items() if not (run / METRICS).is_file()]
-    for key in missing:
-        if runs[key].exists():
-            print(f"{runs[key]} was not finished and is begun again", flush=True)
-            shutil.rmtree(runs[key])
-    Stage(out, parallel=cores, threads=1).run([jobs[key] for key in missing])
+    Stage(out, parallel=cores, threads=1).run(list(jobs.values()))
     found = {arm: [read_metric(runs[arm, seed], task.metric_path) for seed in seeds] for arm in starts}
     note = f"{steps} steps of 8 crops of {crop} pixels"
     results = {f"camvid, {arm}": TaskResult(task.metric, found[SCRATCH], found[arm], note=note) for arm in (OWN, OTHER)}

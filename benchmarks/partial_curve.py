@@ -13,7 +13,6 @@ continue.
 from __future__ import annotations
 
 import argparse
-import shutil
 import statistics
 import time
 from collections.abc import Sequence
@@ -23,7 +22,6 @@ from typing import NamedTuple
 from mae_core.atomic import atomic_path, write_json, write_text
 from mae_core.conversion.loading import read_encoder
 from mae_core.errors import UserError, user_errors
-from mae_core.layout import CONFIG, METRICS, complete_checkpoints
 from mae_core.training.progress import clock
 from transfer.chain import Job, Stage, read_metric
 
@@ -92,19 +90,14 @@ def run_of(out: Path, arm: Arm, seed: int) -> Path:
 
 
 def jobs_of(arms: Sequence[Arm], out: Path) -> list[Job]:
-    """The runs that are not finished, seed by seed; an interrupted one continues from its last checkpoint, or anew."""
+    """All runs, seed by seed."""
     jobs = []
     for seed in range(max(len(arm.seeds) for arm in arms)):
         for arm in arms:
-            run = run_of(out, arm, seed)
-            if seed not in arm.seeds or (run / METRICS).is_file():
-                continue
-            resume = bool(complete_checkpoints(run))
-            if not resume and (run / CONFIG).exists():
-                shutil.rmtree(run)
-            seeded = [] if arm.command.startswith(KNN) else [f"seed={seed}"]
-            command = [*arm.command.split(), f"output={run}", *seeded, *(["--resume"] if resume else [])]
-            jobs.append(Job(f"{arm.name} seed {seed}", command))
+            if seed in arm.seeds:
+                run = run_of(out, arm, seed)
+                seeded = [] if arm.command.startswith(KNN) else [f"seed={seed}"]
+                jobs.append(Job(f"{arm.name} seed {seed}", [*arm.command.split(), f"output={run}", *seeded], run))
     return jobs
 
 
@@ -164,8 +157,7 @@ def partial_curve(
         raise UserError(f"--blocks {wrong[0]:g} was asked for, but the encoder in {encoder} has {depth}")
     arms = arms_of(data, encoder, out, blocks=blocks, epochs=epochs, seeds=seeds)
     jobs = jobs_of(arms, out)
-    total = sum(len(arm.seeds) for arm in arms)
-    print(f"{len(jobs)} of {total} runs to do, {ABREAST} abreast, in {out}", flush=True)
+    print(f"{len(jobs)} runs, {ABREAST} abreast, in {out}", flush=True)
     started = time.perf_counter()
     frozen = [job for job in jobs if not job.command[1].startswith("finetune")]
     Stage(out, parallel=1, threads=1).run(frozen[:1])  # fills the cache that the others read

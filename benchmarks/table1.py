@@ -13,7 +13,6 @@ import argparse
 import json
 import math
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -28,7 +27,7 @@ from mae_core.config import PretrainConfig, config_differences, load_config
 from mae_core.data.decoding import UnreadableImage, read_image
 from mae_core.data.labelled import read_image_folder
 from mae_core.errors import UserError, user_errors
-from mae_core.layout import ENCODER, METRICS, TOKENIZER, complete_checkpoints
+from mae_core.layout import ENCODER, METRICS, TOKENIZER
 from mae_core.training.pretrain import build_pretrain_model
 from mae_core.training.progress import Counter
 from mae_core.training.rehearsal import cost_of
@@ -135,16 +134,16 @@ class Bench:
         data = f"data.path={self.data / 'train'}"
         fit = ["mae", "fit-pca", SMALL, data, "--out", str(self.pca), "--components", str(COMPONENTS)]
         jobs = [Job("fit pca", fit)] if "d_pca" in names and not self.pca.is_file() else []
-        if "d_tokens" in names and not (self.tokenizer / TOKENIZER).is_file():
+        if "d_tokens" in names:
             train = ["mae", "train-tokenizer", data, "data.image_size=48", "data.workers=0", "model.patch_size=8"]
             train += ["model.vocabulary=256", "model.width=128", "optim.batch_size=64", "optim.base_lr=4e-3"]
             epochs = [f"optim.epochs={self.epochs:g}", f"seed={self.seed}"]
-            jobs.append(self.continued("train tokenizer", [*train, *epochs], self.tokenizer))
+            command = [*train, *epochs, f"output={self.tokenizer}"]
+            jobs.append(Job("train tokenizer", command, self.tokenizer, TOKENIZER))
         return jobs
 
     def jobs(self, stage: str, names: Sequence[str]) -> list[Job]:
-        """The commands of a stage that are not done yet."""
-        finished = {"pretrain": ENCODER}.get(stage, METRICS)
+        """The commands of a stage."""
         found = []
         for name in names:
             output, encoder, data = self.run_of(stage, name), self.run_of("pretrain", name), f"data.path={self.data}"
@@ -157,17 +156,9 @@ class Bench:
                 "knn": [f"k=[{NEIGHBOURS}]", "model.pooling=mean", "data.test_crop=1"],
                 "finetune": [f"optim.epochs={self.finetune_epochs:g}"],
             }
-            if not (output / finished).is_file():
-                found.append(self.continued(f"{stage} {name}", [*command, *more.get(stage, [])], output))
+            command = [*command, *more.get(stage, []), f"output={output}"]
+            found.append(Job(f"{stage} {name}", command, output, {"pretrain": ENCODER}.get(stage, METRICS)))
         return found
-
-    def continued(self, name: str, command: list[str], output: Path) -> Job:
-        """A command that resumes what is in ``output``; what was stopped before its first checkpoint starts again."""
-        if complete_checkpoints(output):
-            return Job(name, [*command, f"output={output}", "--resume"])
-        if output.exists():
-            shutil.rmtree(output)
-        return Job(name, [*command, f"output={output}"])
 
 
 def shrink(source: Path, target: Path) -> None:
@@ -206,7 +197,7 @@ def run_all(bench: Bench, rows: Sequence[Row]) -> dict[str, Any]:
     abreast.run(bench.preparations(names))
     for stage in ("pretrain", "knn", "finetune"):
         jobs = bench.jobs(stage, names)
-        print(f"{stage}: {len(jobs)} of {len(names)} rows to do", flush=True)
+        print(f"{stage}: {len(jobs)} rows", flush=True)
         abreast.run(jobs)
     flops = {name: flops_of(bench, name) for name in dict.fromkeys([BASELINE, *names])}
     measured = []

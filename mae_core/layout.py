@@ -28,6 +28,8 @@ EXPORT_CONFIG = "config.json"
 EXPORTED = (MODEL, "pytorch_model.bin")
 TRAINING_STATE = "training.pt"
 COMPLETE = "COMPLETE"
+LAST_CHECKPOINT = "last_checkpoint"
+"""mmengine's file that names the last checkpoint of a run; written after the checkpoint itself."""
 
 
 def complete_checkpoints(run: Path) -> list[Path]:

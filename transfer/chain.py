@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from mae_core.errors import UserError
-from mae_core.layout import ENCODER, ENVIRONMENT, LOADING, LOG, METRICS, PICTURES
+from mae_core.layout import ENCODER, ENVIRONMENT, LAST_CHECKPOINT, LOADING, LOG, METRICS, PICTURES, complete_checkpoints
 from mae_core.training.progress import clock
 from transfer.report import Curve, Picture, Report, TaskResult, write_report
 
@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ARMS = SCRATCH, PRETRAINED = ("scratch", "pre-trained")
 MOST_ABREAST = 4
 SECONDS_BETWEEN_LINES = 15
+RESUME = "--resume"
 QUIET = {"PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore", "COLUMNS": "120"}
 
 
@@ -52,23 +53,50 @@ class Task:
         return [part.format(**places) for part in parts]
 
 
-class Job(NamedTuple):
-    """A command, as a user would type it."""
+@dataclass(frozen=True)
+class Job:
+    """A command, as a user would type it; ``run`` is the run directory it fills, finished when ``result`` is in it."""
 
     name: str
     command: list[str]
+    run: Path | None = None
+    result: str = METRICS
+
+    def remaining(self) -> list[str] | None:
+        """What is left to be done: nothing of a finished run, the rest of one that has a checkpoint, else all of it."""
+        if self.run is None:
+            return self.command
+        if (self.run / self.result).is_file():
+            return None
+        if complete_checkpoints(self.run) or (self.run / LAST_CHECKPOINT).is_file():
+            return [*self.command, RESUME]
+        set_aside(self.run)
+        return self.command
+
+
+def set_aside(folder: Path) -> None:
+    """Move a former folder out of the way of a new one; nothing is overwritten."""
+    if folder.exists() and any(folder.iterdir()):
+        number = 1
+        while (previous := folder.with_name(f"{folder.name}.previous-{number}")).exists():
+            number += 1
+        folder.rename(previous)
+        print(f"kept the former {folder} as {previous}", flush=True)
 
 
 class Stage:
-    """Runs jobs as processes of ``threads`` threads, ``parallel`` at a time, and tells now and then what each is
-    doing."""
+    """Runs jobs as processes of ``threads`` threads, ``parallel`` at a time, and tells now and then what each is doing.
+
+    Finished runs in the folder are used again, interrupted ones continue.
+    """
 
     def __init__(self, folder: Path, *, parallel: int, threads: int) -> None:
         self.folder, self.parallel, self.threads = folder, parallel, threads
         self._status: dict[str, str] = {}
 
     def run(self, jobs: Sequence[Job]) -> None:
-        """Run all jobs. Raises ``UserError`` naming the log of one that failed."""
+        """Run what is left of all jobs. Raises ``UserError`` naming the log of one that failed, or a run that another
+        command filled."""
         finished = threading.Event()
         teller = threading.Thread(target=self._tell, args=(finished,), daemon=True)
         teller.start()
@@ -82,13 +110,20 @@ class Stage:
     def _run_one(self, job: Job) -> None:
         log = self.folder / "logs" / f"{job.name.replace(' ', '_')}.txt"
         log.parent.mkdir(parents=True, exist_ok=True)
+        first_line = f"$ {shlex.join(job.command)}\n"
+        command = job.remaining()
+        if command is None or command[-1] == RESUME:
+            check_same_command(log, first_line, job)
+        if command is None:
+            print(f"  {job.name}: finished before, used again", flush=True)
+            return
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         environment = {**os.environ, **QUIET, "OMP_NUM_THREADS": str(self.threads), "PYTHONPATH": path}
         started, last = time.perf_counter(), ""
         with (
-            log.open("w", encoding="utf-8") as file,
+            log.open("a" if command[-1] == RESUME else "w", encoding="utf-8") as file,
             subprocess.Popen(
-                executable(job.command),
+                executable(command),
                 cwd=ROOT,
                 env=environment,
                 text=True,
@@ -96,7 +131,7 @@ class Stage:
                 stderr=subprocess.STDOUT,
             ) as process,
         ):
-            file.write(f"$ {shlex.join(job.command)}\n")
+            file.write(f"$ {shlex.join(command)}\n")
             for line in process.stdout or ():
                 file.write(line)
                 file.flush()
@@ -111,6 +146,17 @@ class Stage:
         while not finished.wait(SECONDS_BETWEEN_LINES):
             for name, status in sorted(self._status.copy().items()):
                 print(f"  {name}: {status[:120]}", flush=True)
+
+
+def check_same_command(log: Path, first_line: str, job: Job) -> None:
+    """Refuse a run that another command filled; one without a log was put there by the user, who knows."""
+    if log.is_file():
+        with log.open(encoding="utf-8") as file:
+            before = file.readline()
+        if before != first_line:
+            raise UserError(
+                f"{job.run} was made by another command ({before.strip()}); move it away, or choose another folder"
+            )
 
 
 def executable(command: Sequence[str]) -> list[str]:
@@ -170,7 +216,7 @@ def run_chain(
     """Run ``data`` (if any), ``pretrain`` (``{output}`` is its run directory) and every arm of every task -> the
     report.
 
-    A finished pre-training in ``folder`` is used again. Raises ``UserError`` where a stage fails.
+    Finished runs in ``folder`` are used again, interrupted ones continue. Raises ``UserError`` where a stage fails.
     """
     if not (ROOT / "configs").is_dir():
         raise UserError(f"this runs from a clone of the repository; {ROOT} has no configs folder")
@@ -191,9 +237,8 @@ def run_chain(
     if data is not None:
         timed(alone, data.name, [data])
     encoder = folder / "pretrain"
-    pretraining = Job("pre-training", [part.replace("{output}", str(encoder)) for part in pretrain])
-    if not (encoder / ENCODER).is_file():
-        timed(alone, pretraining.name, [pretraining])
+    pretraining = Job("pre-training", [part.replace("{output}", str(encoder)) for part in pretrain], encoder, ENCODER)
+    timed(alone, pretraining.name, [pretraining])
 
     results: dict[str, TaskResult] = {}
     curves = [Curve("Pre-training", "loss on hidden patches", {"pre-training": read_log(encoder, "loss")})]
@@ -206,6 +251,7 @@ def run_chain(
             Job(
                 f"{task.name} {arm} {seed}",
                 task.command_line(encoder=encoder if arm == PRETRAINED else None, output=run, seed=seed),
+                run,
             )
             for (arm, seed), run in runs.items()
         ]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mae_core.errors import UserError, user_errors
-from transfer.chain import Job, Task, run_chain
+from transfer.chain import Job, Task, run_chain, set_aside
 
 DATA_SIZES = "--image-size 48 --clutter 0.5 --unlabelled 4000 --train 1000 --test 300 --workers 2"
 PRETRAIN = "mae pretrain configs/pretrain/digits.yaml"
@@ -80,22 +80,12 @@ OWN_DATA_COMMANDS = (
 )
 
 
-def keep_previous(folder: Path) -> None:
-    """Move a former demo out of the way; nothing is overwritten."""
-    if folder.exists() and any(folder.iterdir()):
-        number = 1
-        while (previous := folder.with_name(f"{folder.name}.previous-{number}")).exists():
-            number += 1
-        folder.rename(previous)
-        print(f"kept the former {folder} as {previous}", flush=True)
-
-
 def run_demo(folder: Path, num_seeds: int = 2) -> Path:
     """Run the chain into ``folder`` -> path of the report. Raises ``UserError`` where a stage fails."""
     if num_seeds < 1:
         raise UserError(f"--seeds {num_seeds}: at least one run of each arm is needed, two to see a spread")
     folder = folder.resolve()
-    keep_previous(folder)
+    set_aside(folder)
     data = folder / "data"
     return run_chain(
         folder,

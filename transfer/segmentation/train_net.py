@@ -23,6 +23,7 @@ from types import ModuleType
 from typing import Any
 
 from mae_core.errors import UserError, user_errors
+from mae_core.layout import LAST_CHECKPOINT
 from mae_core.training.distributed import leave
 from transfer.engines import require
 from transfer.segmentation.config import check_config_exists
@@ -30,8 +31,6 @@ from transfer.segmentation.launching import LAUNCHERS, join_launched
 from transfer.segmentation.quiet import quietly
 
 ENGINE_MODULES = r"(mmcv|mmengine|mmseg)(\.|$)"
-LAST_CHECKPOINT = "last_checkpoint"
-"""mmengine's file that names the last checkpoint; written after the checkpoint itself."""
 
 
 def train_segmenter(
