@@ -69,7 +69,7 @@ def copy(source: Path, target: Path) -> None:
 def main() -> None:
     """Print a table: target, ending, seconds, seconds of a copy, peak memory over the size of the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="scratch folder; needs three times the file")
+    parser.add_argument("--folder", type=Path, required=True, help="scratch folder; needs four times the file")
     parser.add_argument("--size", default="huge", choices=list(SIZES))
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from mae_core.conversion.exporting import write_folder
 from mae_core.conversion.files import SAFETENSORS, TORCH_SUFFIXES, write_torch, write_weights
 from mae_core.conversion.formats import FORMATS
 from mae_core.conversion.keymap import format_of
-from mae_core.conversion.parts import as_tensor
+from mae_core.conversion.parts import Joined, as_tensor
 from mae_core.conversion.reference import Geometry
 from mae_core.conversion.report import LoadReport
 from mae_core.conversion.resizing import Adaptation
@@ -54,31 +54,33 @@ def convert_file(
     if out.exists():
         raise UserError(f"{out} exists; choose another --out")
     path = resolve_weights(source, decoder=True)
-    file = read_described(path, mapped=not torch_file)
-    try:
-        converted = convert_lazily(
-            file.state,
-            from_format,
-            target,
-            adaptation=adaptation,
-            drop=drop,
-            notes=file.notes,
-            metadata=file.metadata,
-        )
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+    options = {"adaptation": adaptation, "drop": drop}
+    converted = _read_converted(path, from_format, target, options, mapped=True)
+    if torch_file and any(isinstance(values, Joined) for values in converted.tensors.values()):
+        # torch.save takes all tensors at once: what is joined may not lie in memory beside the map of its parts
+        converted = _read_converted(path, from_format, target, options, mapped=False)
     converted.report.path = f"{path} ({converted.report.path})"
     comparison = prove(converted) if check else None
-    if torch_file:  # the tensors are in memory, not on disk: let each go when it is joined
-        file.state.clear()
+    if torch_file:
         metadata = describe(converted)
         converted.parts.tensors.clear()
+        converted.parts.state.clear()
         write_torch(out, converted.tensors, metadata, FORMATS[target].wrapper)
     elif out.suffix == SAFETENSORS:
         write_weights(out, converted.tensors, describe(converted), unchanged=True)
     else:
         write_folder(converted, out)
     return converted.report, comparison
+
+
+def _read_converted(
+    path: Path, source: str | None, target: str, options: Mapping[str, Any], *, mapped: bool
+) -> Converted:
+    file = read_described(path, mapped=mapped)
+    try:
+        return convert_lazily(file.state, source, target, notes=file.notes, metadata=file.metadata, **options)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def describe(converted: Converted) -> dict[str, Any]:

@@ -286,10 +286,13 @@ def test_bytes_that_go_from_file_to_file_are_the_right_ones(tmp_path, official, 
     state = mae_core.convert(official, "official", source)[0]
     path = tmp_path / f"x{ending}"
     torch.save({"model": state}, path) if ending == ".pth" else write_weights(path, state, {})
-    convert_file(path, target, tmp_path / "same.safetensors")
     wanted = mae_core.convert(official, "official", target)[0]
-    written = read_file(tmp_path / "same.safetensors", mapped=False).state
-    assert written.keys() == wanted.keys() and all(torch.equal(written[name], wanted[name]) for name in wanted)
+    for out in (tmp_path / "same.safetensors", tmp_path / "same.pth"):
+        convert_file(path, target, out)
+        written = read_file(out, mapped=False).state
+        assert written.keys() == wanted.keys() and all(torch.equal(written[name], wanted[name]) for name in wanted)
+    plain = torch.load(tmp_path / "same.pth", weights_only=True)  # as any other program reads it
+    assert all(torch.equal(plain.get("model", plain)[name], wanted[name]) for name in wanted)
     convert_file(path, target, tmp_path / "other.safetensors", adaptation=Adaptation(image_size=(48, 64)))
     resized = mae_core.convert(official, "official", target, adaptation=Adaptation(image_size=(48, 64)))[0]
     written = read_file(tmp_path / "other.safetensors", mapped=False).state
