@@ -11,7 +11,7 @@ from mae_core.errors import UserError
 class Engine(NamedTuple):
     """A framework behind one door, the file ``transfer/<task>/engine_<name>.py``.
 
-    packages  what it imports; install: the line that installs them
+    packages  what it imports; install: the line that installs them, or where to read how
     """
 
     task: Literal["detection", "segmentation"]
@@ -21,6 +21,11 @@ class Engine(NamedTuple):
 
 ENGINES = {
     "torchvision": Engine("detection", ("torchvision", "pycocotools"), 'pip install "mae-transfer[detection]"'),
+    "detectron2": Engine(
+        "detection",
+        ("detectron2", "pycocotools"),
+        "its page says how to install it: https://detectron2.readthedocs.io/en/latest/tutorials/install.html",
+    ),
     "mmseg": Engine("segmentation", ("mmcv", "mmengine", "mmseg"), 'pip install "mae-transfer[segmentation]"'),
 }
 """Name in a configuration -> engine. To add one: its file, and a row."""

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mae_core.atomic import atomic_path
 from mae_core.conversion.parts import Joined, Values, as_tensor
+from mae_core.conversion.pickles import PICKLE, read_pickle
 from mae_core.conversion.unwrapping import arguments_of, unwrap
 from mae_core.errors import UserError
 
@@ -162,6 +163,8 @@ def read_file(path: Path | str, *, mapped: bool = True) -> WeightsFile:
         raise UserError(f"weights file {path} does not exist")
     if path.suffix == SAFETENSORS:
         return _read_safetensors(path, mapped)
+    if path.suffix == PICKLE:
+        return _unwrapped(path, read_pickle(path))
     return _read_torch(path, mapped)
 
 
@@ -220,6 +223,11 @@ def _read_torch(path: Path, mapped: bool) -> WeightsFile:
                 "save its state_dict alone, as safetensors"
             ) from None
         raise UserError(broken) from None
+    return _unwrapped(path, content)
+
+
+def _unwrapped(path: Path, content: Any) -> WeightsFile:
+    """The weights in what a file holds, with what it says of them."""
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, not named tensors")
     try:

@@ -13,13 +13,14 @@ from mae_core.training.loop import seed_everything
 from transfer.backbone import DenseViT, Level
 from transfer.detection.coco import Part, read_coco
 from transfer.detection.config import DetectionConfig, DetectionData, DetectorConfig, InferenceConfig, SamplingConfig
+from transfer.detection.core_loop import detection_losses, to_original
 from transfer.detection.detector import evaluate_detector, train_detector
-from transfer.detection.engine_torchvision import build_mask_rcnn
+from transfer.detection.engine_torchvision import ENGINE, build_mask_rcnn
 from transfer.detection.parts import locate
 from transfer.detection.rois import LevelPool, mask_targets, paste_mask
 from transfer.detection.samples import TrainingSamples, WholeImages, boxes_of, collate
 from transfer.detection.train_net import check_one_process, main, parse_arguments
-from transfer.detection.trainer import detection_losses, to_original
+from transfer.engines import installed
 
 
 @pytest.fixture
@@ -197,7 +198,7 @@ def test_a_pretrained_encoder_is_reported_and_its_statistics_taken(configure, pr
 
 def test_an_interrupted_run_ends_in_the_same_weights(configure, tmp_path, monkeypatch):
     from mae_core.conversion.files import read_weights
-    from transfer.detection import trainer
+    from transfer.detection import core_loop
 
     options = (
         "optim.epochs=4",
@@ -207,7 +208,7 @@ def test_an_interrupted_run_ends_in_the_same_weights(configure, tmp_path, monkey
         "model.drop_path=0.2",
     )
     train_detector(configure(*options, f"output={tmp_path / 'whole'}"))
-    real, calls = trainer.detection_losses, []
+    real, calls = core_loop.detection_losses, []
 
     def stops(model, batch):
         calls.append(1)
@@ -215,11 +216,11 @@ def test_an_interrupted_run_ends_in_the_same_weights(configure, tmp_path, monkey
             raise KeyboardInterrupt
         return real(model, batch)
 
-    monkeypatch.setattr(trainer, "detection_losses", stops)
+    monkeypatch.setattr(core_loop, "detection_losses", stops)
     config = configure(*options, f"output={tmp_path / 'broken'}")
     with pytest.raises(KeyboardInterrupt):
         train_detector(config)
-    monkeypatch.setattr(trainer, "detection_losses", real)
+    monkeypatch.setattr(core_loop, "detection_losses", real)
     train_detector(config, resume=True)
     whole, resumed = (read_weights(tmp_path / name / "detector.safetensors")[0] for name in ("whole", "broken"))
     differing = [name for name in whole if not torch.equal(whole[name], resumed[name])]
@@ -310,7 +311,7 @@ def test_a_run_on_cpus_has_no_norm_of_gpus(configure):
         raise Built(model.norm)
 
     with pytest.raises(Built, match=r"^bn$"):
-        trainer.train(configure("model.norm=sync_bn"), build)
+        trainer.train(configure("model.norm=sync_bn"), ENGINE._replace(build=build))
 
 
 def test_an_unknown_key_gets_a_guess():
@@ -318,9 +319,24 @@ def test_an_unknown_key_gets_a_guess():
         load_config(DetectionConfig, None, ["from_scratch=true", "model.fpn_chanels=3"])
 
 
-def test_an_engine_that_is_not_there_yet_is_refused_with_the_known_ones():
-    with pytest.raises(ConfigError, match="unknown name 'detectron2'; known: torchvision"):
-        load_config(DetectionConfig, None, ["from_scratch=true", "engine=detectron2"])
+def test_an_engine_that_does_not_exist_is_refused_with_the_known_ones():
+    with pytest.raises(ConfigError, match="unknown name 'mmdet'; known: detectron2, torchvision"):
+        load_config(DetectionConfig, None, ["from_scratch=true", "engine=mmdet"])
+
+
+@pytest.mark.skipif(installed("detectron2"), reason="detectron2 is installed")
+@pytest.mark.parametrize("given", [["engine=detectron2", "from_scratch=true"], ["--config-file", "lazy.py"]])
+def test_without_detectron2_one_sentence_names_its_page(given, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(given)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1
+    assert "needs detectron2, not installed here; its page says how to install it: https://detectron2.readth" in error
+
+
+def test_a_cascade_is_detectron2s():
+    with pytest.raises(ConfigError, match=r"model\.cascade needs engine=detectron2, not torchvision"):
+        load_config(DetectionConfig, None, ["from_scratch=true", "model.cascade=true"])
 
 
 def test_weights_or_scratch_but_not_both_or_neither():

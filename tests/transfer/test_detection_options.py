@@ -7,7 +7,7 @@ import torch
 
 from mae_core.conversion.files import read_weights
 from mae_core.errors import UserError
-from transfer.detection import trainer
+from transfer.detection import core_loop
 from transfer.detection.config import DetectionOptim
 from transfer.detection.detector import evaluate_detector, train_detector
 from transfer.detection.engine_torchvision import build_mask_rcnn
@@ -38,16 +38,15 @@ def test_other_pyramids_and_positions_train_and_are_rebuilt_from_their_file(conf
 
 
 def test_averaged_weights_are_scored_written_and_resumed(configure_detection, tmp_path, monkeypatch):
-    options = ("optim.ema=0.9", "optim.epochs=4", "log.checkpoint_every=2")
+    options = ("ema=0.9", "optim.epochs=4", "log.checkpoint_every=2")
     train_detector(configure_detection(*options, f"output={tmp_path / 'whole'}"))
     checkpoint = tmp_path / "whole" / "checkpoints" / "step_00000004" / "model.safetensors"
-    both, _ = read_weights(checkpoint)
+    last, _ = read_weights(checkpoint)
     written, _ = read_weights(tmp_path / "whole" / "detector.safetensors")
     name = "roi_heads.box_predictor.cls_score.weight"
-    assert torch.equal(written[name], both[f"average.module.{name}"])
-    assert not torch.equal(written[name], both[f"network.{name}"])
+    assert not torch.equal(written[name], last[name])
 
-    real, calls = trainer.detection_losses, []
+    real, calls = core_loop.detection_losses, []
 
     def stops(model, batch):
         calls.append(1)
@@ -55,11 +54,11 @@ def test_averaged_weights_are_scored_written_and_resumed(configure_detection, tm
             raise KeyboardInterrupt
         return real(model, batch)
 
-    monkeypatch.setattr(trainer, "detection_losses", stops)
+    monkeypatch.setattr(core_loop, "detection_losses", stops)
     config = configure_detection(*options, f"output={tmp_path / 'broken'}")
     with pytest.raises(KeyboardInterrupt):
         train_detector(config)
-    monkeypatch.setattr(trainer, "detection_losses", real)
+    monkeypatch.setattr(core_loop, "detection_losses", real)
     train_detector(config, resume=True)
     resumed, _ = read_weights(tmp_path / "broken" / "detector.safetensors")
     assert [key for key in written if not torch.equal(written[key], resumed[key])] == []
@@ -77,7 +76,7 @@ def test_a_run_is_not_resumed_on_other_images(configure_detection, tmp_path, wri
 
 def decays(config, **optim) -> dict[str, float]:
     model = build_mask_rcnn(build_trunk(config).vit, 3, config.model, config.sampling, config.test)
-    groups = parameter_groups(model, 6, DetectionOptim(weight_decay=0.1, layer_decay=0.5, **optim))
+    groups = parameter_groups(model, DetectionOptim(weight_decay=0.1, layer_decay=0.5, **optim))
     found = {name: group["weight_decay"] for group in groups for name in group["param_names"]}
     assert set(found) == {name for name, _ in model.named_parameters()}
     assert all(len(group["params"]) == len(group["param_names"]) for group in groups)

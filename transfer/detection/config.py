@@ -24,6 +24,10 @@ Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 
+ONLY_WITH = {"model.cascade": "detectron2", "ema": "torchvision", "optim.micro_batch": "torchvision"}
+"""Option -> the engine that has it: detectron2's trainer neither averages weights nor accumulates gradients."""
+
+
 class DetectorConfig(Schema):
     """The network: DenseViT, a pyramid, and the heads of Mask R-CNN."""
 
@@ -37,6 +41,7 @@ class DetectorConfig(Schema):
         "canvas", description="the grid of the learned positions: the canvas', or the weights', resized on every pass"
     )
     pyramid: Annotated[str, row_of(PYRAMIDS)] = "four_stage"
+    cascade: bool = Field(False, description="three box heads, one after another (Cascade R-CNN); engine detectron2")
     drop_path: Fraction = 0.1
     checkpointing: bool = Field(False, description="recompute blocks in the backward pass: less memory, more time")
     norm: Annotated[str, row_of(NORMS)] = Field("sync_bn", description="in FPN and heads; gn or ln for small batches")
@@ -99,6 +104,9 @@ class DetectionOptim(OptimConfig):
     epochs: Positive = 100
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.25
     batch_size: Count = 64
+    images_per_device: Count | None = Field(
+        None, description="makes the batch so many images times the number of devices; the learning rate follows"
+    )
     base_lr: Positive = 3.2e-4
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
@@ -109,9 +117,6 @@ class DetectionOptim(OptimConfig):
     published_decay: bool = Field(
         False, description="decay what ViTDet's code decays by accident too: channel norms, biases, relative positions"
     )
-    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        None, description="decay of a moving average of the weights, which is then scored and written"
-    )
 
 
 class DetectionConfig(TransferConfig):
@@ -120,8 +125,17 @@ class DetectionConfig(TransferConfig):
     output: Path = Path("runs/detection")
     engine: Annotated[str, row_of(engines_for("detection"))] = "torchvision"
     weights: Path | None = Field(None, description="an encoder, or a run that has one; with --eval-only a detector")
+    ema: Share | None = Field(None, description="decay of an average of the weights, which is then scored and written")
     model: DetectorConfig = DetectorConfig()
     sampling: SamplingConfig = SamplingConfig()
     data: DetectionData = DetectionData()
     optim: DetectionOptim = DetectionOptim()
     test: InferenceConfig = InferenceConfig()
+
+    @model_validator(mode="after")
+    def _engine_can(self) -> DetectionConfig:
+        wanted = {"model.cascade": self.model.cascade, "ema": self.ema, "optim.micro_batch": self.optim.micro_batch}
+        for option, engine in ONLY_WITH.items():
+            if wanted[option] and self.engine != engine:
+                raise ValueError(f"{option} needs engine={engine}, not {self.engine}")
+        return self

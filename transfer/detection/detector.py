@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from types import ModuleType
 from typing import Any
 
+from transfer.detection import trained, trainer
 from transfer.detection.config import DetectionConfig
+from transfer.detection.job import DetectorEngine
 from transfer.engines import require
 
 
@@ -15,15 +16,15 @@ def train_detector(config: DetectionConfig, *, resume: bool = False) -> dict[str
 
     Raises ``UserError`` for everything a user can get wrong, before any work where that is possible.
     """
-    return _engine(config).train(config, resume=resume)
+    return trainer.train(config, load_engine(config), resume=resume)
 
 
 def evaluate_detector(config: DetectionConfig) -> dict[str, Any]:
     """Score the trained detector in ``config.weights`` on the validation set; returns what metrics.json holds."""
-    return _engine(config).evaluate(config)
+    return trained.evaluate(config, load_engine(config))
 
 
-def _engine(config: DetectionConfig) -> ModuleType:
-    """The file that alone imports the engine; it has ``train(config, resume)`` and ``evaluate(config)``."""
+def load_engine(config: DetectionConfig) -> DetectorEngine:
+    """``ENGINE`` of the file, or folder, that alone imports the engine. Raises ``UserError`` where it is missing."""
     require(config.engine)
-    return importlib.import_module(f"transfer.detection.engine_{config.engine}")
+    return importlib.import_module(f"transfer.detection.engine_{config.engine}").ENGINE

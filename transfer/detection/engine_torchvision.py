@@ -18,9 +18,11 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 
+from mae_core.data.images import Statistics
 from transfer.backbone import DenseViT
-from transfer.detection import trainer
-from transfer.detection.config import DetectionConfig, DetectorConfig, InferenceConfig, SamplingConfig
+from transfer.detection.config import DetectorConfig, InferenceConfig, SamplingConfig
+from transfer.detection.core_loop import detect, fit_in_core_loop, score_by_detecting
+from transfer.detection.job import DetectorEngine
 from transfer.detection.rois import LevelPool, mask_targets
 from transfer.detection.samples import Target
 from transfer.pyramid import NORMS, PyramidBackbone
@@ -188,11 +190,8 @@ def build_mask_rcnn(
     return MaskRCNN(backbone, rpn, rois)
 
 
-def train(config: DetectionConfig, *, resume: bool = False) -> dict[str, Any]:
-    """Train with the core's loop and score; returns what metrics.json holds."""
-    return trainer.train(config, build_mask_rcnn, resume=resume)
+def knows_its_images(network: nn.Module, statistics: Statistics, canvas: tuple[int, int]) -> None:
+    """Images come standardised and on their canvas: there is nothing to know."""
 
 
-def evaluate(config: DetectionConfig) -> dict[str, Any]:
-    """Score the detector in ``config.weights``; returns what metrics.json holds."""
-    return trainer.evaluate(config, build_mask_rcnn)
+ENGINE = DetectorEngine(build_mask_rcnn, knows_its_images, fit_in_core_loop, detect, score_by_detecting)

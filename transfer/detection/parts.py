@@ -119,7 +119,7 @@ class Trunk(NamedTuple):
     statistics: Statistics
 
 
-def parameter_groups(model: nn.Module, depth: int, optim: DetectionOptim) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, optim: DetectionOptim) -> list[dict[str, Any]]:
     """Groups of a detector with ``backbone.vit`` for AdamW: layer-wise rates, and what is not decayed.
 
     By default no bias, norm or position is. ``optim.published_decay`` repeats ViTDet's code for ViT-B and ViT-L, where
@@ -127,7 +127,7 @@ def parameter_groups(model: nn.Module, depth: int, optim: DetectionOptim) -> lis
     layers, and relative positions are decayed.
     """
     options: dict[str, Any] = {"layer_decay": optim.layer_decay, "weight_decay": optim.weight_decay}
-    groups = layer_decay_groups(model, depth, trunk="backbone.vit.", **options)
+    groups = layer_decay_groups(model, len(model.backbone.vit.blocks), trunk="backbone.vit.", **options)
     if not optim.published_decay:
         return groups
     exempt = {id(p) for m in model.modules() if type(m) in PLAIN_NORMS for p in m.parameters(recurse=False)}

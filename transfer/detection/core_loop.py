@@ -1,0 +1,120 @@
+"""A detector in the core's loop: for engines that bring a network and no loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import BatchSampler
+
+from mae_core.data.images import Unreadable
+from mae_core.data.loading import make_loader
+from mae_core.training.averaging import attach_average
+from mae_core.training.loop import fit
+from mae_core.training.run import Run
+from transfer.detection.coco import encode_masks
+from transfer.detection.config import DetectionConfig
+from transfer.detection.draw import stacked
+from transfer.detection.evaluation import spread_indices, truth_and_prediction
+from transfer.detection.job import Fitted, Job, finish
+from transfer.detection.parts import parameter_groups
+from transfer.detection.rois import paste_mask
+from transfer.detection.samples import DetectionBatch, TrainingSamples, WholeImages, collate, collate_readable
+from transfer.detection.scores import Detections
+
+PICTURE_ROWS = 3
+
+
+def detection_losses(model: nn.Module, batch: DetectionBatch) -> dict[str, Tensor]:
+    """(model, batch) -> the sum of the detector's losses, and each of them."""
+    losses = model(batch.pixels, batch.sizes, batch.targets)
+    return {"loss": torch.stack(list(losses.values())).sum(), **losses}
+
+
+@torch.inference_mode()
+def detect(
+    model: nn.Module, images: WholeImages, run: Run, indices: Sequence[int], *, batch_size: int, workers: int
+) -> tuple[list[Detections], list[Unreadable]]:
+    """What ``model`` finds in the images of ``indices``, in original pixels, and the images that could not be read.
+
+    Under ``torchrun`` each rank takes its share, and every rank gets the whole result.
+    """
+    model.eval()
+    share = BatchSampler(list(indices)[run.rank :: run.world], batch_size, drop_last=False)
+    loader = make_loader(images, share, collate_readable, workers=workers, pin=run.device.type == "cuda")
+    found: list[Detections] = []
+    unreadable: list[Unreadable] = []
+    for batch in loader:
+        unreadable += batch.unreadable
+        if len(batch):
+            with run.autocast():
+                outputs = model(batch.pixels.to(run.device, non_blocking=True), batch.sizes)
+            found += [to_original(output, images, index) for output, index in zip(outputs, batch.indices, strict=True)]
+    if run.world > 1:
+        parts: list[Any] = [None] * run.world
+        torch.distributed.all_gather_object(parts, (found, unreadable))
+        found, unreadable = ([entry for part in parts for entry in part[n]] for n in (0, 1))
+    return sorted(found, key=lambda detections: detections.image_index), unreadable
+
+
+def to_original(output: dict[str, Tensor], images: WholeImages, index: int) -> Detections:
+    """The model's output for one canvas -> detections in the pixels of the image that lies on it."""
+    record, placement = images.coco.images[index], images.placement(index)
+    width, height = record.width, record.height
+    scale = torch.tensor([width / placement.width, height / placement.height] * 2)
+    boxes = (output["boxes"].float().cpu() * scale).minimum(torch.tensor([width, height] * 2))
+    masks = [
+        paste_mask(mask, box, height, width)
+        for mask, box in zip(output["masks"].float().cpu(), boxes.tolist(), strict=True)
+    ]
+    codes = encode_masks(torch.stack(masks).numpy()) if masks else []
+    return Detections(index, boxes, output["scores"].float().cpu(), output["labels"].cpu(), codes)
+
+
+def fit_in_core_loop(model: nn.Module, job: Job) -> Fitted:
+    """Train ``model`` as the job says; the network to score, which is the averaged one where ``ema`` is set."""
+    config, run, settings = job.config, job.run, job.settings
+    groups = parameter_groups(model, config.optim)
+    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=config.optim.betas, fused=True)
+    scored = model if config.ema is None else attach_average(optimizer, model, config.ema)
+    start = run.restore(model, optimizer) if job.resume else 0
+    sampler = run.sampler(
+        len(job.train_set.images), config.optim.batch_size, total_steps=settings.total_steps, start_step=start
+    )
+    samples = TrainingSamples(job.train_set, config.data, job.statistics, config.seed)
+    loader = make_loader(samples, sampler, collate, workers=config.data.workers, pin=run.device.type == "cuda")
+    coco = job.images.coco
+
+    def draw(step: int) -> None:
+        indices = spread_indices(len(job.images), PICTURE_ROWS)
+        shown, _ = detect(scored, job.images, run, indices, batch_size=1, workers=0)
+        least, channels = config.test.picture_score, config.data.channels
+        rows = [truth_and_prediction(coco, detections, channels, least) for detections in shown]
+        if run.is_main and any(rows):
+            run.picture(f"step_{step:08d}", stacked([row for row in rows if row is not None]), step)
+
+    result = fit(
+        model,
+        loader,
+        detection_losses,
+        optimizer,
+        run=run,
+        settings=settings,
+        start_step=start,
+        hooks=[(config.log.pictures_every, draw)],
+        metadata=job.metadata,
+    )
+    return Fitted(scored, result.seconds if start < settings.total_steps else None, result.loss)
+
+
+def score_by_detecting(
+    model: nn.Module, images: WholeImages, run: Run, config: DetectionConfig, more: dict[str, Any]
+) -> dict[str, Any]:
+    """Detect in all images and write the evaluation, with ``more``, to the run directory; the metrics, on rank 0."""
+    run.say(f"evaluating on {len(images)} images")
+    found, unreadable = detect(
+        model, images, run, range(len(images)), batch_size=config.test.test_batch, workers=config.data.workers
+    )
+    return finish(images, found, unreadable, run, config, more)

@@ -1,0 +1,154 @@
+"""Mask R-CNN and Cascade Mask R-CNN of detectron2's parts, with the numbers of a recipe."""
+
+from __future__ import annotations
+
+import torch
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.matcher import Matcher
+from detectron2.modeling.poolers import ROIPooler
+from detectron2.modeling.proposal_generator import RPN, StandardRPNHead
+from detectron2.modeling.roi_heads import (
+    CascadeROIHeads,
+    FastRCNNConvFCHead,
+    FastRCNNOutputLayers,
+    MaskRCNNConvUpsampleHead,
+    StandardROIHeads,
+)
+
+from mae_core.data.images import IMAGENET_MEAN, IMAGENET_STD, Statistics
+from mae_core.errors import UserError
+from transfer.backbone import DenseViT
+from transfer.detection.config import DetectorConfig, InferenceConfig, SamplingConfig
+from transfer.detection.engine_detectron2.backbone import MAECoreBackbone
+from transfer.pyramid import NORMS
+
+BOX_CELLS, MASK_CELLS = 7, 14
+BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+CASCADE = {0.5: BOX_WEIGHTS, 0.6: (20.0, 20.0, 10.0, 10.0), 0.7: (30.0, 30.0, 15.0, 15.0)}
+"""Least overlap of a positive box in each stage -> weights of its box deltas (Cascade R-CNN, 4.1)."""
+BRIGHTEST = 255.0
+"""detectron2 takes pixels in 0..255."""
+
+
+def build_rcnn(
+    vit: DenseViT, num_classes: int, config: DetectorConfig, sampling: SamplingConfig, test: InferenceConfig
+) -> GeneralizedRCNN:
+    """A Mask R-CNN, or with ``config.cascade`` a Cascade Mask R-CNN, on ``vit``; background is no class.
+
+    Raises ``UserError`` for a patch size that is no power of 2, which detectron2's pooling cannot take.
+    """
+    if vit.grid.patch & (vit.grid.patch - 1):
+        raise UserError(
+            f"engine detectron2 takes patch sizes that are powers of 2, not {vit.grid.patch}; use engine=torchvision"
+        )
+    backbone = MAECoreBackbone(vit, kind=config.pyramid, channels=config.fpn_channels, norm=NORMS[config.norm])
+    return GeneralizedRCNN(
+        backbone=backbone,
+        proposal_generator=proposal_network(backbone, config, sampling),
+        roi_heads=roi_heads(backbone, num_classes, config, sampling, test),
+        pixel_mean=[BRIGHTEST * value for value in IMAGENET_MEAN],
+        pixel_std=[BRIGHTEST * value for value in IMAGENET_STD],
+        input_format="RGB",
+    )
+
+
+def adapt_to_images(network: GeneralizedRCNN, statistics: Statistics, canvas: tuple[int, int]) -> None:
+    """Standardise images with ``statistics``, and pad them to a square that holds the canvas."""
+    for name, values in zip(("pixel_mean", "pixel_std"), statistics, strict=True):
+        setattr(network, name, BRIGHTEST * torch.tensor(values).view(-1, 1, 1))
+    network.backbone.square = max(canvas)
+
+
+def proposal_network(backbone: MAECoreBackbone, config: DetectorConfig, sampling: SamplingConfig) -> RPN:
+    """The region proposal network; its convolutions have no norm, as in ViTDet's code."""
+    sizes = [[config.anchor_scale * stride for stride in level] for level in backbone.anchor_strides]
+    anchors = DefaultAnchorGenerator(
+        sizes=sizes,
+        aspect_ratios=[list(config.anchor_ratios)],
+        strides=[level.stride for level in backbone.levels],
+        offset=0.0,
+    )
+    return RPN(
+        in_features=[level.name for level in backbone.levels],
+        head=StandardRPNHead(
+            in_channels=config.fpn_channels,
+            num_anchors=anchors.num_anchors[0],
+            conv_dims=[-1] * config.rpn_convs,
+        ),
+        anchor_generator=anchors,
+        anchor_matcher=Matcher([0.3, 0.7], [0, -1, 1], allow_low_quality_matches=True),
+        box2box_transform=Box2BoxTransform(weights=(1.0, 1.0, 1.0, 1.0)),
+        batch_size_per_image=sampling.rpn_anchors,
+        positive_fraction=0.5,
+        pre_nms_topk=(sampling.pre_nms_train, sampling.pre_nms_test),
+        post_nms_topk=(sampling.proposals, sampling.proposals),
+        nms_thresh=0.7,
+    )
+
+
+def pooler(backbone: MAECoreBackbone, cells: int) -> ROIPooler:
+    """RoIAlign with half-pixel offsets on the levels that boxes are read from."""
+    scales = tuple(1.0 / level.stride for level in backbone.box_levels)
+    return ROIPooler(output_size=cells, scales=scales, sampling_ratio=0, pooler_type="ROIAlignV2")
+
+
+def roi_heads(
+    backbone: MAECoreBackbone,
+    num_classes: int,
+    config: DetectorConfig,
+    sampling: SamplingConfig,
+    test: InferenceConfig,
+) -> StandardROIHeads:
+    """Box and mask heads: one box head, or three in a cascade with boxes of no class."""
+    names = [level.name for level in backbone.box_levels]
+    norm = NORMS[config.norm] or ""
+    width = config.head_channels
+
+    def box_head() -> FastRCNNConvFCHead:
+        shape = ShapeSpec(channels=config.fpn_channels, height=BOX_CELLS, width=BOX_CELLS)
+        return FastRCNNConvFCHead(
+            shape, conv_dims=[width] * config.box_convs, fc_dims=[config.box_features], conv_norm=norm
+        )
+
+    def predictor(weights: tuple[float, ...], shared: bool) -> FastRCNNOutputLayers:
+        return FastRCNNOutputLayers(
+            ShapeSpec(channels=config.box_features),
+            box2box_transform=Box2BoxTransform(weights=weights),
+            num_classes=num_classes,
+            cls_agnostic_bbox_reg=shared,
+            test_score_thresh=test.score_threshold,
+            test_nms_thresh=test.nms_threshold,
+            test_topk_per_image=test.detections,
+        )
+
+    def matcher(overlap: float) -> Matcher:
+        return Matcher([overlap], [0, 1], allow_low_quality_matches=False)
+
+    shape = ShapeSpec(channels=config.fpn_channels, height=MASK_CELLS, width=MASK_CELLS)
+    mask_dims = [width] * (config.mask_convs + 1)  # the last is the transposed convolution
+    common = {
+        "num_classes": num_classes,
+        "batch_size_per_image": sampling.rois,
+        "positive_fraction": 0.25,
+        "box_in_features": names,
+        "box_pooler": pooler(backbone, BOX_CELLS),
+        "mask_in_features": names,
+        "mask_pooler": pooler(backbone, MASK_CELLS),
+        "mask_head": MaskRCNNConvUpsampleHead(shape, num_classes=num_classes, conv_dims=mask_dims, conv_norm=norm),
+    }
+    if config.cascade:
+        return CascadeROIHeads(
+            box_heads=[box_head() for _ in CASCADE],
+            box_predictors=[predictor(weights, shared=True) for weights in CASCADE.values()],
+            proposal_matchers=[matcher(overlap) for overlap in CASCADE],
+            **common,
+        )
+    return StandardROIHeads(
+        box_head=box_head(),
+        box_predictor=predictor(BOX_WEIGHTS, shared=False),
+        proposal_matcher=matcher(next(iter(CASCADE))),
+        **common,
+    )

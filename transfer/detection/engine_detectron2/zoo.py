@@ -1,0 +1,104 @@
+"""ViTDet detectors of detectron2's model zoo: their names as a table, and a network from such a file."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mae_core.conversion.files import read_weights
+from mae_core.conversion.loading import LoadReport
+from mae_core.errors import UserError
+from mae_core.pos_embed import resize_pos_embed
+
+ZOO_PREFIX = "backbone.net."
+CONVOLUTIONS = {2: (4, 5), 3: (1, 2), 4: (0, 1), 5: (1, 2)}
+"""Level of the simple pyramid -> places of its 1x1 and 3x3 convolutions in the zoo's files; they carry their norms."""
+RENAMED = {ZOO_PREFIX: "backbone.vit."}
+for _level, (_one, _three) in CONVOLUTIONS.items():
+    _theirs, _ours = f"backbone.simfp_{_level}", f"backbone.pyramid.stages.{_level - 2}"
+    RENAMED |= {
+        f"{_theirs}.{_one}.norm.": f"{_ours}.{_one + 1}.",
+        f"{_theirs}.{_one}.": f"{_ours}.{_one}.",
+        f"{_theirs}.{_three}.norm.": f"{_ours}.{_three + 2}.",
+        f"{_theirs}.{_three}.": f"{_ours}.{_three + 1}.",
+        f"{_theirs}.": f"{_ours}.",
+    }
+"""Start of a name in the zoo's files -> ours; the first row that fits holds. All other names are detectron2's own."""
+OF_CLASSES = r"roi_heads\.(box_predictor(\.\d)?\.(cls_score|bbox_pred)|mask_head\.predictor)\."
+"""Layers whose size is the number of classes."""
+NOT_WEIGHTS = ("pixel_mean", "pixel_std", "proposal_generator.anchor_generator.cell_anchors")
+"""What older files hold besides weights."""
+
+
+def is_zoo_file(path: Path | None) -> bool:
+    """Whether ``path`` is a file of a whole detector in the zoo's layout."""
+    if path is None or not path.is_file():
+        return False
+    state, _ = read_weights(path)
+    return any(name.startswith(ZOO_PREFIX) for name in state) and any(name.startswith("roi_heads.") for name in state)
+
+
+def our_name(name: str) -> str:
+    """The name of a tensor of the zoo in our network."""
+    for theirs, ours in RENAMED.items():
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return name
+
+
+def load_zoo_detector(network: nn.Module, path: Path, *, other_classes: bool = False) -> LoadReport:
+    """Load a ViTDet detector of the zoo into ``network``; positions are resized to its grid.
+
+    With ``other_classes`` the layers whose size is the number of classes may differ, and stay as they are. Raises
+    ``UserError`` where any other tensor is left over on either side or has another shape.
+    """
+    given, _ = read_weights(path)
+    wanted = network.state_dict()
+    report = LoadReport(str(path), total_parameters=sum(p.numel() for p in network.parameters()))
+    ready: dict[str, Tensor] = {}
+    for name, tensor in given.items():
+        if name.startswith(NOT_WEIGHTS):
+            report.unused[name] = "not a weight"
+            continue
+        target = our_name(name)
+        if target not in wanted:
+            report.refused[name] = "the network has no such tensor"
+            continue
+        if target.endswith("pos_embed"):
+            tensor = _resized(network, tensor, target, report)
+        if tensor.shape == wanted[target].shape:
+            ready[target] = tensor
+            if name == target:
+                report.loaded.append(name)
+            else:
+                report.renamed[name] = target
+        elif other_classes and re.match(OF_CLASSES, target):
+            report.new.append(target)
+        else:
+            report.refused[name] = f"file {tuple(tensor.shape)}, network {tuple(wanted[target].shape)}"
+    known = {*ready, *report.new, *(our_name(name) for name in report.refused)}
+    report.refused |= {name: "missing from the file" for name in wanted.keys() - known}
+    if report.refused:
+        examples = "; ".join(f"{name}: {why}" for name, why in sorted(report.refused.items())[:3])
+        raise UserError(
+            f"{path} does not fit this network, {len(report.refused)} tensors are left over ({examples}); "
+            "take the recipe of its size in configs/detection, with as many classes"
+        )
+    with torch.no_grad():
+        for name, tensor in ready.items():
+            wanted[name].copy_(tensor)
+    learned = dict(network.named_parameters())
+    report.loaded_parameters = sum(learned[name].numel() for name in ready if name in learned)
+    return report
+
+
+def _resized(network: nn.Module, table: Tensor, name: str, report: LoadReport) -> Tensor:
+    side = int((table.shape[1] - 1) ** 0.5)
+    rows, cols = network.backbone.vit.grid[:2]
+    if (rows, cols) != (side, side) and side * side == table.shape[1] - 1:
+        report.resized[name] = f"{side}x{side} -> {rows}x{cols}"
+        return resize_pos_embed(table, (side, side), (rows, cols))
+    return table

@@ -1,0 +1,91 @@
+"""``train_net.py --dry-run``: what a run will be and take; no image is read through and nothing is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from mae_core.conversion.loading import read_encoder, with_channels_of
+from mae_core.data.loading import share_of
+from mae_core.patches import as_pair
+from mae_core.training import distributed
+from mae_core.training.run import Run
+from transfer.detection.config import DetectionConfig
+from transfer.detection.detector import load_engine
+from transfer.detection.job import build_network
+from transfer.detection.memory import BYTES, GIB, MOMENTS, peak_of_step
+from transfer.detection.parts import read_data
+from transfer.detection.trainer import follow_devices, settings_of
+
+POSITIVES = 4
+"""One of so many sampled regions is an object, at most."""
+
+
+def rehearse(config: DetectionConfig, devices: int, say: Callable[[str], None] = print) -> None:
+    """Print the plan of a run on ``devices`` devices, and what a step of it takes.
+
+    Raises ``UserError`` as the run would. The memory is that of the torchvision engine's network, whose tensors have
+    the sizes of detectron2's; a cascade has two more box heads than counted.
+    """
+    if config.weights is not None:
+        config = with_channels_of(read_encoder(config.weights), config)
+    config = follow_devices(config, devices)
+    load_engine(config)
+    optim = config.optim
+    train_set, val_set = read_data(config)
+    settings, share = settings_of(config, len(train_set.images)), share_of(optim.batch_size, devices)
+    micro = min(optim.micro_batch or share, share)
+    objects = [len(image.instances) for image in train_set.images]
+    shape = (
+        f"a tenth from {', '.join(f'step {round(m * settings.total_steps)}' for m in settings.milestones)} on"
+        if settings.milestones
+        else f"half-cosine to {settings.min_lr:g}"
+    )
+    height, width = as_pair(config.data.image_size)
+    torchvision = config.model_copy(
+        update={"engine": "torchvision", "model": config.model.model_copy(update={"cascade": False})}
+    )
+    trunk, model = build_network(torchvision, load_engine(torchvision), len(train_set.categories))
+    numbers = sum(p.numel() for p in model.parameters())
+    for line in (
+        f"data: {len(train_set.images)} training images with {sum(objects)} objects, at most {max(objects)} on one; "
+        f"{len(val_set.images)} validation images; {len(train_set.categories)} classes",
+        f"batch: {optim.batch_size} images a step, on {devices} devices {share} each, accumulated in "
+        f"{math.ceil(share / micro)} rounds of at most {micro}",
+        f"learning rate: {optim.base_lr:g} x {optim.batch_size} / 256 = {settings.lr:.6g} at its peak, warm-up "
+        f"{settings.warmup_steps} steps, {shape}; per block x {optim.layer_decay:g}; weight decay "
+        f"{optim.weight_decay:g}",
+        f"steps: {settings.total_steps} = {optim.epochs:g} epochs of {len(objects) / optim.batch_size:.6g} steps",
+        f"network: {numbers / 1e6:.1f} M parameters, ViT {trunk.vit.size}, patch {trunk.vit.grid.patch}, canvas "
+        f"{height}x{width}, engine {config.engine}",
+    ):
+        say(line)
+    precision = Run(config, distributed.join(config.device)).precision
+    distributed.leave()
+    needed = peak_of_step(model, lambda _: stand_in_loss(model, config, micro), precision)
+    kind = str(precision).removeprefix("torch.")
+    say(
+        f"memory, estimated: {needed / GIB:.1f} GiB at the peak of a step of {micro} images at once in {kind}, "
+        f"{numbers * BYTES * (2 + MOMENTS) / GIB:.1f} GiB of it parameters, gradients and moments; "
+        "a GPU's own libraries take about 1 GiB more"
+    )
+    say("dry run: nothing was written")
+
+
+def stand_in_loss(model: nn.Module, config: DetectionConfig, images: int) -> Tensor:
+    """A scalar that depends on everything a step of ``images`` images computes, without choosing among boxes."""
+    vit, heads = model.backbone.vit, model.roi_heads
+    features = model.backbone(torch.empty(images, vit.in_channels, *as_pair(config.data.image_size)))
+    outputs = model.rpn.head([x.float() for x in features.values()])
+    total = sum(x.sum() for level in outputs for x in level)
+
+    def regions(number: int, cells: int) -> Tensor:
+        return torch.empty(number * images, config.model.fpn_channels, cells, cells, requires_grad=True)
+
+    rois = config.sampling.rois
+    total += sum(x.sum() for x in heads.box_predictor(heads.box_head(regions(rois, heads.box_roi_pool.cells))))
+    masks = heads.mask_head(regions(rois // POSITIVES, heads.mask_roi_pool.cells))
+    return total + heads.mask_predictor(masks).sum()
