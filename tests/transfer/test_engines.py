@@ -18,8 +18,8 @@ def test_a_missing_package_is_named_with_its_install_line(monkeypatch):
 
 
 def test_an_unknown_engine_lists_the_known_ones():
-    with pytest.raises(UserError, match="no engine 'detectron2'; known: torchvision, mmseg"):
-        require("detectron2")
+    with pytest.raises(UserError, match="no engine 'mmdet'; known: torchvision, detectron2, mmseg"):
+        require("mmdet")
 
 
 def test_a_bare_folder_is_no_install(tmp_path, monkeypatch):
@@ -36,6 +36,7 @@ def test_a_package_that_does_not_exist_is_not_installed():
 
 
 def test_every_engine_has_a_task_and_an_install_line():
-    assert set(engines_for("detection")) == {"torchvision"}
+    assert set(engines_for("detection")) == {"torchvision", "detectron2"}
     assert set(engines_for("segmentation")) == {"mmseg"}
-    assert all(engine.install.startswith("pip install") for engine in ENGINES.values())
+    assert all(engine.install.startswith("pip install") for name, engine in ENGINES.items() if name != "detectron2")
+    assert "https://detectron2.readthedocs.io/" in ENGINES["detectron2"].install  # not on the package index
