@@ -118,6 +118,30 @@ def detection_root(tmp_path_factory: pytest.TempPathFactory, write_coco: Callabl
     return write_coco(tmp_path_factory.mktemp("detection"), val_seed=0)
 
 
+@pytest.fixture(scope="session")
+def tiny_detector() -> tuple[str, ...]:
+    """Options of a tiny detector from scratch."""
+    return (*TINY_DETECTOR, *DETECTOR_FROM_SCRATCH)
+
+
+@pytest.fixture(scope="session")
+def to_bands() -> Callable[[Path], None]:
+    """(root of a COCO set): rewrite its images as arrays of five bands."""
+
+    def rewrite(root: Path) -> None:
+        for half in ("train", "val"):
+            path = root / "annotations" / f"instances_{half}.json"
+            content = json.loads(path.read_text())
+            for image in content["images"]:
+                file = root / half / image["file_name"]
+                image["file_name"] = file.with_suffix(".npy").name
+                pixels = np.asarray(Image.open(file))
+                np.save(file.with_suffix(".npy"), np.concatenate([pixels, pixels[..., :2]], -1))
+            path.write_text(json.dumps(content))
+
+    return rewrite
+
+
 @pytest.fixture
 def configure_detection(detection_root: Path, tmp_path: Path) -> Callable[..., Any]:
     """(overrides) -> a configuration of a tiny detector on the tiny set."""

@@ -9,15 +9,10 @@ from PIL import Image
 from mae_core.data.images import Statistics, UnreadableImage
 from mae_core.data.loading import make_loader
 from mae_core.errors import UserError
-from transfer.detection.coco import (
-    Category,
-    Part,
-    check_same_categories,
-    decode_masks,
-    encode_masks,
-    read_coco,
-)
+from transfer.detection.annotations import Category
+from transfer.detection.coco import Part, check_same_categories, decode_masks, read_coco
 from transfer.detection.config import DetectionData
+from transfer.detection.masks import encode_masks
 from transfer.detection.samples import (
     TrainingSamples,
     WholeImages,
@@ -314,6 +309,7 @@ def test_truth_against_itself_is_perfect(coco):
         assert scores[kind]["AP"] == scores[kind]["AP50"] == scores[kind]["AP75"] == 1.0
         assert scores[kind]["APl"] is None  # no object is larger than 96 x 96
         assert set(scores[kind]["per_class"]) == {"bar", "frame", "disc"}
+        assert all(values["AP"] == values["AR"] == 1.0 for values in scores[kind]["per_class"].values())
 
 
 @pytest.mark.parametrize("name", [lambda n: n, lambda n: f"object {n}"], ids=["from 0", "strings"])
@@ -364,10 +360,17 @@ def test_scores_equal_pycocotools_called_by_hand(coco, tmp_path, capsys):
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-        names = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-        expected = [None if value == -1 else value for value in evaluation.stats[:6]]
-        assert [ours[kind][name] for name in names] == pytest.approx(expected)
-        assert ours[kind]["AR"] == pytest.approx(evaluation.stats[8])
+        names = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR", "ARs", "ARm", "ARl")
+        expected = [None if value == -1 else pytest.approx(value) for value in evaluation.stats]
+        assert [ours[kind][name] for name in names] == expected
+        one_by_one = [ours[kind]["per_class"][name] for name in coco.names]
+        for category, values in zip(coco.categories, one_by_one, strict=True):
+            evaluation.params.catIds = [category.id]
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+            expected = [None if value == -1 else pytest.approx(value) for value in evaluation.stats]
+            assert [values[name] for name in names] == expected
         assert 0 < ours[kind]["AP"] < 1
 
 

@@ -14,11 +14,11 @@ from mae_core.data.loading import make_loader
 from mae_core.training.averaging import attach_average
 from mae_core.training.loop import fit
 from mae_core.training.run import Run
-from transfer.detection.coco import encode_masks
 from transfer.detection.config import DetectionConfig
 from transfer.detection.draw import stacked
 from transfer.detection.evaluation import spread_indices, truth_and_prediction
 from transfer.detection.job import Fitted, Job, finish
+from transfer.detection.masks import encode_masks
 from transfer.detection.parts import parameter_groups
 from transfer.detection.rois import paste_mask
 from transfer.detection.samples import DetectionBatch, TrainingSamples, WholeImages, collate, collate_readable

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from transfer.detection.coco import CocoImage, CocoSet, decode_codes, decode_masks
+from transfer.detection.coco import CocoImage, CocoSet, decode_masks
+from transfer.detection.masks import decode_codes
 from transfer.detection.scores import Detections
 
 COLOURS = (
@@ -22,24 +23,28 @@ MOST_NAMES = 12
 
 
 def draw_truth(coco: CocoSet, image: CocoImage, pixels: Image.Image) -> Image.Image:
-    """The image with its annotated objects; crowds are left out."""
+    """The image with its annotated objects, named where there are several classes; crowds are left out."""
     instances = [instance for instance in image.instances if not instance.crowd]
     boxes = [(x, y, x + w, y + h) for x, y, w, h in (instance.box for instance in instances)]
     labels = [instance.label for instance in instances]
-    names = [coco.names[label - 1] for label in labels]
-    return _draw(pixels, boxes, decode_masks(image, instances), labels, names, len(coco.categories) == 1)
+    one_class = len(coco.categories) == 1
+    names = ["" if one_class else coco.names[label - 1] for label in labels]
+    return _draw(pixels, boxes, decode_masks(image, instances), labels, names, one_class)
 
 
 def draw_detections(coco: CocoSet, detections: Detections, pixels: Image.Image, least: float) -> Image.Image:
-    """The image with what was found in it with a score of at least ``least``."""
+    """The image with what was found in it with a score of at least ``least``: class and score, or the score alone where
+    there is one class."""
     kept = [n for n, score in enumerate(detections.scores.tolist()) if score >= least]
     codes = [detections.codes[n] for n in kept]
     masks = decode_codes(codes, *pixels.size[::-1])
     labels = [int(detections.labels[n]) for n in kept]
     scores = [float(detections.scores[n]) for n in kept]
-    names = [f"{coco.names[label - 1]} {score:.2f}" for label, score in zip(labels, scores, strict=True)]
+    one_class = len(coco.categories) == 1
+    classes = ["" if one_class else f"{coco.names[label - 1]} " for label in labels]
+    names = [f"{name}{score:.2f}" for name, score in zip(classes, scores, strict=True)]
     boxes = [tuple(detections.boxes[n].tolist()) for n in kept]
-    return _draw(pixels, boxes, masks, labels, names, len(coco.categories) == 1)
+    return _draw(pixels, boxes, masks, labels, names, one_class)
 
 
 def beside(columns: Sequence[tuple[str, Image.Image]], *, gap: int = 8) -> Image.Image:
@@ -92,9 +97,12 @@ def _draw(
         pen.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=colour, width=2 if scale > 1 else 1)
     if len(labels) <= MOST_NAMES or not one_class:
         for box, colour, name in zip(boxes, colours, names, strict=True):
+            if not name:
+                continue
             left, _, right, bottom = pen.textbbox((0, 0), name, font=font)
             x = min(max(0, round(box[0] * scale)), max(0, canvas.width - int(right - left) - 4))
-            y = max(0, round(box[1] * scale) - int(bottom) - 3)
+            above, below = round(box[1] * scale) - int(bottom) - 3, round(box[3] * scale) + 1
+            y = above if above >= 0 else min(below, max(0, canvas.height - int(bottom) - 3))
             pen.rectangle((x, y, x + right - left + 4, y + bottom + 2), fill=colour)
             pen.text((x + 2, y), name, fill="white", font=font)
     return canvas

@@ -195,12 +195,16 @@ def target_on(record: CocoImage, placement: Placement) -> Target:
 def read_checked(record: CocoImage, channels: int) -> Pixels:
     """The image of a record. Raises ``UnreadableImage`` where it cannot be read or has not the size in the json."""
     image = read_image(record.path, channels)
-    height, width = size_of(image)
+    check_size(record, *size_of(image))
+    return image
+
+
+def check_size(record: CocoImage, height: int, width: int) -> None:
+    """Raise ``UnreadableImage`` where a file of ``height`` x ``width`` pixels has not the size in the json."""
     if (width, height) != (record.width, record.height):
         raise UnreadableImage(
             record.path, f"it is {width}x{height}, its annotations are for {record.width}x{record.height}"
         )
-    return image
 
 
 def collate(samples: list[Sample]) -> DetectionBatch:

@@ -13,12 +13,18 @@ from rich.table import Table
 from torch import Tensor
 
 from mae_core.errors import UserError
-from transfer.detection.coco import CocoSet, mask_coder
+from transfer.detection.coco import CocoSet
+from transfer.detection.masks import mask_coder
 
 KINDS = {"bbox": "box", "segm": "mask"}
 """pycocotools' name of what is compared -> ours."""
 
-AREAS = {"AP": "all", "APs": "small", "APm": "medium", "APl": "large"}
+AREAS = {"": "all", "s": "small", "m": "medium", "l": "large"}
+"""What is appended to AP and AR -> pycocotools' range of sizes: below 32 x 32 pixels, up to 96 x 96, above."""
+FEW = {"AR1": 0, "AR10": 1}
+"""Recall with so many detections an image -> its place among the numbers of detections that are counted."""
+LARGEST_TABLE = 20
+"""A table on the screen has no more classes than this; metrics.json has them all."""
 
 
 class Detections(NamedTuple):
@@ -64,10 +70,11 @@ def coco_results(coco: CocoSet, found: Sequence[Detections]) -> list[dict[str, A
 
 
 def average_precision(coco: CocoSet, results: list[dict[str, Any]], *, detections: int = 100) -> dict[str, Any]:
-    """{"bbox" | "segm": {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR", "per_class": {name: AP}}}, values in 0..1.
+    """{"bbox" | "segm": {AP, AP50, AP75, APs, APm, APl, AR, AR1, AR10, ARs, ARm, ARl, "per_class": {name: the same}}}.
 
-    COCO's definition; ``detections`` is how many of an image count. A value without any truth (no large object, a class
-    that does not occur) is None. Raises ``UserError`` where the set has no annotation at all.
+    COCO's definition, values in 0..1; ``detections`` is how many of an image count but in AR1 and AR10. A value without
+    any truth (no large object, a class that does not occur) is None. Raises ``UserError`` where the set has no
+    annotation at all.
     """
     mask_coder()
     from pycocotools.coco import COCO
@@ -101,15 +108,27 @@ def _only(kind: str, result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _summary(evaluation: Any, coco: CocoSet) -> dict[str, Any]:
-    """Means over pycocotools' precision (thresholds, recalls, classes, areas, counts), of which -1 means no truth."""
-    precision, recall, params = evaluation.eval["precision"], evaluation.eval["recall"], evaluation.params
+    """All values of all classes together, and of each."""
+    every = list(range(len(coco.categories)))
+    per_class = {name: _values(evaluation, [k]) for k, name in enumerate(_distinct(coco))}
+    return {**_values(evaluation, every), "per_class": per_class}
+
+
+def _values(evaluation: Any, classes: list[int]) -> dict[str, float | None]:
+    """Means over pycocotools' precision (thresholds, recalls, classes, areas, counts) and recall, which lacks the
+    second axis; -1 in them means no truth."""
+    params = evaluation.params
+    precision, recall = evaluation.eval["precision"][:, :, classes], evaluation.eval["recall"][:, classes]
     area = {name: params.areaRngLbl.index(label) for name, label in AREAS.items()}
-    summary: dict[str, Any] = {name: _mean(precision[..., index, -1]) for name, index in area.items()}
-    for name, threshold in (("AP50", 0.5), ("AP75", 0.75)):
-        summary[name] = _mean(precision[np.isclose(params.iouThrs, threshold)][..., area["AP"], -1])
-    summary["AR"] = _mean(recall[..., area["AP"], -1])
-    summary["per_class"] = {name: _mean(precision[:, :, k, area["AP"], -1]) for k, name in enumerate(_distinct(coco))}
-    return summary
+    at = {name: np.isclose(params.iouThrs, threshold) for name, threshold in (("AP50", 0.5), ("AP75", 0.75))}
+    return {
+        "AP": _mean(precision[..., area[""], -1]),
+        **{name: _mean(precision[chosen][..., area[""], -1]) for name, chosen in at.items()},
+        **{f"AP{name}": _mean(precision[..., index, -1]) for name, index in area.items() if name},
+        "AR": _mean(recall[..., area[""], -1]),
+        **{name: _mean(recall[..., area[""], place]) for name, place in FEW.items()},
+        **{f"AR{name}": _mean(recall[..., index, -1]) for name, index in area.items() if name},
+    }
 
 
 def _mean(values: np.ndarray) -> float | None:
@@ -124,10 +143,15 @@ def _distinct(coco: CocoSet) -> list[str]:
 
 
 def scores_table(scores: dict[str, Any]) -> Table:
-    """For the screen: one row for boxes, one for masks, values in percent."""
+    """For the screen: a row for boxes and one for masks, and where there are several classes the same of each, values
+    in percent."""
     columns = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR")
+    names = list(scores["bbox"]["per_class"])
+    names = names if 1 < len(names) <= LARGEST_TABLE else []
     table = Table("", *columns, title="average precision, %", title_justify="left")
-    for kind, name in KINDS.items():
-        values = [scores[kind][column] for column in columns]
-        table.add_row(name, *("-" if value is None else f"{100 * value:.1f}" for value in values))
+    rows = [("", kind, scores[kind]) for kind in KINDS]
+    rows += [(name, kind, scores[kind]["per_class"][name]) for name in names for kind in KINDS]
+    for name, kind, values in rows:
+        cells = ("-" if values[column] is None else f"{100 * values[column]:.1f}" for column in columns)
+        table.add_row(f"{name} {KINDS[kind]}".strip(), *cells)
     return table

@@ -16,7 +16,8 @@ from mae_core.patches import as_pair
 from mae_core.training import distributed
 from mae_core.training.run import Run, check_output
 from transfer.backbone import DenseViT
-from transfer.detection.coco import Category, check_same_categories, read_coco
+from transfer.detection.annotations import Category
+from transfer.detection.coco import check_same_categories, read_coco
 from transfer.detection.config import DETECTOR, DetectionConfig, DetectorConfig
 from transfer.detection.job import DetectorEngine, build_network
 from transfer.detection.parts import check_images, locate, trunk_options
@@ -33,6 +34,8 @@ def describe_detector(
         "format": DETECTOR_FORMAT,
         "engine": config.engine,
         "detector": {**config.model.model_dump(mode="json"), "size": vit.size, "patch_size": vit.grid.patch},
+        "sampling": config.sampling.model_dump(mode="json"),
+        "test": config.test.model_dump(mode="json"),
         "image_size": list(as_pair(config.data.image_size)),
         "position_size": list(vit.grid.image_size),
         "in_chans": vit.in_channels,

@@ -9,16 +9,16 @@ labels/*.png (one channel; values as in the label maps it was trained on), overl
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image
 
 from mae_core.atomic import atomic_path, write_text
-from mae_core.data.images import list_images
 from mae_core.errors import UserError, user_errors
 from transfer.engines import require
+from transfer.images_given import named_images
 from transfer.segmentation.drawing import draw_overlay, open_upright
 from transfer.segmentation.quiet import quietly
 from transfer.segmentation.segmenter_file import SegmenterFile, read_segmenter
@@ -79,23 +79,6 @@ def predict(
         raise UserError(f"none of the {len(names)} images could be read; give --images of photos")
     write_text(out / "classes.txt", class_lines(file))
     return written
-
-
-def named_images(images: Sequence[Path | str]) -> Iterator[tuple[str, Path]]:
-    """(name below the output folders, file) of every image; folders keep their sub-folders.
-
-    Raises ``UserError`` for a missing path and for two images of one name.
-    """
-    taken: dict[str, Path] = {}
-    for given in map(Path, images):
-        if not given.exists():
-            raise UserError(f"image {given} does not exist; give image files or folders of them")
-        for path in list_images(given) if given.is_dir() else [given]:
-            name = path.relative_to(given).with_suffix("").as_posix() if given.is_dir() else path.stem
-            if name in taken:
-                raise UserError(f"{taken[name]} and {path} would both be written as {name}.png; label them one by one")
-            taken[name] = path
-            yield name, path
 
 
 def _beside(out: Path, name: str) -> Path:

@@ -18,11 +18,11 @@ from mae_core.data.images import Unreadable
 from mae_core.data.loading import make_loader
 from mae_core.training import distributed
 from mae_core.training.run import Run
-from transfer.detection.coco import encode_masks
 from transfer.detection.config import DetectionConfig
 from transfer.detection.engine_detectron2.network import BRIGHTEST
 from transfer.detection.engine_detectron2.training import plain_pixels
 from transfer.detection.job import finish
+from transfer.detection.masks import encode_masks
 from transfer.detection.samples import WholeImages, collate_readable
 from transfer.detection.scores import KINDS, Detections
 

@@ -1,0 +1,164 @@
+"""The check of a COCO set: what it finds, named with path and id, and what it lets pass."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from transfer.detection.coco import Part
+from transfer.detection.survey import main, survey
+
+
+@pytest.fixture
+def copied(tmp_path, write_coco):
+    """A set of its own, and a function that changes its training json."""
+    root = write_coco(tmp_path / "data")
+    path = root / "annotations" / "instances_train.json"
+
+    def edit(change):
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+        return Part(root / "train", path)
+
+    return edit
+
+
+def one(content):
+    return content["annotations"][0]
+
+
+def empty(content):
+    one(content)["segmentation"] = {"size": [48, 64], "counts": [48 * 64]}
+
+
+def again(content):
+    content["annotations"].append({**one(content), "id": 99})
+
+
+WRONG = {
+    "box outside": (
+        lambda c: one(c).update(bbox=[50, 10, 30, 20]),
+        "boxes outside the image",
+        "annotation 1 of image 5",
+    ),
+    "corners": (lambda c: one(c).update(bbox=[40, 30, 60, 44]), "boxes outside the image", "looks like corners"),
+    "negative": (lambda c: one(c).update(bbox=[-9, 0, 20, 20]), "boxes outside the image", r"bbox \[-9, 0, 20, 20\]"),
+    "empty mask": (empty, "empty masks", "annotation 1 of image 5 has a mask without a pixel"),
+    "no mask": (lambda c: one(c).update(segmentation=[]), "empty masks", "annotation 1 has no segmentation"),
+    "flat polygon": (
+        lambda c: one(c).update(segmentation=[[5, 5, 9, 5, 7, 5]]),
+        "empty masks",
+        "annotation 1 of image 5",
+    ),
+    "mask elsewhere": (
+        lambda c: one(c).update(bbox=[0, 0, 5, 5]),
+        "masks outside their boxes",
+        "annotation 1 of image 5",
+    ),
+    "doubled annotation": (lambda c: c["annotations"][1].update(id=1), "doubled ids", "annotation id 1 appears twice"),
+    "doubled image": (
+        lambda c: c["images"][1].update(id=5),
+        "doubled ids",
+        "image id 5 appears twice, 000.png and 001",
+    ),
+    "doubled object": (again, "doubled objects", "annotation 99 of image 5 is annotation 1 once more"),
+    "doubled file": (
+        lambda c: c["images"][1].update(file_name="000.png"),
+        "doubled objects",
+        "images 5 and 15 are both 0",
+    ),
+    "missing file": (lambda c: c["images"][2].update(file_name="no.png"), "missing files", r"image id 25 is .*no\.png"),
+    "unknown category": (lambda c: one(c).update(category_id=4), "broken records", "annotation 1 has category_id 4"),
+    "other size": (
+        lambda c: c["images"][0].update(width=65),
+        "sizes that differ",
+        "image id 5, .*is 64x48, the json says 65",
+    ),
+    "on its side": (lambda c: c["images"][0].update(width=48, height=64), "sizes that differ", "EXIF orientation"),
+}
+
+
+@pytest.mark.parametrize("change, kind, message", WRONG.values(), ids=WRONG)
+def test_what_is_wrong_is_found_with_path_and_id(copied, change, kind, message):
+    part = copied(change)
+    found = [problem.sentence for problem in survey(part).problems if problem.kind.startswith(kind)]
+    assert len(found) == 1 and re.search(message, found[0]) and str(part.annotations) in found[0]
+
+
+def test_every_problem_is_found_in_one_pass_and_ends_in_exit_code_2(copied, capsys):
+    def change(content):
+        one(content).update(bbox=[50, 10, 30, 20])
+        content["annotations"][1].update(category_id=4)
+        for image in content["images"]:
+            image["file_name"] = "no" + image["file_name"]
+
+    part = copied(change)
+    with pytest.raises(SystemExit) as stopped:
+        main([str(part.annotations), str(part.images)])
+    said, error = capsys.readouterr()
+    assert stopped.value.code == 2 and "missing files: 4" in said and "broken records: 1" in said
+    assert error == "error: 7 problems found, listed above; mend the json or the files\n"  # the box is off its mask too
+
+
+def test_a_sound_set_passes_and_gaps_in_the_ids_are_told(copied, capsys):
+    part = copied(lambda content: None)
+    main([str(part.annotations.parent.parent)])
+    said, _ = capsys.readouterr()
+    assert said.endswith("nothing is wrong\n")
+    assert "category ids run from 3 to 20, without 1, 2, 4" in said and "labels 1 to 3 follow their order" in said
+    assert "4 images, 8 objects of 3 classes" in said and "64x48 to 64x48 pixels, channels 3 in 4 files" in said
+
+
+def test_the_usual_folder_of_images_is_found(copied, capsys):
+    part = copied(lambda content: None)
+    main([str(part.annotations)])
+    assert f"files in {part.images}" in capsys.readouterr().out
+
+
+def test_unreadable_and_n_channel_images(copied):
+    part = copied(lambda content: None)
+    (part.images / "000.png").write_text("no image")
+    assert "image id 5" in survey(part).problems[0].sentence and len(survey(part).problems) == 1
+
+    def to_arrays(content):
+        for image in content["images"]:
+            name = image["file_name"].replace(".png", ".npy")
+            np.save(part.images / name, np.zeros((48, 64, 5), np.uint8))
+            image["file_name"] = name
+
+    found = survey(copied(to_arrays))
+    assert not found.problems and any("set data.channels=5" in fact for fact in found.facts)
+    np.save(part.images / "001.npy", np.zeros((48, 64, 6), np.uint8))
+    (mixed,) = survey(part).problems
+    assert mixed.kind == "different channels" and "5 in 3 files, 6 in 1 files" in mixed.sentence
+
+
+def test_many_objects_and_classes_without_any_are_told(copied):
+    def crowd(content):
+        content["annotations"] = [{**one(content), "id": n, "bbox": [0, 0, 64, 48 - n / 1000]} for n in range(1, 502)]
+
+    facts = "\n".join(survey(copied(crowd)).facts)
+    assert "an image has 501 objects" in facts and "set test.detections=501" in facts
+    assert "2 of 3 classes are never annotated: frame, disc" in facts
+
+
+def test_wrong_input_is_one_sentence(tmp_path, capsys, copied):
+    picture = tmp_path / "a.png"
+    Image.new("RGB", (4, 4)).save(picture)
+    (tmp_path / "list.json").write_text("[1]")
+    part = copied(lambda content: None)
+    for given, message in (
+        ([tmp_path / "nowhere.json"], "does not exist; give a COCO json"),
+        ([picture], "is not JSON"),
+        ([tmp_path / "list.json"], "is JSON but not COCO"),
+        ([tmp_path], "holds no annotations/instances_train.json"),
+        ([part.annotations, tmp_path / "no"], "image folder .*no of .* does not exist"),
+        ([part.annotations.parent.parent, part.images], "is a folder, which brings its own images"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main([str(path) for path in given])
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2 and error.count("\n") == 1 and re.search(message, error), error

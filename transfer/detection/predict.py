@@ -1,0 +1,268 @@
+"""Find objects in images with a trained detector: pictures, and a json in COCO's results format.
+
+    python transfer/detection/predict.py --weights runs/detector photos/ one_more.png --out found
+    python transfer/detection/predict.py --weights runs/detector photos/ --out more test.detections=500 device=cpu
+
+--weights is a run directory or its detector.safetensors, of either engine; IMAGES are files or folders. The new folder
+gets pictures/*.png, predictions.json (everything with a score from test.score_threshold on, as COCO's scores want it)
+and images.json: the images and categories that predictions.json means, as a COCO file without annotations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from mae_core.atomic import atomic_folder, write_text
+from mae_core.config import load_config
+from mae_core.conversion.files import read_file
+from mae_core.data.decoding import Unreadable, UnreadableImage, to_picture
+from mae_core.errors import UserError, user_errors
+from mae_core.layout import PICTURES
+from mae_core.training import distributed
+from mae_core.training.run import Run
+from transfer.detection.annotations import Category, Instance, categories_of, instance_of, read_json, typed_image
+from transfer.detection.coco import CocoImage, CocoSet, check_same_categories
+from transfer.detection.config import DETECTOR, DetectionConfig, InferenceConfig
+from transfer.detection.detector import load_engine
+from transfer.detection.draw import beside, draw_detections, draw_truth
+from transfer.detection.evaluation import PREDICTIONS
+from transfer.detection.headers import header_of
+from transfer.detection.samples import WholeImages, read_checked
+from transfer.detection.scores import Detections, coco_results
+from transfer.detection.trained import DETECTOR_FORMAT, load_detector, statistics_in
+from transfer.images_given import named_images
+
+IMAGES = "images.json"
+MOST_AT_ONCE = 64
+"""Images that are read ahead of what is written."""
+OPTION = re.compile(r"[a-z_]+(\.[a-z_]+)*=")
+"""A word among the images that is no file: an option, such as test.detections=500."""
+
+
+class Predicted(NamedTuple):
+    """The images that could be read, what was found in each, and the images that could not."""
+
+    coco: CocoSet
+    found: list[Detections]
+    unreadable: list[Unreadable]
+
+
+def predict(
+    weights: Path | str,
+    images: Sequence[Path | str],
+    out: Path | str,
+    *,
+    score: float | None = None,
+    truth: Path | str | None = None,
+    config_file: Path | str | None = None,
+    overrides: Sequence[str] = (),
+    on_error: str = "skip",
+    say: Callable[[str], None] = print,
+) -> Predicted:
+    """Detect in ``images`` (files or folders) and write pictures and jsons into the new folder ``out``.
+
+    score        least score of what is drawn and counted; ``test.picture_score`` when None
+    truth        a COCO json with these images: its ids are used, its objects are drawn beside what was found
+    config_file  the recipe of a file that does not say how its network is built: a detector of detectron2's model zoo
+    overrides    options as for training, such as ``device=cpu`` and ``test.detections=500``
+    on_error     ``skip`` names an unreadable image and goes on, ``raise`` stops
+
+    Everything is checked before ``out`` is made. Raises ``UserError``, also where no image could be read.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is not empty; give another --out")
+    if score is not None and not 0 <= score <= 1:
+        raise UserError(f"--score is {score}; give a number from 0 to 1")
+    files = dict(named_images(images))
+    config = _configuration(Path(weights), None if config_file is None else Path(config_file), out, overrides)
+    engine = load_engine(config)
+    categories = () if truth is None else categories_of(Path(truth), read_json(Path(truth))["categories"])
+    model, metadata = load_detector(config, engine, categories)
+    categories = tuple(Category(*entry) for entry in metadata["categories"])
+    data = config.data.model_copy(
+        update={"image_size": tuple(metadata["image_size"]), "channels": metadata["in_chans"]}
+    )
+    readable, unreadable = _sizes(files, data.channels)
+    for path, reason in unreadable:
+        if on_error == "raise" or len(files) == 1:
+            raise UserError(f"image {path} cannot be read ({reason}); give image files or folders of them")
+        say(f"skipped {path}: {reason}")
+    coco = CocoSet(Path(IMAGES), tuple(readable.values()), categories)
+    if truth is not None:
+        coco = annotated(coco, list(readable), Path(truth), Path(weights))
+    least = config.test.picture_score if score is None else score
+    run = Run(config, distributed.join(config.device))
+    model.to(run.device)
+    whole, found = WholeImages(coco, data, statistics_in(metadata)), list[Detections]()
+    names = list(readable)
+    with atomic_folder(out) as folder:
+        for first in range(0, len(names), MOST_AT_ONCE):
+            indices = range(first, min(first + MOST_AT_ONCE, len(names)))
+            batch, workers = config.test.test_batch, 0 if len(indices) < MOST_AT_ONCE else data.workers
+            part, cut = engine.detect(model, whole, run, indices, batch_size=batch, workers=workers)
+            for path, reason in cut:
+                if on_error == "raise":
+                    raise UserError(f"image {path} cannot be read ({reason}); mend or remove it")
+                say(f"skipped {path}: {reason}")
+            for detections in part:
+                name = names[detections.image_index]
+                say(f"{name}: {counted(coco, detections, least)}")
+                picture = _picture(coco, detections, data.channels, least, truth is not None)
+                file = folder / PICTURES / f"{name}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                picture.save(file)
+            found += part
+            unreadable += cut
+        if not found:
+            first_path, reason = unreadable[0]
+            raise UserError(
+                f"none of the {len(files)} images could be read, the first is {first_path} ({reason}); "
+                "give image files or folders of them"
+            )
+        write_text(folder / PREDICTIONS, json.dumps(coco_results(coco, found)))
+        write_text(folder / IMAGES, json.dumps(_as_coco(coco, found, names)))
+    if not any((detections.scores >= least).any() for detections in found):
+        best = max((float(detections.scores.max()) for detections in found if len(detections.scores)), default=0.0)
+        say(f"no object has a score from {least:g} on, the best has {best:.3f}: a lower --score draws more")
+    return Predicted(coco, found, unreadable)
+
+
+def _configuration(weights: Path, recipe: Path | None, out: Path, overrides: Sequence[str]) -> DetectionConfig:
+    """Engine, network, and how it is asked are those of the file, but for ``overrides``; what the file does not say is
+    the recipe's. Raises ``UserError`` for a file that is no detector."""
+    file = weights / DETECTOR if weights.is_dir() else weights
+    if weights.is_dir() and not file.is_file():
+        raise UserError(f"{weights} holds no {DETECTOR}; give the folder of a finished detector run")
+    metadata = read_file(file).metadata
+    options = [f"weights={file}", f"output={out}"]
+    if metadata.get("format") == DETECTOR_FORMAT:
+        options.append(f"engine={metadata['engine']}")
+        asked = ((section, metadata.get(section, {})) for section in ("sampling", "test"))
+        options += [
+            f"{section}.{name}={json.dumps(value)}" for section, values in asked for name, value in values.items()
+        ]
+    elif recipe is None:
+        raise UserError(
+            f"{file} is not a detector that train_net.py wrote; give a {DETECTOR}, or its run (for a detector of "
+            "detectron2's model zoo, add --config-file RECIPE.yaml and --truth JSON)"
+        )
+    return load_config(DetectionConfig, recipe, [*options, *overrides])
+
+
+def _sizes(files: Mapping[str, Path], channels: int) -> tuple[dict[str, CocoImage], list[Unreadable]]:
+    """The images by name, numbered from 1, and those of which not even the size can be read."""
+    readable: dict[str, CocoImage] = {}
+    unreadable: list[Unreadable] = []
+    for number, (name, path) in enumerate(files.items(), start=1):
+        try:
+            header = header_of(path, channels)
+        except UnreadableImage as error:
+            unreadable.append(error.unreadable)
+        else:
+            readable[name] = CocoImage(number, path, header.height, header.width, ())
+    return readable, unreadable
+
+
+def annotated(coco: CocoSet, names: Sequence[str], truth: Path, weights: Path) -> CocoSet:
+    """``coco`` with the ids and objects that ``truth`` has for its images, found by their file names.
+
+    Raises ``UserError`` where the json lacks an image, has two of its name, or has other categories than the detector.
+    """
+    content = read_json(truth)
+    categories = categories_of(truth, content["categories"])
+    check_same_categories(coco.categories, weights, categories, truth)
+    by_name: dict[str, list[dict[str, Any]]] = {}
+    for record in (typed_image(truth, given) for given in content["images"]):
+        for key in {record["file_name"], Path(record["file_name"]).name}:
+            by_name.setdefault(key, []).append(record)
+    records: dict[Any, dict[str, Any]] = {}
+    for name, image in zip(names, coco.images, strict=True):
+        file = f"{name}{image.path.suffix}"
+        matches = by_name.get(file) or by_name.get(image.path.name, [])
+        if len(matches) != 1:
+            found = f"{len(matches)} images of that name" if matches else "no such image"
+            raise UserError(f"{truth} has {found} as {image.path}; leave --truth out, or give the json of these images")
+        identity = matches[0]["id"]
+        if identity in records:
+            raise UserError(f"{records[identity]['path']} and {image.path} are one image of {truth}; give one of them")
+        records[identity] = {**matches[0], "path": image.path}
+    label_of = {category.id: label for label, category in enumerate(categories, start=1)}
+    instances: dict[Any, list[Instance]] = {identity: [] for identity in records}
+    for number, annotation in enumerate(content["annotations"], start=1):
+        identity = annotation.get("image_id")
+        if isinstance(identity, int | float | str) and identity in records:
+            instances[identity].append(instance_of(truth, annotation, number, records, label_of))
+    found_images = (
+        CocoImage(identity, record["path"], record["height"], record["width"], tuple(instances[identity]))
+        for identity, record in records.items()
+    )
+    return CocoSet(truth, tuple(found_images), categories)
+
+
+def counted(coco: CocoSet, detections: Detections, least: float) -> str:
+    """How many objects of each class have a score from ``least`` on."""
+    kept = detections.labels[detections.scores >= least].tolist()
+    counts = Counter(coco.names[label - 1] for label in kept)
+    return ", ".join(f"{count} {name}" for name, count in counts.most_common()) or "nothing"
+
+
+def _picture(coco: CocoSet, detections: Detections, channels: int, least: float, with_truth: bool) -> Image.Image:
+    """What was found beside the truth, or beside the image as it is."""
+    record = coco.images[detections.image_index]
+    pixels = to_picture(read_checked(record, channels))
+    left = ("truth", draw_truth(coco, record, pixels)) if with_truth else ("image", draw_truth(coco, record, pixels))
+    return beside([left, (f"prediction, score from {least:g}", draw_detections(coco, detections, pixels, least))])
+
+
+def _as_coco(coco: CocoSet, found: Iterable[Detections], names: Sequence[str]) -> dict[str, Any]:
+    """A COCO file of the images that were searched: what the ids in predictions.json stand for."""
+    images = []
+    for detections in found:
+        record = coco.images[detections.image_index]
+        file = f"{names[detections.image_index]}{record.path.suffix}"
+        images.append({"id": record.id, "file_name": file, "height": record.height, "width": record.width})
+    categories = [category._asdict() for category in coco.categories]
+    return {"info": {}, "images": images, "annotations": [], "categories": categories}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command; exits with code 2 on a mistake of the user's."""
+    parser = argparse.ArgumentParser(
+        prog="predict.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    default = InferenceConfig().picture_score
+    add = parser.add_argument
+    add("--weights", type=Path, required=True, metavar="FILE", help="a run directory, or its detector.safetensors")
+    add(
+        "images",
+        nargs="+",
+        metavar="IMAGES",
+        help="image files, or folders of them; then key=value as for train_net.py",
+    )
+    add("--out", type=Path, required=True, metavar="DIR", help="new folder for pictures/ and the jsons")
+    add("--score", type=float, metavar="X", help=f"least score of what is drawn and counted; {default:g}")
+    add("--truth", type=Path, metavar="JSON", help="a COCO json with these images: draws its objects, takes its ids")
+    add("--config-file", type=Path, metavar="YAML", help="recipe of a detector of detectron2's model zoo")
+    add("--on-error", choices=("skip", "raise"), default="skip", help="what to do about an image that cannot be read")
+    given = vars(parser.parse_intermixed_args(arguments))
+    options = [word for word in given["images"] if OPTION.match(word) and not Path(word).exists()]
+    given |= {"images": [word for word in given["images"] if word not in options], "overrides": options}
+    if not given["images"]:
+        parser.error("the following arguments are required: IMAGES")
+    with user_errors():
+        predicted = predict(**given)
+        number = sum(len(detections.scores) for detections in predicted.found)
+        print(f"wrote {given['out']}/: {len(predicted.found)} pictures, {number} objects in {PREDICTIONS}, {IMAGES}")
+
+
+if __name__ == "__main__":
+    main()
