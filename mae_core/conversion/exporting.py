@@ -16,6 +16,7 @@ from mae_core.atomic import atomic_folder, atomic_path
 from mae_core.conversion.catalogue import LICENCE
 from mae_core.conversion.describing import heads_of
 from mae_core.conversion.files import write_weights
+from mae_core.conversion.keymap import without_decoder
 from mae_core.conversion.parts import Values
 from mae_core.conversion.reference import EPSILON
 from mae_core.conversion.writing import Converted
@@ -98,7 +99,7 @@ def transformers_config(converted: Converted) -> dict[str, Any]:
         if int((rows * cols) ** 0.5) ** 2 != rows * cols:
             raise UserError(
                 f"transformers' ViTMAE builds its position tables for a square number of patches, not {rows}x{cols}; "
-                "leave the decoder out with --drop 'decoder*' --drop mask_token, for its ViT takes any grid"
+                f"leave the decoder out with {without_decoder(converted.parts.fit.reading)}, for its ViT takes any grid"
             )
         if metadata.get("target") not in (None, "pixels", "normalized_pixels"):
             raise UserError(f"transformers' ViTMAE predicts pixels; this decoder predicts {metadata['target']}")

@@ -46,14 +46,15 @@ class WeightsFile:
     """What a file holds: tensors by name, what it says of them, and what lay around them.
 
     metadata  the header of a safetensors file of ours, or what a trainer's arguments say in the same words
-    stated    whether the file itself carries metadata of ours
     notes     wrappers that were taken off
+    beside    names of what lay beside the weights, such as a trainer's optimizer
     """
 
     path: Path
     state: dict[str, Tensor]
     metadata: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    beside: tuple[str, ...] = ()
 
 
 def write_weights(
@@ -236,7 +237,7 @@ def _unwrapped(path: Path, content: Any) -> WeightsFile:
         raise UserError(f"{path}: {error}") from None
     stated = beside.get("metadata")
     metadata = dict(stated) if isinstance(stated, Mapping) else metadata_of_arguments(arguments_of(beside))
-    return WeightsFile(path, state, metadata, notes)
+    return WeightsFile(path, state, metadata, notes, tuple(map(str, beside)))
 
 
 def storage_bytes(content: Any) -> int:

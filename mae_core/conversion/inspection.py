@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from mae_core.conversion.catalogue import CATALOGUE
 from mae_core.conversion.describing import heads_of, read_described
 from mae_core.conversion.formats import FORMATS
+from mae_core.conversion.keymap import is_decoder
 from mae_core.conversion.parts import missing_decoder, num_parameters, read_parts, sizes_of
 from mae_core.conversion.report import LoadReport
 from mae_core.conversion.resizing import grid_of, is_row_first
@@ -57,10 +59,13 @@ def inspect_file(path: Path | str) -> dict[str, Any]:
     if "head.weight" in tensors:  # a classifier's trunk is no pre-trained encoder
         for use in ("finetune", "linprobe"):
             uses[use].append("a trunk that was not fine-tuned")
+    published = next((row for row in CATALOGUE.values() if row.filename == path.name), None)
     stated = known.get("format") if known.get("format") in FORMATS else None
     return {
         "file": str(path),
         "format": stated or parts.format,
+        "kind": kind_of(tensors, file.beside),
+        "published": published.name if published else None,
         "layout": parts.fit.reading.layout.about,
         "same_names": sorted({parts.format, *parts.others} - {stated or parts.format}),
         "size": next((name for name, row in SIZES.items() if (row.width, row.depth) == (width, depth)), None),
@@ -73,7 +78,7 @@ def inspect_file(path: Path | str) -> dict[str, Any]:
         "image_size": [side * patch for side in grid] if grid else None,
         "decoder": {"width": sizes["E"], "missing": lost} if parts.has_decoder else None,
         "classes": sizes.get("K", 0),
-        "target": known.get("target"),
+        "target": known.get("target") or (published.target if published else None),
         "dtype": sorted({str(values.dtype).removeprefix("torch.") for values in tensors.values()}),
         "tensors": len(file.state),
         "parameters": num_parameters(tensors),
@@ -83,6 +88,20 @@ def inspect_file(path: Path | str) -> dict[str, Any]:
         "missing_for": {use: lacking for use, lacking in uses.items() if lacking},
         "use_for": [use for use, lacking in uses.items() if not lacking],
     }
+
+
+def kind_of(tensors: Mapping[str, Any], beside: Collection[str]) -> str:
+    """Which kind of file holds ``tensors`` (our names), by what they are and what lay beside them."""
+    if any(is_decoder(name) for name in tensors):
+        kind = "encoder and decoder of a pre-training"
+    elif "head.weight" in tensors:
+        pooled = "mean-pooled patches" if "fc_norm.weight" in tensors else "the cls token"
+        kind = f"classifier on {pooled}"
+    else:
+        kind = "encoder"
+    if "optimizer" in beside:
+        kind += f", a trainer's checkpoint ({', '.join(sorted(beside))} beside the weights)"
+    return kind
 
 
 def describe_file(path: Path | str) -> str:
@@ -96,6 +115,11 @@ def describe_file(path: Path | str) -> str:
     size = f"ViT-{found['size']}" if found["size"] else "a ViT of no named size"
     grid, image = found["grid"], found["image_size"]
     place = f"grid {grid[0]}x{grid[1]} (images {image[0]}x{image[1]})" if grid else "grid not stated and not square"
+    row = CATALOGUE.get(found["published"])
+    named = f"; named as the published {row.name}: {row.content}" if row else ""
+    target = found["target"] or "not stated"
+    if row and row.target and not known.get("target"):
+        target += " (by the file's name)"
     decoder = "no"
     if found["decoder"]:
         lost = found["decoder"]["missing"]
@@ -103,11 +127,12 @@ def describe_file(path: Path | str) -> str:
     lines = [
         f"file       {found['file']}",
         f"format     {found['format']}: {found['layout']}{alike}",
+        f"kind       {found['kind']}{named}",
         f"encoder    {size}: width {found['width']}, depth {found['depth']}, heads {found['heads']}",
         f"patches    {found['patch_size']}x{found['patch_size']}, {place}, {found['in_chans']} channels",
         f"decoder    {decoder}",
         f"classes    {found['classes'] or 'none'}",
-        f"target     {found['target'] or 'not stated'}",
+        f"target     {target}",
         f"pixels     mean {known.get('mean', 'not stated')}, std {known.get('std', 'not stated')}",
         f"training   {training or 'not stated'}",
         f"tensors    {found['tensors']}, {found['parameters']:,} numbers, {', '.join(found['dtype'])}",

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -204,7 +204,11 @@ def recognise(names: Sequence[str], source: str | None = None) -> tuple[Fit, lis
         return best, others
     trunk = {slot.ours for slot in best.known.values()} - set(DECODER_PARTS)
     if len(trunk) < 12 or len(best.missing) > len(trunk) or len(best.unknown) > len(best.known):
-        asked = f"no {source} checkpoint" if source else "no MAE encoder in it"
+        asked = "no MAE encoder in it"
+        if source is not None:
+            right = min((fit_names(names, reading) for reading in readings()), key=lambda fit: fit.cost)
+            known = f", it is named as {right.reading.format.name}" if right.cost[0] == 0 else ""
+            asked = f"no {source} checkpoint{known}"
         lacking = f"; missing: {', '.join(best.missing[:3])}" if best.missing else ""
         raise UserError(
             f"{asked}: of {len(names)} names the nearest format, {best.reading.format.name}, knows {len(best.known)}; "
@@ -213,13 +217,24 @@ def recognise(names: Sequence[str], source: str | None = None) -> tuple[Fit, lis
     return best, others
 
 
-def their_name(reading: Reading, ours: str, place: int | None = None) -> str:
-    """What a reading calls one of our tensors, or a third of it; our name where it has none."""
+def their_names(reading: Reading, ours: str, places: Collection[int] | None = None) -> list[str]:
+    """What a reading calls one of our tensors, or those thirds of it; our name where it has none."""
     pattern, index = split_index(ours)
-    for theirs, slot in reading.rows.items():
-        if slot.ours == pattern and place in (None, slot.place):
-            return theirs if index is None else theirs.format(index)
-    return ours
+    found = [theirs for theirs, slot in reading.rows.items() if slot.ours == pattern]
+    if places is not None:
+        found = [theirs for theirs in found if reading.rows[theirs].place in places]
+    else:
+        found = [theirs for theirs in found if theirs.rsplit(".", 1)[-1] not in KEPT_APART]
+    return [theirs if index is None else theirs.format(index) for theirs in found] or [ours]
+
+
+def without_decoder(reading: Reading) -> str:
+    """The options of ``mae convert`` that leave the decoder of such a file out."""
+    patterns = (
+        f"{name.split('.')[0]}.*" if "." in name else "decoder_*" if name.startswith("decoder_") else name
+        for name in reading.layout.decoder.values()
+    )
+    return " ".join(f"--drop '{pattern}'" for pattern in dict.fromkeys(patterns))
 
 
 def is_decoder(name: str) -> bool:

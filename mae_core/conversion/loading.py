@@ -18,7 +18,7 @@ from mae_core.conversion.catalogue import published_target
 from mae_core.conversion.describing import read_described
 from mae_core.conversion.formats import FORMATS, MAE_CORE_FULL, OWN_ONLY
 from mae_core.conversion.keymap import is_decoder
-from mae_core.conversion.parts import as_tensor, read_parts, sizes_of
+from mae_core.conversion.parts import LACKING, UNKNOWN, as_tensor, describe_refused, read_parts, sizes_of
 from mae_core.conversion.report import LoadReport
 from mae_core.conversion.resizing import STEM, STEM_WARNING, ChannelMethod, adapt_channels, grid_of
 from mae_core.conversion.writing import convert_lazily, write_parts
@@ -205,7 +205,7 @@ def fit_state(
         if target not in wanted:
             why = matching(name, unused)
             if why is None:
-                report.refused[theirs[0]] = "the model has no such tensor"
+                report.refused[theirs[0]] = UNKNOWN
             else:
                 report.unused.update(dict.fromkeys(theirs, why))
             continue
@@ -229,12 +229,11 @@ def fit_state(
         if matching(name, {pattern: "" for pattern in (*new, *allow_missing)}) is not None:
             report.new.append(name)
         elif name not in report.refused:
-            report.refused[name] = "missing from the file"
+            report.refused[name] = LACKING
     report.new.sort()
     if report.refused:
-        examples = "; ".join(f"{name}: {why}" for name, why in sorted(report.refused.items())[:3])
         raise UserError(
-            f"{source.path} does not fit this model, {len(report.refused)} tensors are left over ({examples}); "
+            f"{source.path} does not fit this model: {describe_refused(report.refused)}; "
             f"the file holds a {source.size} encoder with patch {source.patch_size} and {source.in_chans} channels"
         )
     with torch.no_grad():

@@ -24,10 +24,15 @@ from mae_core.conversion.keymap import (
     readings,
     recognise,
     split_index,
-    their_name,
+    their_names,
 )
 from mae_core.conversion.report import LoadReport
 from mae_core.errors import UserError
+
+PRECISIONS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""Of numbers that are weights: no other can be computed with as they are, or say at what scale they are."""
+LACKING = "missing from the file"
+UNKNOWN = "the model has no such tensor"
 
 
 class Joined:
@@ -142,7 +147,9 @@ def read_parts(
     for name, slot in fit.known.items():
         values = state[name]
         sources.setdefault(slot.ours, []).append(name)
-        if not values.dtype.is_floating_point and not slot.ours.startswith(OWN_ONLY):
+        if values.layout != torch.strided:
+            report.refused[name] = f"it is {str(values.layout).removeprefix('torch.')}"
+        elif values.dtype not in PRECISIONS and not slot.ours.startswith(OWN_ONLY):
             report.refused[name] = f"its numbers are {str(values.dtype).removeprefix('torch.')}"
         if slot.place is None and slot.ours in tensors:
             report.refused[name] = f"a second {slot.ours} beside {sources[slot.ours][0]}"
@@ -151,14 +158,20 @@ def read_parts(
         else:
             apart.setdefault(slot.ours, {})[slot.place] = values
     for ours, places in apart.items():
-        only_biases = set(places) == set(KEPT_APART.values()) and sources[ours][0].endswith(tuple(KEPT_APART))
-        if set(places) != {0, 1, 2} and not only_biases:
-            for place in {0, 1, 2} - places.keys():
-                report.refused[their_name(fit.reading, ours, place)] = "missing from the file"
+        beside = [name for name in sources[ours] if fit.known[name].place is not None]
+        if ours in tensors:
+            report.refused.update(dict.fromkeys(beside, f"a second {ours}"))
+            continue
+        only_biases = beside[0].endswith(tuple(KEPT_APART))
+        missing = (set(KEPT_APART.values()) if only_biases else {0, 1, 2}) - places.keys()
+        if missing:
+            report.refused.update(dict.fromkeys(their_names(fit.reading, ours, missing), LACKING))
             continue
         if only_biases:
             places[1] = torch.zeros_like(places[0])
         tensors[ours] = Joined([places[0], places[1], places[2]])
+    if fit.reading.prefix not in ("", fit.reading.layout.prefixes[0]):
+        report.notes.append(f"took {fit.reading.prefix!r} off the encoder's names")
     _refuse_unfit(tensors, sources, fit, report)
     return Parts(tensors, sources, fit, others, state)
 
@@ -167,29 +180,34 @@ def _refuse_unfit(
     tensors: Mapping[str, Values], sources: Mapping[str, list[str]], fit: Fit, report: LoadReport
 ) -> None:
     reading = fit.reading
-    report.refused.update({name: "the model has no such tensor" for name in fit.unknown})
+    report.refused.update({name: UNKNOWN for name in fit.unknown})
     for ours in fit.missing:
-        report.refused[their_name(reading, ours)] = "missing from the file"
+        report.refused.update(dict.fromkeys(their_names(reading, ours), LACKING))
     groups = [("norm.",), ("fc_norm.",), ("head.",)]
     for group in groups:
         have = {name for name in tensors if name.startswith(group)}
         if len(have) == 1:
             lost = next(iter({f"{group[0]}weight", f"{group[0]}bias"} - have))
-            report.refused[their_name(reading, lost)] = "missing from the file"
-    for name, (found, wanted) in wrong_shapes(tensors).items():
-        report.refused[sources[name][0]] = f"file {found}, model {wanted}"
+            report.refused.update(dict.fromkeys(their_names(reading, lost), LACKING))
+    for name, why in wrong_shapes(tensors).items():
+        report.refused[sources[name][0]] = why
     if report.refused:
-        examples = "; ".join(f"{name}: {why}" for name, why in sorted(report.refused.items(), key=first_of)[:3])
         bare = {"pos_embed", "patch_embed.proj.weight"} & set(fit.missing)
         raise UserError(
             f"{'no MAE encoder in it: ' if bare else ''}as {reading.format.name} ({reading.layout.about}) "
-            f"{len(report.refused)} tensors are left over ({examples}); mend the file, or leave tensors out with --drop"
+            f"{describe_refused(report.refused)}; mend the file, or leave tensors out with --drop"
         )
 
 
-def first_of(pair: tuple[str, str]) -> list[str | int]:
-    """Sort key of a (name, reason) row."""
-    return natural(pair[0])
+def describe_refused(refused: Mapping[str, str]) -> str:
+    """How many tensors fit nowhere, the first two of every kind with the reason: names that are not known, tensors
+    that are missing, tensors that are not as they should be."""
+    kinds: dict[str, list[str]] = {}
+    for name, why in sorted(refused.items(), key=lambda row: natural(row[0])):
+        kinds.setdefault(why if why in (UNKNOWN, LACKING) else "", []).append(f"{name}: {why}")
+    shown = [line for kind in (UNKNOWN, LACKING, "") for line in kinds.get(kind, [])[:2]]
+    count = "1 tensor does not fit" if len(refused) == 1 else f"{len(refused)} tensors do not fit"
+    return f"{count} ({'; '.join(shown)})"
 
 
 def missing_decoder(tensors: Mapping[str, Values]) -> list[str]:
@@ -221,21 +239,43 @@ def sizes_of(tensors: Mapping[str, Values]) -> dict[str, int]:
     return sizes
 
 
-def wrong_shapes(tensors: Mapping[str, Values]) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Our name -> (shape, what the rest of the file asks for) of every tensor that does not go with the rest."""
+PAIRED = {"N", "K"}
+"""Letters of ``SHAPES`` that two tensors tell: encoder and decoder positions, weight and bias of the head."""
+
+
+def wrong_shapes(tensors: Mapping[str, Values]) -> dict[str, str]:
+    """Our name -> its shape and what the rest of the file asks for, of every tensor that does not go with the rest; a
+    letter (N positions, C channels, ...) stands for a number that no other tensor tells. Where two tensors contradict
+    each other and no third one decides, it is both."""
     sizes = sizes_of(tensors)
     wrong = {}
     for name, values in tensors.items():
-        wanted = SHAPES.get(split_index(name)[0])
-        if wanted is None:
+        letters = SHAPES.get(split_index(name)[0])
+        if letters is None or _fits(values, letters, sizes):
             continue
-        numbers = tuple(
-            1 if letter == "1" else sizes.get(letter.removeprefix("3"), 0) * (3 if letter.startswith("3") else 1)
-            for letter in wanted
-        )
-        if tuple(values.shape) != numbers:
-            wrong[name] = (tuple(values.shape), numbers)
-    return wrong
+        wrong[name] = values
+        rivals = [n for n in tensors if n != name and PAIRED & set(letters) & set(SHAPES.get(split_index(n)[0], ()))]
+        if _fits(values, letters, sizes_of({n: tensors[n] for n in tensors if n not in rivals})):
+            wrong.update({other: tensors[other] for other in rivals})
+    return {name: _told(name, tensors) for name in wrong}
+
+
+def _fits(values: Values, letters: Sequence[str], sizes: Mapping[str, int]) -> bool:
+    return tuple(values.shape) == tuple(_number(letter, sizes) for letter in letters)
+
+
+def _number(letter: str, sizes: Mapping[str, int]) -> int | str:
+    if letter == "1":
+        return 1
+    size = sizes.get(letter.removeprefix("3"))
+    return letter if size is None else size * (3 if letter.startswith("3") else 1)
+
+
+def _told(name: str, tensors: Mapping[str, Values]) -> str:
+    others = sizes_of({other: values for other, values in tensors.items() if other != name})
+    wanted = (str(_number(letter, others)) for letter in SHAPES[split_index(name)[0]])
+    shape = tuple(tensors[name].shape)
+    return f"file {shape}, model ({', '.join(wanted)}{',' if len(shape) == 1 else ''})"
 
 
 def num_parameters(tensors: Mapping[str, Values]) -> int:

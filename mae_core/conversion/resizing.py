@@ -99,10 +99,11 @@ def adapt(parts: Parts, wanted: Adaptation, metadata: dict[str, Any], report: Lo
     if "pos_embed" in tensors:
         try:
             old = grid_of(tensors["pos_embed"].shape[1] - 1, patch, metadata, wanted.image_size)
-        except UserError:
+        except UserError as error:
             if changes:
                 raise
             metadata.pop("grid", None)
+            report.notes.append(f"the grid is not known: {error}")
     if old is not None:
         _sine_layout(parts, old, wanted, metadata, report)
         metadata.update(grid=list(old), image_size=[side * patch for side in old])

@@ -10,7 +10,10 @@ from torch import Tensor
 
 from mae_core.errors import UserError
 
-WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "model_ema", "state_dict_ema", "ema", "teacher")
+WRAPPERS = (
+    "model", "state_dict", "model_state_dict", "module", "net", "network", "model_ema", "state_dict_ema",
+    "ema_state_dict", "ema", "teacher", "student",
+)  # fmt: skip
 """Keys under which trainers put the weights; where a file has several, the first of them is meant."""
 
 

@@ -10,12 +10,22 @@ import torch
 from torch import Tensor
 
 from mae_core.conversion.formats import BLOCK_EXTRAS, KEPT_APART, OWN_ONLY, Format, Layout
-from mae_core.conversion.keymap import Reading, format_of, is_decoder, leaves, required, split_index, their_name
+from mae_core.conversion.keymap import (
+    Reading,
+    format_of,
+    is_decoder,
+    leaves,
+    required,
+    split_index,
+    their_names,
+    without_decoder,
+)
 from mae_core.conversion.parts import Joined, Parts, Values, as_tensor, missing_decoder, num_parameters, read_parts
 from mae_core.conversion.report import LoadReport
 from mae_core.conversion.resizing import Adaptation, adapt
 from mae_core.conversion.unwrapping import unwrap
 from mae_core.errors import UserError
+from mae_core.models.sizes import SIZES
 
 GAMMAS = {"gamma_1": "attn.proj", "gamma_2": "mlp.fc2"}
 """Layer scale -> the layer whose output it scales."""
@@ -76,6 +86,7 @@ def convert_lazily(
     report = LoadReport(f"{source or 'unknown'} -> {target}", notes=list(notes))
     parts = read_parts(state, report, source, drop=drop, needless=tuple(wanted.lacks))
     report.path = f"{parts.format} -> {target}"
+    _doubt_depth(parts, report)
     metadata = dict(metadata or {})
     before = dict(parts.tensors)
     adapt(parts, adaptation or Adaptation(), metadata, report)
@@ -83,6 +94,16 @@ def convert_lazily(
     converted = write_parts(parts, wanted, report, metadata)
     converted.raw = None if resized else parts.state
     return converted
+
+
+def _doubt_depth(parts: Parts, report: LoadReport) -> None:
+    """Blocks that are missing at the end of a trunk leave a shorter trunk, which no name and no shape tells."""
+    width = parts.tensors["patch_embed.proj.weight"].shape[0]
+    depth = len({name.split(".")[1] for name in parts.tensors if name.startswith("blocks.")})
+    near = {name: size.depth for name, size in SIZES.items() if size.width == width}
+    if near and depth not in near.values():
+        told = ", ".join(f"{name} has {blocks}" for name, blocks in near.items())
+        report.notes.append(f"{depth} blocks of width {width} are no ViT of a named size ({told}); are some missing?")
 
 
 def write_parts(parts: Parts, target: Format, report: LoadReport, metadata: dict[str, Any]) -> Converted:
@@ -125,10 +146,11 @@ def _without_what_it_lacks(parts: Parts, target: Format, report: LoadReport) -> 
         if "decoder" in lacks:
             report.notes.append(f"the decoder was dropped: {lacks['decoder']}")
         elif missing := missing_decoder(parts.tensors):
-            told = ", ".join(their_name(parts.fit.reading, name) for name in missing[:3])
+            told = [theirs for ours in missing for theirs in their_names(parts.fit.reading, ours)]
+            lacking = "1 tensor is" if len(told) == 1 else f"{len(told)} tensors are"
             raise UserError(
-                f"its decoder is not complete, {len(missing)} tensors are missing from the file ({told}); "
-                "leave the decoder out with --drop 'decoder*' --drop mask_token"
+                f"its decoder is not complete, {lacking} missing from the file ({', '.join(told[:3])}); "
+                f"leave the decoder out with {without_decoder(parts.fit.reading)}"
             )
     kept: dict[str, Values] = {}
     for ours, values in parts.tensors.items():

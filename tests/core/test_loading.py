@@ -164,7 +164,7 @@ def test_a_model_never_starts_half_loaded(encoder_file):
         (lambda s: s.update({"pos_embed": torch.zeros(17)}), "pos_embed"),
         (lambda s: s.update({"pos_embed": torch.zeros(1, 1, 128)}), ""),
         (lambda s: s.update({"patch_embed.proj.weight": torch.zeros(128, 192)}), "patch_embed.proj.weight"),
-        (lambda s: s.update({"patch_embed.proj.weight": torch.zeros(100, 3, 8, 8)}), "model (128, 3, 8, 8)"),
+        (lambda s: s.update({"patch_embed.proj.weight": torch.zeros(100, 3, 8, 8)}), "model (128, C, P, P)"),
         (lambda s: s.update({"blocks.6.norm1.bias": torch.ones(128)}), "blocks.6.attn.proj.bias: missing"),
     ],
 )
