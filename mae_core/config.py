@@ -374,6 +374,11 @@ class TokenizerConfig(RunConfig):
         return self
 
 
+def usual_test_crop(image_size: tuple[int, int]) -> float:
+    """Centre crop as a share of the resized image: 0.875 (224 of 256) up to 224 pixels, all above (FINETUNE.md)."""
+    return 0.875 if max(image_size) <= 224 else 1.0
+
+
 class EvaluationData(ImagesConfig):
     """Images as they are measured: shorter side resized (bicubic), centre crop."""
 
@@ -444,7 +449,7 @@ class FinetuneConfig(TransferConfig):
     """``mae finetune``."""
 
     output: Path = Path("runs/finetune")
-    trainable_blocks: Annotated[float, Field(gt=0)] | None = Field(
+    trainable_blocks: float | None = Field(
         None, description="tune the last so many blocks alone; 0.5 is the MLP of the last one; all when empty"
     )
     ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
@@ -469,9 +474,20 @@ class FinetuneConfig(TransferConfig):
     @field_validator("trainable_blocks")
     @classmethod
     def _whole_or_half(cls, value: float | None) -> float | None:
-        if value is not None and value != 0.5 and value % 1:
-            raise ValueError("tune a whole number of blocks, or 0.5 for the MLP of the last one")
+        if value is not None and value != 0.5 and (value < 1 or value % 1):
+            raise ValueError(
+                "tune a whole number of blocks from 1 on, or 0.5 for the MLP of the last one; mae linprobe tunes none"
+            )
         return value
+
+    @model_validator(mode="after")
+    def _frozen_blocks_come_from_weights(self) -> FinetuneConfig:
+        if self.from_scratch and self.trainable_blocks is not None:
+            raise ValueError(
+                "trainable_blocks keeps the other blocks as weights=FILE has them, and from_scratch=true would leave "
+                "them random; give weights, or drop trainable_blocks"
+            )
+        return self
 
 
 def _filled(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,14 +22,15 @@ def weights_of(config: Any) -> EncoderFile:
 
 
 def as_file_says(source: EncoderFile, config: Frozen) -> Frozen:
-    """``config`` with the channels and the image size of the weights where the user set none: a frozen trunk is
-    measured at the size it was trained at. Raises ``UserError`` where other channels are asked for."""
+    """``config`` with the channels, the image size and, of a classifier, the test crop of the weights where the user
+    set none: what is frozen is measured as it was when it was trained. Raises ``UserError`` where other channels are
+    asked for."""
     config = with_channels_of(source, config)
     data = config.data  # type: ignore[attr-defined]
     source.check_asked(in_chans=data.channels)
-    if "image_size" in data.model_fields_set:
-        return config
-    return config.model_copy(update={"data": data.model_copy(update={"image_size": source.image_size})})
+    stated = {"image_size": source.image_size, "test_crop": source.metadata.get("test_crop")}
+    wanted = {name: value for name, value in stated.items() if value is not None and name not in data.model_fields_set}
+    return config.model_copy(update={"data": data.model_copy(update=wanted)}) if wanted else config
 
 
 def trunk_from(

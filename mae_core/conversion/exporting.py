@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mae_core.atomic import atomic_folder, atomic_path
+from mae_core.config import usual_test_crop
 from mae_core.conversion.catalogue import LICENCE
 from mae_core.conversion.describing import heads_of
 from mae_core.conversion.files import write_weights
@@ -129,6 +130,7 @@ def timm_config(converted: Converted) -> dict[str, Any]:
     channels = shapes["channels"]
     pooled = "fc_norm.weight" in tensors
     name = TIMM_NAMES.get(shapes["width"], TIMM_NAMES[192])
+    labels = {"label_names": metadata["classes"]} if shapes["classes"] and metadata.get("classes") else {}
     return {
         "architecture": name,
         "num_classes": shapes["classes"],
@@ -149,7 +151,7 @@ def timm_config(converted: Converted) -> dict[str, Any]:
             "input_size": [channels, *shapes["image_size"]],
             "fixed_input_size": True,
             "interpolation": "bicubic",
-            "crop_pct": 0.9,
+            "crop_pct": metadata.get("test_crop") or usual_test_crop(shapes["image_size"]),
             "mean": list(metadata.get("mean") or (IMAGENET_MEAN if channels == 3 else [0.5] * channels)),
             "std": list(metadata.get("std") or (IMAGENET_STD if channels == 3 else [0.5] * channels)),
             "num_classes": shapes["classes"],
@@ -157,6 +159,7 @@ def timm_config(converted: Converted) -> dict[str, Any]:
             "first_conv": "patch_embed.proj" if channels == 3 else None,
             "classifier": "head",
         },
+        **labels,
     }
 
 

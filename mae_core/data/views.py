@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 from timm.data import auto_augment, create_transform
 from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import ResizeKeepRatio
 from torch import Tensor, nn
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from mae_core.config import CropScale, FinetuneData
+from mae_core.config import CropScale, FinetuneData, usual_test_crop
 from mae_core.data.augmentation import BICUBIC, Size, to_normalized
 from mae_core.data.decoding import Pixels
 from mae_core.data.images import Statistics
@@ -23,8 +24,6 @@ from mae_core.errors import UserError
 View: TypeAlias = Callable[[Pixels], Tensor]
 """Image -> (C, H, W) float32, standardised per channel; a random one draws from the global generators."""
 
-TEST_CROP = 0.875
-"""Centre crop up to 224 pixels: 224 of 256."""
 CROP_RATIO = (3 / 4, 4 / 3)
 """Width / height of a random crop."""
 
@@ -128,8 +127,9 @@ def probe_view(crop_scale: CropScale, hflip: float, size: Size, statistics: Stat
 
 
 def evaluation_view(test_crop: float | None, size: Size, statistics: Statistics) -> View:
-    """Shorter side resized (bicubic), centre crop: ``test_crop`` of it, by default 0.875 up to 224 pixels, 1 above."""
-    share = test_crop or (TEST_CROP if max(size) <= 224 else 1.0)
+    """Shorter side resized (bicubic), centre crop: ``test_crop`` of it, see ``usual_test_crop``. Where the size is not
+    square, the image is resized until it covers ``size / test_crop`` on both sides."""
+    share = test_crop or usual_test_crop(size)
     of_pictures = create_transform(
         (len(statistics.mean), *size),
         is_training=False,
@@ -138,8 +138,8 @@ def evaluation_view(test_crop: float | None, size: Size, statistics: Statistics)
         std=statistics.std,
         crop_pct=share,
     )
-    shorter = math.floor(min(size) / share)
-    of_tensors = v2.Compose(
-        [v2.Resize(shorter, interpolation=BICUBIC), v2.CenterCrop(list(size)), to_normalized(statistics)]
-    )
+    whole = [math.floor(side / share) for side in size]
+    square = size[0] == size[1]
+    resize = v2.Resize(whole[0], interpolation=BICUBIC) if square else ResizeKeepRatio(whole, interpolation="bicubic")
+    of_tensors = v2.Compose([resize, v2.CenterCrop(list(size)), to_normalized(statistics)])
     return PictureOrTensor(of_pictures, of_tensors)

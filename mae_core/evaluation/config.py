@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from mae_core.config import (
     Beta,
@@ -24,7 +24,15 @@ from mae_core.evaluation.knn import NEIGHBOURS, TEMPERATURE
 from mae_core.evaluation.robustness import KINDS
 from mae_core.models.encoder import Pooling
 
+
+def _as_several(given: Any) -> Any:
+    """A number alone is a list of one."""
+    return (given,) if isinstance(given, int | float) and not isinstance(given, bool) else given
+
+
 Positive = Annotated[float, Field(gt=0)]
+Rates = Annotated[tuple[Positive, ...], BeforeValidator(_as_several)]
+Counts = Annotated[tuple[Count, ...], BeforeValidator(_as_several)]
 Encoder = Annotated[Path | None, Field(description="an encoder.safetensors, a run that has one, or an official file")]
 
 
@@ -49,7 +57,7 @@ class ProbeOptim(ScheduleConfig):
     warmup_epochs: Annotated[float, Field(ge=0)] = 10
     batch_size: Count = 16384
     base_lr: Positive = 0.1
-    sweep: tuple[Positive, ...] = Field((), description="further base learning rates, tried in the same pass")
+    sweep: Rates = Field((), description="further base learning rates, tried in the same pass")
     momentum: Beta = 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     trust_coefficient: Positive = Field(0.001, description="of the layer-wise rates of LARS")
@@ -75,7 +83,7 @@ class KnnConfig(JobConfig):
 
     output: Path = Path("runs/knn")
     weights: Encoder = None
-    k: tuple[Count, ...] = Field(NEIGHBOURS, min_length=1, description="numbers of neighbours, each measured")
+    k: Counts = Field(NEIGHBOURS, min_length=1, description="numbers of neighbours, each measured")
     temperature: Positive = Field(TEMPERATURE, description="a neighbour of cosine similarity s votes exp(s / this)")
     cache: Path | None = Field(None, description="a folder where features are kept and found again")
     model: FrozenModel = FrozenModel()

@@ -59,7 +59,7 @@ def classes_of(source: EncoderFile, folder: Path) -> list[str]:
     """
     folders = class_folders(folder) if folder.is_dir() else []
     if not folders:
-        found = "holds no class folders" if folder.is_dir() else "does not exist"
+        found = "holds no class folders" if folder.is_dir() else "is a file" if folder.exists() else "does not exist"
         raise UserError(f"{folder} {found}; set data.path to a folder of <class>/* folders")
     stated = source.metadata.get("classes")
     if stated is None and source.num_classes == IMAGENET_CLASSES:
@@ -131,7 +131,7 @@ def as_kind_says(config: EvaluateConfig) -> EvaluateConfig:
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Measure a classifier; returns what metrics.json holds. Raises ``UserError`` for what a user can get wrong."""
     source = weights_of(config)
-    config = as_kind_says(as_file_says(source, config))
+    config = as_file_says(source, as_kind_says(config))
     check_output(config, resume=False)
     model: nn.Module
     model, _ = classifier_of(source, image_size=config.data.image_size)

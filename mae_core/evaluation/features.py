@@ -19,6 +19,7 @@ from mae_core.data.labelled import LabelledPaths, TestImages, collate_readable
 from mae_core.data.loading import make_loader
 from mae_core.errors import UserError
 from mae_core.evaluation.classification import predict
+from mae_core.models.probe import digest_of
 from mae_core.patches import as_pair
 from mae_core.training.distributed import gather
 from mae_core.training.run import Run
@@ -64,10 +65,12 @@ def rows_of(paths: Sequence[Path], viewer: Viewer, run: Run) -> Rows:
 def features_of(paths: Sequence[Path], trunk: Viewer, run: Run, *, cache: Path | None = None) -> Rows:
     """Features of images, see ``rows_of``. ``cache``: a folder where features of the same files under the same trunk
     and view are looked for first, and kept. Raises ``UserError`` where it cannot be written."""
-    kept = None if cache is None else cache / f"{_identity(paths, trunk)}.safetensors"
+    kept = None if cache is None else cache / f"{_identity(paths, trunk, run.precision)}.safetensors"
     if kept is not None and all(gather(kept.is_file())):
         run.say(f"features of {len(paths)} images are in {kept}")
         stored, _ = read_weights(kept)
+        if lacking := len(paths) - len(stored["indices"]):
+            run.say(f"{lacking} of the images could not be read then and have none; to read them again delete the file")
         return Rows(stored["values"], stored["indices"])
     features = rows_of(paths, trunk, run)
     if kept is not None and run.is_main:
@@ -85,13 +88,10 @@ def check_cache(cache: Path | None) -> None:
         raise UserError(f"cache={cache} is a file; give a folder to keep features in")
 
 
-def _identity(paths: Sequence[Path], trunk: Viewer) -> str:
-    """Changes with the trunk's weights and pooling, the view, and the files' names, sizes and times."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(trunk.model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    view = [trunk.data.image_size, trunk.data.test_crop, trunk.data.channels, trunk.statistics]
+def _identity(paths: Sequence[Path], trunk: Viewer, precision: torch.dtype) -> str:
+    """Changes with the trunk's weights and pooling, the view, the precision, and the files' names, sizes and times."""
+    digest = hashlib.sha256(bytes(digest_of(trunk.model).tolist()))
+    view = [trunk.data.image_size, trunk.data.test_crop, trunk.data.channels, trunk.statistics, str(precision)]
     digest.update(json.dumps(view).encode())
     for path in paths:
         found = path.stat()

@@ -118,9 +118,14 @@ def steps_between(epochs: float, images: int, batch_size: int) -> int:
 
 
 def classifier_metadata(
-    model: ViTEncoder, statistics: Statistics, pooling: Pooling, classes: list[str], epochs: float
+    model: ViTEncoder,
+    statistics: Statistics,
+    pooling: Pooling,
+    classes: list[str],
+    epochs: float,
+    test_crop: float | None,
 ) -> dict[str, Any]:
-    """What the file of a classifier says about itself."""
+    """What the file of a classifier says about itself; ``test_crop`` None is the usual crop of its image size."""
     return {
         **describe_encoder(model),
         "mean": statistics.mean,
@@ -128,6 +133,7 @@ def classifier_metadata(
         "pooling": pooling,
         "classes": classes,
         "epochs": epochs,
+        "test_crop": test_crop,
     }
 
 

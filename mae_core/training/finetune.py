@@ -189,7 +189,9 @@ def finetune(config: FinetuneConfig, *, resume: bool = False) -> dict[str, Any]:
             metrics["without_ema"] = headline(measured(model, test_batches, run, splits.classes))
             run.record({"step": step, **{f"{name}_without_ema": v for name, v in metrics["without_ema"].items()}})
 
-    metadata = classifier_metadata(model, statistics, config.model.pooling, splits.classes, config.optim.epochs)
+    metadata = classifier_metadata(
+        model, statistics, config.model.pooling, splits.classes, config.optim.epochs, config.data.test_crop
+    )
     metadata["multi_label"] = config.data.multi_label
     fit(
         model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -76,10 +77,21 @@ def lars(probe: LinearProbe, optim: ProbeOptim, lr: float) -> Lars:
     for head, rate in zip(probe.heads, rates_of(optim), strict=True):
         scale = rate / optim.base_lr
         groups += [
-            {"params": [head.weight], "lr_scale": scale, "weight_decay": optim.weight_decay, "always_adapt": True},
-            {"params": [head.bias], "lr_scale": scale, "weight_decay": 0.0, "always_adapt": False},
+            {"params": [head.weight], "lr_scale": scale, "always_adapt": True},
+            {"params": [head.bias], "lr_scale": scale, "always_adapt": False},
         ]
-    return Lars(groups, lr=lr, momentum=optim.momentum, trust_coeff=optim.trust_coefficient, eps=0.0)
+    optimizer = Lars(groups, lr=lr, momentum=optim.momentum, trust_coeff=optim.trust_coefficient, eps=0.0)
+    if optim.weight_decay:
+        # timm's own decay divides by |g| + decay |w| in place of |g + decay w|, which is another rate
+        weights = [head.weight for head in probe.heads]
+        optimizer.register_step_pre_hook(lambda *_: _add_decay(weights, optim.weight_decay))
+    return optimizer
+
+
+def _add_decay(weights: Sequence[Tensor], decay: float) -> None:
+    for weight in weights:
+        if weight.grad is not None:
+            weight.grad.add_(weight.detach(), alpha=decay)
 
 
 def probe_loss(model: nn.Module, batch: LabelledBatch) -> dict[str, Tensor]:
@@ -169,7 +181,9 @@ def linprobe(config: LinprobeConfig, *, resume: bool = False) -> dict[str, Any]:
         best = f" with base lr {metrics['base_lr']:g}, the best of {len(rates)}" if len(rates) > 1 else ""
         run.say(f"step {step}: {in_words(metrics)}{best}")
 
-    metadata = classifier_metadata(trunk, statistics, config.model.pooling, splits.classes, config.optim.epochs)
+    metadata = classifier_metadata(
+        trunk, statistics, config.model.pooling, splits.classes, config.optim.epochs, config.data.test_crop
+    )
     fit(
         probe,
         train_batches,

@@ -56,6 +56,18 @@ def test_every_view_takes_pictures_and_tensors():
         assert view(tensor).shape == (5, 16, 24) and view(tensor).dtype == torch.float32
 
 
+@pytest.mark.parametrize("shape", [(40, 40), (30, 80), (80, 30)])
+def test_a_size_that_is_not_square_is_covered(shape):
+    """Of pictures and of tensors alike: nothing is padded."""
+    white = torch.full((5, *shape), 255, dtype=torch.uint8)
+    assert evaluation_view(None, (16, 32), STATISTICS)(white).min() == pytest.approx((1 - 0.5) / 0.25)
+    noise = Image.effect_noise(shape, 60)
+    grey = Statistics((0.5,), (0.25,))
+    one = evaluation_view(None, (16, 32), grey)(noise)
+    other = evaluation_view(None, (16, 32), grey)(torch.from_numpy(np.asarray(noise).copy())[None])
+    assert (other - one).abs().mean() < 0.02 < one.std()
+
+
 @pytest.mark.parametrize("size, share", [(16, 0.875), (256, 1.0)])
 def test_the_evaluation_view_is_timms_with_a_whole_crop_above_224(size, share):
     picture = Image.effect_noise((90, 70), 60).convert("RGB")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from sklearn.decomposition import PCA
 from sklearn.neighbors import KNeighborsClassifier
 
 from mae_core.config import load_config
+from mae_core.conversion.files import read_weights, write_weights
 from mae_core.conversion.loading import load_encoder
 from mae_core.data.images import statistics_of
 from mae_core.data.labelled import TestImages, read_image_folder
@@ -102,6 +105,42 @@ def test_what_cannot_work_is_refused_before_any_work(tmp_path, data, pretrained,
             )
         )
     assert not (tmp_path / "run").exists()
+
+
+def test_kept_features_are_those_of_the_same_trunk_view_precision_and_files(
+    tmp_path, write_classes, pretrained, capsys
+):
+    root, cache, weights = write_classes(tmp_path / "data"), tmp_path / "cache", tmp_path / "encoder.safetensors"
+    (root / "val" / "ash" / "001.png").write_bytes(b"no image")
+    shutil.copy(pretrained / "encoder.safetensors", weights)
+    options = [*OPTIONS, f"weights={weights}", f"data.path={root / 'val'}", f"cache={cache}", "picture=none"]
+    runs = (tmp_path / f"run_{number}" for number in itertools.count())
+
+    def kept(*more: str) -> int:
+        write_features(load_config(FeaturesConfig, None, [*options, *more, f"output={next(runs)}"]))
+        return len(list(cache.iterdir()))
+
+    assert kept() == 1 and "and have none" not in capsys.readouterr().out
+    assert kept() == 1 and "1 of the images could not be read then and have none" in capsys.readouterr().out
+    changes = ("data.image_size=40", "data.test_crop=1", "model.pooling=mean", "precision=bf16", f"data.path={root}")
+    for count, change in enumerate(changes, start=2):
+        assert kept(change) == count, change
+    (root / "val" / "ash" / "001.png").write_bytes((root / "val" / "ash" / "000.png").read_bytes())
+    assert kept() == 7
+    tensors, metadata = read_weights(weights)
+    tensors["norm.bias"] += 1
+    write_weights(weights, tensors, metadata)
+    assert kept() == 8 and kept() == 8
+    some = max(cache.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    some.write_bytes(some.read_bytes()[:100])
+    with pytest.raises(UserError, match=f"{some.name} is truncated"):
+        kept()
+
+
+def test_a_number_of_neighbours_alone():
+    assert load_config(KnnConfig, None, ["k=5"]).k == (5,)
+    with pytest.raises(UserError, match=r"k.*greater than or equal to 1"):
+        load_config(KnnConfig, None, ["k=0"])
 
 
 def test_an_unreadable_image_refuses_where_asked(tmp_path, write_classes, pretrained):

@@ -15,16 +15,20 @@ from PIL import Image
 from timm.data import ImageNetInfo, create_transform
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from typer.testing import CliRunner
 
 import mae_core
-from mae_core.config import load_config
+from mae_core.cli.main import app
+from mae_core.config import FinetuneConfig, load_config
+from mae_core.conversion.classifiers import as_file_says, weights_of
 from mae_core.conversion.files import write_weights
 from mae_core.conversion.loading import describe_encoder
 from mae_core.errors import UserError
 from mae_core.evaluation.config import EvaluateConfig
-from mae_core.evaluation.evaluate import evaluate
+from mae_core.evaluation.evaluate import as_kind_says, evaluate
 from mae_core.evaluation.robustness import ALEXNET_ERROR, corruption_errors
 from mae_core.models.encoder import ViTEncoder
+from mae_core.training.finetune import finetune
 
 OPTIONS = ("data.workers=0", "device=cpu", "evaluation_batch=4")
 CLASSES = ["ash", "birch", "cedar"]
@@ -98,6 +102,45 @@ def test_a_saved_classifier_opens_in_timms_create_model(tmp_path, pretrained):
     other.load_state_dict(model.state_dict())
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(other.eval()(images), model.eval()(images), rtol=1e-5, atol=1e-5)
+
+
+def test_an_exported_classifier_is_the_same_in_timm(tmp_path, data, pretrained):
+    """One command, and timm's create_model gives the logits, the class names and the view of our evaluation."""
+    model = mae_core.build_classifier(pretrained, 3, pooling="mean")
+    nn.init.normal_(model.head.weight)
+    metadata = {**describe_encoder(model), "classes": CLASSES, "test_crop": 0.5}
+    write_weights(tmp_path / "classifier.safetensors", model.state_dict(), metadata)
+    command = ["export", tmp_path / "classifier.safetensors", "--timm", "--out", tmp_path / "folder"]
+    assert CliRunner().invoke(app, [str(part) for part in command]).exit_code == 0
+    other = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True).eval()
+    assert other.pretrained_cfg["label_names"] == CLASSES
+    view = create_transform(**timm.data.resolve_model_data_config(other), is_training=False)
+    run_evaluate(
+        f"weights={tmp_path / 'classifier.safetensors'}",
+        f"data.path={data}",
+        "save_logits=true",
+        f"output={tmp_path / 'run'}",
+    )
+    with np.load(tmp_path / "run" / "logits.npz") as found, torch.no_grad():
+        images = torch.stack([view(Image.open(data / name).convert("RGB")) for name in found["files"]])
+        np.testing.assert_allclose(other(images).numpy(), found["logits"], atol=1e-5)
+
+
+def test_a_classifier_is_measured_with_the_crop_of_its_training(tmp_path, data, pretrained):
+    """The logits of the training's own view; an option and the kind of images go before it."""
+    run = tmp_path / "run"
+    options = [f"weights={pretrained}", f"data.path={data}", "data.workers=0", "device=cpu", "data.image_size=32"]
+    options += ["optim.epochs=1", "optim.batch_size=4", "optim.warmup_epochs=0", "data.test_crop=0.5"]
+    finetune(load_config(FinetuneConfig, None, [*options, f"output={run}"]))
+    given = [f"weights={run}", f"data.path={data}", "save_logits=true"]
+    for name, more in {"told": ["data.test_crop=0.5"], "silent": [], "other": ["data.test_crop=1"]}.items():
+        run_evaluate(*given, *more, f"output={tmp_path / name}")
+    told, silent, other = (np.load(tmp_path / n / "logits.npz")["logits"] for n in ("told", "silent", "other"))
+    np.testing.assert_array_equal(silent, told)
+    assert not np.array_equal(other, told)
+    assert "test_crop: 0.5" in (tmp_path / "silent" / "config.yaml").read_text()
+    config = load_config(EvaluateConfig, None, [f"weights={run}", "kind=imagenet-c"])
+    assert as_file_says(weights_of(config), as_kind_says(config)).data.test_crop == 1.0
 
 
 def rows_of(file: Path) -> list[dict[str, str]]:
@@ -239,6 +282,7 @@ def test_a_classifier_with_several_labels_is_measured_by_average_precision(tmp_p
         ),
         (["data.path={root}/none"], "none does not exist; set data.path"),
         (["data.path={data}/val/ash"], "holds no class folders"),
+        (["data.path={data}/val/ash/000.png"], "000.png is a file; set data.path to a folder"),
         (["data.path={root}/bad"], "none of 1 images tried can be read"),
         (["kind=imagenet-c"], "holds no corruption of ImageNet-C, such as gaussian_noise/1"),
         (["data.image_size=33"], "does not split into 8x8 patches"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from torchvision.transforms import v2
 
 from mae_core.config import load_config
 from mae_core.conversion.classifiers import classifier_of, trunk_from
-from mae_core.conversion.files import read_weights
+from mae_core.conversion.files import read_weights, write_weights
 from mae_core.conversion.loading import load_encoder, read_encoder
 from mae_core.data.labelled import LabelledBatch
 from mae_core.data.views import SingleDrawCrop
@@ -65,9 +66,7 @@ def test_a_step_of_lars_is_the_written_formula(weight_decay):
             gradient, weight = parameter.grad.clone(), expected[name]
             if weight.ndim > 1:
                 gradient = gradient + weight_decay * weight
-                # timm's denominator |g| + decay |w| equals the official |g + decay w| where there is no decay
-                norm = parameter.grad.norm() + weight_decay * weight.norm()
-                gradient = gradient * (0.001 * weight.norm() / norm if weight.norm() > 0 else 1.0)
+                gradient = gradient * (0.001 * weight.norm() / gradient.norm() if weight.norm() > 0 else 1.0)
             velocity[name] = 0.9 * velocity[name] + gradient
             expected[name] = weight - 2.0 * (4.0 if "heads.1" in name else 1.0) * velocity[name]
         optimizer.step()
@@ -230,6 +229,28 @@ def test_resuming_gives_the_same_probe(tmp_path, data, pretrained, monkeypatch):
     linprobe(configuration(*options, f"output={tmp_path / 'cut'}"), resume=True)
     one, other = (tmp_path / name / "classifier.safetensors" for name in ("whole", "cut"))
     assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_checkpoint_has_the_heads_and_refuses_another_trunk(tmp_path, data, pretrained):
+    weights = tmp_path / "encoder.safetensors"
+    shutil.copy(pretrained / "encoder.safetensors", weights)
+    options = [f"weights={weights}", f"data.path={data}", f"output={tmp_path / 'run'}", "optim.epochs=1"]
+    linprobe(configuration(*options))
+    state, _ = read_weights(complete_checkpoints(tmp_path / "run")[-1] / "model.safetensors")
+    assert {name.partition(".")[0] for name in state} == {"norm", "heads", "trunk_digest"}
+    before = (tmp_path / "run" / "classifier.safetensors").read_bytes()
+    tensors, metadata = read_weights(weights)
+    tensors["blocks.3.mlp.fc1.weight"][0, 0] += 1
+    write_weights(weights, tensors, metadata)
+    with pytest.raises(UserError, match="trained on another trunk: the weights file has changed"):
+        linprobe(configuration(*options), resume=True)
+    assert (tmp_path / "run" / "classifier.safetensors").read_bytes() == before
+
+
+def test_a_rate_alone_is_a_sweep():
+    assert configuration("optim.sweep=0.3").optim.sweep == (0.3,)
+    with pytest.raises(UserError, match=r"optim.sweep.*greater than 0"):
+        configuration("optim.sweep=-1")
 
 
 def test_the_image_size_is_the_files_unless_asked(tmp_path, data, pretrained):

@@ -69,15 +69,30 @@ def test_nothing_is_kept_for_a_backward_pass_through_what_is_frozen(blocks, save
     assert model.blocks[5].drop_path2.drop_prob == 0.5
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["weights=FILE", "trainable_blocks=0"], "mae linprobe tunes none"),
+        (["weights=FILE", "trainable_blocks=-1"], "a whole number of blocks from 1 on, or 0.5 for the MLP"),
+        (["weights=FILE", "trainable_blocks=1.5"], "a whole number of blocks from 1 on, or 0.5 for the MLP"),
+        (["from_scratch=true", "trainable_blocks=1"], "from_scratch=true would leave them random; give weights"),
+    ],
+)
+def test_numbers_of_blocks_that_mean_nothing_are_refused(options, message):
+    with pytest.raises(UserError, match=message) as error:
+        load_config(FinetuneConfig, None, options)
+    assert "\n" not in str(error.value)
+
+
 def digest(state: dict[str, torch.Tensor], names: set[str]) -> str:
     return hashlib.sha256(b"".join(state[name].numpy().tobytes() for name in sorted(names))).hexdigest()
 
 
-@pytest.mark.parametrize("blocks", [0.5, 2])
-def test_what_is_frozen_stays_to_the_bit_and_the_rest_moves(tmp_path, write_classes, pretrained, blocks):
+@pytest.mark.parametrize("blocks, ema", [(0.5, "null"), (2, "null"), (2, "0.9")])
+def test_what_is_frozen_stays_to_the_bit_and_the_rest_moves(tmp_path, write_classes, pretrained, blocks, ema):
     options = [f"weights={pretrained}", f"data.path={write_classes(tmp_path / 'data')}", f"output={tmp_path / 'run'}"]
     options += ["data.image_size=32", "data.workers=0", "optim.batch_size=4", "optim.epochs=2", "device=cpu"]
-    options += ["optim.warmup_epochs=0", "optim.base_lr=0.05", f"trainable_blocks={blocks}"]
+    options += ["optim.warmup_epochs=0", "optim.base_lr=0.05", f"trainable_blocks={blocks}", f"ema={ema}"]
     finetune(load_config(FinetuneConfig, None, options))
     before, after = (
         read_weights(pretrained / "encoder.safetensors")[0],
