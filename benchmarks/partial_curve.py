@@ -116,7 +116,8 @@ def draw(points: dict[str, Point], blocks: Sequence[float], file: Path, title: s
     plot.errorbar(places, means, yerr=spreads, marker="o", capsize=3, color="tab:blue", label="pre-trained (MAE)")
     for place, point in zip(places, curve, strict=True):
         plot.scatter([place] * len(point.top1), point.top1, s=10, color="tab:blue", alpha=0.5, linewidths=0, zorder=3)
-        plot.annotate(f"{point.mean:.1f}", (place, point.mean), (0, 9), textcoords="offset points", ha="center")
+        above = (place, point.mean + (point.spread or 0.0))
+        plot.annotate(f"{point.mean:.1f}", above, (0, 6), textcoords="offset points", ha="center")
     others = [("scratch", "from scratch, all blocks", "tab:red")]
     others += [(f"{k}-NN", f"{k}-NN, frozen", colour) for k, colour in zip(NEIGHBOURS, GREYS, strict=True)]
     for name, label, colour in others:
@@ -127,6 +128,7 @@ def draw(points: dict[str, Point], blocks: Sequence[float], file: Path, title: s
     plot.set_xticks(list(places), ["0\n(linear)", *(f"{count:g}" for count in blocks)])
     plot.set(xlabel="blocks fine-tuned", ylabel="top-1 accuracy (%)", title=title)
     plot.legend(frameon=False, fontsize=9)
+    plot.margins(y=0.1)
     plot.spines[["top", "right"]].set_visible(False)
     with atomic_path(file) as temporary:
         figure.savefig(temporary, dpi=130, bbox_inches="tight")
@@ -168,7 +170,7 @@ def partial_curve(
         for arm in arms
     }
     figure = out / "partial_curve.png"
-    draw(points, blocks, figure, f"Partial fine-tuning: epochs {epochs:g}, seeds {seeds}")
+    draw(points, blocks, figure, f"Partial fine-tuning, {epochs:g} epochs, {seeds} seeds")
     told = (
         f"{epochs:g} epochs for every number of blocks and from scratch, seeds 0 to {seeds - 1} of each; the spread is "
         "the standard deviation over them. 0.5 blocks are the MLP of the last one. The linear probe is the best of a "
