@@ -51,7 +51,8 @@ def is_complete(checkpoint: Path) -> bool:
 def resolve_weights(path: Path | str, *, decoder: bool = False) -> Path:
     """The weights file meant by a file, a run directory, a checkpoint folder or a folder of timm or transformers.
 
-    A run directory means its exported encoder, or, with ``decoder``, the full model of its last complete checkpoint.
+    A run directory means its encoder or its classifier; with ``decoder`` its classifier, or of a pre-training, where
+    there is none, the full model of its last complete checkpoint.
     Raises ``UserError`` where there is none.
     """
     path = Path(path)
@@ -68,10 +69,9 @@ def resolve_weights(path: Path | str, *, decoder: bool = False) -> Path:
         if not is_complete(path):
             raise UserError(f"checkpoint {path} is not complete; use an earlier one")
         return path / MODEL
-    if not decoder:
-        for name in (ENCODER, CLASSIFIER):
-            if (path / name).is_file():
-                return path / name
+    for name in (CLASSIFIER,) if decoder else (ENCODER, CLASSIFIER):
+        if (path / name).is_file():
+            return path / name
     found = complete_checkpoints(path)
     if not found:
         raise UserError(f"{path} holds no weights and no complete checkpoint; give a run directory or a weights file")

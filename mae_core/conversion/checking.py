@@ -82,7 +82,7 @@ def run_transformers(state: Mapping[str, Tensor], geometry: Geometry, images: Te
         int(n.split(".layer.")[-1].removeprefix("layers.").split(".")[0]) for n in state if ".attention." in n
     )
     config = ViTConfig(
-        hidden_size=state["layernorm.bias"].shape[0],
+        hidden_size=state["embeddings.cls_token"].shape[-1],
         num_hidden_layers=depth,
         num_attention_heads=geometry.heads,
         intermediate_size=next(
@@ -100,7 +100,8 @@ def run_transformers(state: Mapping[str, Tensor], geometry: Geometry, images: Te
     finally:
         logging.set_verbosity(level)
     layers = model.layers if hasattr(model, "layers") else model.encoder.layer
-    return _tokens_of(model, layers[-1], lambda: model(images).last_hidden_state)
+    tokens = _tokens_of(model, layers[-1], lambda: model(images).last_hidden_state)
+    return tokens if "layernorm.bias" in state else tokens._replace(normed=None)
 
 
 LIBRARIES: dict[str, tuple[str, Runner]] = {

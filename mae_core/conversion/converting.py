@@ -25,8 +25,8 @@ FOLDERS = ("huggingface", "huggingface_5", "timm")
 """Formats that are written as a folder where --out has no file ending."""
 CARRIED = (
     "target", "target_options", "masking", "mask_ratio", "mask_tokens_in_encoder", "loss_on_all_patches",
-    "decoder_heads", "mean", "std", "epochs", "step", "classes", "pooling", "licence", "pos_embed_layout",
-    "decoder_pos_embed_layout",
+    "decoder_heads", "mean", "std", "epochs", "step", "classes", "multi_label", "pooling", "test_crop", "licence",
+    "pos_embed_layout", "decoder_pos_embed_layout",
 )  # fmt: skip
 """Metadata that stays true when a file is converted."""
 

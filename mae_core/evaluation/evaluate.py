@@ -20,7 +20,14 @@ from mae_core.evaluation.classification import Accuracy, Tally
 from mae_core.evaluation.config import EvaluateConfig
 from mae_core.evaluation.features import Rows, Viewer, rows_of
 from mae_core.evaluation.multi_label import MultiLabelScores, average_precision
-from mae_core.evaluation.robustness import KINDS, Kind, corruption_errors, find_corruptions, severities_of
+from mae_core.evaluation.robustness import (
+    ALEXNET_ERROR,
+    KINDS,
+    Kind,
+    corruption_errors,
+    find_corruptions,
+    severities_of,
+)
 from mae_core.evaluation.tables import PredictionTable, write_logits, write_per_class
 from mae_core.layout import METRICS
 from mae_core.training import distributed
@@ -52,8 +59,8 @@ class ChosenClasses(nn.Module):
 
 
 def classes_of(source: EncoderFile, folder: Path) -> list[str]:
-    """The names of a classifier's classes: those its file states; of a file that states none, ImageNet's where the
-    folders are named so, else the folders themselves, sorted, where they are as many.
+    """The names of a classifier's classes: those its file states; of a file of 1000 classes that states none,
+    ImageNet's where folders are named so; else the folders themselves, sorted, where they are as many.
 
     Raises ``UserError`` where the folders are not named as the file's classes, or are of another number.
     """
@@ -64,7 +71,8 @@ def classes_of(source: EncoderFile, folder: Path) -> list[str]:
     stated = source.metadata.get("classes")
     if stated is None and source.num_classes == IMAGENET_CLASSES:
         imagenet = ImageNetInfo("imagenet-1k").label_names()
-        stated = imagenet if set(folders) <= set(imagenet) else None
+        named_so = set(folders) & set(imagenet)
+        stated = imagenet if named_so and (len(named_so) == len(folders) or len(folders) != IMAGENET_CLASSES) else None
     if stated is not None:
         strangers = sorted(set(folders) - set(stated))
         if strangers:
@@ -77,6 +85,7 @@ def classes_of(source: EncoderFile, folder: Path) -> list[str]:
         raise UserError(
             f"{source.path} has {source.num_classes} classes and does not name them, but {folder} has {len(folders)} "
             "class folders; give a folder for each of its classes"
+            + (", or name the folders as ImageNet does" if source.num_classes == IMAGENET_CLASSES else "")
         )
     return folders
 
@@ -88,6 +97,10 @@ def parts_of(source: EncoderFile, kind: Kind, root: Path | None) -> list[Part]:
     if source.metadata.get("multi_label"):
         if not kind.has_splits:
             raise UserError(f"{source.path} gives an image several labels; measure it with kind=folder")
+        if not (root / "val.csv").is_file():
+            raise UserError(
+                f"{source.path} gives an image several labels; list them in {root / 'val.csv'} (file,labels)"
+            )
         return [Part(None, 0, read_label_list(root / "val.csv", source.metadata["classes"]))]
     if kind.corrupted:
         return [
@@ -160,10 +173,20 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 def announce(run: Run, source: EncoderFile, kind: Kind, parts: list[Part], num_images: int) -> None:
     """Print what is about to happen, and what is not as the kind of images has it."""
-    run.say(f"{source.path}: ViT-{source.size} of {source.num_classes} classes; {kind.about}; {num_images} images")
+    about = "several labels an image" if source.metadata.get("multi_label") else kind.about
+    run.say(f"{source.path}: ViT-{source.size} of {source.num_classes} classes; {about}; {num_images} images")
     here = len({label for part in parts for label in part.files.labels})
     if kind.classes is not None and here != kind.classes:
         run.say(f"a complete copy has {kind.classes} classes, here are {here}: the numbers are not the published ones'")
+
+
+def mce_in_words(metrics: dict[str, Any]) -> str:
+    """The mean corruption error as the end of a line on the screen, or why there is none."""
+    if metrics["mCE"] is not None:
+        return f"; mCE {metrics['mCE']}"
+    lacking = f"; no mCE, {len(metrics['incomplete_corruptions'])} of {len(ALEXNET_ERROR)} corruptions are incomplete"
+    mean = metrics["mCE_of_found"]
+    return lacking if mean is None else f"{lacking} ({mean} is the mean over the others)"
 
 
 def measure_parts(parts: list[Part], viewer: Viewer, run: Run, config: EvaluateConfig) -> dict[str, Any]:
@@ -186,7 +209,7 @@ def measure_parts(parts: list[Part], viewer: Viewer, run: Run, config: EvaluateC
     classes = parts[0].files.classes
     whole = Accuracy.sum_of(scores) if isinstance(scores[0], Accuracy) else scores[0]  # type: ignore[arg-type]
     metrics = {**whole.as_dict(classes), **(corruption_errors(errors) if errors else {})}
-    run.say(in_words(metrics) + (f"; mCE {metrics['mCE']}" if errors else ""))
+    run.say(in_words(metrics) + (mce_in_words(metrics) if errors else ""))
     if run.is_main:
         write_per_class(run, whole, classes)
         if config.save_logits:

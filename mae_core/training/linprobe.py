@@ -176,6 +176,7 @@ def linprobe(config: LinprobeConfig, *, resume: bool = False) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
 
     def evaluate(step: int) -> None:
+        distributed.share_buffers(probe)  # all ranks measure the probe that is saved
         metrics.update(measure_heads(probe, data.test_batches, run, splits.classes, rates))
         run.record({"step": step, **headline(metrics)})
         best = f" with base lr {metrics['base_lr']:g}, the best of {len(rates)}" if len(rates) > 1 else ""

@@ -9,23 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
 import torch
 from PIL import Image
 from timm.data import ImageNetInfo, create_transform
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
-from typer.testing import CliRunner
 
-import mae_core
-from mae_core.cli.main import app
 from mae_core.config import FinetuneConfig, load_config
 from mae_core.conversion.classifiers import as_file_says, weights_of
 from mae_core.conversion.files import write_weights
 from mae_core.conversion.loading import describe_encoder
 from mae_core.errors import UserError
 from mae_core.evaluation.config import EvaluateConfig
-from mae_core.evaluation.evaluate import as_kind_says, evaluate
+from mae_core.evaluation.evaluate import as_kind_says, evaluate, mce_in_words
 from mae_core.evaluation.robustness import ALEXNET_ERROR, corruption_errors
 from mae_core.models.encoder import ViTEncoder
 from mae_core.training.finetune import finetune
@@ -91,39 +87,6 @@ def test_an_official_fine_tuned_file_says_what_plain_timm_says(tmp_path, data):
     assert np.ptp(expected) > 0.1
     right = sum(CLASSES[row.argmax()] == name.split("/")[0] for row, name in zip(expected, files, strict=True))
     assert metrics["top1"] == pytest.approx(100 * right / 9, abs=1e-3)
-
-
-def test_a_saved_classifier_opens_in_timms_create_model(tmp_path, pretrained):
-    """The names are timm's: its own factory builds the same network, and its logits are ours."""
-    model = mae_core.build_classifier(pretrained, 3, pooling="mean")
-    nn.init.normal_(model.head.weight)
-    options = {"img_size": 32, "patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4}
-    other = timm.create_model("vit_base_patch16_224", num_classes=3, global_pool="avg", **options)
-    other.load_state_dict(model.state_dict())
-    images = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(other.eval()(images), model.eval()(images), rtol=1e-5, atol=1e-5)
-
-
-def test_an_exported_classifier_is_the_same_in_timm(tmp_path, data, pretrained):
-    """One command, and timm's create_model gives the logits, the class names and the view of our evaluation."""
-    model = mae_core.build_classifier(pretrained, 3, pooling="mean")
-    nn.init.normal_(model.head.weight)
-    metadata = {**describe_encoder(model), "classes": CLASSES, "test_crop": 0.5}
-    write_weights(tmp_path / "classifier.safetensors", model.state_dict(), metadata)
-    command = ["export", tmp_path / "classifier.safetensors", "--timm", "--out", tmp_path / "folder"]
-    assert CliRunner().invoke(app, [str(part) for part in command]).exit_code == 0
-    other = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True).eval()
-    assert other.pretrained_cfg["label_names"] == CLASSES
-    view = create_transform(**timm.data.resolve_model_data_config(other), is_training=False)
-    run_evaluate(
-        f"weights={tmp_path / 'classifier.safetensors'}",
-        f"data.path={data}",
-        "save_logits=true",
-        f"output={tmp_path / 'run'}",
-    )
-    with np.load(tmp_path / "run" / "logits.npz") as found, torch.no_grad():
-        images = torch.stack([view(Image.open(data / name).convert("RGB")) for name in found["files"]])
-        np.testing.assert_allclose(other(images).numpy(), found["logits"], atol=1e-5)
 
 
 def test_a_classifier_is_measured_with_the_crop_of_its_training(tmp_path, data, pretrained):
@@ -198,6 +161,19 @@ def test_the_subset_is_that_of_the_folders(tmp_path, write_images, kind):
     assert metrics["top1"] == pytest.approx(100 * right.mean(), abs=1e-3) and metrics["images"] == 9
 
 
+def test_a_folder_that_is_no_class_of_imagenet_is_named(tmp_path, write_images):
+    torch.save({"model": plain_timm(1000).state_dict()}, tmp_path / "official.pth")
+    for name in (*ImageNetInfo("imagenet-1k").label_names()[:2], "n99999999"):
+        write_images(tmp_path / "set" / name, 1)
+    options = [f"weights={tmp_path / 'official.pth'}", "kind=imagenet-a", f"output={tmp_path / 'run'}"]
+    with pytest.raises(UserError, match=r"labels that are not classes of .*official\.pth: n99999999; its classes"):
+        run_evaluate(*options, f"data.path={tmp_path / 'set'}")
+    write_images(tmp_path / "others" / "cat", 1)
+    with pytest.raises(UserError, match=r"has 1 class folders; .* or name the folders as ImageNet does"):
+        run_evaluate(*options, f"data.path={tmp_path / 'others'}")
+    assert not (tmp_path / "run").exists()
+
+
 def test_corruption_errors_are_the_formula():
     severities = range(1, 6)
     as_alexnet = {name: dict.fromkeys(severities, rate) for name, rate in ALEXNET_ERROR.items()}
@@ -211,6 +187,10 @@ def test_corruption_errors_are_the_formula():
     assert part["mCE"] is None and part["mCE_of_found"] == 50.0 and part["corruptions"]["snow"]["mean_error"] == 50.0
     assert part["corruptions"]["snow"]["corruption_error"] is None
     assert "snow" in part["incomplete_corruptions"] and "fog" not in part["incomplete_corruptions"]
+    assert mce_in_words(corruption_errors(as_alexnet)) == "; mCE 100.0"
+    told = "; no mCE, 14 of 15 corruptions are incomplete"
+    assert mce_in_words(part) == f"{told} (50.0 is the mean over the others)"
+    assert mce_in_words(corruption_errors({"fog": {1: 0.5}})) == told.replace("14", "15")
 
 
 def test_corruptions_are_found_in_their_groups(tmp_path, write_images, classifier):
@@ -267,6 +247,8 @@ def test_a_classifier_with_several_labels_is_measured_by_average_precision(tmp_p
     (tmp_path / "data" / "val.csv").write_text("file,labels\n000.png,fish\n")
     with pytest.raises(UserError, match="labels that are not the model's: fish"):
         run_evaluate(*options, f"output={tmp_path / 'other'}")
+    with pytest.raises(UserError, match=r"several labels; list them in .*val\.csv"):
+        run_evaluate(*options, f"data.path={tmp_path}", f"output={tmp_path / 'other'}")
     with pytest.raises(UserError, match="several labels; measure it with kind=folder"):
         run_evaluate(*options, "kind=imagenet-a", f"output={tmp_path / 'other'}")
 

@@ -77,6 +77,31 @@ def test_two_ranks_count_every_validation_image_once(tmp_path, write_classes, ru
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["images"] == 9
 
 
+PROBE = """
+import sys
+from mae_core.config import load_config
+from mae_core.evaluation.config import LinprobeConfig
+from mae_core.training import distributed, linprobe
+measure = linprobe.measure_heads
+def watched(probe, *others):
+    means = distributed.gather(probe.norm.running_mean.tolist())
+    assert len(means) == 2 and means[0] == means[1] and any(means[0]), means
+    return measure(probe, *others)
+linprobe.measure_heads = watched
+assert linprobe.linprobe(load_config(LinprobeConfig, None, sys.argv[1:]))["images"] == 9
+"""
+
+
+def test_two_ranks_measure_one_probe(tmp_path, write_classes, pretrained, run_python):
+    """Batch norm sees other images on each rank; what is measured has the statistics of what is saved."""
+    (tmp_path / "program.py").write_text(PROBE)
+    options = [f"weights={pretrained}", f"data.path={write_classes(tmp_path / 'data')}", "data.workers=0", "device=cpu"]
+    options += ["optim.epochs=1", "optim.batch_size=4", "optim.warmup_epochs=0", f"output={tmp_path / 'run'}"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "program.py"]
+    result = run_python([*launcher, *options])
+    assert result.returncode == 0, result.stderr
+
+
 def test_unreadable_images_of_every_rank_are_named_and_counted(tmp_path, write_images, pretrain_options, run_python):
     paths = write_images(tmp_path / "images", 8)
     for path in paths[1::2]:
