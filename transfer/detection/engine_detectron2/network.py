@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
@@ -17,12 +20,13 @@ from detectron2.modeling.roi_heads import (
     MaskRCNNConvUpsampleHead,
     StandardROIHeads,
 )
+from detectron2.structures import ImageList
 
 from mae_core.data.images import IMAGENET_MEAN, IMAGENET_STD, Statistics
-from mae_core.errors import UserError
 from transfer.backbone import DenseViT
 from transfer.detection.config import DetectorConfig, InferenceConfig, SamplingConfig
 from transfer.detection.engine_detectron2.backbone import MAECoreBackbone
+from transfer.detection.rois import CANONICAL_SIDE, CANONICAL_STRIDE
 from transfer.pyramid import NORMS
 
 BOX_CELLS, MASK_CELLS = 7, 14
@@ -33,19 +37,26 @@ BRIGHTEST = 255.0
 """detectron2 takes pixels in 0..255."""
 
 
+class CanvasRCNN(GeneralizedRCNN):
+    """detectron2's, with the images of a batch padded to the canvas of the recipe, which need not be square."""
+
+    canvas = (0, 0)
+
+    def preprocess_image(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
+        """Records -> standardised images on (height, width) of the canvas, in whole cells of the coarsest map."""
+        images = super().preprocess_image(batched_inputs)
+        (rows, cols), stride = images.tensor.shape[-2:], self.backbone.size_divisibility
+        height, width = (-(-side // stride) * stride for side in self.canvas)
+        images.tensor = F.pad(images.tensor, (0, max(width - cols, 0), 0, max(height - rows, 0)))
+        return images
+
+
 def build_rcnn(
     vit: DenseViT, num_classes: int, config: DetectorConfig, sampling: SamplingConfig, test: InferenceConfig
-) -> GeneralizedRCNN:
-    """A Mask R-CNN, or with ``config.cascade`` a Cascade Mask R-CNN, on ``vit``; background is no class.
-
-    Raises ``UserError`` for a patch size that is no power of 2, which detectron2's pooling cannot take.
-    """
-    if vit.grid.patch & (vit.grid.patch - 1):
-        raise UserError(
-            f"engine detectron2 takes patch sizes that are powers of 2, not {vit.grid.patch}; use engine=torchvision"
-        )
+) -> CanvasRCNN:
+    """A Mask R-CNN, or with ``config.cascade`` a Cascade Mask R-CNN, on ``vit``; background is no class."""
     backbone = MAECoreBackbone(vit, kind=config.pyramid, channels=config.fpn_channels, norm=NORMS[config.norm])
-    return GeneralizedRCNN(
+    return CanvasRCNN(
         backbone=backbone,
         proposal_generator=proposal_network(backbone, config, sampling),
         roi_heads=roi_heads(backbone, num_classes, config, sampling, test),
@@ -55,11 +66,11 @@ def build_rcnn(
     )
 
 
-def adapt_to_images(network: GeneralizedRCNN, statistics: Statistics, canvas: tuple[int, int]) -> None:
-    """Standardise images with ``statistics``, and pad them to a square that holds the canvas."""
+def adapt_to_images(network: CanvasRCNN, statistics: Statistics, canvas: tuple[int, int]) -> None:
+    """Standardise images with ``statistics``, and pad them to ``canvas``."""
     for name, values in zip(("pixel_mean", "pixel_std"), statistics, strict=True):
         setattr(network, name, BRIGHTEST * torch.tensor(values).view(-1, 1, 1))
-    network.backbone.square = max(canvas)
+    network.canvas = canvas
 
 
 def proposal_network(backbone: MAECoreBackbone, config: DetectorConfig, sampling: SamplingConfig) -> RPN:
@@ -90,9 +101,24 @@ def proposal_network(backbone: MAECoreBackbone, config: DetectorConfig, sampling
 
 
 def pooler(backbone: MAECoreBackbone, cells: int) -> ROIPooler:
-    """RoIAlign with half-pixel offsets on the levels that boxes are read from."""
-    scales = tuple(1.0 / level.stride for level in backbone.box_levels)
-    return ROIPooler(output_size=cells, scales=scales, sampling_ratio=0, pooler_type="ROIAlignV2")
+    """RoIAlign with half-pixel offsets on the levels that boxes are read from.
+
+    detectron2 wants strides that are powers of 2. Here it counts levels in multiples of the finest stride, so that a
+    patch size such as 12 is as good as 16, and each level reads at its own scale.
+    """
+    levels = backbone.box_levels
+    finest = levels[0].stride
+    made = ROIPooler(
+        output_size=cells,
+        scales=[finest / level.stride for level in levels],
+        sampling_ratio=0,
+        pooler_type="ROIAlignV2",
+        canonical_box_size=CANONICAL_SIDE * finest / CANONICAL_STRIDE,
+        canonical_level=0,
+    )
+    for level, align in zip(levels, made.level_poolers, strict=True):
+        align.spatial_scale = 1.0 / level.stride
+    return made
 
 
 def roi_heads(
