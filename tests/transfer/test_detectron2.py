@@ -236,10 +236,25 @@ def test_options_of_the_other_engine_are_refused(configure_detection, overrides,
         configure_detection("engine=detectron2", *overrides)
 
 
-def test_a_patch_that_is_no_power_of_two_is_refused(configure_detection, tmp_path):
-    with pytest.raises(UserError, match="patch sizes that are powers of 2, not 12"):
-        train_detector(configure_detection("engine=detectron2", "model.patch_size=12", "data.image_size=96"))
-    assert not (tmp_path / "run").exists()
+def test_any_patch_and_canvas_train_and_boxes_are_read_where_the_other_engine_reads_them(configure_detection, tmp_path):
+    from detectron2.structures import Boxes
+
+    options = ("model.patch_size=12", "data.image_size=[48,96]", "optim.epochs=1")
+    networks = []
+    for engine in ("torchvision", "detectron2"):
+        config = configure_detection(f"engine={engine}", *options)
+        networks.append(build_network(config, load_engine(config), 3)[1].eval())
+    ours, theirs = networks
+    records = [{"image": torch.rand(3, 48, 64), "height": 48, "width": 64}]
+    assert theirs.preprocess_image(records).tensor.shape[-2:] == (48, 96)
+    torch.manual_seed(0)
+    corners = 40 * torch.rand(40, 2)
+    boxes = torch.cat([corners, corners + torch.exp(6 * torch.rand(40, 2))], dim=1)
+    features = ours.backbone(torch.randn(1, 3, 48, 96))
+    expected = ours.roi_heads.box_roi_pool(features, [boxes])
+    levels = [features[level.name] for level in ours.backbone.box_levels]
+    assert torch.equal(theirs.roi_heads.box_pooler(levels, [Boxes(boxes)]), expected)
+    assert train_detector(config)["images"] == 3
 
 
 # ---- detectron2's own configs and files
