@@ -137,6 +137,7 @@ def to_bands() -> Callable[[Path], None]:
                 image["file_name"] = file.with_suffix(".npy").name
                 pixels = np.asarray(Image.open(file))
                 np.save(file.with_suffix(".npy"), np.concatenate([pixels, pixels[..., :2]], -1))
+                file.unlink()
             path.write_text(json.dumps(content))
 
     return rewrite

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mae_core.config import load_config
+from mae_core.config import PretrainConfig, load_config
+from mae_core.training.pretrain import pretrain
 from transfer.detection.coco import Part, read_coco
 from transfer.detection.config import DetectionConfig
 from transfer.detection.detector import train_detector
@@ -102,21 +103,28 @@ def test_other_kinds_of_images(run, detection_root, tmp_path):
     assert len(found) == 6 and len(list((tmp_path / "out" / "pictures").iterdir())) == 6
 
 
-def test_images_of_five_channels(tmp_path, write_coco, to_bands, configure_detection):
+def test_five_channels_from_the_pretraining_to_the_pictures(
+    tmp_path, write_coco, to_bands, configure_detection, pretrain_options
+):
     root = write_coco(tmp_path / "bands")
     to_bands(root)
-    mean = "data.mean=[0.1,0.1,0.1,0.1,0.1]"
-    options = (f"data.path={root}", "data.channels=5", mean, mean.replace("mean", "std"), "optim.epochs=1", *SCORES)
-    train_detector(configure_detection(*options))
+    encoder = tmp_path / "encoder"
+    bands = ("data.channels=5", "data.mean=[0.1,0.1,0.1,0.1,0.1]", "data.std=[0.2,0.2,0.2,0.2,0.2]")
+    options = (*pretrain_options, *bands, f"data.path={root / 'train'}", f"output={encoder}", "optim.epochs=1")
+    pretrain(load_config(PretrainConfig, None, options))
+    train_detector(
+        configure_detection(f"weights={encoder}", f"data.path={root}", "optim.epochs=1", *SCORES, scratch=False)
+    )
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     (root / "val" / "000.npy").rename(pictures / "000.npy")
-    (root / "val" / "001.png").rename(pictures / "001.png")
+    Image.new("RGB", (64, 48)).save(pictures / "001.png")
     said = []
     found = predict(tmp_path / "run", [pictures], tmp_path / "out", say=said.append)
-    assert [d.image_index for d in found.found] == [0]
+    assert [d.image_index for d in found.found] == [0] and (tmp_path / "out" / "pictures" / "000.png").is_file()
     (skipped,) = (line for line in said if line.startswith("skipped"))
     assert "001.png: it has 3 channels, data.channels is 5" in skipped
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["images"] == 3
 
 
 def test_an_unreadable_image_is_named_and_skipped_or_stops_everything(run, detection_root, tmp_path, capsys):

@@ -155,6 +155,8 @@ def _configuration(weights: Path, recipe: Path | None, out: Path, overrides: Seq
             f"{file} is not a detector that train_net.py wrote; give a {DETECTOR}, or its run (for a detector of "
             "detectron2's model zoo, add --config-file RECIPE.yaml and --truth JSON)"
         )
+    else:
+        options.append("engine=detectron2")  # the only engine that has a zoo
     return load_config(DetectionConfig, recipe, [*options, *overrides])
 
 
