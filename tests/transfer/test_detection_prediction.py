@@ -11,7 +11,7 @@ from mae_core.config import PretrainConfig, load_config
 from mae_core.training.pretrain import pretrain
 from transfer.detection.coco import Part, read_coco
 from transfer.detection.config import DetectionConfig
-from transfer.detection.detector import train_detector
+from transfer.detection.detector import evaluate_detector, train_detector
 from transfer.detection.predict import main, predict
 from transfer.detection.scores import average_precision
 from transfer.engines import installed
@@ -48,6 +48,17 @@ def test_the_predictions_with_the_truths_ids_score_as_the_evaluation_did(trained
     assert {p.name for p in (tmp_path / "out" / "pictures").iterdir()} == {"000.png", "001.png", "002.png"}
     said = capsys.readouterr().out
     assert re.search(r"^000: \d+ (bar|frame|disc)", said, re.M) and "3 pictures, " in said
+
+
+def test_a_detector_is_asked_as_in_its_training_but_for_what_is_given(trained, detection_root, tmp_path):
+    run, metrics = trained
+    asked = [f"weights={run}", f"data.path={detection_root}", "device=cpu", "data.workers=0"]
+    again = evaluate_detector(load_config(DetectionConfig, None, [*asked, f"output={tmp_path / 'a'}"]))
+    assert [again[kind] for kind in ("bbox", "segm")] == [metrics[kind] for kind in ("bbox", "segm")]
+    few = [*asked, f"output={tmp_path / 'b'}", "test.detections=1"]
+    evaluate_detector(load_config(DetectionConfig, None, few))
+    counts = [len(json.loads((tmp_path / name / "predictions.json").read_text())) for name in ("a", "b")]
+    assert counts[0] > 20 and counts[1] == 3  # three images
 
 
 def test_predictions_are_cocos_results_for_the_images_json_beside_them(run, detection_root, tmp_path):
@@ -152,7 +163,9 @@ def refuse(arguments, message, capsys):
     assert error.count("\n") == 1 and error.startswith("error: "), error
 
 
-def test_wrong_input_is_one_sentence_and_leaves_nothing(run, pretrained, detection_root, tmp_path, capsys, write_coco):
+def test_wrong_input_is_one_sentence_and_leaves_nothing(
+    run, pretrained, detection_root, tmp_path, capsys, write_coco, monkeypatch
+):
     image, out = detection_root / "val" / "000.png", tmp_path / "out"
     weights = run / "detector.safetensors"
     cut = tmp_path / "cut.safetensors"
@@ -187,6 +200,9 @@ def test_wrong_input_is_one_sentence_and_leaves_nothing(run, pretrained, detecti
     ):
         refuse([*arguments, "--out", out], message, capsys)
     refuse([image, "--weights", run, "--out", full], "is not empty; give another --out", capsys)
+    refuse([image, "--weights", run, "--out", full / "file" / "out"], "cannot write to .*file", capsys)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refuse([image, "--weights", run, "--out", out], "runs in one process; start it without torchrun", capsys)
     assert not out.exists() and [p.name for p in full.iterdir()] == ["file"]
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,7 +29,7 @@ from mae_core.errors import UserError, user_errors
 from mae_core.layout import PICTURES
 from mae_core.training import distributed
 from mae_core.training.run import Run
-from transfer.detection.annotations import Category, Instance, categories_of, instance_of, read_json, typed_image
+from transfer.detection.annotations import Instance, categories_of, instance_of, read_json, typed_image
 from transfer.detection.coco import CocoImage, CocoSet, check_same_categories
 from transfer.detection.config import DETECTOR, DetectionConfig, InferenceConfig
 from transfer.detection.detector import load_engine
@@ -37,7 +38,7 @@ from transfer.detection.evaluation import PREDICTIONS
 from transfer.detection.headers import header_of
 from transfer.detection.samples import WholeImages, read_checked
 from transfer.detection.scores import Detections, coco_results
-from transfer.detection.trained import DETECTOR_FORMAT, load_detector, statistics_in
+from transfer.detection.trained import DETECTOR_FORMAT, load_detector
 from transfer.images_given import named_images
 
 IMAGES = "images.json"
@@ -78,54 +79,45 @@ def predict(
     Everything is checked before ``out`` is made. Raises ``UserError``, also where no image could be read.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is not empty; give another --out")
+    _check_out(out)
     if score is not None and not 0 <= score <= 1:
         raise UserError(f"--score is {score}; give a number from 0 to 1")
+    if distributed.world_size() > 1:
+        raise UserError("predict.py runs in one process; start it without torchrun")
     files = dict(named_images(images))
     config = _configuration(Path(weights), None if config_file is None else Path(config_file), out, overrides)
     engine = load_engine(config)
-    categories = () if truth is None else categories_of(Path(truth), read_json(Path(truth))["categories"])
-    model, metadata = load_detector(config, engine, categories)
-    categories = tuple(Category(*entry) for entry in metadata["categories"])
-    data = config.data.model_copy(
-        update={"image_size": tuple(metadata["image_size"]), "channels": metadata["in_chans"]}
-    )
-    readable, unreadable = _sizes(files, data.channels)
-    for path, reason in unreadable:
-        if on_error == "raise" or len(files) == 1:
-            raise UserError(f"image {path} cannot be read ({reason}); give image files or folders of them")
-        say(f"skipped {path}: {reason}")
+    known = () if truth is None else categories_of(Path(truth), read_json(Path(truth))["categories"])
+    model, categories, statistics, config = load_detector(config, engine, known)
+    readable, unreadable = _sizes(files, config.data.channels)
+    refuse = on_error == "raise" or len(files) == 1
+    _tell_unreadable(unreadable, refuse, say)
     coco = CocoSet(Path(IMAGES), tuple(readable.values()), categories)
     if truth is not None:
         coco = annotated(coco, list(readable), Path(truth), Path(weights))
     least = config.test.picture_score if score is None else score
     run = Run(config, distributed.join(config.device))
     model.to(run.device)
-    whole, found = WholeImages(coco, data, statistics_in(metadata)), list[Detections]()
-    names = list(readable)
+    whole, names, found = WholeImages(coco, config.data, statistics), list(readable), list[Detections]()
     with atomic_folder(out) as folder:
         for first in range(0, len(names), MOST_AT_ONCE):
             indices = range(first, min(first + MOST_AT_ONCE, len(names)))
-            batch, workers = config.test.test_batch, 0 if len(indices) < MOST_AT_ONCE else data.workers
-            part, cut = engine.detect(model, whole, run, indices, batch_size=batch, workers=workers)
-            for path, reason in cut:
-                if on_error == "raise":
-                    raise UserError(f"image {path} cannot be read ({reason}); mend or remove it")
-                say(f"skipped {path}: {reason}")
+            workers = config.data.workers if len(indices) == MOST_AT_ONCE else 0  # they take seconds to start
+            part, cut = engine.detect(model, whole, run, indices, batch_size=config.test.test_batch, workers=workers)
+            _tell_unreadable(cut, refuse, say)
             for detections in part:
                 name = names[detections.image_index]
                 say(f"{name}: {counted(coco, detections, least)}")
-                picture = _picture(coco, detections, data.channels, least, truth is not None)
+                picture = _picture(coco, detections, config.data.channels, least, "image" if truth is None else "truth")
                 file = folder / PICTURES / f"{name}.png"
                 file.parent.mkdir(parents=True, exist_ok=True)
                 picture.save(file)
             found += part
             unreadable += cut
         if not found:
-            first_path, reason = unreadable[0]
+            path, reason = unreadable[0]
             raise UserError(
-                f"none of the {len(files)} images could be read, the first is {first_path} ({reason}); "
+                f"none of the {len(files)} images could be read, the first is {path} ({reason}); "
                 "give image files or folders of them"
             )
         write_text(folder / PREDICTIONS, json.dumps(coco_results(coco, found)))
@@ -136,9 +128,28 @@ def predict(
     return Predicted(coco, found, unreadable)
 
 
+def _check_out(out: Path) -> None:
+    """Raise ``UserError`` where ``out`` is not empty, or cannot be made."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is not empty; give another --out")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {out.parent}: {error.strerror}; give another --out") from None
+    if not os.access(out.parent, os.W_OK):
+        raise UserError(f"cannot write to {out.parent}: it is read-only; give another --out")
+
+
+def _tell_unreadable(unreadable: Iterable[Unreadable], refuse: bool, say: Callable[[str], None]) -> None:
+    for path, reason in unreadable:
+        if refuse:
+            raise UserError(f"image {path} cannot be read ({reason}); mend or remove it, or give another")
+        say(f"skipped {path}: {reason}")
+
+
 def _configuration(weights: Path, recipe: Path | None, out: Path, overrides: Sequence[str]) -> DetectionConfig:
-    """Engine, network, and how it is asked are those of the file, but for ``overrides``; what the file does not say is
-    the recipe's. Raises ``UserError`` for a file that is no detector."""
+    """What to ask a detector with: of a file that train_net.py wrote the engine is the file's. Raises ``UserError`` for
+    a file that is no detector."""
     file = weights / DETECTOR if weights.is_dir() else weights
     if weights.is_dir() and not file.is_file():
         raise UserError(f"{weights} holds no {DETECTOR}; give the folder of a finished detector run")
@@ -146,10 +157,6 @@ def _configuration(weights: Path, recipe: Path | None, out: Path, overrides: Seq
     options = [f"weights={file}", f"output={out}"]
     if metadata.get("format") == DETECTOR_FORMAT:
         options.append(f"engine={metadata['engine']}")
-        asked = ((section, metadata.get(section, {})) for section in ("sampling", "test"))
-        options += [
-            f"{section}.{name}={json.dumps(value)}" for section, values in asked for name, value in values.items()
-        ]
     elif recipe is None:
         raise UserError(
             f"{file} is not a detector that train_net.py wrote; give a {DETECTOR}, or its run (for a detector of "
@@ -217,12 +224,12 @@ def counted(coco: CocoSet, detections: Detections, least: float) -> str:
     return ", ".join(f"{count} {name}" for name, count in counts.most_common()) or "nothing"
 
 
-def _picture(coco: CocoSet, detections: Detections, channels: int, least: float, with_truth: bool) -> Image.Image:
-    """What was found beside the truth, or beside the image as it is."""
+def _picture(coco: CocoSet, detections: Detections, channels: int, least: float, title: str) -> Image.Image:
+    """What was found beside the annotations, which are none where no truth was given; ``title`` is over the latter."""
     record = coco.images[detections.image_index]
     pixels = to_picture(read_checked(record, channels))
-    left = ("truth", draw_truth(coco, record, pixels)) if with_truth else ("image", draw_truth(coco, record, pixels))
-    return beside([left, (f"prediction, score from {least:g}", draw_detections(coco, detections, pixels, least))])
+    found = draw_detections(coco, detections, pixels, least)
+    return beside([(title, draw_truth(coco, record, pixels)), (f"prediction, score from {least:g}", found)])
 
 
 def _as_coco(coco: CocoSet, found: Iterable[Detections], names: Sequence[str]) -> dict[str, Any]:

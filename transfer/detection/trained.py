@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -46,10 +46,18 @@ def describe_detector(
     }
 
 
-def load_detector(
-    config: DetectionConfig, engine: DetectorEngine, categories: Sequence[Category] = ()
-) -> tuple[nn.Module, dict[str, Any]]:
-    """The trained detector in ``config.weights``, detector.safetensors or its run directory, and its metadata.
+class Trained(NamedTuple):
+    """A trained detector, its classes and pixel statistics, and the configuration to ask it with: channels, canvas, and
+    what was given of sampling and test are that configuration's, all else of these two is that of its training."""
+
+    model: nn.Module
+    categories: tuple[Category, ...]
+    statistics: Statistics
+    config: DetectionConfig
+
+
+def load_detector(config: DetectionConfig, engine: DetectorEngine, categories: Sequence[Category] = ()) -> Trained:
+    """The trained detector in ``config.weights``, detector.safetensors or its run directory.
 
     A file of the engine's zoo says nothing of itself: it is read into the network of the configuration, for
     ``categories``. Raises ``UserError`` where the file is broken, or holds something else.
@@ -63,34 +71,44 @@ def load_detector(
     if engine.zoo is not None and engine.zoo.holds(file):
         trunk, model = build_network(config.model_copy(update={"weights": None}), engine, len(categories))
         engine.zoo.load(model, file).print()
-        return model, describe_detector(config, trunk.vit, trunk.statistics, categories)
+        return Trained(model, tuple(categories), trunk.statistics, config)
     state, metadata = read_weights(file)
     if metadata.get("format") != DETECTOR_FORMAT or metadata.get("engine") != config.engine:
         raise UserError(f"{file} is not a detector of engine {config.engine}; give the {DETECTOR} of such a run")
     detector = DetectorConfig.model_validate(metadata["detector"])
     size, canvas = detector.size or "base", metadata["image_size"]
+    config = asked_as_trained(config, metadata)
     options = trunk_options(detector, size, canvas, metadata["position_size"])
     vit = DenseViT(size, patch_size=detector.patch_size, in_chans=metadata["in_chans"], **options)
     model = engine.build(vit, len(metadata["categories"]), detector, config.sampling, config.test)
-    engine.adapt(model, statistics_in(metadata), as_pair(canvas))
+    statistics = Statistics(tuple(metadata["mean"]), tuple(metadata["std"]))
+    engine.adapt(model, statistics, as_pair(canvas))
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         problem = str(error).splitlines()[-1].strip()
         raise UserError(f"{file} does not fit the network its metadata describe ({problem}); export it again") from None
-    return model, metadata
+    return Trained(model, tuple(Category(*entry) for entry in metadata["categories"]), statistics, config)
 
 
-def statistics_in(metadata: dict[str, Any]) -> Statistics:
-    """The pixel statistics that a detector's file names."""
-    return Statistics(tuple(metadata["mean"]), tuple(metadata["std"]))
+def asked_as_trained(config: DetectionConfig, metadata: dict[str, Any]) -> DetectionConfig:
+    """``config`` with the channels and the canvas of a detector's file, and, in sampling and test, with what the file
+    says wherever ``config`` was not given a value of its own."""
+    images = {"image_size": tuple(metadata["image_size"]), "channels": metadata["in_chans"]}
+    update: dict[str, Any] = {"data": config.data.model_copy(update=images)}
+    for name in ("sampling", "test"):
+        section = getattr(config, name)
+        given = section.model_dump(include=section.model_fields_set)
+        update[name] = type(section).model_validate({**metadata.get(name, {}), **given})
+    return config.model_copy(update=update)
 
 
 def evaluate(config: DetectionConfig, engine: DetectorEngine) -> dict[str, Any]:
     """Score the detector in ``config.weights`` on the validation set; writes to ``config.output``.
 
-    Network, canvas and pixel statistics are the file's; data, thresholds and batch are the configuration's. Raises
-    ``UserError`` where the output folder holds a run or an evaluation, or the classes differ.
+    Network, canvas and pixel statistics are the file's; data are the configuration's, and so are thresholds and
+    sampling where it gives them. Raises ``UserError`` where the output folder holds a run or an evaluation, or the
+    classes differ.
     """
     marks = (METRICS, DETECTOR, CONFIG, LOG, CHECKPOINTS, ENCODER, CLASSIFIER)
     held = [name for name in marks if (config.output / name).exists()]
@@ -101,14 +119,9 @@ def evaluate(config: DetectionConfig, engine: DetectorEngine) -> dict[str, Any]:
         )
     check_output(config, resume=False)
     val_set = read_coco(locate(config.data, "val"))
-    model, metadata = load_detector(config, engine, val_set.categories)
-    categories = [Category(*entry) for entry in metadata["categories"]]
+    model, categories, statistics, config = load_detector(config, engine, val_set.categories)
     check_same_categories(categories, config.weights or Path(), val_set.categories, val_set.path)
-    data = config.data.model_copy(
-        update={"image_size": tuple(metadata["image_size"]), "channels": metadata["in_chans"]}
-    )
-    config = config.model_copy(update={"data": data})
-    check_images(data, val_set)
+    check_images(config.data, val_set)
     run = Run(config, distributed.join(config.device))
     if run.is_main:
         try:
@@ -116,6 +129,6 @@ def evaluate(config: DetectionConfig, engine: DetectorEngine) -> dict[str, Any]:
         except OSError as error:
             raise UserError(f"cannot write to output folder {run.folder}: {error.strerror}") from None
     model.to(run.device)
-    metrics = engine.score(model, WholeImages(val_set, data, statistics_in(metadata)), run, config, {})
+    metrics = engine.score(model, WholeImages(val_set, config.data, statistics), run, config, {})
     distributed.leave()
     return metrics
