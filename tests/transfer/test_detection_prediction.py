@@ -188,7 +188,7 @@ def test_wrong_input_is_one_sentence_and_leaves_nothing(
         ([image, "--weights", cut], r"cut\.safetensors is truncated"),
         ([image, "--weights", image], "."),
         ([tmp_path / "no.png", "--weights", run], r"image .*no\.png does not exist"),
-        ([tmp_path / "empty", "--weights", run], "no images below"),
+        ([tmp_path / "empty", "--weights", run], r"no images below .*empty .*; give image files or folders of them"),
         ([truth, "--weights", run], "instances_val.json cannot be read .not an image."),
         ([image, image, "--weights", run], r"would both be written as 000\.png"),
         ([image, "--weights", run, "--score", 2], r"--score is 2\.0; give a number from 0 to 1"),
