@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import http.server
+import importlib.util
 import json
 import threading
 from dataclasses import replace
@@ -20,10 +21,11 @@ from mae_core.cli.main import app
 from mae_core.conversion import catalogue, exporting, writing
 from mae_core.conversion.catalogue import CATALOGUE, get_weights
 from mae_core.conversion.checking import compare_features, runner_of
-from mae_core.conversion.converting import convert_file
+from mae_core.conversion.converting import convert_file, prove
 from mae_core.conversion.files import read_weights
 from mae_core.conversion.keymap import Reading
 from mae_core.conversion.reference import Geometry, OwnReading
+from mae_core.conversion.writing import convert_lazily
 from mae_core.errors import UserError
 
 EVERY = ("official", "mae_core", "timm", "huggingface", "huggingface_5", "mmseg", "mmpretrain", "detectron2",
@@ -56,6 +58,46 @@ def test_convert_proves_itself(tmp_path, file, target):
     assert inspect(out)["format"] == target
     back = mae("convert", out, "--to", "official", "--out", tmp_path / "back.pth", "--check")
     assert "checked" in back
+
+
+@pytest.fixture(scope="module")
+def classifier(official_state) -> dict[str, Tensor]:
+    """The names of a fine-tuned file: a norm after pooling and a head, no final norm."""
+    trunk = official_state(64, 2, grid=(3, 3), decoder=None)
+    pooled = {f"fc_norm.{leaf}": trunk.pop(f"norm.{leaf}") for leaf in ("weight", "bias")}
+    return {**trunk, **pooled, "head.weight": torch.randn(5, 64), "head.bias": torch.randn(5)}
+
+
+@pytest.fixture(scope="module")
+def starts(official_state, classifier) -> dict[str, dict[str, Tensor]]:
+    """A file of every format, and a fine-tuned one."""
+    mae = official_state(64, 2, grid=(3, 3), decoder=16)
+    return {**{name: mae_core.convert(mae, "official", name)[0] for name in EVERY}, "fine-tuned": classifier}
+
+
+LIBRARY_OF = {"official": "timm", "mae_core": "timm", "timm": "timm", "mmseg": "mmseg", "huggingface": "transformers",
+              "huggingface_5": "transformers"}  # fmt: skip
+
+
+@pytest.mark.parametrize("target", EVERY)
+@pytest.mark.parametrize("start", [*EVERY, "fine-tuned"])
+def test_every_pair_proves_itself(starts, start, target):
+    converted = convert_lazily(starts[start], None, target, metadata={"heads": 4})
+    comparison = prove(converted)
+    assert comparison.difference < 1e-5
+    library = LIBRARY_OF.get(target)
+    if library and importlib.util.find_spec(library) and "detectron2" not in (start, target):
+        assert comparison.target == library  # without detectron2: it has no cls token, which those cannot leave out
+
+
+def test_a_fine_tuned_file_goes_to_every_format_and_back(classifier):
+    for target in EVERY:
+        there, report = mae_core.convert(classifier, "official", target)
+        back, _ = mae_core.convert(there, target, "official")
+        kept = {name: tensor for name, tensor in classifier.items() if name not in report.unused}
+        assert back.keys() == kept.keys() and all(torch.equal(back[name], kept[name]) for name in kept), target
+        holds_it_all = target in ("official", "mae_core", "timm", "mmpretrain")
+        assert holds_it_all == (kept.keys() == classifier.keys()) and all(report.unused.values())
 
 
 def inspect(path: Path) -> dict:
