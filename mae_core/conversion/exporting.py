@@ -116,12 +116,12 @@ def transformers_config(converted: Converted) -> dict[str, Any]:
             "decoder_num_attention_heads": metadata.get("decoder_heads") or 16,
             "decoder_intermediate_size": tensors["decoder_blocks.0.mlp.fc1.bias"].shape[0],
         }
-    if shapes["classes"]:
+    headed = "classifier.weight" in converted.tensors  # not the head of a classifier on mean-pooled patches
+    if headed:
         labels = metadata.get("classes") or [f"LABEL_{index}" for index in range(shapes["classes"])]
         config["id2label"] = {str(index): str(label) for index, label in enumerate(labels)}
         config["label2id"] = {str(label): index for index, label in enumerate(labels)}
-    architecture = "ViTForImageClassification" if shapes["classes"] else "ViTModel"
-    return {**config, "model_type": "vit", "architectures": [architecture]}
+    return {**config, "model_type": "vit", "architectures": ["ViTForImageClassification" if headed else "ViTModel"]}
 
 
 def timm_config(converted: Converted) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -193,6 +194,25 @@ def test_transformers_opens_its_folder(tmp_path, file, official_state):
     vit, info = ViTModel.from_pretrained(tmp_path / "vit", output_loading_info=True)
     assert all(name.startswith("pooler") for name in info["missing_keys"]) and not info["unexpected_keys"]
     assert torch.equal(vit.embeddings.position_embeddings, state["pos_embed"])
+
+
+def test_a_fine_tuned_file_opens_in_timm_and_without_its_head_in_transformers(tmp_path, classifier):
+    from transformers import AutoModel
+
+    torch.save({"model": classifier, "metadata": {"heads": 4}}, tmp_path / "x.pth")
+    mae("export", tmp_path / "x.pth", "--timm", "--out", tmp_path / "timm")
+    model = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True)
+    assert model.global_pool == "avg" and model.state_dict().keys() == classifier.keys()
+    images = torch.randn(2, 3, 12, 12)
+    pooled = model.forward_intermediates(images, norm=False, output_fmt="NLC", intermediates_only=True)[-1].mean(1)
+    pooled = F.layer_norm(pooled, (64,), classifier["fc_norm.weight"], classifier["fc_norm.bias"], 1e-6)
+    expected = F.linear(pooled, classifier["head.weight"], classifier["head.bias"])
+    assert torch.allclose(model.eval()(images), expected, atol=1e-5)
+    mae("export", tmp_path / "x.pth", "--huggingface", "--out", tmp_path / "vit")
+    assert json.loads((tmp_path / "vit" / "config.json").read_text())["architectures"] == ["ViTModel"]
+    vit, info = AutoModel.from_pretrained(tmp_path / "vit", output_loading_info=True)
+    assert all(name.startswith(("pooler", "layernorm")) for name in info["missing_keys"])
+    assert torch.equal(vit.embeddings.position_embeddings, classifier["pos_embed"])
 
 
 def test_transformers_mae_cannot_hold_every_grid(tmp_path, official_state):
