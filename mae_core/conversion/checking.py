@@ -53,22 +53,23 @@ def run_timm(state: Mapping[str, Tensor], geometry: Geometry, images: Tensor) ->
     from timm.models.vision_transformer import VisionTransformer
 
     depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
-    model = VisionTransformer(
-        img_size=geometry.image_size,
-        patch_size=geometry.patch_size,
-        in_chans=geometry.in_chans,
-        num_classes=0,
-        global_pool="",
-        embed_dim=state["patch_embed.proj.bias"].shape[0],
-        depth=depth,
-        num_heads=geometry.heads,
-        mlp_ratio=state["blocks.0.mlp.fc1.bias"].shape[0] / state["patch_embed.proj.bias"].shape[0],
-        norm_layer=lambda width, **_: nn.LayerNorm(width, eps=EPSILON),
-        init_values=1.0 if "blocks.0.ls1.gamma" in state else None,
-        final_norm="norm.weight" in state,
-    )
+    with torch.device("meta"):  # nothing is drawn that the state replaces, and no weight is held twice
+        model = VisionTransformer(
+            img_size=geometry.image_size,
+            patch_size=geometry.patch_size,
+            in_chans=geometry.in_chans,
+            num_classes=0,
+            global_pool="",
+            embed_dim=state["patch_embed.proj.bias"].shape[0],
+            depth=depth,
+            num_heads=geometry.heads,
+            mlp_ratio=state["blocks.0.mlp.fc1.bias"].shape[0] / state["patch_embed.proj.bias"].shape[0],
+            norm_layer=lambda width, **_: nn.LayerNorm(width, eps=EPSILON),
+            init_values=1.0 if "blocks.0.ls1.gamma" in state else None,
+            final_norm="norm.weight" in state,
+        )
     wanted = model.state_dict().keys()
-    model.load_state_dict({name: tensor.float() for name, tensor in state.items() if name in wanted})
+    model.load_state_dict({name: tensor.float() for name, tensor in state.items() if name in wanted}, assign=True)
     tokens = _tokens_of(model, model.blocks[-1], lambda: model.forward_features(images))
     return tokens if "norm.weight" in state else tokens._replace(normed=None)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mae_core.conversion.catalogue import published_target
 from mae_core.conversion.checking import TOLERANCE, Comparison, compare_features
 from mae_core.conversion.describing import heads_of, read_described
 from mae_core.conversion.exporting import write_folder
@@ -77,6 +78,10 @@ def _read_converted(
     path: Path, source: str | None, target: str, options: Mapping[str, Any], *, mapped: bool
 ) -> Converted:
     file = read_described(path, mapped=mapped)
+    named = published_target(path.name)
+    if named is not None and not file.metadata.get("target"):
+        file.metadata["target"] = named
+        file.notes.append(f"the published file of that name predicts {named}; this one does not say")
     try:
         return convert_lazily(file.state, source, target, notes=file.notes, metadata=file.metadata, **options)
     except UserError as error:

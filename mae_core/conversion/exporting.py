@@ -104,6 +104,8 @@ def transformers_config(converted: Converted) -> dict[str, Any]:
             )
         if metadata.get("target") not in (None, "pixels", "normalized_pixels"):
             raise UserError(f"transformers' ViTMAE predicts pixels; this decoder predicts {metadata['target']}")
+        if metadata.get("target") is None:
+            converted.report.notes.append("the file does not say what it predicts; norm_pix_loss is written as true")
         decoder_width = tensors["decoder_embed.bias"].shape[0]
         return {
             **config,

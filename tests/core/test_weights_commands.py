@@ -215,6 +215,21 @@ def test_a_fine_tuned_file_opens_in_timm_and_without_its_head_in_transformers(tm
     assert torch.equal(vit.embeddings.position_embeddings, classifier["pos_embed"])
 
 
+@pytest.mark.parametrize(
+    "name, normalised, told",
+    [
+        ("mae_visualize_vit_base.pth", False, "the published file of that name predicts pixels"),
+        ("mae_pretrain_vit_base_full.pth", True, "the published file of that name predicts normalized_pixels"),
+        ("mine.pth", True, "norm_pix_loss is written as true"),
+    ],
+)
+def test_the_pixel_target_reaches_transformers(tmp_path, state, name, normalised, told):
+    torch.save({"model": state}, tmp_path / name)
+    report, _ = convert_file(tmp_path / name, "huggingface", tmp_path / "folder")
+    assert json.loads((tmp_path / "folder" / "config.json").read_text())["norm_pix_loss"] is normalised
+    assert any(told in note for note in report.notes)
+
+
 def test_transformers_mae_cannot_hold_every_grid(tmp_path, official_state):
     torch.save({"model": official_state(128, 1, grid=(2, 3)), "metadata": {"grid": [2, 3]}}, tmp_path / "x.pth")
     text = mae("export", tmp_path / "x.pth", "--huggingface", "--out", tmp_path / "out", code=2)
