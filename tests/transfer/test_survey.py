@@ -123,6 +123,11 @@ def test_unreadable_and_n_channel_images(copied):
     (part.images / "000.png").write_text("no image")
     assert "image id 5" in survey(part).problems[0].sentence and len(survey(part).problems) == 1
 
+    cut = (part.images / "001.png").read_bytes()[:-200]
+    (part.images / "000.png").write_bytes(cut)
+    (problem,) = survey(part).problems
+    assert problem.kind == "unreadable images" and "000.png, cannot be read: " in problem.sentence
+
     def to_arrays(content):
         for image in content["images"]:
             name = image["file_name"].replace(".png", ".npy")

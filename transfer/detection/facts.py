@@ -12,6 +12,8 @@ from transfer.detection.annotations import Category, Instance
 from transfer.detection.config import InferenceConfig
 from transfer.detection.headers import Header
 
+MOST_DECODED = 1000
+"""Files of a set are decoded up to so many; of a larger set the headers are read, and a cut file is not found."""
 SMALL, MEDIUM = 32**2, 96**2
 """COCO's limits of areas, in pixels."""
 
@@ -56,7 +58,7 @@ def facts_of(
         sides = sorted({(header.width, header.height) for header in headers}, key=lambda size: size[0] * size[1])
         (w1, h1), (w2, h2) = sides[0], sides[-1]
         channels = ", ".join(f"{c} in {n} files" for c, n in Counter(h.channels for h in headers).most_common())
-        which = "" if len(headers) >= len(images) else f", of the {len(headers)} files looked into"
+        which = f"; {len(headers)} files read, by their headers alone" if len(images) > MOST_DECODED else ""
         lines.append(f"  images: {w1}x{h1} to {w2}x{h2} pixels, channels {channels}{which}")
     return lines + [f"  note: {note}" for note in _notes(objects, per_class, categories, headers)]
 

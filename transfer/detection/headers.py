@@ -1,4 +1,4 @@
-"""What an image file says of itself, without decoding it where that is possible."""
+"""What an image file says of itself, decoded or not."""
 
 from __future__ import annotations
 
@@ -33,5 +33,10 @@ def header_of(path: Path, channels: int | None = None) -> Header:
                     return Header(image.height, image.width, 3 if image.mode == "P" else len(image.getbands()))
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):
         pass  # no picture for Pillow: an array, or nothing
+    return header_of_pixels(path, channels)
+
+
+def header_of_pixels(path: Path, channels: int | None = None) -> Header:
+    """The same of a file that is decoded whole. Raises ``UnreadableImage`` for one that is no image, or is cut."""
     pixels = to_tensor(read_image(path, channels))
     return Header(*size_of(pixels), len(pixels))

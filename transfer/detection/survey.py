@@ -20,8 +20,8 @@ from mae_core.data.decoding import UnreadableImage
 from mae_core.errors import UserError, user_errors
 from transfer.detection.annotations import Category, Instance, categories_of, instance_of, read_json, typed_image
 from transfer.detection.coco import Part, check_same_categories, missing_files
-from transfer.detection.facts import facts_of
-from transfer.detection.headers import Header, header_of
+from transfer.detection.facts import MOST_DECODED, facts_of
+from transfer.detection.headers import Header, header_of, header_of_pixels
 from transfer.detection.masks import encode_shape, mask_coder
 
 KINDS = (
@@ -108,11 +108,12 @@ def _headers(
     absent = {record["id"] for record in missing}
     present = [record for identity, record in images.items() if identity not in absent]
     headers: list[Header] = []
+    read = header_of_pixels if len(present) <= MOST_DECODED else header_of
     for record in present[:: -(-len(present) // MOST_HEADERS) or 1]:
         file = folder / record["file_name"]
         where = f"{path}: image id {record['id']}, {file},"
         try:
-            header = header_of(file)
+            header = read(file)
         except UnreadableImage as error:
             problems.append(Problem("unreadable images", f"{where} cannot be read: {error.unreadable.reason}"))
             continue
