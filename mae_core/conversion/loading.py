@@ -293,9 +293,11 @@ def classifier_from(
     """A classifier on a pre-trained encoder, and the report of what was loaded.
 
     ``allow_missing``: patterns of tensors that the file may lack and that start anew. Raises ``UserError`` where the
-    file is a classifier already, or does not fit.
+    file is a classifier already, or does not fit, or there is no class to tell.
     """
     source.check_pretrained()
+    if num_classes < 1:
+        raise UserError(f"a classifier has one class or more; num_classes={num_classes} was asked for")
     model = ViTEncoder(
         source.size,
         image_size=source.image_size if image_size is None else image_size,

@@ -74,7 +74,7 @@ def list_images(folder: Path | None) -> list[Path]:
     if not folder.is_dir():
         found = "is a file" if folder.exists() else "does not exist"
         raise UserError(f"image folder {folder} {found}; set data.path to a folder of images")
-    paths = sorted(_files_below(folder))
+    paths = sorted(files_below(folder))
     if not paths:
         raise UserError(
             f"no images below {folder} (looked for {', '.join(sorted(IMAGE_SUFFIXES))}); "
@@ -83,7 +83,7 @@ def list_images(folder: Path | None) -> list[Path]:
     return paths
 
 
-def _files_below(folder: Path, way: tuple[str, ...] = ()) -> Iterator[Path]:
+def files_below(folder: Path, way: tuple[str, ...] = ()) -> Iterator[Path]:
     """Image files below ``folder`` but dot files and what is in dot folders: thumbnails, notebook copies.
 
     ``way``: the real folders above. A link back to one of them is not followed.
@@ -95,7 +95,7 @@ def _files_below(folder: Path, way: tuple[str, ...] = ()) -> Iterator[Path]:
         if path.name.startswith("."):
             continue
         if os.path.isdir(path):
-            yield from _files_below(path, (*way, real))
+            yield from files_below(path, (*way, real))
         elif path.suffix.lower() in IMAGE_SUFFIXES:
             yield path
 

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from mae_core.config import EvaluationData, FinetuneData
 from mae_core.data.augmentation import Size
 from mae_core.data.decoding import Unreadable, UnreadableImage, read_image
-from mae_core.data.images import Statistics, check_found, list_images, next_readable
+from mae_core.data.images import Statistics, check_found, files_below, next_readable
 from mae_core.data.loading import Place
 from mae_core.data.views import View, evaluation_view, finetune_view
 from mae_core.errors import UserError
@@ -76,14 +76,16 @@ def class_folders(split: Path) -> list[str]:
 
 
 def read_class_folders(folder: Path, classes: list[str], *, all_there: bool = False) -> LabelledPaths:
-    """The images in ``folder/<class>/*``. Raises ``UserError`` where a folder has none; a class without a folder is
-    passed over unless ``all_there``."""
+    """The images in ``folder/<class>/*``. Raises ``UserError`` where a class folder has none; a class without a folder
+    is passed over unless ``all_there``."""
     paths: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
         if not all_there and not (folder / name).is_dir():
             continue
-        found = list_images(folder / name)
+        found = sorted(files_below(folder / name))
+        if not found:
+            raise UserError(f"class folder {folder / name} holds no images; put some there, or remove the folder")
         paths += found
         labels += [label] * len(found)
     return LabelledPaths(paths, labels, classes)

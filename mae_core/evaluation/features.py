@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -83,9 +84,14 @@ def features_of(paths: Sequence[Path], trunk: Viewer, run: Run, *, cache: Path |
 
 
 def check_cache(cache: Path | None) -> None:
-    """Raise ``UserError`` where ``cache`` is no folder, before any work."""
-    if cache is not None and cache.exists() and not cache.is_dir():
+    """Raise ``UserError`` where ``cache`` is no folder or cannot be written to, before any work."""
+    if cache is None:
+        return
+    if cache.exists() and not cache.is_dir():
         raise UserError(f"cache={cache} is a file; give a folder to keep features in")
+    nearest = next(place for place in (cache, *cache.absolute().parents) if place.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write features to cache={cache}: {nearest} takes no files; give another folder")
 
 
 def _identity(paths: Sequence[Path], trunk: Viewer, precision: torch.dtype) -> str:

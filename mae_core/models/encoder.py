@@ -25,6 +25,8 @@ LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 """The released weights were trained with this epsilon, in encoder and decoder."""
 
 Pooling = Literal["mean", "cls"]
+POOLINGS: dict[str | None, str] = {"mean": "avg", "cls": "token", None: ""}
+"""Our name -> timm's."""
 
 
 class ViTEncoder(VisionTransformer):
@@ -51,12 +53,14 @@ class ViTEncoder(VisionTransformer):
         grid = PatchGrid.of(image_size, patch)
         if in_chans < 1:
             raise UserError(f"an image has at least one channel; in_chans={in_chans} was asked for")
+        if pooling not in POOLINGS:
+            raise UserError(f"unknown pooling {pooling!r}; known: 'mean', 'cls', or None for all tokens")
         super().__init__(
             img_size=grid.image_size,
             patch_size=patch,
             in_chans=in_chans,
             num_classes=num_classes,
-            global_pool={"mean": "avg", "cls": "token", None: ""}[pooling],
+            global_pool=POOLINGS[pooling],
             embed_dim=shape.width,
             depth=shape.depth,
             num_heads=shape.heads,

@@ -286,7 +286,7 @@ def break_folder(root: Path, how: str) -> None:
         ("no train", r"has no train/ folder \(it holds val\)"),
         ("one class", "has 1 class folders; classification needs two or more"),
         ("empty val", "val holds no images to evaluate on"),
-        ("empty class", "no images below .*birch"),
+        ("empty class", "class folder .*birch holds no images; put some there"),
         ("stranger", "has classes that train has not: cedar"),
     ],
 )

@@ -413,6 +413,8 @@ def test_build_classifier_starts_from_the_file(encoder, encoder_file):
     model = build_classifier(encoder_file, 4, image_size=(32, 48))
     assert model(torch.zeros(2, 3, 32, 48)).shape == (2, 4)
     assert torch.equal(model.cls_token, encoder.cls_token)
+    assert "num_classes=0 was asked for" in refusal(build_classifier, encoder_file, 0)
+    assert "unknown pooling 'max'; known: 'mean', 'cls'" in refusal(build_classifier, encoder_file, 4, "max")
 
 
 def test_inspect_describes_a_file(encoder_file, pretrained):
