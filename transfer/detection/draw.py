@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ COLOURS = (
     (0, 160, 160), (240, 50, 230), (128, 128, 0), (170, 110, 40), (70, 70, 220),
 )  # fmt: skip
 LEAST_SIDE = 320
-"""A small image is enlarged to about this many pixels, so that lines and letters are seen."""
+"""A small image is enlarged to at least this many pixels, so that lines and letters are seen."""
 MASK_OPACITY = 0.45
 MOST_NAMES = 12
 
@@ -83,7 +84,7 @@ def _draw(
 
     One colour a class; in a set of ``one_class``, one colour an object, and no names where there are many.
     """
-    scale = max(1, round(LEAST_SIDE / min(pixels.size)))
+    scale = max(1, math.ceil(LEAST_SIDE / min(pixels.size)))
     colours = [COLOURS[(n if one_class else label - 1) % len(COLOURS)] for n, label in enumerate(labels)]
     tinted = np.asarray(pixels.convert("RGB")).astype(np.float32)
     for mask, colour in zip(masks, colours, strict=True):
