@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -20,6 +21,7 @@ from transfer.detection.memory import BYTES, GIB, MOMENTS, peak_of_step
 from transfer.detection.parts import read_data
 from transfer.detection.trainer import follow_devices, settings_of
 
+CASCADE_STAGES = 3
 POSITIVES = 4
 """One of so many sampled regions is an object, at most."""
 
@@ -28,12 +30,14 @@ def rehearse(config: DetectionConfig, devices: int, say: Callable[[str], None] =
     """Print the plan of a run on ``devices`` devices, and what a step of it takes.
 
     Raises ``UserError`` as the run would. The memory is that of the torchvision engine's network, whose tensors have
-    the sizes of detectron2's; a cascade has two more box heads than counted.
+    the sizes of detectron2's.
     """
+    engine = load_engine(config)
+    if engine.zoo is not None and engine.zoo.holds(config.weights):
+        config = config.model_copy(update={"weights": None})  # a whole detector: the configuration says of what shape
     if config.weights is not None:
         config = with_channels_of(read_encoder(config.weights), config)
     config = follow_devices(config, devices)
-    load_engine(config)
     optim = config.optim
     train_set, val_set = read_data(config)
     settings, share = settings_of(config, len(train_set.images)), share_of(optim.batch_size, devices)
@@ -49,6 +53,8 @@ def rehearse(config: DetectionConfig, devices: int, say: Callable[[str], None] =
         update={"engine": "torchvision", "model": config.model.model_copy(update={"cascade": False})}
     )
     trunk, model = build_network(torchvision, load_engine(torchvision), len(train_set.categories))
+    if config.model.cascade:
+        add_cascade(model)
     numbers = sum(p.numel() for p in model.parameters())
     for line in (
         f"data: {len(train_set.images)} training images with {sum(objects)} objects, at most {max(objects)} on one; "
@@ -75,6 +81,12 @@ def rehearse(config: DetectionConfig, devices: int, say: Callable[[str], None] =
     say("dry run: nothing was written")
 
 
+def add_cascade(model: nn.Module) -> None:
+    """Give ``model`` the two more box heads of a cascade, for ``stand_in_loss``."""
+    one = nn.ModuleList([model.roi_heads.box_head, model.roi_heads.box_predictor])
+    model.more_box_heads = nn.ModuleList(copy.deepcopy(one) for _ in range(CASCADE_STAGES - 1))
+
+
 def stand_in_loss(model: nn.Module, config: DetectionConfig, images: int) -> Tensor:
     """A scalar that depends on everything a step of ``images`` images computes, without choosing among boxes."""
     vit, heads = model.backbone.vit, model.roi_heads
@@ -86,6 +98,7 @@ def stand_in_loss(model: nn.Module, config: DetectionConfig, images: int) -> Ten
         return torch.empty(number * images, config.model.fpn_channels, cells, cells, requires_grad=True)
 
     rois = config.sampling.rois
-    total += sum(x.sum() for x in heads.box_predictor(heads.box_head(regions(rois, heads.box_roi_pool.cells))))
+    for head, predictor in ((heads.box_head, heads.box_predictor), *getattr(model, "more_box_heads", ())):
+        total += sum(x.sum() for x in predictor(head(regions(rois, heads.box_roi_pool.cells))))
     masks = heads.mask_head(regions(rois // POSITIVES, heads.mask_roi_pool.cells))
     return total + heads.mask_predictor(masks).sum()

@@ -50,7 +50,7 @@ def fit(model: nn.Module, job: Job) -> Fitted:
     parallel = create_ddp_model(model, device_ids=devices, broadcast_buffers=False)
     batches = Batches(loader, run, start)
     if run.device.type == "cuda" and run.precision != torch.float32:
-        scaler = torch.amp.GradScaler(enabled=run.precision == torch.float16)
+        scaler = torch.amp.GradScaler(enabled=False)  # bf16 needs none, and the trainer would make one
         trainer: SimpleTrainer = AMPTrainer(parallel, batches, optimizer, grad_scaler=scaler, precision=run.precision)
     else:
         trainer = SimpleTrainer(parallel, batches, optimizer)
