@@ -329,6 +329,27 @@ def test_a_lazy_config_is_trained(tmp_path, monkeypatch, capsys):
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: command line: ") and "has no key 'train.max_itr'" in error
 
+    written = (tmp_path / "out" / "model_final.pth").stat().st_mtime_ns
+    fresh = f"train.output_dir={tmp_path / 'fresh'}"
+    for arguments, message in (
+        ([], "already holds a run; add --resume to continue it"),
+        (["--resume", fresh], "nothing to resume"),
+        (["--eval-only"], "--eval-only needs a trained detector; set train.init_checkpoint=FILE"),
+        (["train.init_checkpoint=gone.pth", fresh], "train.init_checkpoint gone.pth does not exist"),
+        (["train.init_checkpoint=gone.pth?heuristics=True", fresh], "quote values that are no plain words"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(["--config-file", str(path), *arguments])
+        assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert (tmp_path / "out" / "model_final.pth").stat().st_mtime_ns == written and not (tmp_path / "fresh").exists()
+    main(["--config-file", str(path), "--resume", "train.max_iter=4"])
+    assert (tmp_path / "out" / "last_checkpoint").read_text() == "model_final.pth"
+    main(["--config-file", str(path), "--eval-only", f"train.init_checkpoint={tmp_path / 'out' / 'model_final.pth'}"])
+    path.write_text("from lazy_records import records\n" + text + "\ndel train['ddp']\n")
+    with pytest.raises(SystemExit) as stop:
+        main(["--config-file", str(path), fresh])
+    assert stop.value.code == 2 and "config.py has no train.ddp; start from" in capsys.readouterr().err
+
 
 def test_a_vitdet_detector_of_the_zoo_is_scored_and_taken_further(configure_detection, tmp_path, monkeypatch):
     from transfer.detection.engine_detectron2.zoo import RENAMED

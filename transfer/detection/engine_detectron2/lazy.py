@@ -12,7 +12,9 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import AMPTrainer, SimpleTrainer, create_ddp_model, default_setup, default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from mae_core.errors import UserError
@@ -20,11 +22,17 @@ from mae_core.errors import UserError
 SECTIONS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 """What a LazyConfig has to define, as those of detectron2's projects do."""
 
+TRAIN = (
+    "device", "output_dir", "init_checkpoint", "max_iter", "amp", "ddp", "checkpointer", "eval_period", "log_period",
+)  # fmt: skip
+"""What its section ``train`` has to hold, as detectron2's ``common/train.py`` does."""
+
 
 def load_lazy_config(path: Path, overrides: Sequence[str]) -> DictConfig:
     """The config of a file with ``key=value`` overrides.
 
-    Raises ``UserError`` for a missing file, one that does not run, a missing section, or a key that is not there.
+    Raises ``UserError`` for a missing file, one that does not run, a missing section, or an
+    override that is none or of a key that is not there.
     """
     if not path.is_file():
         raise UserError(f"config file {path} does not exist")
@@ -37,6 +45,11 @@ def load_lazy_config(path: Path, overrides: Sequence[str]) -> DictConfig:
         raise UserError(
             f"{path} defines no {', '.join(missing)}; a LazyConfig of this command has {', '.join(SECTIONS)}"
         )
+    missing = [name for name in TRAIN if name not in config.train]
+    if missing:
+        raise UserError(
+            f"{path} has no train.{', train.'.join(missing)}; start from detectron2's common/train.py, which has them"
+        )
     for override in overrides:
         key, separator, _ = override.partition("=")
         if not separator:
@@ -46,12 +59,37 @@ def load_lazy_config(path: Path, overrides: Sequence[str]) -> DictConfig:
         if not isinstance(section, DictConfig) or name not in section:
             known = ", ".join(map(str, section)) if isinstance(section, DictConfig) else ", ".join(SECTIONS)
             raise UserError(f"command line: {path} has no key {key!r}; known here: {known}")
-    return LazyConfig.apply_overrides(config, list(overrides))
+    try:
+        return LazyConfig.apply_overrides(config, list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"command line: {', '.join(overrides)}: {reason}; quote values that are no plain words"
+        ) from None
+
+
+def check_lazy_run(config: DictConfig, *, eval_only: bool, resume: bool) -> None:
+    """Raise ``UserError`` where a run would overwrite another, has nothing to resume, nothing to score, or would start
+    from a file that is not there; addresses such as detectron2:// are left to detectron2."""
+    folder, start = Path(config.train.output_dir), config.train.init_checkpoint or ""
+    held = DetectionCheckpointer(nn.Identity(), str(folder)).has_checkpoint()
+    if resume and not held:
+        raise UserError(f"nothing to resume: {folder} has no checkpoint; start without --resume")
+    if eval_only and not start:
+        raise UserError("--eval-only needs a trained detector; set train.init_checkpoint=FILE")
+    if not resume and "://" not in start and start and not Path(start.partition("?")[0]).is_file():
+        raise UserError(f"train.init_checkpoint {start} does not exist; give a file of weights")
+    if not (eval_only or resume) and (held or any(folder.glob("model_*.pth"))):
+        raise UserError(
+            f"output folder {folder} already holds a run; add --resume to continue it, or choose another with "
+            "train.output_dir=FOLDER"
+        )
 
 
 def run_lazy_config(given: argparse.Namespace) -> dict[str, Any] | None:
     """Train, or with ``--eval-only`` score, what the LazyConfig ``given.config_file`` describes."""
     config = load_lazy_config(given.config_file, given.overrides)
+    check_lazy_run(config, eval_only=given.eval_only, resume=given.resume)
     default_setup(config, argparse.Namespace(config_file=str(given.config_file), eval_only=given.eval_only))
     model = instantiate(config.model).to(config.train.device)
     on_cpu = {"device_ids": None} if str(config.train.device) == "cpu" else {}
