@@ -348,9 +348,12 @@ def test_weights_or_scratch_but_not_both_or_neither():
             load_config(DetectionConfig, None, overrides)
 
 
-def test_a_range_of_scales_ascends():
-    with pytest.raises(ConfigError, match=r"resize_scale .* must ascend"):
-        load_config(DetectionConfig, None, ["from_scratch=true", "data.resize_scale=[2,1]"])
+@pytest.mark.parametrize(
+    "wrong", ["data.resize_scale=[2,1]", "optim.milestones=[0.9,0.8]", "optim.milestones=[0.5,0.5]"]
+)
+def test_ranges_and_milestones_ascend(wrong):
+    with pytest.raises(ConfigError, match=r"(resize_scale|milestones) .* must ascend"):
+        load_config(DetectionConfig, None, ["from_scratch=true", wrong])
 
 
 @pytest.mark.parametrize(

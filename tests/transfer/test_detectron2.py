@@ -139,15 +139,26 @@ def test_what_is_decayed_by_accident_is_what_vitdets_optimizer_decays(configure_
     }
 
 
-def test_the_rate_is_that_of_the_other_engine():
+@pytest.mark.parametrize(("steps", "warmup", "milestones"), [(200, 20, (0.8, 0.9)), (13, 0, (0.888889, 0.962961))])
+def test_the_rate_is_that_of_the_other_engine(steps, warmup, milestones):
     from transfer.detection.engine_detectron2.training import rate_schedule
 
-    settings = FitSettings(200, 20, lr=2.0, milestones=(0.8, 0.9))
+    settings = FitSettings(steps, warmup, lr=2.0, milestones=milestones)
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=2.0)
     schedule, theirs = step_schedule(optimizer, settings), rate_schedule(settings)
-    for step in range(200):
+    for step in range(steps):
         schedule.step_update(step)
-        assert optimizer.param_groups[0]["lr"] == pytest.approx(2.0 * theirs(step / 200), rel=1e-6), step
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(2.0 * theirs(step / steps), rel=1e-6), step
+
+
+@pytest.mark.parametrize("steps", range(1, 14))
+def test_vitdets_milestones_take_runs_of_any_length(steps):
+    from transfer.detection.engine_detectron2.training import rate_schedule
+
+    schedule = rate_schedule(FitSettings(steps, 1, lr=1.0, milestones=(0.888889, 0.962961)))
+    rates = [schedule(step / steps) for step in range(1, steps)]
+    assert rates == sorted(rates, reverse=True)
+    assert all(rate in (1.0, 0.1, pytest.approx(0.01)) for rate in rates)
 
 
 # ---- training and scoring

@@ -6,6 +6,7 @@ for backbone, schedule and augmentation; detectron2's Mask R-CNN FPN configurati
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -117,6 +118,12 @@ class DetectionOptim(OptimConfig):
     published_decay: bool = Field(
         False, description="decay what ViTDet's code decays by accident too: channel norms, biases, relative positions"
     )
+
+    @model_validator(mode="after")
+    def _milestones_ascend(self) -> DetectionOptim:
+        if any(late <= early for early, late in pairwise(self.milestones)):
+            raise ValueError(f"milestones {self.milestones} must ascend")
+        return self
 
 
 class DetectionConfig(TransferConfig):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ from detectron2.solver import WarmupParamScheduler
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import CommonMetricPrinter, EventWriter, get_event_storage
 from detectron2.utils.logger import setup_logger
-from fvcore.common.param_scheduler import CosineParamScheduler, MultiStepParamScheduler
+from fvcore.common.param_scheduler import CosineParamScheduler, ParamScheduler
 from torch import nn
 
 from mae_core.data.images import Statistics
@@ -91,12 +92,23 @@ class ClippedAdamW(torch.optim.AdamW):
         return super().step(closure)
 
 
+class Steps(ParamScheduler):
+    """A tenth from each milestone on. fvcore's own refuses runs so short that two milestones fall on one step, or on
+    the end; here both count, or neither is reached, as in the core's loop."""
+
+    def __init__(self, settings: FitSettings) -> None:
+        self.total = settings.total_steps
+        self.places = [round(share * self.total) for share in settings.milestones]
+
+    def __call__(self, where: float) -> float:
+        """Share of the run that is done -> multiplier of the rate."""
+        return GAMMA ** bisect_right(self.places, int((where + self.WHERE_EPSILON) * self.total))
+
+
 def rate_schedule(settings: FitSettings) -> WarmupParamScheduler:
     """detectron2's multiplier of the rate: steps at the milestones, else half a cosine, after a linear warm-up."""
     if settings.milestones:
-        places = [round(share * settings.total_steps) for share in settings.milestones]
-        values = [GAMMA**number for number in range(len(places) + 1)]
-        after: Any = MultiStepParamScheduler(values, milestones=places, num_updates=settings.total_steps)
+        after: Any = Steps(settings)
     else:
         after = CosineParamScheduler(1.0, settings.min_lr / settings.lr)
     warmup = min(settings.warmup_steps, settings.total_steps - 1) / settings.total_steps
