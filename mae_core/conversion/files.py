@@ -164,9 +164,16 @@ def read_file(path: Path | str, *, mapped: bool = True) -> WeightsFile:
         raise UserError(f"weights file {path} does not exist")
     if path.suffix == SAFETENSORS:
         return _read_safetensors(path, mapped)
-    if path.suffix == PICKLE:
+    if path.suffix == PICKLE and not _is_of_torch(path):
         return _unwrapped(path, read_pickle(path))
     return _read_torch(path, mapped)
+
+
+def _is_of_torch(path: Path) -> bool:
+    """Whether ``torch.save`` wrote a file, now or before it wrote zips, whatever its ending."""
+    starts = (ZIP_START, pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2))
+    with path.open("rb") as file:
+        return file.read(max(map(len, starts))).startswith(starts)
 
 
 def _read_safetensors(path: Path, mapped: bool) -> WeightsFile:

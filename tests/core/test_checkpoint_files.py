@@ -401,3 +401,11 @@ def test_transformers_folder_is_weights(tmp_path, official):
     (tmp_path / "folder" / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"has a config\.json and no model\.safetensors"):
         mae_core.load_mae(Path(tmp_path / "folder"))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_what_torch_wrote_is_read_whatever_its_ending(tmp_path, official, zipped):
+    path = tmp_path / "encoder.pkl"
+    torch.save({"model": official}, path, _use_new_zipfile_serialization=zipped)
+    read = read_file(path).state
+    assert read.keys() == official.keys() and all(torch.equal(read[name], official[name]) for name in official)
