@@ -15,6 +15,7 @@ ENCODER = "encoder.safetensors"
 CLASSIFIER = "classifier.safetensors"
 TOKENIZER = "tokenizer.safetensors"
 SEGMENTER = "segmenter.safetensors"
+DETECTOR = "detector.safetensors"
 LOADING = "loading.json"
 METRICS = "metrics.json"
 FEATURES = "features.npz"
@@ -53,9 +54,11 @@ def resolve_weights(path: Path | str, *, decoder: bool = False) -> Path:
 
     A run directory means its encoder or its classifier; with ``decoder`` its classifier, or of a pre-training, where
     there is none, the full model of its last complete checkpoint.
-    Raises ``UserError`` where there is none.
+    Raises ``UserError`` where there is none, and for a detector.
     """
     path = Path(path)
+    if path.name == DETECTOR or (path / DETECTOR).is_file():
+        raise UserError(f"{path} is a trained detector; give the encoder that it was trained from, or its run")
     if not path.is_dir():
         if not path.exists():
             raise UserError(f"weights file {path} does not exist")

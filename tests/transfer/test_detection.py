@@ -190,6 +190,9 @@ def test_a_detector_overfits_eight_images_and_is_rebuilt_from_its_file(configure
     assert [again[kind] for kind in ("bbox", "segm")] == [metrics[kind] for kind in ("bbox", "segm")]
     with pytest.raises(UserError, match="already holds a run"):
         train_detector(config)
+    for weights in (run, run / "detector.safetensors"):
+        with pytest.raises(UserError, match="is a trained detector; give the encoder that it was trained from"):
+            train_detector(configure(eight, f"weights={weights}", f"output={tmp_path / 'next'}", scratch=False))
 
 
 def test_a_pretrained_encoder_is_reported_and_its_statistics_taken(configure, pretrained, tmp_path, capsys):

@@ -78,6 +78,7 @@ def test_sizes_differ_in_what_was_published_alone():
         assert [config.model.drop_path for config in three] == [0.1, 0.4, 0.5]
         assert [config.optim.layer_decay for config in three] == [0.7, 0.8, 0.9]
         assert [config.optim.epochs for config in three] == [100, 100, 75]
+        assert [config.optim.decayed for config in three] == ["vitdet", "vitdet", "all"]
         assert {config.model.cascade for config in three} == {kind == "cascade"}
         assert three[0].optim.warmup_epochs * 118_287 / 64 == pytest.approx(250, abs=0.5)
         assert [round(share * 184_375) for share in three[0].optim.milestones] == [163_889, 177_546]

@@ -88,10 +88,11 @@ def test_what_vitdet_decays_by_accident_is_decayed_on_request_only(configure_det
     config = configure_detection(
         "model.pyramid=simple", "model.norm=ln", "model.window=3", "model.relative_positions=decomposed"
     )
-    ours, published = decays(config), decays(config, published_decay=True)
+    ours, published = decays(config), decays(config, decayed="vitdet")
     accidents = {name.removeprefix("backbone.") for name in ours if ours[name] != published[name]}
     assert "vit.blocks.0.attn.rel_pos_h" in accidents and "vit.blocks.0.mlp.fc1.bias" in accidents
     assert "pyramid.stages.0.1.weight" in accidents and "roi_heads.mask_head.0.1.weight" in accidents
     assert not any("pos_embed" in name or ".norm1." in name for name in accidents)
     assert all(published[f"backbone.{name}" if name[:3] in ("vit", "pyr") else name] == 0.1 for name in accidents)
     assert all(ours[name] == 0 for name in ours if name.endswith("bias"))
+    assert set(decays(config, decayed="all").values()) == {0.1}

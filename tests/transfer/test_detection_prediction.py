@@ -196,6 +196,11 @@ def test_wrong_input_is_one_sentence_and_leaves_nothing(
         ([renamed, "--weights", run, "--truth", truth], r"instances_val\.json has no such image as .*renamed\.png"),
         ([image, "--weights", run, "--truth", tmp_path / "no.json"], r"no\.json does not exist"),
         ([image, "--weights", run, "test.detectoins=5"], "did you mean"),
+        (
+            [image, "--weights", run, "model.size=base"],
+            r"model\.size=base has no effect on what .*detector\.safetensors",
+        ),
+        ([image, "--weights", run, "ema=0.9"], r"ema=0\.9 has no effect"),
         ([image, "--weights", run, "--truth", image], "is not JSON"),
     ):
         refuse([*arguments, "--out", out], message, capsys)

@@ -104,7 +104,14 @@ def test_both_engines_share_the_backbone_to_the_bit(configure_detection, pyramid
     assert all(torch.equal(x, same[name]) for name, x in maps.items())
 
 
-def test_what_is_decayed_by_accident_is_what_vitdets_optimizer_decays(configure_detection):
+@pytest.mark.parametrize(
+    ("decayed", "exempt"),
+    [
+        ("vitdet", {"weight_decay_norm": 0.0, "overrides": {"pos_embed": {"weight_decay": 0.0}}}),  # ViT-B and ViT-L
+        ("all", {"weight_decay_norm": None, "overrides": {}}),  # ViT-H
+    ],
+)
+def test_what_is_decayed_as_published_is_what_vitdets_optimizer_decays(configure_detection, decayed, exempt):
     from detectron2.modeling.backbone.vit import get_vit_lr_decay_rate
     from detectron2.solver.build import get_default_optimizer_params
 
@@ -114,10 +121,8 @@ def test_what_is_decayed_by_accident_is_what_vitdets_optimizer_decays(configure_
     network = build_network(config, load_engine(config), 3)[1]
     theirs = nn.ModuleDict({"backbone": their_backbone(64, width=32, window=3)})
     rate = partial(get_vit_lr_decay_rate, num_layers=NANO.depth, lr_decay_rate=0.7)
-    published = get_default_optimizer_params(
-        theirs, base_lr=1.0, weight_decay_norm=0.0, lr_factor_func=rate, overrides={"pos_embed": {"weight_decay": 0.0}}
-    )
-    optim = DetectionOptim(weight_decay=0.1, layer_decay=0.7, published_decay=True)
+    published = get_default_optimizer_params(theirs, base_lr=1.0, lr_factor_func=rate, **exempt)
+    optim = DetectionOptim(weight_decay=0.1, layer_decay=0.7, decayed=decayed)
 
     def flat(model, groups, key):
         names = {id(parameter): our_name(name) for name, parameter in model.named_parameters()}
@@ -130,7 +135,7 @@ def test_what_is_decayed_by_accident_is_what_vitdets_optimizer_decays(configure_
 
     ours = flat(network, parameter_groups(network, optim), "lr_scale")
     assert ours == flat(theirs, published, "lr")
-    plain = optim.model_copy(update={"published_decay": False})
+    plain = optim.model_copy(update={"decayed": "weights"})
     default = flat(network, parameter_groups(network, plain), "lr_scale")
     assert {name: scale for name, (scale, _) in default.items()} == {name: scale for name, (scale, _) in ours.items()}
     free = {name for name, (_, decay) in default.items() if decay == 0}

@@ -18,9 +18,6 @@ from transfer.attention import RELATIVE_POSITIONS
 from transfer.engines import engines_for
 from transfer.pyramid import NORMS, PYRAMIDS
 
-DETECTOR = "detector.safetensors"
-"""The trained detector inside a run directory."""
-
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 
@@ -115,8 +112,10 @@ class DetectionOptim(OptimConfig):
     milestones: tuple[Share, ...] = Field(
         (), description="shares of the run from which the rate is a tenth of before (ViTDet); a half-cosine when empty"
     )
-    published_decay: bool = Field(
-        False, description="decay what ViTDet's code decays by accident too: channel norms, biases, relative positions"
+    decayed: Literal["weights", "vitdet", "all"] = Field(
+        "weights",
+        description="what the weight decay is for: weights alone (no bias, norm or position); as in ViTDet's code for "
+        "ViT-B and ViT-L, by accident biases, relative positions and channel norms too; all, as in its code for ViT-H",
     )
 
     @model_validator(mode="after")

@@ -112,16 +112,19 @@ class Trunk(NamedTuple):
 def parameter_groups(model: nn.Module, optim: DetectionOptim) -> list[dict[str, Any]]:
     """Groups of a detector with ``backbone.vit`` for AdamW: layer-wise rates, and what is not decayed.
 
-    By default no bias, norm or position is. ``optim.published_decay`` repeats ViTDet's code for ViT-B and ViT-L, where
-    the exemption of norms knows torch's own classes alone: the channel norms of pyramid and heads, all biases of other
-    layers, and relative positions are decayed.
+    ``optim.decayed`` says what is decayed. "weights": no bias, norm or position is. "vitdet" repeats ViTDet's code for
+    ViT-B and ViT-L, where the exemption of norms knows torch's own classes alone: the channel norms of pyramid and
+    heads, all biases of other layers, and relative positions are decayed. "all" repeats its code for ViT-H, which
+    exempts nothing.
     """
     options: dict[str, Any] = {"layer_decay": optim.layer_decay, "weight_decay": optim.weight_decay}
     groups = layer_decay_groups(model, len(model.backbone.vit.blocks), trunk="backbone.vit.", **options)
-    if not optim.published_decay:
+    if optim.decayed == "weights":
         return groups
-    exempt = {id(p) for m in model.modules() if type(m) in PLAIN_NORMS for p in m.parameters(recurse=False)}
-    exempt |= {id(p) for name, p in model.named_parameters() if name.endswith("pos_embed")}
+    exempt: set[int] = set()
+    if optim.decayed == "vitdet":
+        exempt = {id(p) for m in model.modules() if type(m) in PLAIN_NORMS for p in m.parameters(recurse=False)}
+        exempt |= {id(p) for name, p in model.named_parameters() if name.endswith("pos_embed")}
     split: list[dict[str, Any]] = []
     for group in groups:
         for free in (False, True):

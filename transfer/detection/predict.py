@@ -26,12 +26,12 @@ from mae_core.config import load_config
 from mae_core.conversion.files import read_file
 from mae_core.data.decoding import Unreadable, UnreadableImage, to_picture
 from mae_core.errors import UserError, user_errors
-from mae_core.layout import PICTURES
+from mae_core.layout import DETECTOR, PICTURES
 from mae_core.training import distributed
 from mae_core.training.run import Run
 from transfer.detection.annotations import Instance, categories_of, instance_of, read_json, typed_image
 from transfer.detection.coco import CocoImage, CocoSet, check_same_categories
-from transfer.detection.config import DETECTOR, DetectionConfig, InferenceConfig
+from transfer.detection.config import DetectionConfig, InferenceConfig
 from transfer.detection.detector import load_engine
 from transfer.detection.draw import beside, draw_detections, draw_truth
 from transfer.detection.evaluation import PREDICTIONS
@@ -44,6 +44,8 @@ from transfer.images_given import named_images
 IMAGES = "images.json"
 MOST_AT_ONCE = 64
 """Images that are read ahead of what is written."""
+OF_TRAINING = ("optim", "log", "ema")
+"""Sections of a recipe that a finished detector has nothing of."""
 OPTION = re.compile(r"[a-z_]+(\.[a-z_]+)*=")
 """A word among the images that is no file: an option, such as test.detections=500."""
 
@@ -154,8 +156,13 @@ def _configuration(weights: Path, recipe: Path | None, out: Path, overrides: Seq
     if weights.is_dir() and not file.is_file():
         raise UserError(f"{weights} holds no {DETECTOR}; give the folder of a finished detector run")
     metadata = read_file(file).metadata
+    ours = metadata.get("format") == DETECTOR_FORMAT
+    without_effect = (*OF_TRAINING, "model") if ours else OF_TRAINING
+    unread = [word for word in overrides if re.split("[.=]", word)[0] in without_effect]
+    if unread:
+        raise UserError(f"{unread[0]} has no effect on what {file} finds; leave it out")
     options = [f"weights={file}", f"output={out}"]
-    if metadata.get("format") == DETECTOR_FORMAT:
+    if ours:
         options.append(f"engine={metadata['engine']}")
     elif recipe is None:
         raise UserError(

@@ -11,14 +11,14 @@ from torch import nn
 from mae_core.conversion.files import read_weights
 from mae_core.data.images import Statistics
 from mae_core.errors import UserError
-from mae_core.layout import CHECKPOINTS, CLASSIFIER, CONFIG, ENCODER, LOG, METRICS
+from mae_core.layout import CHECKPOINTS, CLASSIFIER, CONFIG, DETECTOR, ENCODER, LOG, METRICS
 from mae_core.patches import as_pair
 from mae_core.training import distributed
 from mae_core.training.run import Run, check_output
 from transfer.backbone import DenseViT
 from transfer.detection.annotations import Category
 from transfer.detection.coco import check_same_categories, read_coco
-from transfer.detection.config import DETECTOR, DetectionConfig, DetectorConfig
+from transfer.detection.config import DetectionConfig, DetectorConfig
 from transfer.detection.job import DetectorEngine, build_network
 from transfer.detection.parts import check_images, locate, trunk_options
 from transfer.detection.samples import WholeImages
