@@ -58,7 +58,9 @@ def resolve_weights(path: Path | str, *, decoder: bool = False) -> Path:
     """
     path = Path(path)
     if path.name == DETECTOR or (path / DETECTOR).is_file():
-        raise UserError(f"{path} is a trained detector; give the encoder that it was trained from, or its run")
+        raise UserError(
+            f"{path}: no MAE encoder in it, it is a detector; give the encoder it was trained from, or its run"
+        )
     if not path.is_dir():
         if not path.exists():
             raise UserError(f"weights file {path} does not exist")

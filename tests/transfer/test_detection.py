@@ -191,7 +191,7 @@ def test_a_detector_overfits_eight_images_and_is_rebuilt_from_its_file(configure
     with pytest.raises(UserError, match="already holds a run"):
         train_detector(config)
     for weights in (run, run / "detector.safetensors"):
-        with pytest.raises(UserError, match="is a trained detector; give the encoder that it was trained from"):
+        with pytest.raises(UserError, match="no MAE encoder in it, it is a detector; give the encoder"):
             train_detector(configure(eight, f"weights={weights}", f"output={tmp_path / 'next'}", scratch=False))
 
 
