@@ -74,8 +74,8 @@ def rehearse(config: DetectionConfig, devices: int, say: Callable[[str], None] =
     needed = peak_of_step(model, lambda _: stand_in_loss(model, config, micro), precision)
     kind = str(precision).removeprefix("torch.")
     say(
-        f"memory, estimated: {needed / GIB:.1f} GiB at the peak of a step of {micro} images at once in {kind}, "
-        f"{numbers * BYTES * (2 + MOMENTS) / GIB:.1f} GiB of it parameters, gradients and moments; "
+        f"memory, estimated: at least {needed / GIB:.1f} GiB at the peak of a step of {micro} images at once in "
+        f"{kind}, {numbers * BYTES * (2 + MOMENTS) / GIB:.1f} GiB of it parameters, gradients and moments; "
         "a GPU's own libraries take about 1 GiB more"
     )
     say("dry run: nothing was written")
