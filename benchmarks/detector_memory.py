@@ -91,7 +91,7 @@ def main() -> None:
         run = Run(config, distributed.join(config.device))
         measured, seconds = measure(config, run, given.images, given.objects)
         model = build_network(config, load_engine(config), CLASSES)[1]
-        estimated = peak_of_step(model, lambda _: stand_in_loss(model, config, given.images), run.precision)
+        estimated = peak_of_step(model, lambda: stand_in_loss(model, config, given.images), run.precision)
         print(
             f"{given.images} images of {config.data.image_size} at once, {given.objects} objects on each, on "
             f"{run.device} in {str(run.precision).removeprefix('torch.')}, checkpointing "

@@ -197,7 +197,6 @@ def fit_state(
     rename = rename or {}
     wanted = model.state_dict()
     report = LoadReport(str(source.path), unused=dict(source.unused), notes=list(source.notes))
-    report.total_parameters = sum(p.numel() for p in model.parameters())
     ready: dict[str, Tensor] = {}
     for name, tensor in source.state.items():
         target = rename.get(name, name)
@@ -236,12 +235,18 @@ def fit_state(
             f"{source.path} does not fit this model: {describe_refused(report.refused)}; "
             f"the file holds a {source.size} encoder with patch {source.patch_size} and {source.in_chans} channels"
         )
+    copy_into(model, ready, report)
+    return report
+
+
+def copy_into(model: nn.Module, ready: Mapping[str, Tensor], report: LoadReport) -> None:
+    """Copy ``ready``, by names of ``model``, into it; ``report`` gets the share of the parameters that they are."""
+    wanted, learnable = model.state_dict(), dict(model.named_parameters())
     with torch.no_grad():
         for name, tensor in ready.items():
             wanted[name].copy_(tensor)
-    learnable = dict(model.named_parameters())
+    report.total_parameters = sum(p.numel() for p in learnable.values())
     report.loaded_parameters = sum(learnable[name].numel() for name in ready if name in learnable)
-    return report
 
 
 def matching(name: str, patterns: Mapping[str, str]) -> str | None:

@@ -17,14 +17,14 @@ def estimate(config, *, cascade: bool = False, images: int = 2) -> int:
     model = build_network(config, load_engine(config), 3)[1]
     if cascade:
         add_cascade(model)
-    return peak_of_step(model, lambda _: stand_in_loss(model, config, images), torch.float32)
+    return peak_of_step(model, lambda: stand_in_loss(model, config, images), torch.float32)
 
 
 def test_what_lives_at_once_is_counted_and_what_has_gone_is_not():
     rows, width, depth = 1000, 500, 6
     layers = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(depth)))
     weights = depth * width * width * BYTES
-    step = peak_of_step(layers, lambda _: layers(torch.empty(rows, width)).sum(), torch.float32)
+    step = peak_of_step(layers, lambda: layers(torch.empty(rows, width)).sum(), torch.float32)
     kept = step - weights * (1 + MOMENTS)
     one = rows * width * BYTES
     # at most: the inputs of all layers, and two gradients of that size beside those of the weights

@@ -79,11 +79,11 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None =
     return _Fused.apply(query, key, value, attn_mask)
 
 
-def peak_of_step(model: nn.Module, loss: Callable[[FakeTensorMode], Tensor], precision: torch.dtype) -> int:
+def peak_of_step(model: nn.Module, loss: Callable[[], Tensor], precision: torch.dtype) -> int:
     """Most bytes alive in a training step, parameters with gradients and AdamW's moments included.
 
-    ``loss(mode)`` makes its inputs in ``mode`` and calls ``model``, whose tensors are replaced by ones without values:
-    it is of no use afterwards.
+    ``loss()`` makes its inputs and calls ``model``, whose tensors are replaced by ones without values: it is of no use
+    afterwards.
     """
     mode = FakeTensorMode()
     numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -91,7 +91,7 @@ def peak_of_step(model: nn.Module, loss: Callable[[FakeTensorMode], Tensor], pre
     live = LiveBytes()
     with mode, live, patch.object(F, "scaled_dot_product_attention", _fused):
         with torch.autocast("cpu", precision, enabled=precision != torch.float32):
-            total = loss(mode)
+            total = loss()
         total.backward()
     every = [*model.parameters(), *model.buffers()]
     return live.peak + sum(t.numel() * t.element_size() for t in every) + numbers * BYTES * MOMENTS

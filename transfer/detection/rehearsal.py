@@ -71,7 +71,7 @@ def rehearse(config: DetectionConfig, devices: int, say: Callable[[str], None] =
         say(line)
     precision = Run(config, distributed.join(config.device)).precision
     distributed.leave()
-    needed = peak_of_step(model, lambda _: stand_in_loss(model, config, micro), precision)
+    needed = peak_of_step(model, lambda: stand_in_loss(model, config, micro), precision)
     kind = str(precision).removeprefix("torch.")
     say(
         f"memory, estimated: at least {needed / GIB:.1f} GiB at the peak of a step of {micro} images at once in "

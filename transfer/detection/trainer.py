@@ -18,10 +18,7 @@ from mae_core.training.loop import FitSettings
 from mae_core.training.run import Run, check_output, open_run
 from transfer.detection.config import DetectionConfig
 from transfer.detection.job import DetectorEngine, Job, build_network
-from transfer.detection.parts import (
-    files_of,
-    read_data,
-)
+from transfer.detection.parts import files_of, read_data
 from transfer.detection.samples import WholeImages
 from transfer.detection.trained import describe_detector
 

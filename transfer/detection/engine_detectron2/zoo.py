@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
-from mae_core.conversion.files import read_weights
-from mae_core.conversion.loading import LoadReport
+from mae_core.conversion.files import read_file, read_weights
+from mae_core.conversion.loading import LoadReport, copy_into
 from mae_core.errors import UserError
 from mae_core.pos_embed import resize_pos_embed
 
@@ -37,7 +36,7 @@ def is_zoo_file(path: Path | None) -> bool:
     """Whether ``path`` is a file of a whole detector in the zoo's layout."""
     if path is None or not path.is_file():
         return False
-    state, _ = read_weights(path)
+    state = read_file(path).state  # its names alone: the tensors stay on disk
     return any(name.startswith(ZOO_PREFIX) for name in state) and any(name.startswith("roi_heads.") for name in state)
 
 
@@ -57,7 +56,7 @@ def load_zoo_detector(network: nn.Module, path: Path, *, other_classes: bool = F
     """
     given, _ = read_weights(path)
     wanted = network.state_dict()
-    report = LoadReport(str(path), total_parameters=sum(p.numel() for p in network.parameters()))
+    report = LoadReport(str(path))
     ready: dict[str, Tensor] = {}
     for name, tensor in given.items():
         if name.startswith(NOT_WEIGHTS):
@@ -87,11 +86,7 @@ def load_zoo_detector(network: nn.Module, path: Path, *, other_classes: bool = F
             f"{path} does not fit this network, {len(report.refused)} tensors are left over ({examples}); "
             "take the recipe of its size in configs/detection, with as many classes"
         )
-    with torch.no_grad():
-        for name, tensor in ready.items():
-            wanted[name].copy_(tensor)
-    learned = dict(network.named_parameters())
-    report.loaded_parameters = sum(learned[name].numel() for name in ready if name in learned)
+    copy_into(network, ready, report)
     return report
 
 
