@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -157,3 +158,27 @@ def configure_detection(detection_root: Path, tmp_path: Path) -> Callable[..., A
         return load_config(DetectionConfig, None, [f"{key}={value}" for key, value in given.items()])
 
     return make
+
+
+@pytest.fixture
+def break_off_and_resume(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """(configuration, module, name of a function that it calls once a step): a training that is stopped in its fourth
+    step as by Ctrl-C, then resumed to its end."""
+    from transfer.detection.detector import train_detector
+
+    def train(config: Any, module: ModuleType, name: str) -> None:
+        real, calls = getattr(module, name), []
+
+        def stops(*arguments: Any) -> Any:
+            calls.append(1)
+            if len(calls) == 4:
+                raise KeyboardInterrupt
+            return real(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, stops)
+            with pytest.raises(KeyboardInterrupt):
+                train_detector(config)
+        train_detector(config, resume=True)
+
+    return train

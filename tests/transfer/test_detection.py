@@ -202,7 +202,7 @@ def test_a_pretrained_encoder_is_reported_and_its_statistics_taken(configure, pr
     assert "weights from" in capsys.readouterr().out
 
 
-def test_an_interrupted_run_ends_in_the_same_weights(configure, tmp_path, monkeypatch):
+def test_an_interrupted_run_ends_in_the_same_weights(configure, tmp_path, break_off_and_resume):
     from mae_core.conversion.files import read_weights
     from transfer.detection import core_loop
 
@@ -214,20 +214,7 @@ def test_an_interrupted_run_ends_in_the_same_weights(configure, tmp_path, monkey
         "model.drop_path=0.2",
     )
     train_detector(configure(*options, f"output={tmp_path / 'whole'}"))
-    real, calls = core_loop.detection_losses, []
-
-    def stops(model, batch):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return real(model, batch)
-
-    monkeypatch.setattr(core_loop, "detection_losses", stops)
-    config = configure(*options, f"output={tmp_path / 'broken'}")
-    with pytest.raises(KeyboardInterrupt):
-        train_detector(config)
-    monkeypatch.setattr(core_loop, "detection_losses", real)
-    train_detector(config, resume=True)
+    break_off_and_resume(configure(*options, f"output={tmp_path / 'broken'}"), core_loop, "detection_losses")
     whole, resumed = (read_weights(tmp_path / name / "detector.safetensors")[0] for name in ("whole", "broken"))
     differing = [name for name in whole if not torch.equal(whole[name], resumed[name])]
     assert not differing

@@ -37,7 +37,7 @@ def test_other_pyramids_and_positions_train_and_are_rebuilt_from_their_file(conf
     assert again["bbox"] == metrics["bbox"]
 
 
-def test_averaged_weights_are_scored_written_and_resumed(configure_detection, tmp_path, monkeypatch):
+def test_averaged_weights_are_scored_written_and_resumed(configure_detection, tmp_path, break_off_and_resume):
     options = ("ema=0.9", "optim.epochs=4", "log.checkpoint_every=2")
     train_detector(configure_detection(*options, f"output={tmp_path / 'whole'}"))
     checkpoint = tmp_path / "whole" / "checkpoints" / "step_00000004" / "model.safetensors"
@@ -46,20 +46,7 @@ def test_averaged_weights_are_scored_written_and_resumed(configure_detection, tm
     name = "roi_heads.box_predictor.cls_score.weight"
     assert not torch.equal(written[name], last[name])
 
-    real, calls = core_loop.detection_losses, []
-
-    def stops(model, batch):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return real(model, batch)
-
-    monkeypatch.setattr(core_loop, "detection_losses", stops)
-    config = configure_detection(*options, f"output={tmp_path / 'broken'}")
-    with pytest.raises(KeyboardInterrupt):
-        train_detector(config)
-    monkeypatch.setattr(core_loop, "detection_losses", real)
-    train_detector(config, resume=True)
+    break_off_and_resume(configure_detection(*options, f"output={tmp_path / 'broken'}"), core_loop, "detection_losses")
     resumed, _ = read_weights(tmp_path / "broken" / "detector.safetensors")
     assert [key for key in written if not torch.equal(written[key], resumed[key])] == []
 

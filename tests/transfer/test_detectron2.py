@@ -191,25 +191,12 @@ def test_it_overfits_eight_images_and_both_evaluators_agree(configure_detection,
         evaluate_detector(configure_detection(f"weights={run}", f"output={tmp_path / 'other'}", scratch=False))
 
 
-def test_an_interrupted_run_ends_in_the_same_weights(configure_detection, tmp_path, monkeypatch):
+def test_an_interrupted_run_ends_in_the_same_weights(configure_detection, tmp_path, break_off_and_resume):
     from transfer.detection.engine_detectron2 import training
 
     options = ("engine=detectron2", "optim.epochs=4", "log.every=1", "log.checkpoint_every=2", "optim.clip_grad=1.0")
     train_detector(configure_detection(*options, f"output={tmp_path / 'whole'}"))
-    real, calls = training.records, []
-
-    def stops(batch):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return real(batch)
-
-    monkeypatch.setattr(training, "records", stops)
-    config = configure_detection(*options, f"output={tmp_path / 'broken'}")
-    with pytest.raises(KeyboardInterrupt):
-        train_detector(config)
-    monkeypatch.setattr(training, "records", real)
-    train_detector(config, resume=True)
+    break_off_and_resume(configure_detection(*options, f"output={tmp_path / 'broken'}"), training, "records")
     whole, resumed = (read_weights(tmp_path / name / "detector.safetensors")[0] for name in ("whole", "broken"))
     assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
     steps = [json.loads(line)["step"] for line in (tmp_path / "broken" / "log.jsonl").read_text().splitlines()]
