@@ -25,8 +25,8 @@ from typing import NamedTuple
 
 import torch
 
-from mae_core.conversion.formats import FORMATS, SHAPES
 from mae_core.models.sizes import SIZES
+from mae_core.weights.formats import FORMATS, SHAPES
 
 ROWS = (
     ("official", "huggingface", ".safetensors"),

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from mae_core.config import load_config
+from mae_core.config.load import load_config
 from mae_core.errors import user_errors
 from mae_core.patches import as_pair
 from mae_core.training import distributed

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mae_core.atomic import atomic_path, write_json, write_text
-from mae_core.conversion.loading import read_encoder
 from mae_core.errors import UserError, user_errors
 from mae_core.training.progress import clock
+from mae_core.weights.load import read_encoder
 from transfer.chain import Job, Stage, read_metric
 
 FINETUNE = (

@@ -24,9 +24,9 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from torchvision.ops import roi_align
 
-from mae_core.conversion.loading import read_encoder
 from mae_core.errors import user_errors
 from mae_core.training.loop import seed_everything
+from mae_core.weights.load import read_encoder
 from transfer.backbone import DenseViT
 from transfer.detection.coco import CocoSet
 from transfer.detection.config import DetectionConfig, DetectionData, DetectorConfig

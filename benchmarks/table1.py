@@ -23,12 +23,13 @@ import torch
 from PIL import Image
 
 from mae_core.atomic import atomic_path, write_json, write_text
-from mae_core.config import PretrainConfig, config_differences, load_config
+from mae_core.config.load import config_differences, load_config
 from mae_core.data.decoding import UnreadableImage, read_image
 from mae_core.data.labelled import read_image_folder
 from mae_core.errors import UserError, user_errors
 from mae_core.layout import ENCODER, METRICS, TOKENIZER
 from mae_core.training.pretrain import build_pretrain_model
+from mae_core.training.pretrain_config import PretrainConfig
 from mae_core.training.progress import Counter
 from mae_core.training.rehearsal import cost_of
 from mae_core.training.run import environment

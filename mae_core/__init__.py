@@ -14,13 +14,13 @@ _HOMES = {
     "build_mae": "mae_core.models.mae",
     "MaskedAutoencoder": "mae_core.models.mae",
     "MAEOutput": "mae_core.models.mae",
-    "load_mae": "mae_core.conversion.loading",
-    "load_encoder": "mae_core.conversion.loading",
-    "build_classifier": "mae_core.conversion.loading",
-    "load_pca": "mae_core.conversion.target_files",
-    "load_tokenizer": "mae_core.conversion.target_files",
+    "load_mae": "mae_core.weights.load",
+    "load_encoder": "mae_core.weights.load",
+    "build_classifier": "mae_core.weights.load",
+    "load_pca": "mae_core.training.target_files",
+    "load_tokenizer": "mae_core.training.target_files",
     "TokenTarget": "mae_core.targets",
-    "convert": "mae_core.conversion.writing",
+    "convert": "mae_core.weights.writing",
     "ViTEncoder": "mae_core.models.encoder",
     "SIZES": "mae_core.models.sizes",
     "PatchMask": "mae_core.masking",
@@ -32,9 +32,6 @@ _HOMES = {
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
-    from mae_core.conversion.loading import build_classifier, load_encoder, load_mae
-    from mae_core.conversion.target_files import load_pca, load_tokenizer
-    from mae_core.conversion.writing import convert
     from mae_core.errors import UserError
     from mae_core.masking import PatchMask
     from mae_core.models.encoder import ViTEncoder
@@ -42,6 +39,9 @@ if TYPE_CHECKING:
     from mae_core.models.sizes import SIZES
     from mae_core.patches import PatchGrid, patchify, unpatchify
     from mae_core.targets import TokenTarget
+    from mae_core.training.target_files import load_pca, load_tokenizer
+    from mae_core.weights.load import build_classifier, load_encoder, load_mae
+    from mae_core.weights.writing import convert
 
 
 def __getattr__(name: str) -> Any:

@@ -95,8 +95,9 @@ def pretrained(
     tmp_path_factory: pytest.TempPathFactory, write_images: Callable[..., list[Path]], pretrain_options: tuple[str, ...]
 ) -> Path:
     """The folder of a finished pre-training run of four steps; tests must not write to it."""
-    from mae_core.config import PretrainConfig, load_config
+    from mae_core.config.load import load_config
     from mae_core.training.pretrain import pretrain
+    from mae_core.training.pretrain_config import PretrainConfig
 
     root = tmp_path_factory.mktemp("pretrained")
     write_images(root / "images", 8)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mae_core.config import Schema, leaf_names
+from mae_core.config.schema import Schema, leaf_names
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("mae_core", "transfer")
@@ -26,8 +26,8 @@ LAYERS = (
     ("patches", "pos_embed", "masking", "tokenizers", "targets"),
     ("models",),
     ("config",),
-    ("data", "conversion"),
-    ("training", "evaluation"),
+    ("data", "weights", "measures"),
+    ("training",),
     ("cli",),
 )
 """Parts of mae_core, lowest first. A part may import its own layer and the ones below."""
@@ -148,7 +148,7 @@ def test_no_file_beside_a_script_shadows_a_module(folder):
 
 def schemas() -> list[type[Schema]]:
     for package in PACKAGES:
-        for path in (ROOT / package).rglob("config.py"):
+        for path in (ROOT / package).rglob("*config.py"):
             importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
 
     def below(schema: type[Schema]) -> Iterator[type[Schema]]:
@@ -163,12 +163,12 @@ def schemas() -> list[type[Schema]]:
 
 
 def attributes_read() -> set[str]:
-    """Names read as ``.name`` anywhere, and in a config.py in methods and properties, but not in validators."""
+    """Names read as ``.name`` anywhere, and in a schema's file in methods and properties, but not in validators."""
     names: set[str] = set()
     for path in SOURCES:
         tree = ast.parse(path.read_text())
         nodes: list[ast.AST] = [tree]
-        if path.name == "config.py":
+        if path.name.endswith("config.py") or path.parent.name == "config":
             functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
             nodes = [f for f in functions if not any("validator" in ast.unparse(d) for d in f.decorator_list)]
         for node in nodes:
@@ -185,11 +185,11 @@ def test_every_option_is_read():
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_no_partial_loading_outside_conversion(path):
+def test_no_partial_loading_outside_weights(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call) and "load" in ast.unparse(node.func):
             loose = any(word.arg == "strict" and ast.unparse(word.value) == "False" for word in node.keywords)
-            assert not loose or "conversion" in path.parts, f"{name_of(path)}:{node.lineno}"
+            assert not loose or "weights" in path.parts, f"{name_of(path)}:{node.lineno}"
 
 
 def test_no_file_is_named_after_nothing():

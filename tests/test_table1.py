@@ -8,9 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from mae_core.config import PretrainConfig, load_config
+from mae_core.config.load import load_config
 from mae_core.errors import UserError
 from mae_core.training.checkpoints import save_checkpoint
+from mae_core.training.pretrain_config import PretrainConfig
 
 ROOT = Path(__file__).parents[1]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mae_core.conversion.loading import LoadReport, fit_state, read_encoder
+from mae_core.weights.load import LoadReport, fit_state, read_encoder
 from transfer.backbone import DenseViT
 
 NEW = ("*relative_position_bias_table", "*.rel_pos_h", "*.rel_pos_w", "*.ls1.gamma", "*.ls2.gamma")

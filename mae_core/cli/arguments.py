@@ -23,7 +23,7 @@ Resume = Annotated[
 
 def read_arguments(schema: Any, arguments: list[str] | None) -> Any:
     """A configuration from a command line: at most one file, anywhere, and overrides."""
-    from mae_core.config import load_config
+    from mae_core.config.load import load_config
 
     files = [argument for argument in arguments or [] if "=" not in argument]
     if len(files) > 1:

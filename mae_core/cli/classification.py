@@ -13,7 +13,7 @@ def linprobe(arguments: ConfigAndOverrides = None, resume: Resume = False) -> No
     Example: mae linprobe configs/linprobe/base.yaml weights=runs/mine data.path=labelled output=runs/probe
     """
     with user_errors():
-        from mae_core.evaluation.config import LinprobeConfig
+        from mae_core.training.frozen_config import LinprobeConfig
         from mae_core.training.linprobe import linprobe as run
 
         run(read_arguments(LinprobeConfig, arguments), resume=resume)
@@ -26,8 +26,8 @@ def knn(arguments: ConfigAndOverrides = None) -> None:
     Example: mae knn weights=runs/mine data.path=labelled output=runs/knn
     """
     with user_errors():
-        from mae_core.evaluation.config import KnnConfig
-        from mae_core.evaluation.embedding import knn as run
+        from mae_core.training.embedding import knn as run
+        from mae_core.training.frozen_config import KnnConfig
 
         run(read_arguments(KnnConfig, arguments))
 
@@ -39,8 +39,8 @@ def features(arguments: ConfigAndOverrides = None) -> None:
     Example: mae features weights=runs/mine data.path=images output=runs/features
     """
     with user_errors():
-        from mae_core.evaluation.config import FeaturesConfig
-        from mae_core.evaluation.embedding import write_features
+        from mae_core.training.embedding import write_features
+        from mae_core.training.frozen_config import FeaturesConfig
 
         write_features(read_arguments(FeaturesConfig, arguments))
 
@@ -52,7 +52,7 @@ def evaluate(arguments: ConfigAndOverrides = None) -> None:
     Example: mae evaluate weights=runs/classes data.path=labelled/val output=runs/evaluation
     """
     with user_errors():
-        from mae_core.evaluation.config import EvaluateConfig
-        from mae_core.evaluation.evaluate import evaluate as run
+        from mae_core.training.evaluate import evaluate as run
+        from mae_core.training.frozen_config import EvaluateConfig
 
         run(read_arguments(EvaluateConfig, arguments))

@@ -73,7 +73,7 @@ def data_stats(
     """
     with user_errors():
         from mae_core.atomic import write_json
-        from mae_core.config import hint
+        from mae_core.config.schema import hint
         from mae_core.data.sources import SOURCES, open_places
         from mae_core.data.survey import describe, survey
         from mae_core.training.progress import Counter

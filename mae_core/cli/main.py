@@ -36,8 +36,8 @@ def pretrain(
     Example: mae pretrain configs/pretrain/tiny_96.yaml data.path=images output=runs/mine
     """
     with user_errors():
-        from mae_core.config import PretrainConfig
         from mae_core.training.pretrain import pretrain as run
+        from mae_core.training.pretrain_config import PretrainConfig
 
         config = read_arguments(PretrainConfig, arguments)
         if not dry_run:
@@ -61,8 +61,8 @@ def fit_pca(
     mae pretrain configs/pretrain/tiny_96.yaml data.path=images target.kind=pca target.pca=pca.safetensors
     """
     with user_errors():
-        from mae_core.config import PretrainConfig
         from mae_core.training.pca import fit_pca as run
+        from mae_core.training.pretrain_config import PretrainConfig
 
         run(read_arguments(PretrainConfig, arguments), out, components=components, images=images)
 
@@ -75,8 +75,8 @@ def train_tokenizer(arguments: ConfigAndOverrides = None, resume: Resume = False
     mae pretrain data.path=images target.kind=tokens target.tokenizer=runs/tokens
     """
     with user_errors():
-        from mae_core.config import TokenizerConfig
         from mae_core.training.tokenizer import train_tokenizer as run
+        from mae_core.training.tokenizer_config import TokenizerConfig
 
         run(read_arguments(TokenizerConfig, arguments), resume=resume)
 
@@ -89,8 +89,8 @@ def finetune(arguments: ConfigAndOverrides = None, resume: Resume = False) -> No
     Example: mae finetune configs/finetune/tiny_96.yaml weights=runs/mine data.path=labelled output=runs/classes
     """
     with user_errors():
-        from mae_core.config import FinetuneConfig
         from mae_core.training.finetune import finetune as run
+        from mae_core.training.finetune_config import FinetuneConfig
 
         run(read_arguments(FinetuneConfig, arguments), resume=resume)
 

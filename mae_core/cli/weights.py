@@ -65,8 +65,8 @@ def convert(
     """
     with user_errors():
         from mae_core.atomic import write_json
-        from mae_core.conversion.converting import convert_file, summary
-        from mae_core.conversion.resizing import Adaptation
+        from mae_core.weights.resize import Adaptation
+        from mae_core.weights.tools.convert import convert_file, summary
 
         if report is not None and report.exists():
             raise UserError(f"{report} exists; choose another --report")
@@ -101,7 +101,7 @@ def inspect(
 ) -> None:
     """Say what a weights file holds: format, architecture, sizes, target, what it can be used for and what it lacks."""
     with user_errors():
-        from mae_core.conversion.inspection import describe_file, inspect_file
+        from mae_core.weights.tools.inspect import describe_file, inspect_file
 
         typer.echo(json.dumps(inspect_file(file), indent=2, default=str) if as_json else describe_file(file))
 
@@ -125,11 +125,11 @@ def export(
         if len(chosen) != 1:
             raise UserError("say what to write: one of --onnx, --timm and --huggingface")
         if onnx:
-            from mae_core.conversion.exporting import export_encoder
+            from mae_core.weights.tools.export import export_encoder
 
             typer.echo(export_encoder(file, out))
             return
-        from mae_core.conversion.converting import convert_file, summary
+        from mae_core.weights.tools.convert import convert_file, summary
 
         if out.suffix:
             raise UserError(f"--out {out} has to be a folder, without a file ending")
@@ -142,7 +142,7 @@ def list_weights(as_json: Annotated[bool, typer.Option("--json", help="Print JSO
     """Show the published MAE weights: content, pixel target, hash, licence, URL."""
     from dataclasses import asdict
 
-    from mae_core.conversion.catalogue import CATALOGUE, NOTICE
+    from mae_core.weights.catalogue import CATALOGUE, NOTICE
 
     if as_json:
         typer.echo(json.dumps([asdict(row) for row in CATALOGUE.values()], indent=2))
@@ -161,7 +161,7 @@ def get(
 ) -> None:
     """Download published weights; what was cut off goes on where it ended, and the hash is checked."""
     with user_errors():
-        from mae_core.conversion.catalogue import CATALOGUE, NOTICE, get_weights
+        from mae_core.weights.catalogue import CATALOGUE, NOTICE, get_weights
 
         path = get_weights(name, out, url=url, on_progress=_show_progress)
         typer.echo(NOTICE, err=True)

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torchvision.transforms import InterpolationMode, v2
 
-from mae_core.config import PretrainData
+from mae_core.data.config import PretrainData
 from mae_core.data.decoding import Pixels
 from mae_core.data.images import Statistics
 from mae_core.patches import as_pair

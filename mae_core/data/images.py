@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from mae_core.config import ImagesConfig
+from mae_core.data.config import ImagesConfig
 from mae_core.data.decoding import Pixels, Unreadable, UnreadableImage, read_image
 from mae_core.errors import UserError
 

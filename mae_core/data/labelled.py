@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mae_core.config import EvaluationData, FinetuneData
 from mae_core.data.augmentation import Size
+from mae_core.data.config import EvaluationData, FinetuneData
 from mae_core.data.decoding import Unreadable, UnreadableImage, read_image
 from mae_core.data.images import Statistics, check_found, files_below, next_readable
 from mae_core.data.loading import Place

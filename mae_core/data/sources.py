@@ -10,7 +10,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mae_core.config import PretrainData
+from mae_core.data.config import PretrainData
 from mae_core.data.decoding import Pixels, Unreadable, UnreadableImage, decode_bytes, read_image
 from mae_core.data.images import IMAGE_SUFFIXES, ImageFiles, ImageSource, list_images
 from mae_core.errors import UserError

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mae_core.config import PretrainData
 from mae_core.data.augmentation import centre_view, training_view
+from mae_core.data.config import PretrainData
 from mae_core.data.decoding import Unreadable, UnreadableImage
 from mae_core.data.images import ImageSource, check_found, next_readable, read_some, statistics_of
 from mae_core.data.loading import Place

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from mae_core.config import CropScale, FinetuneData, usual_test_crop
+from mae_core.config.schema import CropScale
 from mae_core.data.augmentation import BICUBIC, Size, to_normalized
+from mae_core.data.config import FinetuneData, usual_test_crop
 from mae_core.data.decoding import Pixels
 from mae_core.data.images import Statistics
 from mae_core.errors import UserError

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from mae_core.atomic import fsync_path, write_text
-from mae_core.conversion.files import read_weights, write_weights
 from mae_core.errors import UserError
 from mae_core.layout import CHECKPOINTS, COMPLETE, MODEL, TRAINING_STATE, complete_checkpoints
+from mae_core.weights.files import read_weights, write_weights
 
 
 class Checkpoint(NamedTuple):

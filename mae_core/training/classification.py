@@ -9,9 +9,7 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader
 
 from mae_core.atomic import write_json
-from mae_core.config import FinetuneData, ImagesConfig, LabelledData
-from mae_core.conversion.files import write_weights
-from mae_core.conversion.loading import LoadReport, describe_encoder
+from mae_core.data.config import FinetuneData, ImagesConfig, LabelledData
 from mae_core.data.images import ImageFiles, Statistics, check_all, read_some
 from mae_core.data.labelled import (
     LabelledBatch,
@@ -23,13 +21,14 @@ from mae_core.data.labelled import (
 )
 from mae_core.data.loading import make_loader
 from mae_core.data.views import check_pictures
-from mae_core.evaluation.classification import evaluate_classifier
-from mae_core.evaluation.multi_label import evaluate_multi_label
 from mae_core.layout import CLASSIFIER, LOADING, METRICS
 from mae_core.models.encoder import Pooling, ViTEncoder
 from mae_core.patches import as_pair
+from mae_core.training.predictions import evaluate_classifier, evaluate_multi_label
 from mae_core.training.progress import Counter
 from mae_core.training.run import Run
+from mae_core.weights.files import write_weights
+from mae_core.weights.load import LoadReport, describe_encoder
 
 IMAGES_TRIED = 4
 

@@ -9,13 +9,7 @@ from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
-from mae_core.config import FinetuneConfig, FinetuneData
-from mae_core.conversion.loading import (
-    LoadReport,
-    classifier_from,
-    read_encoder,
-    with_channels_of,
-)
+from mae_core.data.config import FinetuneData
 from mae_core.data.images import Statistics, statistics_of
 from mae_core.data.labelled import LabelledBatch, TrainImages, collate
 from mae_core.data.loading import make_loader, share_of
@@ -37,9 +31,11 @@ from mae_core.training.classification import (
     steps_between,
     tell_of_weights,
 )
+from mae_core.training.finetune_config import FinetuneConfig
 from mae_core.training.groups import layer_decay_groups
 from mae_core.training.loop import FitSettings, LossOf, fit, seed_everything
 from mae_core.training.run import Run, check_output, open_run
+from mae_core.weights.load import LoadReport, classifier_from, read_encoder, with_channels_of
 
 LARGE_RECIPE = "base_lr 1e-3, layer_decay 0.75, drop_path 0.2, 50 epochs"
 RELEASED_RECIPES = {"large": LARGE_RECIPE, "huge": LARGE_RECIPE.replace("0.2,", "0.3,")}

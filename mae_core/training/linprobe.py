@@ -10,7 +10,6 @@ from timm.optim import Lars
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
-from mae_core.conversion.classifiers import as_file_says, trunk_from, weights_of
 from mae_core.data.images import statistics_of
 from mae_core.data.labelled import (
     AugmentedImages,
@@ -23,9 +22,7 @@ from mae_core.data.labelled import (
 from mae_core.data.loading import Place, make_loader, share_of
 from mae_core.data.views import probe_view
 from mae_core.errors import UserError
-from mae_core.evaluation.classification import Tally, predict
-from mae_core.evaluation.config import LinprobeConfig, ProbeOptim
-from mae_core.evaluation.features import Rows, Viewer, check_cache, features_of
+from mae_core.measures.accuracy import Tally
 from mae_core.models.probe import LinearProbe
 from mae_core.patches import as_pair
 from mae_core.training import distributed
@@ -40,8 +37,12 @@ from mae_core.training.classification import (
     steps_between,
     tell_of_weights,
 )
+from mae_core.training.features import Rows, Viewer, check_cache, features_of
+from mae_core.training.frozen_config import LinprobeConfig, ProbeOptim
 from mae_core.training.loop import FitSettings, fit, seed_everything
+from mae_core.training.predictions import predict, total_of
 from mae_core.training.run import Run, check_output, open_run
+from mae_core.weights.classifiers import as_file_says, trunk_from, weights_of
 
 ROWS_AT_ONCE = 4096
 """Cached features in a batch of the evaluation."""
@@ -210,7 +211,7 @@ def measure_heads(probe: LinearProbe, batches: Any, run: Run, classes: list[str]
     for logits, labels in predict(probe, batches, run):
         for tally, of_head in zip(tallies, logits, strict=True):
             tally.add(of_head, labels)
-    found = [tally.total().as_dict(classes) for tally in tallies]
+    found = [total_of(tally).as_dict(classes) for tally in tallies]
     best = max(range(len(rates)), key=lambda number: found[number]["top1"])
     sweep = {f"{rate:g}": headline(each) for rate, each in zip(rates, found, strict=True)}
     return {**found[best], "base_lr": rates[best], "sweep": sweep}

@@ -22,7 +22,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mae_core.config import ScheduleConfig
+from mae_core.config.sections import ScheduleConfig
 from mae_core.data.loading import Batch, share_of, steps_for
 from mae_core.errors import UserError
 from mae_core.seeds import STEP, derive_seed

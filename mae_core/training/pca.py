@@ -11,9 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mae_core.config import PretrainConfig
-from mae_core.conversion.files import write_weights
-from mae_core.conversion.target_files import PCA_FORMAT
 from mae_core.data.images import refuse_unreadable, statistics_of
 from mae_core.data.loading import StepSampler, make_loader
 from mae_core.data.sources import open_source
@@ -21,8 +18,11 @@ from mae_core.data.unlabelled import UnlabelledImages, collate
 from mae_core.errors import UserError
 from mae_core.models.sizes import size_of
 from mae_core.patches import PatchGrid, patchify
+from mae_core.training.pretrain_config import PretrainConfig
 from mae_core.training.progress import Counter
+from mae_core.training.target_files import PCA_FORMAT
 from mae_core.training.watch import split_images
+from mae_core.weights.files import write_weights
 
 BATCH = 32
 

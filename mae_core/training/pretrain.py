@@ -8,10 +8,6 @@ import torch
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
-from mae_core.config import PretrainConfig
-from mae_core.conversion.files import write_weights
-from mae_core.conversion.loading import describe_encoder
-from mae_core.conversion.target_files import load_target
 from mae_core.data.images import check_all, refuse_unreadable, statistics_of
 from mae_core.data.loading import make_loader, steps_for
 from mae_core.data.sources import damaged_parts, open_source
@@ -21,9 +17,13 @@ from mae_core.models.mae import MaskedAutoencoder, build_mae
 from mae_core.training import distributed
 from mae_core.training.loop import FitResult, FitSettings, fit, seed_everything
 from mae_core.training.pictures import fixed_mask, reconstruction_strip
+from mae_core.training.pretrain_config import PretrainConfig
 from mae_core.training.progress import Counter
 from mae_core.training.run import check_output, open_run
+from mae_core.training.target_files import load_target
 from mae_core.training.watch import measure, split_images
+from mae_core.weights.files import write_weights
+from mae_core.weights.load import describe_encoder
 
 NUM_PICTURES = 6
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mae_core.config import PretrainConfig, config_differences
+from mae_core.config.load import config_differences
 from mae_core.data.images import statistics_of
 from mae_core.data.loading import share_of
 from mae_core.data.sources import damaged_parts, open_source
@@ -25,6 +25,7 @@ from mae_core.models.sizes import SIZES
 from mae_core.training import distributed
 from mae_core.training.loop import FitSettings, backward, seed_everything
 from mae_core.training.pretrain import announce, build_pretrain_model, pretrain_loss, pretrain_optimizer
+from mae_core.training.pretrain_config import PretrainConfig
 from mae_core.training.progress import clock
 from mae_core.training.run import Run
 from mae_core.training.watch import split_images

@@ -16,7 +16,8 @@ from torch import nn
 
 from mae_core import __version__
 from mae_core.atomic import atomic_path, write_text
-from mae_core.config import JobConfig, PretrainConfig, RunConfig, config_differences, dump_config, load_config
+from mae_core.config.load import config_differences, dump_config, load_config
+from mae_core.config.sections import JobConfig, RunConfig
 from mae_core.data.images import Unreadable, refuse_unreadable
 from mae_core.data.loading import StepSampler
 from mae_core.errors import UserError
@@ -33,6 +34,7 @@ from mae_core.layout import (
 )
 from mae_core.training import distributed
 from mae_core.training.checkpoints import load_checkpoint, save_checkpoint
+from mae_core.training.pretrain_config import PretrainConfig
 
 MAY_CHANGE = ("data.workers", "data.on_error", "log.", "device", "output", "data.path")
 """Options a resumed run may change: they say where and how fast, not what is computed. Data may move, see

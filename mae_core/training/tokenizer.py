@@ -10,9 +10,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mae_core.config import TokenizerConfig
-from mae_core.conversion.files import write_weights
-from mae_core.conversion.target_files import TOKENIZER_FORMAT
 from mae_core.data.images import Statistics, check_all, refuse_unreadable, statistics_of
 from mae_core.data.loading import make_loader
 from mae_core.data.sources import damaged_parts, open_source
@@ -24,6 +21,9 @@ from mae_core.training.loop import FitResult, FitSettings, fit, seed_everything
 from mae_core.training.pictures import Display, Strip, tile
 from mae_core.training.progress import Counter
 from mae_core.training.run import check_output, open_run
+from mae_core.training.target_files import TOKENIZER_FORMAT
+from mae_core.training.tokenizer_config import TokenizerConfig
+from mae_core.weights.files import write_weights
 
 NUM_PICTURES = 6
 

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from mae_core.atomic import atomic_path
-from mae_core.config import hint
-from mae_core.conversion.describing import read_described
-from mae_core.conversion.loading import load_mae
+from mae_core.config.schema import hint
 from mae_core.data.augmentation import centre_view
 from mae_core.data.decoding import UnreadableImage
 from mae_core.data.images import DEFAULT_STATISTICS, ImageFiles, ImageSource, Statistics
@@ -32,6 +30,8 @@ from mae_core.training.pictures import (
     reconstruction_rows,
     tile,
 )
+from mae_core.weights.encoder_file import read_described
+from mae_core.weights.load import load_mae
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
-from mae_core.config import PretrainConfig, PretrainData
 from mae_core.data.augmentation import centre_view
+from mae_core.data.config import PretrainData
 from mae_core.data.decoding import UnreadableImage
 from mae_core.data.images import ImageFiles, ImageSource, read_some, statistics_of
 from mae_core.data.labelled import LabelledPaths, LabelledSample, read_image_folder
@@ -19,11 +19,12 @@ from mae_core.data.loading import make_loader
 from mae_core.data.sources import Part, open_places
 from mae_core.data.unlabelled import CentreViews, collate_readable
 from mae_core.errors import UserError
-from mae_core.evaluation.knn import knn_accuracy
+from mae_core.measures.knn import knn_accuracy
 from mae_core.models.mae import MaskedAutoencoder
 from mae_core.patches import as_pair
 from mae_core.seeds import SPLIT, generator_at
 from mae_core.training import distributed
+from mae_core.training.pretrain_config import PretrainConfig
 from mae_core.training.run import Run
 
 IMAGES_TRIED = 4

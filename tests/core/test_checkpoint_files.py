@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 import mae_core
-from mae_core.conversion.catalogue import CATALOGUE
-from mae_core.conversion.describing import read_described
-from mae_core.conversion.files import read_file, write_weights
-from mae_core.conversion.formats import SHAPES
-from mae_core.conversion.inspection import inspect_file
-from mae_core.conversion.keymap import split_index
 from mae_core.errors import UserError
 from mae_core.models.encoder import ViTEncoder
+from mae_core.weights.catalogue import CATALOGUE
+from mae_core.weights.encoder_file import read_described
+from mae_core.weights.files import read_file, write_weights
+from mae_core.weights.formats import SHAPES
+from mae_core.weights.rename import split_index
+from mae_core.weights.tools.inspect import inspect_file
 
 FORMATS = ("official", "mae_core", "timm", "huggingface", "mmseg", "mmpretrain", "detectron2", "mae_segmentation")
 HIDDEN_SAFE = ("gamma_1", "gamma_2")
@@ -118,7 +118,7 @@ def test_a_trainer_file_says_its_target_in_its_arguments(tmp_path, official, nor
 @pytest.mark.parametrize("name", FORMATS)
 def test_any_format_is_weights(tmp_path, official, name):
     """What the format holds of an encoder arrives, through the one loader behind every weights option."""
-    from mae_core.conversion.loading import classifier_from, read_encoder
+    from mae_core.weights.load import classifier_from, read_encoder
     from transfer.backbone import DenseViT
     from transfer.weights import load_pretrained
 
@@ -360,8 +360,8 @@ def test_the_exact_state_comes_from_a_mapped_file(tmp_path, official):
 @pytest.mark.parametrize("ending", [".pth", ".safetensors"])
 def test_bytes_that_go_from_file_to_file_are_the_right_ones(tmp_path, official, source, target, ending):
     """What is only renamed, split or joined never passes this process; what is resized does."""
-    from mae_core.conversion.converting import convert_file
-    from mae_core.conversion.resizing import Adaptation
+    from mae_core.weights.resize import Adaptation
+    from mae_core.weights.tools.convert import convert_file
 
     state = mae_core.convert(official, "official", source)[0]
     path = tmp_path / f"x{ending}"
@@ -388,7 +388,7 @@ def test_a_mapped_tensor_that_was_changed_is_written_as_it_is(tmp_path, official
 
 
 def test_transformers_folder_is_weights(tmp_path, official):
-    from mae_core.conversion.converting import convert_file
+    from mae_core.weights.tools.convert import convert_file
 
     torch.save({"model": official, "args": argparse.Namespace(norm_pix_loss=False)}, tmp_path / "x.pth")
     convert_file(tmp_path / "x.pth", "huggingface", tmp_path / "folder")

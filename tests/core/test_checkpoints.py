@@ -126,7 +126,7 @@ class DiskFull:
 @pytest.mark.parametrize(
     "function, allowed",
     [
-        ("mae_core.conversion.files.save_file", 0),
+        ("mae_core.weights.files.save_file", 0),
         ("torch.save", 0),
         ("os.replace", 0),
         ("os.replace", 1),

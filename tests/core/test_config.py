@@ -4,15 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mae_core.config import (
-    ConfigError,
-    FinetuneConfig,
-    PretrainConfig,
-    config_differences,
-    dump_config,
-    leaf_names,
-    load_config,
-)
+from mae_core.config.load import config_differences, dump_config, load_config
+from mae_core.config.schema import ConfigError, leaf_names
+from mae_core.training.finetune_config import FinetuneConfig
+from mae_core.training.pretrain_config import PretrainConfig
 
 SHIPPED = sorted((Path(__file__).parents[2] / "configs" / "pretrain").rglob("*.yaml"))
 

@@ -13,9 +13,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import mae_core
-from mae_core.conversion.formats import FORMATS
-from mae_core.conversion.keymap import is_decoder
 from mae_core.models.encoder import LayerNorm
+from mae_core.weights.formats import FORMATS
+from mae_core.weights.rename import is_decoder
 
 EIGHT = ("official", "mae_core", "timm", "huggingface", "mmseg", "mmpretrain", "detectron2", "mae_segmentation")
 PAIRS = list(itertools.permutations([*EIGHT, "huggingface_5"], 2))

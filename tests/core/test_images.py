@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from timm.data import auto_augment
 
-from mae_core.config import FinetuneData, ImagesConfig, PretrainData
 from mae_core.data import labelled, unlabelled
 from mae_core.data.augmentation import centre_view
+from mae_core.data.config import FinetuneData, ImagesConfig, PretrainData
 from mae_core.data.images import (
     GREY_MEAN,
     ImageFiles,

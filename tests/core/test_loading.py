@@ -17,9 +17,11 @@ from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mae_core.conversion.files import read_weights, write_weights
-from mae_core.conversion.inspection import describe_file
-from mae_core.conversion.loading import (
+from mae_core.errors import UserError
+from mae_core.models.encoder import ViTEncoder
+from mae_core.models.mae import build_mae
+from mae_core.weights.files import read_weights, write_weights
+from mae_core.weights.load import (
     build_classifier,
     classifier_from,
     describe_encoder,
@@ -28,9 +30,7 @@ from mae_core.conversion.loading import (
     load_mae,
     read_encoder,
 )
-from mae_core.errors import UserError
-from mae_core.models.encoder import ViTEncoder
-from mae_core.models.mae import build_mae
+from mae_core.weights.tools.inspect import describe_file
 from transfer.backbone import DenseViT
 from transfer.weights import load_pretrained
 
@@ -394,7 +394,7 @@ def test_writing_weights_is_atomic(tmp_path, monkeypatch, encoder):
     def fail(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mae_core.conversion.files.save_file", fail)
+    monkeypatch.setattr("mae_core.weights.files.save_file", fail)
     with pytest.raises(OSError, match="No space"):
         write_weights(path, encoder.state_dict(), {})
     assert [p.name for p in tmp_path.iterdir()] == ["encoder.safetensors"]

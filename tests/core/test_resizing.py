@@ -10,16 +10,10 @@ from hypothesis import strategies as st
 from timm.layers import resample_patch_embed
 
 import mae_core
-from mae_core.conversion.reference import Geometry, OwnReading
-from mae_core.conversion.resizing import (
-    Adaptation,
-    adapt_channels,
-    is_row_first,
-    resize_patch_embed,
-    resize_relative_table,
-)
 from mae_core.errors import UserError
 from mae_core.pos_embed import sincos_2d
+from mae_core.weights.resize import Adaptation, adapt_channels, is_row_first, resize_patch_embed, resize_relative_table
+from mae_core.weights.tools.reference import Geometry, OwnReading
 
 SIDES = st.integers(1, 9)
 

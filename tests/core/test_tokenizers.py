@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mae_core import load_tokenizer
-from mae_core.conversion.files import write_weights
-from mae_core.conversion.target_files import TOKENIZER_FORMAT
 from mae_core.errors import UserError
 from mae_core.tokenizers import DalleEncoder, DiscreteVAE
+from mae_core.training.target_files import TOKENIZER_FORMAT
+from mae_core.weights.files import write_weights
 
 
 def small_vae(stride: int = 4, channels: int = 3, vocabulary: int = 12) -> DiscreteVAE:

@@ -19,15 +19,16 @@ from typer.testing import CliRunner
 
 import mae_core
 from mae_core.cli.main import app
-from mae_core.conversion import catalogue, exporting, writing
-from mae_core.conversion.catalogue import CATALOGUE, get_weights
-from mae_core.conversion.checking import compare_features, runner_of
-from mae_core.conversion.converting import convert_file, prove
-from mae_core.conversion.files import read_weights
-from mae_core.conversion.keymap import Reading
-from mae_core.conversion.reference import Geometry, OwnReading
-from mae_core.conversion.writing import convert_lazily
 from mae_core.errors import UserError
+from mae_core.weights import catalogue, writing
+from mae_core.weights.catalogue import CATALOGUE, get_weights
+from mae_core.weights.files import read_weights
+from mae_core.weights.rename import Reading
+from mae_core.weights.tools import export as exporting
+from mae_core.weights.tools.check import compare_features, runner_of
+from mae_core.weights.tools.convert import convert_file, prove
+from mae_core.weights.tools.reference import Geometry, OwnReading
+from mae_core.weights.writing import convert_lazily
 
 EVERY = ("official", "mae_core", "timm", "huggingface", "huggingface_5", "mmseg", "mmpretrain", "detectron2",
          "mae_segmentation")  # fmt: skip
@@ -282,7 +283,7 @@ def test_our_reading_is_the_libraries(state):
 
 def test_relative_positions_run_as_in_mmseg(official_state):
     pytest.importorskip("mmseg")
-    from mae_core.conversion.formats import FORMATS
+    from mae_core.weights.formats import FORMATS
     from transfer.segmentation.engine_mmseg.published import run_backbone
 
     state = mae_core.convert(official_state(64, 2, grid=(2, 4), decoder=None), "official", "mmseg")[0]

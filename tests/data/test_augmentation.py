@@ -5,11 +5,14 @@ import pytest
 import torch
 from PIL import Image
 
-from mae_core.config import ConfigError, PretrainConfig, PretrainData, load_config
+from mae_core.config.load import load_config
+from mae_core.config.schema import ConfigError
 from mae_core.data.augmentation import AUGMENTATIONS, QuarterTurn, centre_view, training_view
+from mae_core.data.config import PretrainData
 from mae_core.data.decoding import to_tensor
 from mae_core.data.images import Statistics
 from mae_core.seeds import seeded
+from mae_core.training.pretrain_config import PretrainConfig
 
 PLAIN = Statistics((0.0,) * 3, (1.0,) * 3)
 

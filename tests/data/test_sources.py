@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mae_core.config import PretrainData
+from mae_core.data.config import PretrainData
 from mae_core.data.decoding import UnreadableImage, to_tensor
 from mae_core.data.sources import damaged_parts, kind_of, open_source
 from mae_core.data.unlabelled import UnlabelledImages

@@ -10,10 +10,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from mae_core.cli.main import app
-from mae_core.config import PretrainConfig, load_config
+from mae_core.config.load import load_config
 from mae_core.data.sources import open_places
 from mae_core.data.survey import describe, survey
 from mae_core.errors import UserError
+from mae_core.training.pretrain_config import PretrainConfig
 
 
 def arrays(count: int, channels: int, dtype: str = "uint8") -> list[np.ndarray]:

@@ -8,11 +8,13 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
-from mae_core.config import FinetuneConfig, FinetuneData, load_config
+from mae_core.config.load import load_config
+from mae_core.data.config import FinetuneData
 from mae_core.data.images import Statistics
 from mae_core.data.views import evaluation_view, finetune_view, probe_view
 from mae_core.errors import UserError
 from mae_core.training.finetune import finetune
+from mae_core.training.finetune_config import FinetuneConfig
 
 STATISTICS = Statistics((0.5,) * 5, (0.25,) * 5)
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mae_core.config import PretrainConfig, load_config
-from mae_core.conversion.files import read_weights
+from mae_core.config.load import load_config
 from mae_core.training.pretrain import pretrain
+from mae_core.training.pretrain_config import PretrainConfig
+from mae_core.weights.files import read_weights
 
 pytestmark = pytest.mark.slow
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "mae_core.cli.main"]
@@ -79,8 +80,8 @@ def test_two_ranks_count_every_validation_image_once(tmp_path, write_classes, ru
 
 PROBE = """
 import sys
-from mae_core.config import load_config
-from mae_core.evaluation.config import LinprobeConfig
+from mae_core.config.load import load_config
+from mae_core.training.frozen_config import LinprobeConfig
 from mae_core.training import distributed, linprobe
 measure = linprobe.measure_heads
 def watched(probe, *others):

@@ -9,16 +9,17 @@ import pytest
 import torch
 from torch import nn
 
-from mae_core.config import FinetuneConfig, load_config
-from mae_core.conversion.files import read_weights
-from mae_core.conversion.loading import load_encoder
+from mae_core.config.load import load_config
 from mae_core.data.labelled import LabelledBatch
 from mae_core.errors import UserError
-from mae_core.evaluation.classification import evaluate_classifier
 from mae_core.layout import complete_checkpoints
 from mae_core.models.encoder import ViTEncoder
 from mae_core.training.finetune import build_model, finetune, unfit_recipe
+from mae_core.training.finetune_config import FinetuneConfig
+from mae_core.training.predictions import evaluate_classifier
 from mae_core.training.run import open_run
+from mae_core.weights.files import read_weights
+from mae_core.weights.load import load_encoder
 
 OPTIONS = (
     "data.image_size=32",
@@ -152,7 +153,7 @@ def test_accuracy_counts_are_exact(tmp_path):
 
 
 def test_per_class_accuracy_of_a_class_without_images_is_unknown():
-    from mae_core.evaluation.classification import Accuracy
+    from mae_core.measures.accuracy import Accuracy
 
     confusion = torch.tensor([[3, 1, 0], [0, 0, 0], [2, 0, 0]])
     result = Accuracy(confusion, top5_hits=6).as_dict(["a", "b", "c"])
@@ -227,8 +228,8 @@ def test_layer_decay_scales_every_group(tmp_path, data, monkeypatch):
 @pytest.mark.slow
 def test_greyscale_images_are_pretrained_and_finetuned_on(tmp_path, data, pretrain_options):
     """One channel all the way, through the same augmentations."""
-    from mae_core.config import PretrainConfig
     from mae_core.training.pretrain import pretrain
+    from mae_core.training.pretrain_config import PretrainConfig
 
     options = [*pretrain_options, "data.channels=1", f"data.path={data / 'train'}", "optim.epochs=1"]
     pretrain(load_config(PretrainConfig, None, [*options, f"output={tmp_path / 'encoder'}"]))

@@ -14,17 +14,17 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms import v2
 
-from mae_core.config import load_config
-from mae_core.conversion.classifiers import classifier_of, trunk_from
-from mae_core.conversion.files import read_weights, write_weights
-from mae_core.conversion.loading import load_encoder, read_encoder
+from mae_core.config.load import load_config
 from mae_core.data.labelled import LabelledBatch
 from mae_core.data.views import SingleDrawCrop
 from mae_core.errors import UserError
-from mae_core.evaluation.config import LinprobeConfig, ProbeOptim
 from mae_core.layout import complete_checkpoints
 from mae_core.models.probe import LinearProbe
+from mae_core.training.frozen_config import LinprobeConfig, ProbeOptim
 from mae_core.training.linprobe import lars, linprobe, probe_loss
+from mae_core.weights.classifiers import classifier_of, trunk_from
+from mae_core.weights.files import read_weights, write_weights
+from mae_core.weights.load import load_encoder, read_encoder
 
 OPTIONS = ("data.workers=0", "optim.batch_size=6", "optim.warmup_epochs=0", "log.every=1", "device=cpu")
 
@@ -206,7 +206,7 @@ def test_cached_features_are_computed_once_and_train_the_same_head(tmp_path, dat
         raise AssertionError("features were computed again")
 
     with monkeypatch.context() as patch:
-        patch.setattr("mae_core.evaluation.features.predict", unexpected)
+        patch.setattr("mae_core.training.features.predict", unexpected)
         assert linprobe(configuration(*options, f"output={tmp_path / 'second'}")) == first
     one, other = (tmp_path / name / "classifier.safetensors" for name in ("first", "second"))
     assert one.read_bytes() == other.read_bytes()

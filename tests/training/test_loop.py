@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mae_core.config import OptimConfig, PretrainConfig, load_config
+from mae_core.config.load import load_config
+from mae_core.config.sections import OptimConfig
 from mae_core.errors import UserError
 from mae_core.training.loop import FitSettings, cosine_schedule, fit, step_schedule
+from mae_core.training.pretrain_config import PretrainConfig
 from mae_core.training.run import Run, open_run
 
 

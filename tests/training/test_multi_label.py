@@ -10,11 +10,13 @@ import torch
 from sklearn.metrics import average_precision_score
 from torch import nn
 
-from mae_core.config import FinetuneConfig, FinetuneData, load_config
+from mae_core.config.load import load_config
+from mae_core.data.config import FinetuneData
 from mae_core.data.labelled import LabelledBatch, read_label_lists
 from mae_core.errors import UserError
-from mae_core.evaluation.multi_label import average_precision
+from mae_core.measures.average_precision import average_precision
 from mae_core.training.finetune import finetune, multi_label_loss
+from mae_core.training.finetune_config import FinetuneConfig
 
 
 @pytest.fixture

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from mae_core.config import FinetuneConfig, PretrainConfig, RunConfig, Schema, load_config
-from mae_core.evaluation.config import EvaluateConfig, FeaturesConfig, KnnConfig, LinprobeConfig
-from mae_core.evaluation.embedding import knn, write_features
-from mae_core.evaluation.evaluate import evaluate
+from mae_core.config.load import load_config
+from mae_core.config.schema import Schema
+from mae_core.config.sections import RunConfig
+from mae_core.training.embedding import knn, write_features
+from mae_core.training.evaluate import evaluate
 from mae_core.training.finetune import finetune
+from mae_core.training.finetune_config import FinetuneConfig
+from mae_core.training.frozen_config import EvaluateConfig, FeaturesConfig, KnnConfig, LinprobeConfig
 from mae_core.training.linprobe import linprobe
 from mae_core.training.pretrain import pretrain
+from mae_core.training.pretrain_config import PretrainConfig
 
 pytestmark = pytest.mark.slow
 

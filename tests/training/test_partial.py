@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from mae_core.config import FinetuneConfig, load_config
-from mae_core.conversion.files import read_weights
+from mae_core.config.load import load_config
 from mae_core.errors import UserError
 from mae_core.models.classifier import freeze_below
 from mae_core.models.encoder import ViTEncoder
 from mae_core.training.finetune import finetune
+from mae_core.training.finetune_config import FinetuneConfig
+from mae_core.weights.files import read_weights
 
 MLP = {"norm2.weight", "norm2.bias", "mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight", "mlp.fc2.bias"}
 HEAD = {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}

@@ -11,12 +11,13 @@ from typer.testing import CliRunner
 
 from mae_core import build_mae, load_mae
 from mae_core.cli.main import app
-from mae_core.config import PretrainConfig, load_config
+from mae_core.config.load import load_config
 from mae_core.data.images import Statistics
 from mae_core.errors import UserError
 from mae_core.masking import MASKERS
 from mae_core.training.pictures import Display, describe_mask, draw_mask, notes_of, reconstruction_rows
 from mae_core.training.pretrain import pretrain
+from mae_core.training.pretrain_config import PretrainConfig
 from mae_core.training.viewer import all_rows, reconstruct_files
 
 NANO = {"image_size": 32, "patch_size": 8, "decoder_depth": 1, "decoder_width": 32, "decoder_heads": 2}

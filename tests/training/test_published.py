@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from mae_core.config import FinetuneConfig, load_config
-from mae_core.evaluation.config import EvaluateConfig, LinprobeConfig
+from mae_core.config.load import load_config
+from mae_core.training.finetune_config import FinetuneConfig
+from mae_core.training.frozen_config import EvaluateConfig, LinprobeConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(path for folder in ("finetune", "linprobe", "evaluate") for path in (CONFIGS / folder).glob("*.yaml"))

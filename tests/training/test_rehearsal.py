@@ -7,12 +7,13 @@ import torch
 from typer.testing import CliRunner
 
 from mae_core.cli.main import app
-from mae_core.config import PretrainConfig, load_config
+from mae_core.config.load import load_config
 from mae_core.data.images import statistics_of
 from mae_core.errors import UserError
 from mae_core.models.sizes import SIZES
 from mae_core.training.loop import FitSettings
 from mae_core.training.pretrain import build_pretrain_model
+from mae_core.training.pretrain_config import PretrainConfig
 from mae_core.training.rehearsal import available_memory, cost_of, differences_from_paper, memory_of, plan, rehearse
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "pretrain"

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from mae_core.config import PretrainConfig, load_config
+from mae_core.config.load import load_config
 from mae_core.errors import UserError
 from mae_core.layout import complete_checkpoints
 from mae_core.training.pretrain import pretrain
+from mae_core.training.pretrain_config import PretrainConfig
 
 pytestmark = pytest.mark.slow
 

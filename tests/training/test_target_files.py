@@ -10,13 +10,15 @@ import pytest
 import torch
 
 from mae_core import load_mae, load_pca, load_tokenizer
-from mae_core.config import PretrainConfig, TokenizerConfig, load_config
-from mae_core.conversion.files import read_weights
+from mae_core.config.load import load_config
 from mae_core.errors import UserError
 from mae_core.tokenizers import DalleEncoder
 from mae_core.training.pca import PatchMoments, fit_pca
 from mae_core.training.pretrain import pretrain
+from mae_core.training.pretrain_config import PretrainConfig
 from mae_core.training.tokenizer import temperature_at, train_tokenizer
+from mae_core.training.tokenizer_config import TokenizerConfig
+from mae_core.weights.files import read_weights
 
 
 @pytest.fixture(scope="module")

@@ -5,14 +5,15 @@ import json
 import pytest
 import torch
 
-from mae_core.config import PretrainConfig, load_config
-from mae_core.conversion.loading import load_mae
+from mae_core.config.load import load_config
 from mae_core.data.sources import open_source
 from mae_core.errors import UserError
 from mae_core.training import distributed
 from mae_core.training.pretrain import pretrain
+from mae_core.training.pretrain_config import PretrainConfig
 from mae_core.training.run import Run
 from mae_core.training.watch import held_out_loss, knn_top1, split_images
+from mae_core.weights.load import load_mae
 
 
 def log_of(run) -> list[dict]:

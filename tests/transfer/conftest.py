@@ -147,7 +147,7 @@ def to_bands() -> Callable[[Path], None]:
 @pytest.fixture
 def configure_detection(detection_root: Path, tmp_path: Path) -> Callable[..., Any]:
     """(overrides) -> a configuration of a tiny detector on the tiny set."""
-    from mae_core.config import load_config
+    from mae_core.config.load import load_config
     from transfer.detection.config import DetectionConfig
 
     def make(*overrides: str, scratch: bool = True) -> DetectionConfig:

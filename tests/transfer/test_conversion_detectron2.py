@@ -10,10 +10,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import mae_core
-from mae_core.conversion.formats import FORMATS
-from mae_core.conversion.reference import Geometry, OwnReading
-from mae_core.conversion.resizing import Adaptation
 from mae_core.models.mae import build_mae
+from mae_core.weights.formats import FORMATS
+from mae_core.weights.resize import Adaptation
+from mae_core.weights.tools.reference import Geometry, OwnReading
 
 pytestmark = pytest.mark.detectron2
 SOURCES = ("official", "mae_core", "timm", "huggingface", "mmseg", "mmpretrain", "detectron2", "mae_segmentation")

@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mae_core.config import ConfigError, leaf_names, load_config
+from mae_core.config.load import load_config
+from mae_core.config.schema import ConfigError, leaf_names
 from mae_core.data.images import Statistics
 from mae_core.errors import UserError
 from mae_core.training.groups import layer_decay_groups
@@ -203,7 +204,7 @@ def test_a_pretrained_encoder_is_reported_and_its_statistics_taken(configure, pr
 
 
 def test_an_interrupted_run_ends_in_the_same_weights(configure, tmp_path, break_off_and_resume):
-    from mae_core.conversion.files import read_weights
+    from mae_core.weights.files import read_weights
     from transfer.detection import core_loop
 
     options = (

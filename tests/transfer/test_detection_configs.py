@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mae_core.config import load_config
+from mae_core.config.load import load_config
 from transfer.detection.config import DetectionConfig
 from transfer.detection.rehearsal import rehearse
 from transfer.detection.trainer import follow_devices

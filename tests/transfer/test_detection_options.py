@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from mae_core.conversion.files import read_weights
 from mae_core.errors import UserError
+from mae_core.weights.files import read_weights
 from transfer.detection import core_loop
 from transfer.detection.config import DetectionOptim
 from transfer.detection.detector import evaluate_detector, train_detector

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mae_core.config import PretrainConfig, load_config
+from mae_core.config.load import load_config
 from mae_core.training.pretrain import pretrain
+from mae_core.training.pretrain_config import PretrainConfig
 from transfer.detection.coco import Part, read_coco
 from transfer.detection.config import DetectionConfig
 from transfer.detection.detector import evaluate_detector, train_detector

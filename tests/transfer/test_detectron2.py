@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from mae_core.config import ConfigError
-from mae_core.conversion.files import read_weights
+from mae_core.config.schema import ConfigError
 from mae_core.errors import UserError
 from mae_core.models.sizes import SIZES
 from mae_core.training.loop import FitSettings, step_schedule
+from mae_core.weights.files import read_weights
 from transfer.backbone import DenseViT
 from transfer.detection.config import DetectionOptim
 from transfer.detection.detector import evaluate_detector, load_engine, train_detector

@@ -12,7 +12,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from mae_core.config import Count, Fraction, ImagesConfig, OptimConfig, Schema, Size, TransferConfig, row_of
+from mae_core.config.schema import Count, Fraction, Schema, Size, row_of
+from mae_core.config.sections import OptimConfig, TransferConfig
+from mae_core.data.config import ImagesConfig
 from mae_core.models.sizes import SIZES
 from transfer.attention import RELATIVE_POSITIONS
 from transfer.engines import engines_for

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple, Protocol
 from rich.console import Console
 from torch import nn
 
-from mae_core.conversion.loading import LoadReport
 from mae_core.data.images import Statistics, Unreadable
 from mae_core.layout import METRICS
 from mae_core.patches import as_pair
 from mae_core.training.loop import FitSettings, seed_everything
 from mae_core.training.run import Run
+from mae_core.weights.load import LoadReport
 from transfer.backbone import DenseViT
 from transfer.detection.coco import CocoSet
 from transfer.detection.config import DetectionConfig, DetectorConfig, InferenceConfig, SamplingConfig

@@ -7,13 +7,13 @@ from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
-from mae_core.config import Size
-from mae_core.conversion.loading import LoadReport, read_encoder
+from mae_core.config.schema import Size
 from mae_core.data.images import ImageFiles, Statistics, UnreadableImage, check_all, refuse_unreadable, statistics_of
 from mae_core.errors import UserError
 from mae_core.models.sizes import size_of
 from mae_core.training.groups import layer_decay_groups
 from mae_core.training.progress import Counter
+from mae_core.weights.load import LoadReport, read_encoder
 from transfer.backbone import DenseViT
 from transfer.detection.coco import CocoSet, Part, check_same_categories, read_coco
 from transfer.detection.config import DetectionConfig, DetectionData, DetectionOptim, DetectorConfig

@@ -22,13 +22,13 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from mae_core.atomic import atomic_folder, write_text
-from mae_core.config import load_config
-from mae_core.conversion.files import read_file
+from mae_core.config.load import load_config
 from mae_core.data.decoding import Unreadable, UnreadableImage, to_picture
 from mae_core.errors import UserError, user_errors
 from mae_core.layout import DETECTOR, PICTURES
 from mae_core.training import distributed
 from mae_core.training.run import Run
+from mae_core.weights.files import read_file
 from transfer.detection.annotations import Instance, categories_of, instance_of, read_json, typed_image
 from transfer.detection.coco import CocoImage, CocoSet, check_same_categories
 from transfer.detection.config import DetectionConfig, InferenceConfig

@@ -9,11 +9,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from mae_core.conversion.loading import read_encoder, with_channels_of
 from mae_core.data.loading import share_of
 from mae_core.patches import as_pair
 from mae_core.training import distributed
 from mae_core.training.run import Run
+from mae_core.weights.load import read_encoder, with_channels_of
 from transfer.detection.config import DetectionConfig
 from transfer.detection.detector import load_engine
 from transfer.detection.job import build_network

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from mae_core.config import load_config
+from mae_core.config.load import load_config
 from mae_core.errors import UserError, user_errors
 from mae_core.training import distributed
 from transfer.detection.config import DetectionConfig

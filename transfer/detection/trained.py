@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from mae_core.conversion.files import read_weights
 from mae_core.data.images import Statistics
 from mae_core.errors import UserError
 from mae_core.layout import CHECKPOINTS, CLASSIFIER, CONFIG, DETECTOR, ENCODER, LOG, METRICS
 from mae_core.patches import as_pair
 from mae_core.training import distributed
 from mae_core.training.run import Run, check_output
+from mae_core.weights.files import read_weights
 from transfer.backbone import DenseViT
 from transfer.detection.annotations import Category
 from transfer.detection.coco import check_same_categories, read_coco

@@ -7,8 +7,6 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from mae_core.conversion.files import write_weights
-from mae_core.conversion.loading import read_encoder, with_channels_of
 from mae_core.data.images import relative_names
 from mae_core.errors import UserError
 from mae_core.layout import DETECTOR, METRICS
@@ -16,6 +14,8 @@ from mae_core.training import distributed
 from mae_core.training.classification import tell_of_weights
 from mae_core.training.loop import FitSettings
 from mae_core.training.run import Run, check_output, open_run
+from mae_core.weights.files import write_weights
+from mae_core.weights.load import read_encoder, with_channels_of
 from transfer.detection.config import DetectionConfig
 from transfer.detection.job import DetectorEngine, Job, build_network
 from transfer.detection.parts import files_of, read_data

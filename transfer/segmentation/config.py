@@ -11,10 +11,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapp
 from pathlib import Path
 from typing import Any
 
-from mae_core.config import hint
-from mae_core.conversion.loading import EncoderFile
+from mae_core.config.schema import hint
 from mae_core.errors import UserError
 from mae_core.models.sizes import size_of
+from mae_core.weights.load import EncoderFile
 
 BACKBONE = "MAECoreViT"
 BASES = "_base_"

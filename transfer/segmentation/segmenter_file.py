@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from mae_core.conversion.files import read_weights
 from mae_core.errors import UserError
 from mae_core.layout import SEGMENTER
+from mae_core.weights.files import read_weights
 
 FORMAT = "mae_core segmenter"
 

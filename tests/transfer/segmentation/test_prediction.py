@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mae_core.conversion.files import read_weights, write_weights
 from mae_core.errors import UserError
+from mae_core.weights.files import read_weights, write_weights
 from transfer.segmentation.config import inference_mode, inference_pipeline
 from transfer.segmentation.export import main as export_main
 from transfer.segmentation.predict import main, predict

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from mae_core.conversion.files import read_weights, write_weights
 from mae_core.errors import UserError
 from mae_core.models.encoder import ViTEncoder
+from mae_core.weights.files import read_weights, write_weights
 from transfer.segmentation.train_net import evaluate_segmenter, train_segmenter
 
 mmseg = pytest.importorskip("mmseg", reason="mmseg is not installed; pip install mae-transfer[segmentation]")

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from mae_core.conversion.files import read_file, read_weights
-from mae_core.conversion.loading import LoadReport, copy_into
 from mae_core.errors import UserError
 from mae_core.pos_embed import resize_pos_embed
+from mae_core.weights.files import read_file, read_weights
+from mae_core.weights.load import LoadReport, copy_into
 
 ZOO_PREFIX = "backbone.net."
 CONVOLUTIONS = {2: (4, 5), 3: (1, 2), 4: (0, 1), 5: (1, 2)}

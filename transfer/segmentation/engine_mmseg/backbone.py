@@ -8,7 +8,7 @@ from mmengine.dist import is_main_process
 from mmseg.registry import MODELS
 from torch import Tensor
 
-from mae_core.conversion.loading import LoadReport
+from mae_core.weights.load import LoadReport
 from transfer.backbone import DenseViT
 from transfer.weights import load_pretrained
 

@@ -18,9 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mae_core import convert
 from mae_core.atomic import atomic_path, write_text
-from mae_core.conversion.exporting import require_onnx
 from mae_core.errors import UserError
 from mae_core.models.sizes import size_of
+from mae_core.weights.tools.export import require_onnx
 from transfer.segmentation.config import BACKBONE, LABEL_READERS, inference_mode
 from transfer.segmentation.engine_mmseg.segmenter import build_segmenter, load_segmenter
 from transfer.segmentation.segmenter_file import SegmenterFile

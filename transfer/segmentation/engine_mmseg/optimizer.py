@@ -8,7 +8,7 @@ from mmengine.optim import DefaultOptimWrapperConstructor
 from mmseg.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 
-from mae_core.config import hint
+from mae_core.config.schema import hint
 from mae_core.errors import UserError
 from mae_core.training.groups import NEVER_DECAYED, layer_decay_groups
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from mmseg.models.backbones import MAE
 from torch import Tensor
 
-from mae_core.conversion.reference import EPSILON, Geometry, Tokens
 from mae_core.errors import UserError
+from mae_core.weights.tools.reference import EPSILON, Geometry, Tokens
 
 
 def run_backbone(state: Mapping[str, Tensor], geometry: Geometry, images: Tensor) -> Tokens:

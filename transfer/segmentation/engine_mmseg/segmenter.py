@@ -14,9 +14,9 @@ from mmseg.registry import MODELS
 from mmseg.utils import register_all_modules
 from torch import Tensor, nn
 
-from mae_core.conversion.files import write_weights
-from mae_core.conversion.loading import describe_encoder
 from mae_core.errors import UserError, first_line
+from mae_core.weights.files import write_weights
+from mae_core.weights.load import describe_encoder
 from transfer.segmentation.engine_mmseg.backbone import MAECoreViT
 from transfer.segmentation.engine_mmseg.runner import bare_model
 from transfer.segmentation.segmenter_file import FORMAT, SegmenterFile

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from mae_core import layout
 from mae_core.atomic import write_json
-from mae_core.conversion.loading import read_encoder
 from mae_core.errors import UserError
 from mae_core.training.distributed import barrier, world_size
 from mae_core.training.run import environment
+from mae_core.weights.load import read_encoder
 from transfer.segmentation import config as configs
 from transfer.segmentation.engine_mmseg.checkpoints import load_safely
 from transfer.segmentation.engine_mmseg.checks import (

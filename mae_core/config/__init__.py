@@ -1,0 +1,1 @@
+"""Run configurations: strict schemas, YAML files and ``a.b=c`` overrides."""

@@ -1,0 +1,190 @@
+"""Configurations from YAML and ``a.b=c`` overrides; all errors of a configuration come at once, before any work."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+
+from mae_core.config.schema import ConfigError, Schema, is_path, leaf_names, section_of
+
+BASE = "base"
+"""Key of a configuration file that names the file it builds on."""
+
+
+Config = TypeVar("Config", bound=Schema)
+
+
+def load_config(schema: type[Config], path: Path | str | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file (or none: the defaults), apply ``a.b=c`` overrides, validate.
+
+    A file may name another with ``base: other.yaml``, relative to itself, and then states what differs from it.
+
+    Raises ``ConfigError`` with every unknown key (and a guess at the one meant) and every bad value, each with its
+    origin.
+    """
+    layers = {} if path is None else _read_layers(Path(path))
+    given: dict[str, Any] = {}
+    typed = _read_overrides(overrides)
+    _keep_names_as_typed(schema, typed, overrides)
+    try:
+        given = OmegaConf.to_container(OmegaConf.merge({}, *layers.values()))  # type: ignore[assignment]
+        merged = OmegaConf.to_container(OmegaConf.merge(given, typed), resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path or 'overrides'}: {error}") from None
+    try:
+        return schema.model_validate(merged)
+    except ValidationError as error:
+        problems = error.errors()
+    in_file = _messages_of(schema, given) if path is not None else set()
+    lines = [_explain(schema, problem, layers, typed, in_file) for problem in problems]
+    raise ConfigError("; ".join(lines) if len(lines) == 1 else "\n  ".join([f"{len(lines)} problems:", *lines]))
+
+
+def dump_config(config: Schema) -> str:
+    """The configuration as YAML that ``load_config`` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def config_differences(one: Schema, other: Schema) -> list[str]:
+    """``key: value -> value`` for every leaf that differs."""
+    left, right = _leaves(one.model_dump(mode="json")), _leaves(other.model_dump(mode="json"))
+    return [
+        f"{key}: {left.get(key)} -> {right.get(key)}" for key in {**left, **right} if left.get(key) != right.get(key)
+    ]
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
+def _read_layers(path: Path, named_by: tuple[Path, ...] = ()) -> dict[Path, dict[str, Any]]:
+    """The content of a file by its path, after that of the base it names, and of the base's base.
+
+    Raises ``ConfigError`` where files name each other in a circle.
+    """
+    if path.resolve() in [other.resolve() for other in named_by]:
+        raise ConfigError(f"{path} is its own base, through {', '.join(map(str, named_by))}; name another")
+    content = _read_yaml(path)
+    base = content.pop(BASE, None)
+    if base is None:
+        return {path: content}
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base is the path of another configuration file, not {base!r}")
+    below = path.parent / Path(base).expanduser()
+    if not below.is_file():
+        raise ConfigError(f"{path}: its base {below} does not exist; the path is relative to {path.parent}")
+    return {**_read_layers(below, (*named_by, path)), path: content}
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
+        raise ConfigError(
+            f"config file {path} does not exist" + (f"; did you mean {path.parent / near[0]}?" if near else "")
+        )
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path))
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold keys and values, not a {type(content).__name__}")
+    return {str(key): value for key, value in content.items()}
+
+
+def _read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    for override in overrides:
+        if "=" not in override or override.startswith(("=", "-")):
+            raise ConfigError(f"{override!r} is not an override; write key=value, such as optim.epochs=100")
+    try:
+        return dict(OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides))))  # type: ignore[arg-type]
+    except (OmegaConfBaseException, yaml.YAMLError, AttributeError) as error:
+        raise ConfigError(f"overrides {' '.join(overrides)}: {' '.join(str(error).split())}") from None
+
+
+def _keep_names_as_typed(schema: type[BaseModel], typed: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Paths that YAML took for numbers: ``output=007`` is a folder 007."""
+    for override in overrides:
+        key, _, text = override.partition("=")
+        *way, name = key.split(".")
+        section: type[BaseModel] | None = schema
+        node: Any = typed
+        for part in way:
+            known = section is not None and part in section.model_fields
+            section = section_of(section.model_fields[part].annotation) if section is not None and known else None
+            node = node.get(part) if isinstance(node, Mapping) else None
+        if section is not None and name in section.model_fields and is_path(section, name) and node is not None:
+            if isinstance(node[name], int | float):
+                node[name] = text
+
+
+def _messages_of(schema: type[BaseModel], given: Mapping[str, Any]) -> set[tuple[Any, str]]:
+    """(place, message) of every problem that a file has on its own."""
+    try:
+        schema.model_validate(OmegaConf.to_container(OmegaConf.create(dict(given)), resolve=True))
+    except ValidationError as error:
+        return {(problem["loc"], problem["msg"]) for problem in error.errors()}
+    except OmegaConfBaseException:
+        pass
+    return set()
+
+
+def _explain(
+    schema: type[BaseModel],
+    problem: Any,
+    layers: Mapping[Path, Mapping[str, Any]],
+    typed: Mapping[str, Any],
+    in_file: set[tuple[Any, str]],
+) -> str:
+    """One problem of pydantic's as one sentence with its origin.
+
+    A problem between options, which has no key of its own, comes from the command line where the file alone lacks it.
+    """
+    place = [str(part) for part in problem["loc"]]
+    section: type[BaseModel] | None = schema
+    depth = 0
+    for part in place:
+        if section is None or part not in section.model_fields:
+            break
+        section, depth = section_of(section.model_fields[part].annotation), depth + 1
+    key = ".".join(place[: max(depth, 1)]) if problem["type"] != "extra_forbidden" else ".".join(place)
+    between = section is not None and problem["type"] == "value_error"
+    if between:
+        blamed = bool(typed) and (problem["loc"], problem["msg"]) not in in_file
+    else:
+        blamed = _holds(typed, key)
+    holding = [str(path) for path, content in layers.items() if _holds(content, key)]
+    where = "command line" if blamed else [*map(str, layers), *holding][-1] if layers else "defaults"
+    if problem["type"] == "extra_forbidden":
+        known = leaf_names(schema)
+        siblings = [name for name in known if name.rpartition(".")[0] == key.rpartition(".")[0]]
+        guess = [n for n in known if n.rpartition(".")[2] == key.rpartition(".")[2]]
+        near = difflib.get_close_matches(key.rpartition(".")[2], [s.rpartition(".")[2] for s in siblings], n=1)
+        guess = guess or [s for s in siblings if near and s.rpartition(".")[2] == near[0]]
+        if not guess and not ("." in key and siblings):
+            guess = difflib.get_close_matches(key, known + list(schema.model_fields), n=1)
+        told = f"did you mean {guess[0]!r}?" if guess else f"known here: {', '.join(siblings or schema.model_fields)}"
+        return f"{where}: unknown key {key!r}; {told}"
+    message = problem["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    value = problem["input"]
+    got = f" (got {value!r})" if not isinstance(value, Mapping) and "ratio" not in message else ""
+    return f"{where}: {key or schema.__name__}: {message}{got}" if key else f"{where}: {message}"
+
+
+def _holds(tree: Mapping[str, Any], key: str) -> bool:
+    node: Any = tree
+    for part in key.split("."):
+        if not isinstance(node, Mapping) or part not in node:
+            return False
+        node = node[part]
+    return True

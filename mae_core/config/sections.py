@@ -1,0 +1,86 @@
+"""Sections that several commands share; the defaults are the paper's (He et al. 2022)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from mae_core.config.schema import Beta, Count, Schema, row_of
+from mae_core.models.sizes import SIZES
+
+
+class ModelConfig(Schema):
+    """The encoder."""
+
+    size: Annotated[str, row_of(SIZES)] = Field("base", description="a row of mae_core.models.sizes.SIZES")
+    patch_size: Count | None = Field(None, description="pixels; the size's own (14 for huge, else 16) when empty")
+
+
+class ScheduleConfig(Schema):
+    """Linear warm-up, half-cosine decay. lr = base_lr * batch_size / 256."""
+
+    epochs: Annotated[float, Field(gt=0)]
+    warmup_epochs: Annotated[float, Field(ge=0)]
+    batch_size: Count = Field(description="images per step, over all ranks and accumulation rounds")
+    micro_batch: Count | None = Field(None, description="most images a device takes at once; the rest is accumulated")
+    base_lr: Annotated[float, Field(gt=0)]
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    clip_grad: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="largest gradient norm; none in the paper"
+    )
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate, by the linear scaling rule (paper, Table 8)."""
+        return self.base_lr * self.batch_size / 256
+
+
+class OptimConfig(ScheduleConfig):
+    """AdamW."""
+
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    betas: tuple[Beta, Beta]
+
+
+class LogConfig(Schema):
+    """How often a run writes what; in steps."""
+
+    every: Count = Field(20, description="a line in log.jsonl, TensorBoard and on the screen")
+    pictures_every: Count = Field(1000, description="reconstruction strips, or drawn predictions")
+    checkpoint_every: Count = 1000
+    keep_checkpoints: Count = Field(2, description="older ones are deleted")
+
+
+class JobConfig(Schema):
+    """What every command has that computes and writes a folder."""
+
+    output: Path = Field(description="the run directory; never overwritten")
+    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 on a GPU that has it, else fp32")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class RunConfig(JobConfig):
+    """What every training has."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    log: LogConfig = LogConfig()
+
+
+class TransferConfig(RunConfig):
+    """A training that starts from an encoder, or, by request, from nothing."""
+
+    weights: Path | None = Field(
+        None, description="an encoder.safetensors, a run that has one, or an official MAE file"
+    )
+    from_scratch: bool = Field(False, description="random initialisation instead of weights")
+    allow_missing: tuple[str, ...] = Field(
+        (), description="patterns of encoder tensors that may be missing from the weights and start anew, as cls_token"
+    )
+
+    @model_validator(mode="after")
+    def _weights_or_scratch(self) -> TransferConfig:
+        if (self.weights is None) != self.from_scratch:
+            raise ValueError("give either weights=FILE or from_scratch=true")
+        return self

@@ -1,0 +1,111 @@
+"""How images are read and augmented, task by task; the defaults are the paper's (He et al. 2022)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from mae_core.config.schema import CropScale, Fraction, Schema, Size
+
+
+class ImagesConfig(Schema):
+    """How images are read, in every task."""
+
+    path: Path | None = Field(None, description="the folder; see each command for the layout it expects")
+    image_size: Size = 224
+    channels: Annotated[int, Field(ge=1, le=16)] = Field(
+        3, description="1 reads images as greyscale, 3 as RGB, any other number as stored (TIFF, .npy)"
+    )
+    mean: tuple[float, ...] | None = Field(None, description="per channel, of pixels in 0..1; ImageNet's when empty")
+    std: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    workers: Annotated[int, Field(ge=0)] = Field(2, description="processes that read images, per rank")
+    on_error: Literal["skip", "raise"] = Field(
+        "skip", description="an unreadable image is named, skipped and counted; or, read through first, refuses the run"
+    )
+
+    @model_validator(mode="after")
+    def _one_statistic_per_channel(self) -> ImagesConfig:
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if values is not None and len(values) != self.channels:
+                raise ValueError(f"{name} has {len(values)} values for {self.channels} channels")
+        return self
+
+
+Augmentation = Literal["none", "fixed_crop", "random_crop"]
+"""Rows of mae_core.data.augmentation.AUGMENTATIONS, which needs torchvision."""
+
+
+class PretrainData(ImagesConfig):
+    """Unlabelled images, from a folder (nested as it likes), a list of files, tar shards or a Hugging Face data set,
+    or several of them; and what is done to them (paper, Table 1e)."""
+
+    path: Path | tuple[Path, ...] | None = Field(  # type: ignore[assignment]  # several, where no labels must agree
+        None, description="a folder, a .txt list of files, .tar shards, a data set on disk; or [several, of, them]"
+    )
+    source: Literal["auto", "files", "list", "shards", "huggingface"] = Field(
+        "auto", description="how to read path: a row of mae_core.data.sources.SOURCES; auto looks at what is there"
+    )
+    split: str | None = Field(None, description="of a Hugging Face data set; train, or the first, when empty")
+    augmentation: Augmentation = Field(
+        "random_crop", description="the crop: none is the centre, without flips; fixed_crop; random_crop (bicubic)"
+    )
+    crop_scale: CropScale = Field((0.2, 1.0), description="area of a random_crop")
+    hflip: Fraction | None = Field(
+        None, description="probability of a horizontal flip; when empty 0.5, or 0 with augmentation=none"
+    )
+    vflip: Fraction = Field(0.0, description="probability of a vertical flip: where images have no up and down")
+    quarter_turns: bool = Field(False, description="turn by 0, 90, 180 or 270 degrees: where images have no up")
+    color_jitter: Fraction = Field(
+        0.0, description="strength of brightness, contrast and saturation jitter, hue by a quarter of it; hurts (1e)"
+    )
+
+    @property
+    def flip_probability(self) -> float:
+        """Of a horizontal flip."""
+        if self.hflip is None:
+            return 0.0 if self.augmentation == "none" else 0.5
+        return self.hflip
+
+    @model_validator(mode="after")
+    def _jitter_has_colours(self) -> PretrainData:
+        if self.color_jitter and self.channels not in (1, 3):
+            raise ValueError(f"color_jitter is for 1 or 3 channels, not {self.channels}; set it to 0")
+        if isinstance(self.path, tuple) and not self.path:
+            raise ValueError("path is an empty list; name a folder")
+        return self
+
+
+def usual_test_crop(image_size: tuple[int, int]) -> float:
+    """Centre crop as a share of the resized image: 0.875 (224 of 256) up to 224 pixels, all above (FINETUNE.md)."""
+    return 0.875 if max(image_size) <= 224 else 1.0
+
+
+class EvaluationData(ImagesConfig):
+    """Images as they are measured: shorter side resized (bicubic), centre crop."""
+
+    test_crop: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="centre crop as a share of the resized image; 0.875 up to 224 pixels and 1.0 above when empty"
+    )
+
+
+class LabelledData(EvaluationData):
+    """``path/train/<class>/*`` and ``path/val/<class>/*`` (ImageFolder)."""
+
+
+class FinetuneData(LabelledData):
+    """Augmentation, through timm: the paper's Table 9, and the random erasing of the released recipe (FINETUNE.md of
+    the official code)."""
+
+    multi_label: bool = Field(
+        False, description="any number of classes an image, from path/train.csv and path/val.csv: file,labels"
+    )
+    auto_augment: str | None = Field("rand-m9-mstd0.5-inc1", description="timm's auto-augment string; null for none")
+    crop_scale: CropScale = (0.08, 1.0)
+    hflip: Fraction = 0.5
+    random_erasing: Fraction = 0.25
+    mixup: Annotated[float, Field(ge=0)] = 0.8
+    cutmix: Annotated[float, Field(ge=0)] = 1.0
+    label_smoothing: Fraction = 0.1

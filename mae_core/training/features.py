@@ -1,0 +1,105 @@
+"""What a model says of images, row by row; features of a frozen trunk, by option kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import BatchSampler
+
+from mae_core.data.config import EvaluationData
+from mae_core.data.images import Statistics
+from mae_core.data.labelled import LabelledPaths, TestImages, collate_readable
+from mae_core.data.loading import make_loader
+from mae_core.errors import UserError
+from mae_core.models.probe import digest_of
+from mae_core.patches import as_pair
+from mae_core.training.distributed import gather
+from mae_core.training.predictions import predict
+from mae_core.training.run import Run
+from mae_core.weights.files import read_weights, write_weights
+
+
+class Rows(NamedTuple):
+    """What a model says of images: values (N, D) float32, and which image each row is of: indices (N,) int64,
+    ascending. Unreadable images have no row."""
+
+    values: Tensor
+    indices: Tensor
+
+
+class Viewer(NamedTuple):
+    """A model from images (B, C, H, W) to rows (B, D), and how images come to it."""
+
+    model: nn.Module
+    data: EvaluationData
+    statistics: Statistics
+    batch: int
+
+
+def rows_of(paths: Sequence[Path], viewer: Viewer, run: Run) -> Rows:
+    """A row for each image as it is measured (no augmentation), on all ranks; each image is computed on one, once.
+
+    Raises ``UserError`` where no image can be read.
+    """
+    # An image's place takes the place of its label, so that each row knows its image.
+    files = LabelledPaths(list(paths), range(len(paths)), [])
+    images = TestImages(files, viewer.data, as_pair(viewer.data.image_size), viewer.statistics)
+    mine = BatchSampler(range(run.rank, len(paths), run.world), viewer.batch, drop_last=False)
+    pin = run.device.type == "cuda"
+    loader = make_loader(images, mine, collate_readable, workers=viewer.data.workers, pin=pin)
+    found = [(values.cpu(), places.cpu()) for values, places in predict(viewer.model, loader, run)]
+    parts = [pair for part in gather(found) for pair in part]
+    if not parts:
+        raise UserError(f"none of {len(paths)} images can be read, the first is {paths[0]}; check data.path")
+    values, indices = (torch.cat(columns) for columns in zip(*parts, strict=True))
+    order = indices.argsort()
+    return Rows(values[order], indices[order])
+
+
+def features_of(paths: Sequence[Path], trunk: Viewer, run: Run, *, cache: Path | None = None) -> Rows:
+    """Features of images, see ``rows_of``. ``cache``: a folder where features of the same files under the same trunk
+    and view are looked for first, and kept. Raises ``UserError`` where it cannot be written."""
+    kept = None if cache is None else cache / f"{_identity(paths, trunk, run.precision)}.safetensors"
+    if kept is not None and all(gather(kept.is_file())):
+        run.say(f"features of {len(paths)} images are in {kept}")
+        stored, _ = read_weights(kept)
+        if lacking := len(paths) - len(stored["indices"]):
+            run.say(f"{lacking} of the images could not be read then and have none; to read them again delete the file")
+        return Rows(stored["values"], stored["indices"])
+    features = rows_of(paths, trunk, run)
+    if kept is not None and run.is_main:
+        try:
+            write_weights(kept, features._asdict(), {"images": len(paths)})
+        except OSError as error:
+            raise UserError(f"cannot write features to cache={cache}: {error.strerror}") from None
+        run.say(f"kept the features of {len(features.values)} images in {kept}")
+    return features
+
+
+def check_cache(cache: Path | None) -> None:
+    """Raise ``UserError`` where ``cache`` is no folder or cannot be written to, before any work."""
+    if cache is None:
+        return
+    if cache.exists() and not cache.is_dir():
+        raise UserError(f"cache={cache} is a file; give a folder to keep features in")
+    nearest = next(place for place in (cache, *cache.absolute().parents) if place.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write features to cache={cache}: {nearest} takes no files; give another folder")
+
+
+def _identity(paths: Sequence[Path], trunk: Viewer, precision: torch.dtype) -> str:
+    """Changes with the trunk's weights and pooling, the view, the precision, and the files' names, sizes and times."""
+    digest = hashlib.sha256(bytes(digest_of(trunk.model).tolist()))
+    view = [trunk.data.image_size, trunk.data.test_crop, trunk.data.channels, trunk.statistics, str(precision)]
+    digest.update(json.dumps(view).encode())
+    for path in paths:
+        found = path.stat()
+        digest.update(f"{path}\0{found.st_size}\0{found.st_mtime_ns}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()[:24]

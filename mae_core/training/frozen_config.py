@@ -1,0 +1,105 @@
+"""Configurations of what looks at an encoder or a classifier: linear probe, k-NN, features, evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from mae_core.config.schema import Beta, Count, CropScale, Fraction, Schema, row_of
+from mae_core.config.sections import JobConfig, RunConfig, ScheduleConfig
+from mae_core.data.config import EvaluationData, LabelledData
+from mae_core.measures.knn import NEIGHBOURS, TEMPERATURE
+from mae_core.measures.robustness import KINDS
+from mae_core.models.encoder import Pooling
+
+
+def _as_several(given: Any) -> Any:
+    """A number alone is a list of one."""
+    return (given,) if isinstance(given, int | float) and not isinstance(given, bool) else given
+
+
+Positive = Annotated[float, Field(gt=0)]
+Rates = Annotated[tuple[Positive, ...], BeforeValidator(_as_several)]
+Counts = Annotated[tuple[Count, ...], BeforeValidator(_as_several)]
+Encoder = Annotated[Path | None, Field(description="an encoder.safetensors, a run that has one, or an official file")]
+
+
+class FrozenModel(Schema):
+    """The frozen trunk; its size is that of the weights file."""
+
+    pooling: Pooling = Field("cls", description="cls: the normalised cls token; mean: of the patch tokens, normalised")
+
+
+class ProbeData(LabelledData):
+    """``path/train/<class>/*`` and ``path/val/<class>/*``. Augmentation: a crop of a single draw, and a flip (paper,
+    Table 10)."""
+
+    crop_scale: CropScale = Field((0.08, 1.0), description="area of the random crop")
+    hflip: Fraction = Field(0.5, description="probability of a horizontal flip")
+
+
+class ProbeOptim(ScheduleConfig):
+    """LARS (paper, Table 10)."""
+
+    epochs: Positive = 90
+    warmup_epochs: Annotated[float, Field(ge=0)] = 10
+    batch_size: Count = 16384
+    base_lr: Positive = 0.1
+    sweep: Rates = Field((), description="further base learning rates, tried in the same pass")
+    momentum: Beta = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    trust_coefficient: Positive = Field(0.001, description="of the layer-wise rates of LARS")
+
+
+class LinprobeConfig(RunConfig):
+    """``mae linprobe``."""
+
+    output: Path = Path("runs/linprobe")
+    weights: Encoder = None
+    cache: Path | None = Field(
+        None, description="a folder: features are computed once, without augmentation, kept there and found again"
+    )
+    model: FrozenModel = FrozenModel()
+    data: ProbeData = ProbeData()
+    optim: ProbeOptim = ProbeOptim()
+    evaluate_every: Positive = Field(10, description="epochs between evaluations; also at the end")
+    evaluation_batch: Count = 64
+
+
+class KnnConfig(JobConfig):
+    """``mae knn``."""
+
+    output: Path = Path("runs/knn")
+    weights: Encoder = None
+    k: Counts = Field(NEIGHBOURS, min_length=1, description="numbers of neighbours, each measured")
+    temperature: Positive = Field(TEMPERATURE, description="a neighbour of cosine similarity s votes exp(s / this)")
+    cache: Path | None = Field(None, description="a folder where features are kept and found again")
+    model: FrozenModel = FrozenModel()
+    data: LabelledData = LabelledData()
+    evaluation_batch: Count = 64
+
+
+class FeaturesConfig(JobConfig):
+    """``mae features``."""
+
+    output: Path = Path("runs/features")
+    weights: Encoder = None
+    picture: Literal["pca", "tsne", "none"] = Field("pca", description="how the embeddings are drawn in the plane")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="of t-SNE")
+    cache: Path | None = Field(None, description="a folder where features are kept and found again")
+    model: FrozenModel = FrozenModel()
+    data: EvaluationData = EvaluationData()
+    evaluation_batch: Count = 64
+
+
+class EvaluateConfig(JobConfig):
+    """``mae evaluate``."""
+
+    output: Path = Path("runs/evaluate")
+    weights: Path | None = Field(None, description="a classifier.safetensors, a run, or an official fine-tuned file")
+    kind: Annotated[str, row_of(KINDS)] = Field("folder", description="a row of mae_core.measures.robustness.KINDS")
+    save_logits: bool = Field(False, description="write logits.npz too: all scores of every image")
+    data: EvaluationData = EvaluationData()
+    evaluation_batch: Count = 64

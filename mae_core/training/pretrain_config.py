@@ -1,0 +1,104 @@
+"""Configuration of ``mae pretrain``; the defaults are the paper's (He et al. 2022, Table 8)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from mae_core.config.schema import Beta, Count, Schema, Size, row_of
+from mae_core.config.sections import ModelConfig, OptimConfig, RunConfig
+from mae_core.data.config import PretrainData
+from mae_core.masking import MASKERS, num_visible
+from mae_core.models.sizes import SIZES
+from mae_core.patches import PatchGrid
+from mae_core.targets import TARGETS
+
+
+class DecoderConfig(Schema):
+    """The pre-training decoder (paper, Table 1a and 1b)."""
+
+    width: Count = 512
+    depth: Count = 8
+    heads: Count = 16
+
+
+class MaskingConfig(Schema):
+    """What the encoder may not see (paper, Table 1f and Figure 5)."""
+
+    kind: Annotated[str, row_of(MASKERS)] = Field("random", description="a row of mae_core.masking.MASKERS")
+    ratio: float = Field(0.75, gt=0, lt=1)
+    mask_tokens_in_encoder: bool = Field(
+        False, description="the encoder runs on all patches, with mask tokens (paper, Table 1c: worse, and slower)"
+    )
+
+
+class TargetConfig(Schema):
+    """What the decoder predicts (paper, Table 1d)."""
+
+    kind: Annotated[str, row_of(TARGETS)] = Field("normalized_pixels", description="a row of mae_core.targets.TARGETS")
+    pca: Path | None = Field(None, description="of kind pca: the file that `mae fit-pca` writes")
+    tokenizer: Path | None = Field(
+        None, description="of kind tokens: a run of `mae train-tokenizer`, its file, or DALL-E's published encoder.pkl"
+    )
+    tokenizer_image_size: Size | None = Field(
+        None, description="size at which the tokenizer sees the images, such as 112 for DALL-E's at 224 with patch 16"
+    )
+    loss_on_all_patches: bool = Field(False, description="count visible patches too (paper, footnote 1: worse)")
+
+    @model_validator(mode="after")
+    def _file_is_named(self) -> TargetConfig:
+        for kind, option, command in (("pca", "pca", "fit-pca"), ("tokens", "tokenizer", "train-tokenizer")):
+            if self.kind == kind and getattr(self, option) is None:
+                raise ValueError(f"target.kind={kind} needs target.{option}=FILE; `mae {command}` writes one")
+        return self
+
+
+class PretrainOptim(OptimConfig):
+    """Paper, Table 8."""
+
+    epochs: Annotated[float, Field(gt=0)] = 800
+    warmup_epochs: Annotated[float, Field(ge=0)] = 40
+    batch_size: Count = 4096
+    base_lr: Annotated[float, Field(gt=0)] = 1.5e-4
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+
+
+class WatchConfig(Schema):
+    """What is measured while a pre-training runs, besides its loss: on images kept out of it, and by labels."""
+
+    every_epochs: Annotated[float, Field(gt=0)] = Field(20, description="between measurements; also at the end")
+    share: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="of data.path, kept out of training for the held-out loss (its masks never change)"
+    )
+    path: Path | None = Field(None, description="other images for the held-out loss, in place of a share")
+    labelled: Path | None = Field(None, description="train/<class>/* and val/<class>/*, for k-NN top-1")
+    neighbours: Count = 20
+    most_images: Count = Field(5000, description="of each kind, spread over all")
+    batch: Count = Field(64, description="images at once")
+
+    @model_validator(mode="after")
+    def _one_way_to_hold_out(self) -> WatchConfig:
+        if self.share and self.path is not None:
+            raise ValueError("give either share or path, not both")
+        return self
+
+
+class PretrainConfig(RunConfig):
+    """``mae pretrain``."""
+
+    output: Path = Path("runs/pretrain")
+    model: ModelConfig = ModelConfig()
+    decoder: DecoderConfig = DecoderConfig()
+    masking: MaskingConfig = MaskingConfig()
+    target: TargetConfig = TargetConfig()
+    data: PretrainData = PretrainData()
+    optim: PretrainOptim = PretrainOptim()
+    watch: WatchConfig = WatchConfig()
+
+    @model_validator(mode="after")
+    def _patches_fit(self) -> PretrainConfig:
+        grid = PatchGrid.of(self.data.image_size, self.model.patch_size or SIZES[self.model.size].patch_size)
+        num_visible(grid.num_patches, self.masking.ratio)
+        return self

@@ -1,0 +1,245 @@
+"""What may change size on the way from one file to another: positions, the patch embedding, channels, relative tables.
+
+Conventions (see also ``pos_embed``): the official MAE, detectron2, mmseg and mmpretrain resize positions bicubically
+without antialiasing, timm with it; FAIR resizes the patch embedding 14 -> 16 as a picture, timm by the pseudo-inverse
+of the image resize (FlexiViT, arXiv 2212.08013, 3.4), which keeps the embedding of a resized image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mae_core.errors import UserError
+from mae_core.patches import PatchGrid, as_pair
+from mae_core.pos_embed import resize_pos_embed, sincos_2d
+from mae_core.weights.formats import SHAPES
+from mae_core.weights.parts import Parts, Values, as_tensor, sizes_of
+from mae_core.weights.rename import is_decoder, split_index
+from mae_core.weights.report import LoadReport
+
+ChannelMethod = Literal["sum", "mean_tile", "new"]
+PatchMethod = Literal["bicubic", "pseudo_inverse"]
+STEM = "patch_embed.proj.weight"
+STEM_WARNING = "an adapted stem is an initialisation to train on from, not a frozen feature"
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """Sizes to change; None keeps the file's.
+
+    image_size   (height, width) in pixels, or one number
+    patch_size   side of a patch in pixels
+    in_chans     channels of the images
+    channels     how the stem is adapted to them: ``sum`` (to one channel: equal to feeding the grey image to all),
+                 ``mean_tile`` (the mean over channels for every channel, scaled so that the response keeps its size),
+                 ``new`` (drawn anew from ``seed``); None: sum for one channel, mean_tile otherwise
+    patch        how the patch embedding is resized
+    antialias    resize positions as timm does when a grid shrinks; not as the official code does
+    grid         (rows, cols) of the file, where it does not say and is not square
+    reorder      put a row-first sine-cosine table (mmpretrain, MIMDet) into the official column-first layout by
+                 reordering the channels of the whole trunk: the same function, its features reordered alike
+    """
+
+    image_size: int | tuple[int, int] | None = None
+    patch_size: int | None = None
+    in_chans: int | None = None
+    channels: ChannelMethod | None = None
+    patch: PatchMethod = "bicubic"
+    antialias: bool = False
+    grid: tuple[int, int] | None = None
+    reorder: bool = False
+    seed: int = 0
+
+
+def grid_of(
+    positions: int, patch: int, metadata: Mapping[str, Any], image_size: int | Sequence[int] | None = None
+) -> tuple[int, int]:
+    """(rows, cols) that a file's metadata states, of a square, or of the images (H, W) it is wanted for if they fill
+    the positions exactly. Raises ``UserError`` where they are not clear."""
+    stated = metadata.get("grid")
+    size = metadata.get("image_size")
+    if stated is None and size is not None and metadata.get("patch_size", patch) == patch:
+        try:
+            stated = list(PatchGrid.of(size, patch)[:2])
+        except (TypeError, ValueError):
+            stated = None
+    side = int(positions**0.5)
+    grid = stated or (side, side)
+    if stated is None and side * side != positions and image_size is not None:
+        height, width = as_pair(image_size)
+        grid = (height // patch, width // patch)
+    if not (isinstance(grid, list | tuple) and len(grid) == 2 and all(type(cells) is int for cells in grid)):
+        raise UserError(f"its metadata names the grid {grid!r}, which is not [rows, columns]; the file is damaged")
+    if grid[0] * grid[1] != positions or positions < 1:
+        raise UserError(
+            f"{positions} positions do not fill a {grid[0]}x{grid[1]} grid; the file is damaged, or its grid is not "
+            "square and has to be named, with mae convert --grid ROWS COLS or by the size of the images"
+        )
+    return grid[0], grid[1]
+
+
+def adapt(parts: Parts, wanted: Adaptation, metadata: dict[str, Any], report: LoadReport) -> None:
+    """Resize ``parts`` in place and update ``metadata`` (grid, image_size, patch_size, in_chans) to match.
+
+    Raises ``UserError`` for sizes that do not fit.
+    """
+    tensors = parts.tensors
+    _, channels, patch, _ = tensors[STEM].shape
+    metadata.update(patch_size=patch, in_chans=channels)
+    changes = wanted != Adaptation()
+    if wanted.grid is not None:
+        metadata["grid"] = list(wanted.grid)
+    old: tuple[int, int] | None = None
+    if "pos_embed" in tensors:
+        try:
+            old = grid_of(tensors["pos_embed"].shape[1] - 1, patch, metadata, wanted.image_size)
+        except UserError as error:
+            if changes:
+                raise
+            metadata.pop("grid", None)
+            report.notes.append(f"the grid is not known: {error}")
+    if old is not None:
+        _sine_layout(parts, old, wanted, metadata, report)
+        metadata.update(grid=list(old), image_size=[side * patch for side in old])
+    new_patch = wanted.patch_size or patch
+    stem_changes = new_patch != patch or wanted.in_chans not in (None, channels)
+    if stem_changes:
+        _drop_decoder(parts, report)
+    if new_patch != patch:
+        tensors[STEM] = resize_patch_embed(as_tensor(tensors[STEM]), new_patch, wanted.patch)
+        report.resized[STEM] = f"patch {patch} -> {new_patch} ({wanted.patch})"
+    if wanted.in_chans not in (None, channels):
+        assert wanted.in_chans is not None
+        method: ChannelMethod = wanted.channels or ("sum" if wanted.in_chans == 1 else "mean_tile")
+        tensors[STEM] = adapt_channels(as_tensor(tensors[STEM]), wanted.in_chans, method, seed=wanted.seed)
+        before = report.resized.get(STEM)
+        told = f"channels {channels} -> {wanted.in_chans} ({method})"
+        report.resized[STEM] = f"{before}, {told}" if before else told
+        report.notes.append(f"the patch embedding was adapted to {wanted.in_chans} channels: {STEM_WARNING}")
+    if old is not None:
+        size = as_pair(wanted.image_size) if wanted.image_size is not None else (old[0] * patch, old[1] * patch)
+        new = PatchGrid.of(size, new_patch)
+        if new[:2] != old:
+            _resize_positions(parts, old, new[:2], wanted.antialias, report)
+        metadata.update(grid=list(new[:2]), image_size=list(new.image_size))
+    metadata.update(patch_size=new_patch, in_chans=wanted.in_chans or channels)
+
+
+def _drop_decoder(parts: Parts, report: LoadReport) -> None:
+    """A decoder predicts the pixels of one patch: it does not survive another patch or other channels."""
+    gone = [name for name in parts.tensors if is_decoder(name)]
+    for name in gone:
+        report.unused.update(dict.fromkeys(parts.sources[name], "the decoder predicts patches of the old size"))
+        del parts.tensors[name]
+    if gone:
+        report.notes.append("the decoder was dropped: it predicts patches of the old size or channels")
+
+
+def _resize_positions(
+    parts: Parts, old: tuple[int, int], new: tuple[int, int], antialias: bool, report: LoadReport
+) -> None:
+    how = f"{old[0]}x{old[1]} -> {new[0]}x{new[1]}"
+    area = (2 * old[0] - 1) * (2 * old[1] - 1)
+    for name in list(parts.tensors):
+        values = parts.tensors[name]
+        if name in ("pos_embed", "decoder_pos_embed"):
+            parts.tensors[name] = resize_pos_embed(as_tensor(values), old, new, antialias=antialias)
+        elif name.endswith("relative_position_bias_table") and values.shape[0] == area + 3:
+            parts.tensors[name] = resize_relative_table(as_tensor(values), old, new)
+        elif name.endswith(("rel_pos_h", "rel_pos_w")) and values.shape[0] == 2 * old[name.endswith("w")] - 1:
+            length = 2 * new[name.endswith("w")] - 1
+            table = F.interpolate(as_tensor(values).float().t()[None], size=length, mode="linear", align_corners=False)
+            parts.tensors[name] = table[0].t().contiguous().to(values.dtype)
+        else:
+            continue
+        report.resized[name] = how
+
+
+def resize_relative_table(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """((2h-1)*(2w-1) + 3, heads) of BEiT's relative positions to another window: bicubic, the cls entries kept."""
+    body, cls = table[:-3], table[-3:]
+    picture = body.float().t().reshape(1, table.shape[1], 2 * old[0] - 1, 2 * old[1] - 1)
+    picture = F.interpolate(picture, size=(2 * new[0] - 1, 2 * new[1] - 1), mode="bicubic", align_corners=False)
+    return torch.cat([picture[0].flatten(1).t().to(table.dtype), cls])
+
+
+def resize_patch_embed(weight: Tensor, patch: int, method: PatchMethod = "bicubic") -> Tensor:
+    """(D, C, p, p) -> (D, C, patch, patch). ``bicubic`` resizes the filters as pictures, as FAIR did for ViT-H;
+    ``pseudo_inverse`` solves for filters that answer to a resized image as the old ones did to the image."""
+    if method == "bicubic":
+        size = (patch, patch)
+        return F.interpolate(weight.float(), size=size, mode="bicubic", align_corners=False).to(weight.dtype)
+    old = weight.shape[-1]
+    units = torch.eye(old * old, dtype=torch.float64).reshape(-1, 1, old, old)
+    resize = F.interpolate(units, size=(patch, patch), mode="bicubic", antialias=True, align_corners=False)
+    inverse = torch.linalg.pinv(resize.flatten(1))  # (patch*patch, old*old)
+    return (weight.double().flatten(2) @ inverse.t()).unflatten(2, (patch, patch)).to(weight.dtype)
+
+
+def adapt_channels(weight: Tensor, in_chans: int, method: ChannelMethod, *, seed: int = 0) -> Tensor:
+    """(D, C, p, p) -> (D, in_chans, p, p); see ``Adaptation.channels``. Raises ``UserError`` where ``sum`` is asked for
+    other than one channel."""
+    D, C, patch, _ = weight.shape
+    if method == "sum":
+        if in_chans != 1:
+            raise UserError(f"sum makes one channel of several, not {in_chans}; use mean_tile or new")
+        return weight.sum(dim=1, keepdim=True)
+    if method == "mean_tile":
+        return weight.mean(dim=1, keepdim=True).repeat(1, in_chans, 1, 1) * (C / in_chans)
+    fresh = torch.empty(D, in_chans * patch * patch)
+    torch.nn.init.xavier_uniform_(fresh, generator=torch.Generator().manual_seed(seed))
+    return fresh.reshape(D, in_chans, patch, patch).to(weight.dtype)
+
+
+def is_row_first(table: Values, grid: tuple[int, int]) -> bool:
+    """Whether a position table (1, 1 + rows*cols, D) is the sine-cosine table with rows before columns, which
+    mmpretrain and MIMDet make, and not the official one."""
+    width = table.shape[2]
+    if width % 4 or table.shape[1] != 1 + grid[0] * grid[1]:
+        return False
+    values = as_tensor(table)[0, 1:].float()
+    official = sincos_2d(width, *grid, prefix=0)[0]
+    return bool((values - official.roll(width // 2, dims=1)).abs().max() < 1e-2) and not bool(
+        (values - official).abs().max() < 1e-2
+    )
+
+
+def _sine_layout(
+    parts: Parts, grid: tuple[int, int], wanted: Adaptation, metadata: dict[str, Any], report: LoadReport
+) -> None:
+    for table, letter in (("pos_embed", "D"), ("decoder_pos_embed", "E")):
+        if table not in parts.tensors or not is_row_first(parts.tensors[table], grid):
+            continue
+        if wanted.reorder:
+            swap_halves(parts.tensors, letter)
+            metadata.pop(f"{table}_layout", None)
+            report.notes.append(
+                f"{table} had the row-first layout of mmpretrain and MIMDet: the two halves of all channels changed "
+                "places, so that it has the official one and the features are the same, their halves exchanged"
+            )
+        else:
+            metadata[f"{table}_layout"] = "row_first"
+            report.notes.append(
+                f"{table} has the row-first sine-cosine layout of mmpretrain and MIMDet, not the official one; it is "
+                "kept, because the blocks learned with it (--reorder-positions puts table and blocks into the official "
+                "order)"
+            )
+
+
+def swap_halves(tensors: dict[str, Values], letter: str) -> None:
+    """Exchange the two halves of the residual stream's channels (``letter`` of ``SHAPES``: D encoder, E decoder) in
+    every tensor that reads or writes it: the same function on reordered channels."""
+    half = sizes_of(tensors)[letter] // 2
+    for name, values in tensors.items():
+        letters = SHAPES.get(split_index(name)[0], ())
+        axes = [axis for axis, each in enumerate(letters) if each == letter]
+        if name.endswith("attn.proj.weight"):
+            axes = axes[:1]  # its input is the heads' output, not the stream
+        if axes:
+            tensors[name] = as_tensor(values).roll([half] * len(axes), axes)

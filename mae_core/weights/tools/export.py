@@ -1,0 +1,271 @@
+"""Folders that timm and transformers open by themselves, and ONNX."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mae_core.atomic import atomic_folder, atomic_path
+from mae_core.data.config import usual_test_crop
+from mae_core.errors import UserError
+from mae_core.layout import EXPORT_CONFIG, MODEL
+from mae_core.weights.catalogue import LICENCE
+from mae_core.weights.encoder_file import heads_of
+from mae_core.weights.files import write_weights
+from mae_core.weights.parts import Values
+from mae_core.weights.rename import without_decoder
+from mae_core.weights.tools.reference import EPSILON
+from mae_core.weights.writing import Converted
+
+TIMM_NAMES = {
+    192: "vit_tiny_patch16_224",
+    384: "vit_small_patch16_224",
+    768: "vit_base_patch16_224",
+    1024: "vit_large_patch16_224",
+    1280: "vit_huge_patch14_224",
+}
+"""Width -> timm's architecture of that width; every number of it is stated again in ``model_args``."""
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+ONNX_TOLERANCE = 1e-4
+CARD = "README.md"
+
+
+def write_folder(converted: Converted, folder: Path) -> None:
+    """Write what ``from_pretrained`` (transformers) or ``timm.create_model("local-dir:...")`` opens, atomically.
+
+    Raises ``UserError`` where the format has no such folder, or its library cannot hold the model.
+    """
+    writers = {"huggingface": transformers_config, "huggingface_5": transformers_config, "timm": timm_config}
+    name = converted.reading.format.name
+    if name not in writers:
+        raise UserError(f"{name} is written as a file; end --out in .safetensors or .pth")
+    if folder.exists():
+        raise UserError(f"{folder} exists; choose another --out")
+    config = writers[name](converted)
+    card = model_card(converted, config)
+    tensors: dict[str, Values] = converted.tensors
+    with atomic_folder(folder) as temporary:
+        write_weights(temporary / MODEL, tensors, {"format": "pt"}, unchanged=True)
+        (temporary / EXPORT_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (temporary / CARD).write_text(card, encoding="utf-8")
+
+
+def _shapes(converted: Converted) -> dict[str, Any]:
+    """Width, depth and the like of a converted encoder."""
+    tensors, metadata = converted.parts.tensors, converted.metadata
+    width, channels, patch, _ = tensors["patch_embed.proj.weight"].shape
+    if metadata.get("image_size") is None:
+        raise UserError("the grid of the positions is not known and not square; name it with --grid ROWS COLS")
+    return {
+        "width": width,
+        "channels": channels,
+        "patch": patch,
+        "image_size": list(metadata["image_size"]),
+        "depth": len({name.split(".")[1] for name in tensors if name.startswith("blocks.")}),
+        "heads": heads_of(width, metadata),
+        "hidden": tensors["blocks.0.mlp.fc1.bias"].shape[0],
+        "classes": tensors["head.bias"].shape[0] if "head.bias" in tensors else 0,
+    }
+
+
+def transformers_config(converted: Converted) -> dict[str, Any]:
+    """config.json of a ViTMAE (with a decoder) or a ViT. Raises ``UserError`` for what transformers cannot build."""
+    shapes, metadata, tensors = _shapes(converted), converted.metadata, converted.parts.tensors
+    rows, cols = (side // shapes["patch"] for side in shapes["image_size"])
+    config: dict[str, Any] = {
+        "hidden_size": shapes["width"],
+        "num_hidden_layers": shapes["depth"],
+        "num_attention_heads": shapes["heads"],
+        "intermediate_size": shapes["hidden"],
+        "image_size": shapes["image_size"][0] if rows == cols else shapes["image_size"],
+        "patch_size": shapes["patch"],
+        "num_channels": shapes["channels"],
+        "layer_norm_eps": EPSILON,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "qkv_bias": True,
+        "initializer_range": 0.02,
+        "torch_dtype": str(tensors["patch_embed.proj.weight"].dtype).removeprefix("torch."),
+    }
+    if any(name.startswith("decoder.") for name in converted.tensors):
+        if int((rows * cols) ** 0.5) ** 2 != rows * cols:
+            raise UserError(
+                f"transformers' ViTMAE builds its position tables for a square number of patches, not {rows}x{cols}; "
+                f"leave the decoder out with {without_decoder(converted.parts.fit.reading)}, for its ViT takes any grid"
+            )
+        if metadata.get("target") not in (None, "pixels", "normalized_pixels"):
+            raise UserError(f"transformers' ViTMAE predicts pixels; this decoder predicts {metadata['target']}")
+        if metadata.get("target") is None:
+            converted.report.notes.append("the file does not say what it predicts; norm_pix_loss is written as true")
+        decoder_width = tensors["decoder_embed.bias"].shape[0]
+        return {
+            **config,
+            "model_type": "vit_mae",
+            "architectures": ["ViTMAEForPreTraining"],
+            "mask_ratio": metadata.get("mask_ratio", 0.75),
+            "norm_pix_loss": metadata.get("target", "normalized_pixels") == "normalized_pixels",
+            "decoder_hidden_size": decoder_width,
+            "decoder_num_hidden_layers": len({n.split(".")[1] for n in tensors if n.startswith("decoder_blocks.")}),
+            "decoder_num_attention_heads": metadata.get("decoder_heads") or 16,
+            "decoder_intermediate_size": tensors["decoder_blocks.0.mlp.fc1.bias"].shape[0],
+        }
+    headed = "classifier.weight" in converted.tensors  # not the head of a classifier on mean-pooled patches
+    if headed:
+        labels = metadata.get("classes") or [f"LABEL_{index}" for index in range(shapes["classes"])]
+        config["id2label"] = {str(index): str(label) for index, label in enumerate(labels)}
+        config["label2id"] = {str(label): index for index, label in enumerate(labels)}
+    return {**config, "model_type": "vit", "architectures": ["ViTForImageClassification" if headed else "ViTModel"]}
+
+
+def timm_config(converted: Converted) -> dict[str, Any]:
+    """config.json of timm's VisionTransformer."""
+    shapes, metadata, tensors = _shapes(converted), converted.metadata, converted.parts.tensors
+    channels = shapes["channels"]
+    pooled = "fc_norm.weight" in tensors
+    name = TIMM_NAMES.get(shapes["width"], TIMM_NAMES[192])
+    labels = {"label_names": metadata["classes"]} if shapes["classes"] and metadata.get("classes") else {}
+    return {
+        "architecture": name,
+        "num_classes": shapes["classes"],
+        "num_features": shapes["width"],
+        "global_pool": "avg" if pooled else "token",
+        "model_args": {
+            "img_size": shapes["image_size"],
+            "patch_size": shapes["patch"],
+            "in_chans": channels,
+            "embed_dim": shapes["width"],
+            "depth": shapes["depth"],
+            "num_heads": shapes["heads"],
+            "mlp_ratio": shapes["hidden"] / shapes["width"],
+            "global_pool": "avg" if pooled else "token",
+        },
+        "pretrained_cfg": {
+            "tag": "mae",
+            "input_size": [channels, *shapes["image_size"]],
+            "fixed_input_size": True,
+            "interpolation": "bicubic",
+            "crop_pct": metadata.get("test_crop") or usual_test_crop(shapes["image_size"]),
+            "mean": list(metadata.get("mean") or (IMAGENET_MEAN if channels == 3 else [0.5] * channels)),
+            "std": list(metadata.get("std") or (IMAGENET_STD if channels == 3 else [0.5] * channels)),
+            "num_classes": shapes["classes"],
+            # timm adapts a stem that it finds here to in_chans, and knows only stems of three channels
+            "first_conv": "patch_embed.proj" if channels == 3 else None,
+            "classifier": "head",
+        },
+        **labels,
+    }
+
+
+def model_card(converted: Converted, config: Mapping[str, Any]) -> str:
+    """README.md of an exported folder: what it is, how it was trained as far as that is known, how to open it."""
+    shapes, metadata = _shapes(converted), converted.metadata
+    library = "timm" if converted.reading.format.name == "timm" else "transformers"
+    if library == "timm":
+        opening = 'timm.create_model("local-dir:FOLDER", pretrained=True)'
+    else:
+        opening = f'transformers.{config["architectures"][0]}.from_pretrained("FOLDER")'
+    known = {key: metadata[key] for key in ("target", "mask_ratio", "epochs", "mean", "std") if metadata.get(key)}
+    training = "\n".join(f"- {key}: {value}" for key, value in known.items()) or "- not stated in the source"
+    height, width = shapes["image_size"]
+    licence = metadata.get("licence", "other")
+    return f"""---
+library_name: {library}
+tags: [masked-autoencoder, vit]
+license: {licence.lower().replace(" ", "-")}
+---
+# Vision transformer pre-trained with a masked autoencoder
+
+Width {shapes["width"]}, depth {shapes["depth"]}, {shapes["heads"]} heads, patches of {shapes["patch"]} pixels,
+images of {height}x{width} pixels and {shapes["channels"]} channels. Converted from the format {converted.parts.format};
+LayerNorm epsilon {EPSILON:g}.
+
+Training:
+{training}
+
+```python
+import {library}
+model = {opening}
+```
+
+Weights that come from the released MAE files are under {LICENCE}, whatever they were converted or trained into.
+"""
+
+
+def export_encoder(source: Path, out: Path) -> str:
+    """``mae export --onnx``: the encoder of any weights file as ONNX; returns a line to print. Raises ``UserError`` as
+    ``export_onnx`` and ``load_encoder`` do."""
+    from mae_core.weights.load import load_encoder
+
+    if out.suffix != ".onnx":
+        raise UserError(f"--out {out} has to end in .onnx")
+    encoder = load_encoder(source)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, encoder.in_channels, *encoder.grid.image_size, generator=generator)
+    difference = export_onnx(encoder, images, out)
+    return f"wrote {out}; largest difference from torch {difference:.1e}, by onnxruntime"
+
+
+def require_onnx() -> None:
+    """Raise ``UserError``, with the line that installs them, where packages of the ONNX export are missing."""
+    missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"ONNX needs {', '.join(missing)}; install them with pip install 'mae-transfer[onnx]'")
+
+
+def export_onnx(encoder: nn.Module, example: Tensor, path: Path) -> float:
+    """Write ``encoder.encode`` as ONNX, any batch size, and return its largest difference from torch, measured with
+    onnxruntime on images of another batch size.
+
+    Raises ``UserError`` where the packages are missing, ``path`` exists, or the difference is above 1e-4: then nothing
+    is written.
+    """
+    require_onnx()
+    if path.exists():
+        raise UserError(f"{path} exists; choose another --out")
+    import onnxruntime
+
+    wrapped = _Encode(encoder).eval()
+    with atomic_path(path) as temporary:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                wrapped,
+                (example,),
+                dynamo=True,
+                input_names=["images"],
+                output_names=["tokens"],
+                dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}},
+                verbose=False,
+            )
+            assert program is not None
+            program.save(str(temporary), external_data=False)
+        images = torch.cat([example, example.flip(0) * 0.5, example[:1] * 2])
+        with torch.no_grad():
+            expected = wrapped(images)
+        session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
+        (tokens,) = session.run(["tokens"], {"images": images.numpy()})
+        difference = float((torch.from_numpy(tokens) - expected).abs().max())
+        if difference > ONNX_TOLERANCE:
+            raise UserError(f"the ONNX model differs by {difference:.1e} from torch's, more than {ONNX_TOLERANCE:g}")
+    return difference
+
+
+class _Encode(nn.Module):
+    """``encode`` as a forward pass."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, 1 + N, D)."""
+        return self.encoder.forward_features(images)
