@@ -15,6 +15,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
+from mae_core.data.orientation import orientation_in, orientation_of_page, upright
+
 Pixels: TypeAlias = Image.Image | Tensor
 """A PIL image of mode L or RGB, or a tensor (C, H, W): uint8, or float32 where a channel has more than 8 bits.
 
@@ -52,8 +54,9 @@ class UnreadableImage(Exception):
 def read_image(path: Path, channels: int | None) -> Pixels:
     """The pixels of a file in ``channels`` channels: 1 is greyscale, 3 is RGB, any other number is as stored.
 
-    ``None`` is as stored too. Grey becomes RGB and RGB grey; no other number of channels is made of another. Raises
-    ``UnreadableImage`` for a file that is no image, is truncated, has other channels, or holds NaN or infinity.
+    ``None`` is as stored too. Pictures are upright, as the orientation tag of EXIF or TIFF says. Grey becomes RGB and
+    RGB grey; no other number of channels is made of another. Raises ``UnreadableImage`` for a file that is no image, is
+    truncated, has other channels, or holds NaN or infinity.
     """
     try:
         with path.open("rb") as file:
@@ -136,6 +139,11 @@ def _as_stored(file: BinaryIO, head: bytes, channels: int | None) -> Pixels:
 
 
 def _from_picture(image: Image.Image) -> Pixels:
+    image.load()
+    return upright(_pixels_of(image), orientation_in(image))
+
+
+def _pixels_of(image: Image.Image) -> Pixels:
     if image.mode.startswith("I"):  # 16 bits in a PNG or PGM; Pillow calls them I;16 or I
         return _from_array(np.asarray(image).astype(np.uint16), None)
     if image.mode == "F":
@@ -144,7 +152,6 @@ def _from_picture(image: Image.Image) -> Pixels:
         return image.convert("RGBA").convert("RGB") if "transparency" in image.info else image.convert("RGB")
     if image.mode == "1":
         return image.convert("L")
-    image.load()
     return image.copy()
 
 
@@ -162,12 +169,13 @@ def _read_tiff(file: BinaryIO, channels: int | None) -> Pixels:
     import tifffile
 
     try:
-        array = tifffile.imread(file)
+        with tifffile.TiffFile(file) as tiff:
+            array, orientation = tiff.asarray(), orientation_of_page(tiff)
     except MemoryError:
         raise ValueError("damaged TIFF: its header names a size that does not fit into memory") from None
     except Exception as error:  # a damaged directory ends in errors of any kind
         raise ValueError(f"not a TIFF that can be read: {_first_line(error)}") from None
-    return _from_array(array, channels)
+    return upright(_from_array(array, channels), orientation)
 
 
 def _from_array(array: np.ndarray, channels: int | None) -> Tensor:

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mae_core.data.images import Statistics, UnreadableImage
 from mae_core.data.loading import make_loader
@@ -12,11 +12,13 @@ from mae_core.errors import UserError
 from transfer.detection.annotations import Category
 from transfer.detection.coco import Part, check_same_categories, decode_masks, read_coco
 from transfer.detection.config import DetectionData
+from transfer.detection.headers import header_of
 from transfer.detection.masks import encode_masks
 from transfer.detection.samples import (
     TrainingSamples,
     WholeImages,
     boxes_of,
+    check_size,
     collate,
     collate_readable,
     place_whole,
@@ -378,3 +380,34 @@ def decode(codes):
     from pycocotools import mask
 
     return mask.decode(codes).astype(bool).transpose(2, 0, 1)
+
+
+# ---- photos that are stored on their side
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("sides_of", ["upright", "stored"])
+def test_boxes_hold_their_objects_whatever_the_orientation(tmp_path, orientation, sides_of):
+    """A bright object in a photo with a tag, annotated on the upright picture or, by the json's sides, as stored."""
+    stored = np.zeros((24, 40, 3), np.uint8)
+    stored[3:9, 5:20] = 255
+    exif = Image.Exif()
+    exif[274] = orientation
+    (tmp_path / "train").mkdir()
+    Image.fromarray(stored).save(tmp_path / "train" / "a.jpg", exif=exif, quality=100)
+    with Image.open(tmp_path / "train" / "a.jpg") as image:
+        seen = np.asarray(ImageOps.exif_transpose(image)).mean(-1) > 128
+    drawn = stored.mean(-1) > 128 if sides_of == "stored" and orientation > 4 else seen
+    rows, cols = np.flatnonzero(drawn.any(1)), np.flatnonzero(drawn.any(0))
+    x, y, w, h = (int(v) for v in (cols[0], rows[0], cols[-1] - cols[0] + 1, rows[-1] - rows[0] + 1))
+    polygon = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+    content = {
+        "images": [{"id": 1, "file_name": "a.jpg", "height": drawn.shape[0], "width": drawn.shape[1]}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [x, y, w, h], "segmentation": polygon}],
+        "categories": [{"id": 1, "name": "thing"}],
+    }
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    record = read_coco(Part(tmp_path / "train", tmp_path / "a.json")).images[0]
+    pixels = np.asarray(read_checked(record, 3)).mean(-1) > 128
+    assert np.array_equal(pixels, decode_masks(record, record.instances)[0])
+    check_size(record, header_of(record.path))

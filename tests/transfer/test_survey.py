@@ -77,7 +77,7 @@ WRONG = {
         "sizes that differ",
         "image id 5, .*is 64x48, the json says 65",
     ),
-    "on its side": (lambda c: c["images"][0].update(width=48, height=64), "sizes that differ", "EXIF orientation"),
+    "on its side": (lambda c: c["images"][0].update(width=48, height=64), "sizes that differ", "is 64x48, the json"),
 }
 
 

@@ -79,7 +79,7 @@ def check_images(data: DetectionData, *sets: CocoSet) -> None:
                 if data.on_error == "skip":
                     read_checked(image, data.channels)
                 else:  # every file was decoded above
-                    check_size(image, *header_of(image.path, data.channels)[:2])
+                    check_size(image, header_of(image.path, data.channels))
             except UnreadableImage as error:
                 if data.on_error == "raise":
                     refuse_unreadable([error.unreadable])

@@ -14,10 +14,12 @@ from torchvision.transforms.v2 import functional as F
 from mae_core.data.decoding import Pixels, Unreadable, UnreadableImage, read_image, size_of, to_tensor
 from mae_core.data.images import Statistics, check_found, next_readable
 from mae_core.data.loading import Place
+from mae_core.data.orientation import as_stored, orientation_of
 from mae_core.patches import as_pair
 from mae_core.seeds import AUGMENT, generator_at
 from transfer.detection.coco import CocoImage, CocoSet, decode_masks
 from transfer.detection.config import DetectionData
+from transfer.detection.headers import Header
 
 Target = dict[str, Tensor]
 """boxes (n, 4) float32 x1 y1 x2 y2 in canvas pixels; labels (n,) int64 from 1; masks (n, H, W) bool of the canvas."""
@@ -193,17 +195,24 @@ def target_on(record: CocoImage, placement: Placement) -> Target:
 
 
 def read_checked(record: CocoImage, channels: int) -> Pixels:
-    """The image of a record. Raises ``UnreadableImage`` where it cannot be read or has not the size in the json."""
+    """The image of a record: upright, as its boxes were drawn, or as stored where only those sides are the json's.
+
+    Raises ``UnreadableImage`` where it cannot be read or has not the size in the json.
+    """
     image = read_image(record.path, channels)
-    check_size(record, *size_of(image))
-    return image
+    if size_of(image) == (record.height, record.width):
+        return image
+    header = Header(*size_of(image), channels, orientation_of(record.path))
+    check_size(record, header)
+    return as_stored(image, header.orientation)
 
 
-def check_size(record: CocoImage, height: int, width: int) -> None:
-    """Raise ``UnreadableImage`` where a file of ``height`` x ``width`` pixels has not the size in the json."""
-    if (width, height) != (record.width, record.height):
+def check_size(record: CocoImage, header: Header) -> None:
+    """Raise ``UnreadableImage`` where a file has not the size in the json, neither upright nor as stored."""
+    height, width = record.height, record.width
+    if (header.height, header.width) != (height, width) and not header.annotated_as_stored(height, width):
         raise UnreadableImage(
-            record.path, f"it is {width}x{height}, its annotations are for {record.width}x{record.height}"
+            record.path, f"it is {header.width}x{header.height}, its annotations are for {width}x{height}"
         )
 
 

@@ -119,6 +119,8 @@ def _headers(
             continue
         headers.append(header)
         if (header.height, header.width) != (record["height"], record["width"]):
+            if header.annotated_as_stored(record["height"], record["width"]):
+                continue
             turned = (header.width, header.height) == (record["height"], record["width"])
             sentence = f"{where} is {header.width}x{header.height}, the json says {record['width']}x{record['height']}"
             hint = "; its pixels lie on their side (EXIF orientation): save it upright" if turned else ""

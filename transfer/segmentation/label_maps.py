@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mae_core.data.images import IMAGE_SUFFIXES
 from mae_core.errors import UserError
@@ -99,10 +99,11 @@ def read_classes(path: Path | str, *, reduce_zero_label: bool) -> list[str]:
 
 
 def read_label_map(path: Path) -> np.ndarray:
-    """Label values (H, W), int64. Raises ``UserError`` for a broken file and for a colour picture."""
+    """Label values (H, W), int64, upright as images are. Raises ``UserError`` for a broken file and for a colour
+    picture."""
     try:
-        with Image.open(path) as label_map:
-            mode, labels = label_map.mode, np.asarray(label_map)
+        with path.open("rb") as file, Image.open(file) as label_map:  # Pillow garbles TIFF on their side by their name
+            mode, labels = label_map.mode, np.asarray(ImageOps.exif_transpose(label_map))
     except Exception as error:
         raise UserError(f"label map {path} cannot be read ({error}); replace it or take it out") from None
     if mode not in ONE_CHANNEL_MODES:
