@@ -22,7 +22,7 @@ CODE = sorted({*SOURCES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks")
 SCRIPT_FOLDERS = ("mae_core/cli", "transfer", "transfer/detection", "transfer/segmentation")
 
 LAYERS = (
-    ("errors", "atomic", "seeds", "layout"),
+    ("errors", "atomic", "seeds", "layout", "texts"),
     ("patches", "pos_embed", "masking", "tokenizers", "targets"),
     ("models",),
     ("config",),

@@ -12,7 +12,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from mae_core.config.schema import ConfigError, Schema, is_path, leaf_names, section_of
+from mae_core.config.schema import ConfigError, Schema, is_path, leaf_names, section_of, takes_paths
+from mae_core.errors import UserError
+from mae_core.texts import read_text
 
 BASE = "base"
 """Key of a configuration file that names the file it builds on."""
@@ -31,8 +33,10 @@ def load_config(schema: type[Config], path: Path | str | None, overrides: Sequen
     """
     layers = {} if path is None else _read_layers(Path(path))
     given: dict[str, Any] = {}
-    typed = _read_overrides(overrides)
-    _keep_names_as_typed(schema, typed, overrides)
+    typed = _read_overrides([override for override in overrides if not _names_path(schema, override)])
+    for override in overrides:
+        if _names_path(schema, override):
+            _set_path(schema, typed, override)
     try:
         given = OmegaConf.to_container(OmegaConf.merge({}, *layers.values()))  # type: ignore[assignment]
         merged = OmegaConf.to_container(OmegaConf.merge(given, typed), resolve=True)
@@ -93,8 +97,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             f"config file {path} does not exist" + (f"; did you mean {path.parent / near[0]}?" if near else "")
         )
     try:
-        content = OmegaConf.to_container(OmegaConf.load(path))
-    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        content = OmegaConf.to_container(OmegaConf.create(read_text(path) or "{}"))
+    except UserError as error:
+        raise ConfigError(str(error)) from None
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold keys and values, not a {type(content).__name__}")
@@ -111,20 +117,48 @@ def _read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         raise ConfigError(f"overrides {' '.join(overrides)}: {' '.join(str(error).split())}") from None
 
 
-def _keep_names_as_typed(schema: type[BaseModel], typed: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Paths that YAML took for numbers: ``output=007`` is a folder 007."""
-    for override in overrides:
-        key, _, text = override.partition("=")
-        *way, name = key.split(".")
-        section: type[BaseModel] | None = schema
-        node: Any = typed
-        for part in way:
-            known = section is not None and part in section.model_fields
-            section = section_of(section.model_fields[part].annotation) if section is not None and known else None
-            node = node.get(part) if isinstance(node, Mapping) else None
-        if section is not None and name in section.model_fields and is_path(section, name) and node is not None:
-            if isinstance(node[name], int | float):
-                node[name] = text
+def _field_of(schema: type[BaseModel], key: str) -> tuple[type[BaseModel], str] | None:
+    """The section and the name of the option ``key`` (``a.b``); None where there is none."""
+    *way, name = key.split(".")
+    section: type[BaseModel] | None = schema
+    for part in way:
+        known = section is not None and part in section.model_fields
+        section = section_of(section.model_fields[part].annotation) if section is not None and known else None
+    return (section, name) if section is not None and name in section.model_fields else None
+
+
+def _names_path(schema: type[BaseModel], override: str) -> bool:
+    field = _field_of(schema, override.partition("=")[0])
+    return field is not None and "=" in override and is_path(*field)
+
+
+def _set_path(schema: type[BaseModel], tree: Any, override: str) -> None:
+    """Put the path of ``key=path`` into ``tree`` as it was typed: in YAML ``#``, ``: `` and a leading zero mean
+    something, in the name of a folder they do not.
+
+    null and nothing are no path. ``[a, b]`` are several where the option takes several and nothing is called so.
+    Quotes around the whole are left out, which a shell may have left there.
+    """
+    key, _, text = override.partition("=")
+    field = _field_of(schema, key)
+    assert field is not None
+    value: str | list[str] | None = _unquoted(text)
+    if text in ("", "null", "~"):
+        value = None
+    elif takes_paths(*field) and text.startswith("[") and text.endswith("]") and not Path(text).exists():
+        value = [_unquoted(part.strip()) for part in text[1:-1].split(",") if part.strip()]
+    *way, name = key.split(".")
+    for part in way:
+        if not isinstance(tree.get(part), dict):
+            tree[part] = {}
+        tree = tree[part]
+    tree[name] = value
+
+
+def _unquoted(text: str) -> str:
+    """Without the quotes, and with what OmegaConf would replace escaped."""
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    return (text[1:-1] if quoted and not Path(text).exists() else text).replace("${", r"\${")
 
 
 def _messages_of(schema: type[BaseModel], given: Mapping[str, Any]) -> set[tuple[Any, str]]:

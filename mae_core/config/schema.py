@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
@@ -56,7 +56,13 @@ class Schema(BaseModel):
 def is_path(schema: type[BaseModel], name: str) -> bool:
     """Whether the option ``name`` of ``schema`` is a path, or several."""
     annotation = schema.model_fields[name].annotation
-    return Path in (annotation, *get_args(annotation))
+    return Path in (annotation, *get_args(annotation)) or takes_paths(schema, name)
+
+
+def takes_paths(schema: type[BaseModel], name: str) -> bool:
+    """Whether the option ``name`` of ``schema`` may be several paths."""
+    annotation = schema.model_fields[name].annotation
+    return any(Path in get_args(kind) for kind in (annotation, *get_args(annotation)) if get_origin(kind) is tuple)
 
 
 def row_of(table: Mapping[str, Any]) -> AfterValidator:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +22,7 @@ from mae_core.data.loading import Place
 from mae_core.data.views import View, evaluation_view, finetune_view
 from mae_core.errors import UserError
 from mae_core.seeds import AUGMENT, derive_seed, seeded
+from mae_core.texts import find_named, missing_hint, read_text, same_spelling
 
 Label = int | tuple[int, ...]
 """The class of an image, or, with several labels an image, its classes."""
@@ -60,8 +63,11 @@ def read_image_folder(root: Path | None) -> tuple[LabelledPaths, LabelledPaths]:
         raise UserError(f"{root / 'train'} has {len(classes)} class folders; classification needs two or more")
     strangers = sorted(set(class_folders(root / "val")) - set(classes))
     if strangers:
+        alike = [name for name in strangers if any(same_spelling(name, known) for known in classes)]
+        form = f" ({alike[0]} is there in another Unicode form: rename one of the folders)" if alike else ""
         raise UserError(
-            f"{root / 'val'} has classes that train has not: {', '.join(strangers[:5])}; the classes of both must agree"
+            f"{root / 'val'} has classes that train does not have: {', '.join(strangers[:5])}{form}; "
+            "the classes of both must agree"
         )
     train = read_class_folders(root / "train", classes, all_there=True)
     val = read_class_folders(root / "val", classes)
@@ -106,7 +112,7 @@ def read_label_lists(root: Path | None) -> tuple[LabelledPaths, LabelledPaths]:
         raise UserError(f"{root / 'train.csv'} names {len(classes)} classes; classification needs two or more")
     strangers = sorted({label for _, labels in rows["val"] for label in labels} - set(classes))
     if strangers:
-        raise UserError(f"{root / 'val.csv'} has labels that train.csv has not: {', '.join(strangers[:5])}")
+        raise UserError(f"{root / 'val.csv'} has labels that train.csv does not have: {', '.join(strangers[:5])}")
     train, val = (_with_several_labels(found, classes) for found in rows.values())
     return train, val
 
@@ -131,18 +137,24 @@ def _read_label_list(file: Path) -> list[tuple[Path, list[str]]]:
     if not file.is_file():
         raise UserError(f"{file} does not exist; data.multi_label=true needs it, with a header file,labels")
     try:
-        with file.open(newline="", encoding="utf-8") as lines:
-            rows = list(csv.DictReader(lines))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{file} is not a table in UTF-8 ({error}); write it as file,labels") from None
+        rows = list(csv.DictReader(StringIO(read_text(file), newline="")))
+    except csv.Error as error:
+        raise UserError(f"{file} is not a table ({error}); write it as file,labels") from None
     if not rows or not {"file", "labels"} <= rows[0].keys():
         found = f"its header is {','.join(map(str, rows[0]))}" if rows else "it has no rows"
         raise UserError(f"{file} needs a header file,labels and a row for each image ({found})")
-    found_rows = [(file.parent / row["file"], (row["labels"] or "").split(";")) for row in rows]
-    missing = next((path for path, _ in found_rows if not path.is_file()), None)
-    if missing is not None:
-        raise UserError(f"{file} names {missing}, which does not exist; files are relative to the folder of the list")
-    return [(path, [name.strip() for name in names if name.strip()]) for path, names in found_rows]
+    found_rows: list[tuple[Path, list[str]]] = []
+    for row in rows:
+        path = find_named(file.parent, row["file"] or "")
+        if path is None or not path.is_file():
+            hint = missing_hint(file.parent, row["file"] or "")
+            raise UserError(
+                f"{file} names {file.parent / (row['file'] or '')}, which does not exist{hint}; "
+                "files are relative to the folder of the list"
+            )
+        names = [unicodedata.normalize("NFC", name.strip()) for name in (row["labels"] or "").split(";")]
+        found_rows.append((path, [name for name in names if name]))
+    return found_rows
 
 
 class LabelledSample(NamedTuple):

@@ -14,6 +14,7 @@ from mae_core.data.config import PretrainData
 from mae_core.data.decoding import Pixels, Unreadable, UnreadableImage, decode_bytes, read_image
 from mae_core.data.images import IMAGE_SUFFIXES, ImageFiles, ImageSource, list_images
 from mae_core.errors import UserError
+from mae_core.texts import find_named, read_lines
 
 EXTRA = "data"
 LIST_SUFFIXES = (".txt", ".lst")
@@ -196,12 +197,10 @@ def _files(path: Path, channels: int | None, split: str | None) -> ImageSource:
 
 
 def _list(path: Path, channels: int | None, split: str | None) -> ImageSource:
-    """A line a file, relative to the list's folder; empty lines and those that start with # are passed over."""
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"file list {path} cannot be read ({error}); write one path a line") from None
-    paths = [path.parent / line for line in lines if line and not line.startswith("#")]
+    """A line a file, relative to the list's folder; empty lines and those that start with # are passed over. A file
+    that is missing is unreadable later."""
+    lines = [line.strip() for line in read_lines(path)]
+    paths = [find_named(path.parent, line) or path.parent / line for line in lines if line and line[0] != "#"]
     if not paths:
         raise UserError(f"file list {path} names no files; write one path a line")
     return ImageFiles(paths, channels, path.parent)

@@ -107,7 +107,9 @@ def test_a_missing_file_suggests_its_neighbour(tmp_path):
     "content, message",
     [
         (b"a: [1", "is not YAML"),
-        (b"\xff\xfe\x00bad", "is not YAML"),
+        (b"\xff\xfe\x00bad", "is in UTF-16"),
+        (b"\x00\x01\x02\x03bad", "is not a text file"),
+        ("output: caf\xe9".encode("latin-1"), "line 1 holds the byte 0xe9, 'é' in Latin-1"),
         (b"- 1\n- 2\n", "must hold keys and values"),
         (b"just words", ""),
         (b"optim: {epochs: '${nowhere}'}", "nowhere"),
@@ -297,5 +299,33 @@ def test_paths_are_names_and_know_the_home(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     config = load_config(PretrainConfig, None, ["output=007", "data.path=~/images"])
     assert (config.output, config.data.path) == (Path("007"), tmp_path / "images")
-    (tmp_path / "mine.yaml").write_text("output: 2024\n")
+    (tmp_path / "mine.yaml").write_text("output: 2024\n", encoding="utf-8-sig")
     assert load_config(PretrainConfig, tmp_path / "mine.yaml").output == Path("2024")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["set #2", "a: b", "{x", "[y", "1e3", "no", "007", "${seed}", "a,b", "'quoted", "*x", "&y", "!z", "a=b", "%"],
+)
+def test_a_path_on_the_command_line_is_taken_as_it_is_typed(name):
+    config = load_config(PretrainConfig, None, [f"data.path=/x/{name}", f"output={name}", f"watch.labelled={name}"])
+    assert (config.data.path, config.output, config.watch.labelled) == (Path(f"/x/{name}"), Path(name), Path(name))
+    assert load_config(FinetuneConfig, None, ["output=x", f"weights={name}"]).weights == Path(name)
+
+
+def test_several_paths_and_none_on_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    several = load_config(PretrainConfig, None, ["output=x", "data.path=[/x/set #1, b: c, 'd e']"]).data.path
+    assert several == (Path("/x/set #1"), Path("b: c"), Path("d e"))
+    (tmp_path / "[a, b]").mkdir()
+    assert load_config(PretrainConfig, None, ["output=x", "data.path=[a, b]"]).data.path == Path("[a, b]")
+    file = tmp_path / "mine.yaml"
+    file.write_text("output: x\nweights: y\ndata: {path: z}\n")
+    assert load_config(FinetuneConfig, file, ["weights=null", "from_scratch=true"]).weights is None
+    assert load_config(FinetuneConfig, file, ["data.path='a b'"]).data.path == Path("a b")
+
+
+def test_a_path_of_a_file_may_follow_one_of_the_command_line(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("output: x\nwatch: {path: '${data.path}'}\n")
+    assert load_config(PretrainConfig, file, ["data.path=/a #1"]).watch.path == Path("/a #1")

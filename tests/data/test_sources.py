@@ -166,7 +166,7 @@ def npy(array: np.ndarray) -> bytes:
     [
         ("none", "image folder {root}/none does not exist"),
         ("empty.txt", "names no files; write one path a line"),
-        ("binary.txt", "cannot be read"),
+        ("binary.txt", "is in UTF-16, not in UTF-8"),
         ("none.txt", "cannot be read"),
         ("none.tar", "none.tar does not exist; set data.path to tar files"),
         ("words.tar", "no images in {root}/words.tar"),
@@ -184,3 +184,13 @@ def test_places_without_images_are_refused_in_a_sentence(tmp_path, path, message
     with pytest.raises(UserError) as caught:
         open_source(PretrainData(path=tmp_path / path))
     assert message.format(root=tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize(
+    "way", [str, str.upper, lambda line: line.replace("/", "\\")], ids=["as is", "upper", "windows"]
+)
+def test_a_list_of_other_systems_names_every_file(tmp_path, paths, encoding, way):
+    file = tmp_path / "list.txt"
+    file.write_bytes("\r\n".join(way(f"images/{path.name}") for path in paths).encode(encoding))
+    assert open_source(PretrainData(path=file)).names == [f"images/{path.name}" for path in paths]

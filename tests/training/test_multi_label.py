@@ -43,16 +43,25 @@ def test_lists_become_targets(lists):
     assert len(val.paths) == 5 and val.paths[0] == lists / "images" / "000.png"
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-8"])
+def test_lists_of_other_systems_are_read(lists, encoding):
+    wanted = read_label_lists(lists)
+    for split in ("train", "val"):
+        text = (lists / f"{split}.csv").read_text().replace("images/", "Images\\").replace("\n", "\r\n")
+        (lists / f"{split}.csv").write_bytes(text.encode(encoding))
+    assert read_label_lists(lists) == wanted
+
+
 @pytest.mark.parametrize(
     "file, content, message",
     [
         ("train.csv", None, "train.csv does not exist; data.multi_label=true needs it"),
         ("train.csv", "name,label\na,b\n", "needs a header file,labels and a row for each image (its header is name"),
         ("val.csv", "file,labels\n", "(it has no rows)"),
-        ("val.csv", "file,labels\nimages/000.png,fish\n", "val.csv has labels that train.csv has not: fish"),
+        ("val.csv", "file,labels\nimages/000.png,fish\n", "val.csv has labels that train.csv does not have: fish"),
         ("val.csv", "file,labels\nimages/9.png,sea\n", "images/9.png, which does not exist"),
         ("train.csv", "file,labels\nimages/000.png,sea\n", "names 1 classes"),
-        ("train.csv", b"\xff\xfe\x00", "is not a table in UTF-8"),
+        ("train.csv", b"\xff\xfe\x00", "is in UTF-16, not in UTF-8"),
     ],
 )
 def test_wrong_lists_are_refused(lists, file, content, message):

@@ -194,6 +194,74 @@ def test_a_file_that_is_not_json(root):
         read_coco(Part(root / "train", root / "train" / "000.png"))
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "latin-1"])
+def test_a_json_of_any_encoding_is_read_or_named(root, coco, tmp_path, encoding):
+    content = json.loads((root / "annotations" / "instances_train.json").read_text())
+    content["categories"][0]["name"] = "Bär"
+    path = tmp_path / "x.json"
+    path.write_bytes(json.dumps(content, ensure_ascii=False).encode(encoding))
+    if encoding == "latin-1":
+        with pytest.raises(UserError, match=r"x.json is not in UTF-8 .*'ä' in Latin-1"):
+            read_coco(Part(root / "train", path))
+    else:
+        assert "Bär" in read_coco(Part(root / "train", path)).names
+
+
+def strings_for_ids(content):
+    for category in content["categories"]:
+        category["id"] = str(category["id"])
+
+
+def strings_in_annotations(content):
+    for annotation in content["annotations"]:
+        annotation["category_id"] = str(annotation["category_id"])
+
+
+@pytest.mark.parametrize(
+    "changes", [(strings_for_ids,), (strings_in_annotations,), (strings_for_ids, strings_in_annotations)]
+)
+def test_category_ids_as_strings_are_the_same_numbers_on_both_sides(coco, edited, changes):
+    found = read_coco(edited(lambda content: [change(content) for change in changes] and None))
+    assert found.categories == coco.categories
+    for image, wanted in zip(found.images, coco.images, strict=True):
+        assert [i.label for i in image.instances] == [i.label for i in wanted.instances]
+
+
+def as_pairs(polygon):
+    return [list(pair) for pair in zip(polygon[::2], polygon[1::2], strict=True)]
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        lambda polygons: [as_pairs(polygon) for polygon in polygons],
+        lambda polygons: as_pairs(polygons[0]),
+        lambda polygons: polygons[0],
+    ],
+    ids=["polygons of pairs", "one polygon of pairs", "one polygon without its list"],
+)
+def test_polygons_of_other_tools_are_the_same_masks(edited, written):
+    polygons = [[2.5, 3, 20, 4.5, 18, 30, 4, 28]]
+
+    def change(content, value):
+        first(content)["segmentation"] = value
+
+    wanted, found = (
+        read_coco(edited(lambda content, value=value: change(content, value)))
+        for value in (polygons, written(polygons))
+    )
+    one, other = (decode_masks(coco.images[0], coco.images[0].instances) for coco in (wanted, found))
+    assert np.array_equal(one, other) and one[0].any()
+
+
+def test_file_names_of_other_systems_are_found(root, coco, edited):
+    def change(content):
+        for image in content["images"]:
+            image["file_name"] = ".\\" + image["file_name"].upper()
+
+    assert [image.path for image in read_coco(edited(change)).images] == [image.path for image in coco.images]
+
+
 def test_categories_that_differ_are_named():
     ours, theirs = [Category(1, "cat"), Category(2, "dog")], [Category(1, "cat"), Category(2, "hound")]
     check_same_categories(ours, Path("a.json"), ours, Path("b.json"))

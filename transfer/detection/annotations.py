@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mae_core.errors import UserError
+from mae_core.texts import decode_text
 from transfer.detection.masks import Shape, mask_coder, pixels_of
 
 LARGEST = 2**31
@@ -46,9 +47,12 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(
             f"annotation file {path} does not exist; set data.path, or data.train_annotations and data.val_annotations"
         )
+    raw = path.read_bytes()
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(raw)  # of bytes: it knows UTF-8, UTF-16 and byte order marks
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        if isinstance(error, UnicodeDecodeError) and raw.lstrip().startswith((b"{", b"[")):
+            decode_text(raw, path)  # raises, with the encoding
         raise UserError(f"{path} is not JSON ({error}); give a COCO instances file") from None
     wanted = ("images", "annotations", "categories")
     missing = [key for key in wanted if not (isinstance(content, dict) and isinstance(content.get(key), list))]
@@ -68,7 +72,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def categories_of(path: Path, entries: list[dict[str, Any]]) -> tuple[Category, ...]:
     """The categories by ascending id. Raises ``UserError`` for a record that is none, and for doubled ids."""
     try:
-        categories = sorted(Category(int(entry["id"]), str(entry["name"])) for entry in entries)
+        categories = sorted(Category(int(as_whole_number(entry["id"])), str(entry["name"])) for entry in entries)
     except (KeyError, TypeError, ValueError, OverflowError):
         raise UserError(f"{path}: a category without a whole-number id and a name; COCO categories need both") from None
     ids = [category.id for category in categories]
@@ -76,6 +80,11 @@ def categories_of(path: Path, entries: list[dict[str, Any]]) -> tuple[Category, 
         if one == other:
             raise UserError(f"{path}: category id {one} appears twice; ids must be unique")
     return tuple(categories)
+
+
+def as_whole_number(value: Any) -> Any:
+    """A category id written as a string, such as "1", as the number it is; anything else as it is."""
+    return int(value) if isinstance(value, str) and value.strip().isdecimal() else value
 
 
 def _is_number(value: Any) -> bool:
@@ -121,7 +130,8 @@ def instance_of(
     missing = [key for key in ("image_id", "category_id", "bbox") if key not in annotation]
     if missing:
         raise UserError(f"{where} has no {', '.join(missing)}; COCO annotations need them")
-    if isinstance(annotation["category_id"], list | dict) or annotation["category_id"] not in label_of:
+    category = as_whole_number(annotation["category_id"])
+    if isinstance(category, list | dict) or category not in label_of:
         known = ", ".join(str(i) for i in list(label_of)[:10]) + (", ..." if len(label_of) > 10 else "")
         raise UserError(
             f"{where} has category_id {annotation['category_id']!r}, which is not among the categories ({known}); "
@@ -142,13 +152,31 @@ def instance_of(
         raise UserError(f"{where} has area {area!r}; it must be a number of pixels, or absent")
     if crowd not in (0, 1, None):
         raise UserError(f"{where} has iscrowd {crowd!r}; it must be 0 or 1")
-    return Instance(identity, label_of[annotation["category_id"]], tuple(box), shape, area, bool(crowd))
+    return Instance(identity, label_of[category], tuple(box), shape, area, bool(crowd))
+
+
+def _flat_polygons(segmentation: list[Any]) -> list[Any]:
+    """Polygons as COCO has them, [x, y, x, y, ...] each. Other tools write points as pairs, [[x, y], ...] or
+    [[[x, y], ...], ...], or one polygon without the list around it."""
+    if all(_is_number(value) for value in segmentation) or all(_is_pair(entry) for entry in segmentation):
+        segmentation = [segmentation]
+    return [
+        [value for pair in polygon for value in pair]
+        if isinstance(polygon, list) and polygon and all(_is_pair(entry) for entry in polygon)
+        else polygon
+        for polygon in segmentation
+    ]
+
+
+def _is_pair(entry: Any) -> bool:
+    return isinstance(entry, list) and len(entry) == 2 and all(_is_number(value) for value in entry)
 
 
 def _shape(where: str, segmentation: Any, height: int, width: int) -> tuple[np.ndarray, ...] | bytes:
     if not segmentation:
         raise UserError(f"{where} has no segmentation, which Mask R-CNN learns from; add polygons or a run-length mask")
     if isinstance(segmentation, list):
+        segmentation = _flat_polygons(segmentation)
         if not all(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in segmentation):
             raise UserError(f"{where} has a polygon that is not a list of three or more x, y pairs; mend or remove it")
         odd = [value for polygon in segmentation for value in polygon if not _is_number(value)]

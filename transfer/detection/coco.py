@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mae_core.errors import UserError
+from mae_core.texts import find_named, missing_hint
 from transfer.detection.annotations import Category, Instance, categories_of, instance_of, read_json, typed_image
 from transfer.detection.masks import decode_codes, encode_shape, mask_coder
 
@@ -126,7 +127,7 @@ def read_coco(part: Part) -> CocoSet:
         seen.add(instance.id)
         instances[annotation["image_id"]].append(instance)
     images = tuple(
-        CocoImage(i, images_folder / r["file_name"], r["height"], r["width"], tuple(instances[i]))
+        CocoImage(i, file_of(images_folder, r), r["height"], r["width"], tuple(instances[i]))
         for i, r in records.items()
     )
     return CocoSet(path, images, categories)
@@ -150,16 +151,21 @@ def check_same_categories(
 def missing_files(folder: Path, records: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The records whose file is not in ``folder``."""
     present = {entry.name for entry in folder.iterdir()}
-    names = ((record, record["file_name"]) for record in records)
-    return [record for record, name in names if name not in present and not (folder / name).is_file()]
+    return [r for r in records if r["file_name"] not in present and not file_of(folder, r).is_file()]
+
+
+def file_of(folder: Path, record: Mapping[str, Any]) -> Path:
+    """The image of a record in ``folder``; where there is none, the path that the record names."""
+    return find_named(folder, record["file_name"]) or folder / record["file_name"]
 
 
 def _check_files(path: Path, folder: Path, records: Mapping[int, Mapping[str, Any]]) -> None:
     missing = missing_files(folder, records.values())
     if missing:
         first = missing[0]
+        hint = missing_hint(folder, first["file_name"])
         raise UserError(
-            f"{path}: image id {first['id']} is {folder / first['file_name']}, which does not exist "
+            f"{path}: image id {first['id']} is {folder / first['file_name']}, which does not exist{hint} "
             f"({len(missing)} of {len(records)} images are missing); set the image folder, or mend the json"
         )
 

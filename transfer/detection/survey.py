@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from mae_core.data.decoding import UnreadableImage
 from mae_core.errors import UserError, user_errors
 from transfer.detection.annotations import Category, Instance, categories_of, instance_of, read_json, typed_image
-from transfer.detection.coco import Part, check_same_categories, missing_files
+from transfer.detection.coco import Part, check_same_categories, file_of, missing_files
 from transfer.detection.facts import MOST_DECODED, facts_of
 from transfer.detection.headers import Header, header_of, header_of_pixels
 from transfer.detection.masks import encode_shape, mask_coder
@@ -110,7 +110,7 @@ def _headers(
     headers: list[Header] = []
     read = header_of_pixels if len(present) <= MOST_DECODED else header_of
     for record in present[:: -(-len(present) // MOST_HEADERS) or 1]:
-        file = folder / record["file_name"]
+        file = file_of(folder, record)
         where = f"{path}: image id {record['id']}, {file},"
         try:
             header = read(file)

@@ -14,6 +14,7 @@ from typing import Any
 from mae_core.config.schema import hint
 from mae_core.errors import UserError
 from mae_core.models.sizes import size_of
+from mae_core.texts import read_text
 from mae_core.weights.load import EncoderFile
 
 BACKBONE = "MAECoreViT"
@@ -58,7 +59,7 @@ def copy_with_variables(path: Path, values: Mapping[str, Any], folder: Path) -> 
 
 
 def _parse(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    return ast.parse(read_text(path), filename=str(path))
 
 
 def _bases(tree: ast.Module, folder: Path) -> list[Path]:

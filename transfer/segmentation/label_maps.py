@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 
 from mae_core.data.images import IMAGE_SUFFIXES
 from mae_core.errors import UserError
+from mae_core.texts import read_lines
 
 IGNORED = 255
 ONE_CHANNEL_MODES = ("1", "L", "P", "I", "I;16")
@@ -83,7 +84,7 @@ def read_classes(path: Path | str, *, reduce_zero_label: bool) -> list[str]:
     if not path.is_file():
         raise UserError(f"class file {path} does not exist; write a line value<TAB>name for each class")
     names: dict[int, str] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_lines(path), start=1):
         value, _, name = line.partition("\t")
         if not line.strip():
             continue

@@ -159,7 +159,7 @@ def test_a_large_folder_is_sampled_with_a_seed(folder):
 
 def test_class_names(tmp_path):
     path = tmp_path / "classes.txt"
-    path.write_text("0\tvoid\n2\ttall tree\n1\tsky\n\n")
+    path.write_text("0\tvoid\n2\ttall tree\n1\tsky\n\n", encoding="utf-8-sig")
     assert read_classes(path, reduce_zero_label=True) == ["sky", "tall tree"]
     assert read_classes(path, reduce_zero_label=False) == ["void", "sky", "tall tree"]
 
