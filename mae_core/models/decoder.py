@@ -6,11 +6,11 @@ For pre-training only.
 from __future__ import annotations
 
 import torch
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from mae_core.errors import UserError
 from mae_core.masking import PatchMask
+from mae_core.models.block import Block
 from mae_core.models.encoder import LayerNorm, init_linear_and_norm
 from mae_core.patches import PatchGrid
 from mae_core.pos_embed import sincos_2d
@@ -47,13 +47,18 @@ class MAEDecoder(nn.Module):
         if self.mask_token is not None:
             nn.init.normal_(self.mask_token, std=0.02)
 
-    def forward(self, tokens: Tensor, mask: PatchMask) -> Tensor:
+    def forward(self, tokens: Tensor, mask: PatchMask, *, only_hidden: bool = False) -> Tensor:
         """(B, 1 + V, encoder_width), or (B, 1 + N, ...) with ``mask_tokens=False`` -> (B, N, target_dim) in raster
-        order."""
+        order; with ``only_hidden`` (B, n, target_dim) of ``mask.hidden_ids``, for less work in the last block."""
         x = self.embed(tokens)
         if self.mask_token is not None:
             B, _, D = x.shape
             canvas = self.mask_token.to(x.dtype).expand(B, mask.hidden.shape[1], D)
             canvas = canvas.scatter(1, mask.visible_ids[:, :, None].expand(-1, -1, D), x[:, 1:])
             x = torch.cat([x[:, :1], canvas], dim=1)
-        return self.pred(self.norm(self.blocks(x + self.pos_embed)[:, 1:]))
+        *first, last = self.blocks
+        x = x + self.pos_embed
+        for block in first:
+            x = block(x)
+        x = last.only_at(x, mask.hidden_ids + 1) if only_hidden else last(x)[:, 1:]
+        return self.pred(self.norm(x))

@@ -12,13 +12,15 @@ from functools import partial
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mae_core.errors import UserError
 from mae_core.masking import PatchMask
+from mae_core.models.block import Block
 from mae_core.models.sizes import size_of
-from mae_core.patches import PatchGrid
+from mae_core.patches import PatchGrid, patchify
 from mae_core.pos_embed import sincos_2d
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
@@ -66,6 +68,7 @@ class ViTEncoder(VisionTransformer):
             num_heads=shape.heads,
             drop_path_rate=drop_path,
             norm_layer=LayerNorm,
+            block_fn=Block,
             weight_init="skip",
         )
         self.size = size
@@ -118,9 +121,14 @@ class ViTEncoder(VisionTransformer):
     def encode_visible(self, images: Tensor, mask: PatchMask) -> Tensor:
         """(B, C, H, W) and a mask -> (B, 1 + V, D): the encoder's pass over the visible patches alone (paper, section
         3)."""
-        tokens = self.embed(images)
-        visible = tokens.gather(1, mask.visible_ids[:, :, None].expand(-1, -1, tokens.shape[2]))
-        return self._with_cls(visible)
+        self.check_images(images)
+        pixels, positions = patchify(images, self.grid.patch), self.pos_embed[:, 1:].expand(len(images), -1, -1)
+        pixels, positions = (
+            x.gather(1, mask.visible_ids[:, :, None].expand(-1, -1, x.shape[2])) for x in (pixels, positions)
+        )
+        projection = self.patch_embed.proj  # a convolution whose windows do not overlap: one product per patch
+        weight = projection.weight.permute(0, 2, 3, 1).flatten(1)
+        return self._with_cls(F.linear(pixels, weight, projection.bias) + positions)
 
     def encode_with_mask_tokens(self, images: Tensor, mask: PatchMask, mask_token: Tensor) -> Tensor:
         """(B, C, H, W), a mask and a token (1, 1, D) -> (B, 1 + N, D): all patches, the token in place of the hidden

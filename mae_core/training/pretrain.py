@@ -62,7 +62,7 @@ def pretrain_metadata(model: MaskedAutoencoder, config: PretrainConfig) -> dict[
 
 def pretrain_loss(model: nn.Module, batch: PretrainBatch) -> dict[str, Tensor]:
     """The masked autoencoder's loss; each sample's mask comes from its own seed."""
-    return {"loss": model(batch.pixels, generator=batch.generators()).loss}
+    return {"loss": model(batch.pixels, generator=batch.generators(), predict_visible=False).loss}
 
 
 def pretrain_optimizer(model: nn.Module, config: PretrainConfig) -> torch.optim.Optimizer:

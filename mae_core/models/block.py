@@ -1,0 +1,90 @@
+"""The transformer block of encoder and decoder, and the attention that dense trunks share with it.
+
+The parameters are those of timm's block; here is only how they are applied.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm.models.vision_transformer as timm_vit
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LONGEST_AS_PRODUCTS: dict[tuple[str, torch.dtype], int] = {("cpu", torch.bfloat16): 256}
+"""By device type and dtype, the longest sequence whose attention is computed as batched products; no row: none.
+
+On a CPU with AVX-512 BF16 these take 0.5 to 0.7 of the time of ``scaled_dot_product_attention`` at 37 to 197 tokens,
+backward included; in float32 they are slower, and GPUs have flash attention. ``benchmarks.attention`` measures it.
+"""
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """softmax(scale * query key^T + bias) value, by the kernel that suits device, dtype and length.
+
+    query (B, heads, M, d), key (B, heads, N, d), value (B, heads, N, e) -> (B, heads, M, e); ``bias`` broadcasts to
+    (B, heads, M, N); ``scale`` is d^-0.5 when None.
+    """
+    longest = LONGEST_AS_PRODUCTS.get((query.device.type, query.dtype), 0)
+    if bias is None and max(query.shape[2], key.shape[2]) <= longest:
+        attended: Tensor = AttentionProducts.apply(
+            query, key, value, query.shape[-1] ** -0.5 if scale is None else scale
+        )
+        return attended
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
+
+
+class AttentionProducts(torch.autograd.Function):
+    """Attention that keeps its probabilities for the backward pass: cheap at short lengths, faster than new ones."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """As ``attend`` without a bias; all in the dtype of ``query``."""
+        with torch.autocast(query.device.type, enabled=False):
+            probabilities = ((query * scale) @ key.transpose(-2, -1)).softmax(dim=-1)
+            attended = probabilities @ value
+        ctx.save_for_backward(query, key, value, probabilities)
+        ctx.scale = scale
+        return attended
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        """Of the attended (B, heads, M, e) -> of query, key and value."""
+        query, key, value, probabilities = ctx.saved_tensors
+        (gradient,) = gradients
+        of_value = probabilities.transpose(-2, -1) @ gradient
+        of_probabilities = gradient @ value.transpose(-2, -1)
+        of_logits = torch._softmax_backward_data(of_probabilities, probabilities, -1, probabilities.dtype) * ctx.scale
+        return of_logits @ key, of_logits.transpose(-2, -1) @ query, of_value, None
+
+
+class Block(timm_vit.Block):
+    """timm's block (pre-norm attention, then MLP), its attention through ``attend``."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        if attn_mask is not None or is_causal:
+            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        query, key, value = self._split(self.attn.qkv(self.norm1(x)), 3)
+        return self._finish(x, attend(query, key, value))
+
+    def only_at(self, x: Tensor, ids: Tensor) -> Tensor:
+        """(B, N, D), all of which are looked at, and ids (B, n) -> (B, n, D), the block's output at ``ids`` alone."""
+        D = x.shape[2]
+        places = ids[:, :, None].expand(-1, -1, D)
+        normed, qkv = self.norm1(x), self.attn.qkv
+        of_query, of_rest = (None, None) if qkv.bias is None else (qkv.bias[:D], qkv.bias[D:])
+        (query,) = self._split(F.linear(normed.gather(1, places), qkv.weight[:D], of_query), 1)
+        key, value = self._split(F.linear(normed, qkv.weight[D:], of_rest), 2)
+        return self._finish(x.gather(1, places), attend(query, key, value))
+
+    def _split(self, projected: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """(B, N, parts * D) -> ``parts`` of (B, heads, N, d)."""
+        B, N, _ = projected.shape
+        return projected.view(B, N, parts, self.attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def _finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """The residual branches: x (B, n, D), attended (B, heads, n, d) -> (B, n, D)."""
+        x = x + self.drop_path1(self.ls1(self.attn.proj(attended.transpose(1, 2).flatten(2))))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
