@@ -60,7 +60,7 @@ $(STAMP): setup.py constraints.txt
 	touch $@
 
 demo: $(STAMP)
-	$(PY) -m transfer.demo $(DEMO_ARGS)
+	$(PY) examples/demo/run.py $(DEMO_ARGS)
 
 test: $(STAMP)
 	$(PY) -m ruff check .

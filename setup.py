@@ -41,7 +41,7 @@ CORE = [
 ]
 DETECTION = ["pycocotools>=2.0.8"]
 # mmseg does not depend on mmcv and mmengine, so all three are named; what else it imports it pulls in itself.
-SEGMENTATION = ["onedl-mmcv>=2.3.6", "onedl-mmengine>=0.10.12", "onedl-mmsegmentation>=1.4.2"]
+SEGMENTATION = ["onedl-mmcv>=2.3.6", "onedl-mmengine>=0.10.12", "onedl-mmsegmentation>=1.4.2", "jinja2>=3.1"]
 # Tar shards and Hugging Face data sets; folders and file lists need neither.
 DATA = ["webdataset>=1.0", "datasets>=3.0"]
 DEMO = ["scikit-learn>=1.4", *DETECTION, *SEGMENTATION]
@@ -67,7 +67,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["mae_core", "mae_core.*", "transfer", "transfer.*"]),
-    package_data={"mae_core": ["**/*.yaml"], "transfer": ["**/*.yaml", "**/*.html"]},
+    package_data={"mae_core": ["**/*.yaml"], "transfer": ["**/*.yaml", "report/*.html", "report/*.md"]},
     python_requires=">=3.10",
     install_requires=CORE,
     extras_require={

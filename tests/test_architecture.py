@@ -17,7 +17,8 @@ from mae_core.config.schema import Schema, leaf_names
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("mae_core", "transfer")
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
-CODE = sorted({*SOURCES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py"), ROOT / "setup.py"})
+OTHERS = [path for folder in ("tests", "benchmarks", "examples") for path in (ROOT / folder).rglob("*.py")]
+CODE = sorted({*SOURCES, *OTHERS, ROOT / "setup.py"})
 """All Python but mmseg's configs, which are data: there a base cannot use what its child sets, so pipelines repeat."""
 SCRIPT_FOLDERS = ("mae_core/cli", "transfer", "transfer/detection", "transfer/segmentation")
 

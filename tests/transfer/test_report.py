@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from transfer.report import Curve, Picture, Report, TaskResult, compare, headline, write_report
-from transfer.report.charts import line_chart, thinned, ticks
+from transfer.report.page import chart
 from transfer.report.results import duration, signed
 
 CLASSIFICATION = TaskResult("top-1 accuracy (%)", [60.0, 62.0], [80.0, 83.0], "400 images")
@@ -158,7 +158,7 @@ def test_page_is_accessible(report: Report, tmp_path: Path) -> None:
 def test_texts_are_escaped_and_dollars_survive(report: Report, tmp_path: Path) -> None:
     page = write_report(report, tmp_path / "out").read_text(encoding="utf-8")
     assert "<title>A &lt;demo&gt; &amp; more</title>" in page
-    assert "data.folder=&quot;&lt;yours&gt;&quot; &amp;&amp; echo $HOME" in page
+    assert "data.folder=&#34;&lt;yours&gt;&#34; &amp;&amp; echo $HOME" in page
 
 
 def test_markdown_links_pictures_from_its_own_folder(report: Report, tmp_path: Path) -> None:
@@ -243,40 +243,43 @@ def test_an_arm_without_finite_values_is_refused(values: list[float]) -> None:
         TaskResult("mIoU (%)", [1.0], values)
 
 
+def drawn_lines(svg: str) -> list[tuple[str, str]]:
+    """(colour, dashes) of every series of a chart, in their order."""
+    groups = re.findall(r'<g class="series">(.*?)</g>', svg, flags=re.DOTALL)
+    assert all("<path d=" in group for group in groups)
+    dashes = [re.search(r"stroke-dasharray: ([\d., ]+)", group) for group in groups]
+    colours = [re.search(r"stroke: var\(--(\w+)\)", group) for group in groups]
+    return [(c[1] if c else "", d[1] if d else "") for c, d in zip(colours, dashes, strict=True)]
+
+
 def test_chart_colours_by_arm_and_dashes_by_seed() -> None:
     points = [(0.0, 1.0), (1.0, 0.5)]
     names = ["pre-trained, seed 0", "pre-trained, seed 1", "scratch, seed 0", "scratch, seed 1"]
-    chart = line_chart(Curve("Loss", "loss", {name: points for name in names}))
-    drawn = re.findall(r'<polyline class="(\w+)" points="[^"]+" stroke-dasharray="([^"]*)"', chart)
-    assert drawn == [("pretrained", ""), ("pretrained", "5 3"), ("scratch", ""), ("scratch", "5 3")]
-    assert all(f"</svg>{name}</li>" in chart for name in names)
+    svg = chart(Curve("Loss", "loss", {name: points for name in names}))
+    lines = drawn_lines(svg)
+    assert [colour for colour, _ in lines] == ["pretrained", "pretrained", "scratch", "scratch"]
+    assert lines[0][1] == lines[2][1] == "" and lines[1][1] == lines[3][1] != ""
+    assert all(f">{name}</text>" in svg for name in names)
 
 
 def test_chart_survives_what_training_can_produce() -> None:
     nan, inf = float("nan"), float("inf")
-    chart = line_chart(
-        Curve("Loss", "loss", {"a": [(0, nan), (1, inf), (2, 0.5), (3, 0.25)], "b": [(1, 0.3)], "c": []})
-    )
-    assert "nan" not in chart and "inf" not in chart
-    assert chart.count("<polyline") == 1 and chart.count("<circle") == 1
-    assert "no points were recorded" in line_chart(Curve("Loss", "loss", {"a": [(0, nan)]}))
-    assert "<polyline" in line_chart(Curve("Flat", "loss", {"a": [(0, 2.0), (5, 2.0)]}))
+    svg = chart(Curve("Loss", "loss", {"a": [(0, nan), (1, inf), (2, 0.5), (3, 0.25)], "b": [(1, 0.3)], "c": []}))
+    assert "nan" not in svg and "inf" not in svg
+    assert len(drawn_lines(svg)) == 2 and 'aria-label="Loss, loss over step: a ends at 0.25; b ends at 0.3"' in svg
+    assert chart(Curve("Loss", "loss", {"a": [(0, nan)]})) == ""
+    assert len(drawn_lines(chart(Curve("Flat", "loss", {"a": [(0, 2.0), (5, 2.0)]})))) == 1
 
 
-@given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6))
-def test_ticks_enclose_the_range_with_few_round_numbers(low: float, extent: float) -> None:
-    high = low + extent
-    found = ticks(low, high, 5)
-    slack = (found[1] - found[0]) * 1e-6
-    assert 2 <= len(found) <= 7
-    assert found[0] <= low + slack and found[-1] >= high - slack
+def test_a_page_says_that_a_curve_has_no_points(report: Report, tmp_path: Path) -> None:
+    empty = replace(report, curves=[Curve("Loss", "loss", {"a": []})])
+    assert "no points were recorded" in write_report(empty, tmp_path / "out").read_text(encoding="utf-8")
 
 
-@given(st.integers(0, 3000))
-def test_thinning_keeps_both_ends(count: int) -> None:
-    points = [(float(index), 1.0) for index in range(count)]
-    kept = thinned(points)
-    assert len(kept) <= 401 and kept[:1] == points[:1] and kept[-1:] == points[-1:]
+def test_charts_share_a_page_without_sharing_names(report: Report, tmp_path: Path) -> None:
+    curve = Curve("Loss", "loss", {"a": [(0.0, 1.0), (1.0, 0.5)]})
+    page = write_report(replace(report, curves=[curve, curve]), tmp_path / "out").read_text(encoding="utf-8")
+    assert page.count("<svg ") == 2 and " id=" not in page and "<?xml" not in page
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,7 @@ def test_report_opens_cleanly(page: Page, report_url: str, width: int, height: i
     pictures = page.evaluate("[...document.images].map(i => [i.alt, i.complete, i.naturalWidth])")
     assert [name for name, _, _ in pictures] == ["strip", "scene", "maps"]
     assert all(complete and natural_width > 0 for _, complete, natural_width in pictures)
-    assert page.evaluate("document.querySelectorAll('.chart svg[role=img] polyline').length") == 6
+    assert page.evaluate("document.querySelectorAll('.chart svg[role=img] .series').length") == 6
 
     assert page.evaluate("window.innerWidth") == width, "something made the page wider than the window"
     assert page.evaluate("document.documentElement.scrollWidth") <= width

@@ -1,173 +1,156 @@
-"""The report as one HTML file: style, pictures and charts inside, no script, nothing fetched."""
+"""Pages from templates: style, pictures and charts are inside the one file, no script runs and nothing is fetched."""
 
 from __future__ import annotations
 
 import base64
+import io
+import math
+import re
 import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
 from html import escape
-from importlib.resources import files
-from string import Template
+from pathlib import Path
+from typing import Any
 
-from transfer.report.charts import line_chart
-from transfer.report.results import (
-    AHEAD,
-    COLUMNS,
-    SPREAD_MEANING,
-    VERDICT_TEXTS,
-    Picture,
-    Report,
-    TaskResult,
-    compare,
-    decimals,
-    duration,
-    headline,
-    mean_and_half_range,
-    signed,
-)
+import jinja2
+from markupsafe import Markup
+
+from transfer.report.results import duration
 
 CONTENT_WIDTH = 1120
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+COLOURS = {
+    "scratch": "#b06a1f",
+    "pretrained": "#0b6e78",
+    "other0": "#0b6e79",
+    "other1": "#6b4fa0",
+    "other2": "#a23b55",
+    "other3": "#4a6a2a",
+    "soft": "#5d6570",
+    "line": "#dfe1e0",
+}
+"""CSS variable of the page -> the colour that stands for it while matplotlib draws; no two are the same."""
+DASHES: tuple[Any, ...] = ("-", (0, (5, 3)), (0, (1.5, 3)), (0, (8, 3, 1.5, 3)))
+Points = list[tuple[float, float]]
 
 
-def render_page(report: Report) -> str:
-    """Return the whole page; raises ValueError for a picture that is not PNG, FileNotFoundError for a missing one."""
-    template = Template(files("transfer.report").joinpath("page.html").read_text(encoding="utf-8"))
-    answer, _, rest = headline(report.tasks).partition(": ")
-    seeds = max((len(result.pretrained) for result in report.tasks.values()), default=0)
-    return template.substitute(
-        title=escape(report.title),
-        answer=escape(f"{answer}:" if rest else answer),
-        headline=escape(rest),
-        tally="good" if answer == "Yes" else "mixed",
-        seeds=f"{seeds} {'seed' if seeds == 1 else 'seeds'}",
-        duration=duration(report.seconds),
-        tiles="".join(tile(name, result) for name, result in report.tasks.items()),
-        table=result_table(report.tasks),
-        spread_meaning=escape(SPREAD_MEANING),
-        pictures=section("Pictures", "pictures", "".join(figure(picture) for picture in report.pictures)),
-        curves=section(
-            "Curves",
-            "curves pairs" if len(report.curves) in (2, 4) else "curves",
-            "".join(line_chart(curve) for curve in report.curves),
-        ),
-        timings=section("Times", "", timing_table(report.timings, report.seconds) if report.timings else ""),
-        environment=section("Environment", "", facts_list(report.environment)),
-        commands=section("Commands", "", "".join(command(*entry) for entry in report.commands)),
-        loading=section("What each hand-over of the encoder loaded", "", loading_text(report.loading_reports)),
+@dataclass(frozen=True)
+class Curve:
+    """One line chart; ``series`` maps a name to (x, y) points.
+
+    A series with "scratch" or "pre-trained" in its name takes that arm's colour; its seeds differ in their dashes.
+    """
+
+    title: str
+    y_label: str
+    series: dict[str, Points]
+    x_label: str = "step"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG file with a title and a caption; the caption says what the panels are."""
+
+    title: str
+    caption: str
+    path: Path
+
+
+def render(template: str, **values: Any) -> str:
+    """Fill a template of this folder; texts are escaped in ``.html``.
+
+    Raises ``ValueError`` for a picture that is not PNG and ``FileNotFoundError`` for a missing one.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=jinja2.select_autoescape(["html"]),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
+    environment.filters.update(duration=duration, embed=embed, chart=chart)
+    return environment.get_template(template).render(**values)
 
 
-def section(title: str, style: str, content: str) -> str:
-    """Return a titled section, or nothing where there is no content."""
-    if not content:
-        return ""
-    return f'<section><h2>{escape(title)}</h2><div class="{style}">{content}</div></section>'
+def embed(picture: Picture) -> dict[str, Any]:
+    """A picture for the page: its bytes as text, small ones enlarged by a whole factor with hard pixels.
 
-
-def tile(name: str, result: TaskResult) -> str:
-    """Return one task at a glance: for both arms a bar to the mean and a dot per seed, from zero."""
-    values = [*result.scratch, *result.pretrained]
-    found, digits = compare(result), decimals(values)
-    top = max(*values, 1e-9) * 1.06
-    rows = "".join(
-        f'<div class="row {arm}"><span class="arm">{label}</span>{track(arm_values, mean, top)}'
-        f'<span class="value">{mean:.{digits}f}</span></div>'
-        for arm, label, arm_values, mean in (
-            ("pretrained", "pre-trained", result.pretrained, found.pretrained_mean),
-            ("scratch", "scratch", result.scratch, found.scratch_mean),
-        )
-    )
-    note = f'<p class="note">{escape(result.note)}</p>' if result.note else ""
-    better = "" if result.higher_is_better else ", lower is better"
-    return (
-        f'<article class="tile"><h2>{escape(name)}</h2><p class="gain {"good" if found.verdict == AHEAD else "plain"}">'
-        f"{signed(found.difference, digits)}</p>"
-        f'<p class="metric">{escape(result.metric)}{better}</p>{rows}{note}</article>'
-    )
-
-
-def track(values: list[float], mean: float, top: float) -> str:
-    """Return a bar from zero to ``mean`` and a dot per seed, on an axis from zero to ``top`` that clips."""
-
-    def percent(value: float) -> str:
-        return f"{min(max(value / top, 0.0), 1.0) * 100:.2f}%"
-
-    dots = "".join(f'<i class="dot" style="left:{percent(value)}"></i>' for value in values)
-    return f'<span class="track" aria-hidden="true"><i class="bar" style="width:{percent(mean)}"></i>{dots}</span>'
-
-
-def result_table(tasks: dict[str, TaskResult]) -> str:
-    """Return the table of all tasks, the single seeds in small print under each mean."""
-    head = "".join(f'<th scope="col">{column}</th>' for column in COLUMNS)
-    rows = []
-    for name, result in tasks.items():
-        found, digits = compare(result), decimals([*result.scratch, *result.pretrained])
-        arms = "".join(
-            f'<td class="number">{mean_and_half_range(values, digits)}'
-            f"<small>{' · '.join(f'{value:.{digits}f}' for value in values)}</small></td>"
-            for values in (result.scratch, result.pretrained)
-        )
-        spread = "–" if found.spread is None else f"{found.spread:.{digits}f}"
-        rows.append(
-            f'<tr><th scope="row">{escape(name)}</th><td>{escape(result.metric)}</td>{arms}'
-            f'<td class="number">{signed(found.difference, digits)}</td><td class="number">{spread}</td>'
-            f'<td><span class="verdict {"good" if found.verdict == AHEAD else "plain"}">{VERDICT_TEXTS[found.verdict]}'
-            "</span></td></tr>"
-        )
-    body = f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
-    return scrolling("Results", f'<table class="results">{body}</table>')
-
-
-def figure(picture: Picture) -> str:
-    """Return a picture embedded as base64, small ones enlarged by a whole factor with hard pixels."""
+    Raises ``ValueError`` where the file is not PNG.
+    """
     content = picture.path.read_bytes()
     if content[:8] != PNG_SIGNATURE or len(content) < 24:
         raise ValueError(f"picture {picture.path} is not a PNG file; save it as PNG")
     width, height = struct.unpack(">II", content[16:24])
-    limit = CONTENT_WIDTH if width > 2 * height else CONTENT_WIDTH // 2 - 16
-    factor = max(1, limit // width)
-    style = "wide" if width * factor > CONTENT_WIDTH // 2 else "half"
-    data = base64.b64encode(content).decode("ascii")
-    return (
-        f'<figure class="{style}"><img src="data:image/png;base64,{data}" alt="{escape(picture.title, quote=True)}" '
-        f'width="{width * factor}" height="{height * factor}" class="{"pixelated" if factor > 1 else "smooth"}">'
-        f"<figcaption><strong>{escape(picture.title)}</strong> {escape(picture.caption)}</figcaption></figure>"
-    )
+    factor = max(1, (CONTENT_WIDTH if width > 2 * height else CONTENT_WIDTH // 2 - 16) // width)
+    return {
+        "data": base64.b64encode(content).decode("ascii"),
+        "width": width * factor,
+        "height": height * factor,
+        "column": "wide" if width * factor > CONTENT_WIDTH // 2 else "half",
+        "scaling": "pixelated" if factor > 1 else "smooth",
+    }
 
 
-def timing_table(timings: dict[str, float], total: float) -> str:
-    """Return the stages with their time and a bar of their share of the whole."""
-    rows = "".join(
-        f'<tr><th scope="row">{escape(name)}</th><td class="number">{duration(seconds)}</td>'
-        f'<td class="share"><span class="track" aria-hidden="true"><i class="bar" '
-        f'style="width:{min(seconds / max(total, 1e-9), 1.0) * 100:.1f}%"></i></span></td></tr>'
-        for name, seconds in timings.items()
-    )
-    head = "".join(f'<th scope="col">{column}</th>' for column in ("Stage", "Time", "Share of the whole"))
-    whole = f'<tr><th scope="row">whole chain</th><td class="number">{duration(total)}</td><td></td></tr>'
-    body = f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody><tfoot>{whole}</tfoot>"
-    return scrolling("Times", f'<table class="times">{body}</table>')
+def chart(curve: Curve) -> Markup:
+    """A curve as inline SVG in the page's colours, with its ends as the alternative text; empty where no point is
+    finite."""
+    series = {name: points for name, given in curve.series.items() if (points := list(finite(given)))}
+    if not series:
+        return Markup("")
+    ends = "; ".join(f"{name} ends at {points[-1][1]:.4g}" for name, points in series.items())
+    label = escape(f"{curve.title}, {curve.y_label} over {curve.x_label}: {ends}", quote=True)
+    return Markup(draw(series, curve.x_label).replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1))
 
 
-def facts_list(facts: dict[str, str]) -> str:
-    """Return names and values as a definition list."""
-    entries = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
-    return f"<dl>{entries}</dl>" if entries else ""
+def draw(series: dict[str, Points], x_label: str) -> str:
+    """The ``<svg>`` element of a chart, drawn by matplotlib.
+
+    It refers to nothing, inside or outside of it: no markers, no clip paths, no ids, so that a page can hold many.
+    """
+    import matplotlib  # takes a second, and a page without curves needs none
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"svg.fonttype": "none", "font.size": 9, "text.color": COLOURS["soft"]}):
+        figure = Figure(figsize=(5, 2.9), layout="tight")
+        axes = figure.add_subplot()
+        for number, (name, (colour, dash)) in enumerate(series_styles(list(series)).items()):
+            alone = len(series[name]) == 1
+            (line,) = axes.plot(*zip(*series[name] * (1 + alone), strict=True), color=COLOURS[colour], label=name)
+            line.set(linewidth=5 if alone else 1.6, linestyle=dash, clip_on=False, gid=f"series{number}")
+            line.set(solid_capstyle="round")
+        axes.set_xlabel(x_label, color=COLOURS["soft"], loc="right")
+        axes.grid(axis="y", color=COLOURS["line"], clip_on=False)
+        axes.set_axisbelow(True)
+        axes.spines[:].set_visible(False)
+        axes.tick_params(bottom=False, left=False, labelcolor=COLOURS["soft"])
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, frameon=False)
+        file = io.StringIO()
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+    svg = re.sub(r"<defs>.*?</defs>", "", file.getvalue().partition("<svg ")[2], flags=re.DOTALL)
+    svg = re.sub(r' id="(?!series)[^"]*"', "", re.sub(r' clip-path="[^"]*"', "", svg))
+    svg = re.sub(r' id="series\d+"', ' class="series"', svg)
+    for name, colour in COLOURS.items():
+        svg = svg.replace(colour, f"var(--{name})")
+    return f"<svg {svg}"
 
 
-def command(title: str, shell: str) -> str:
-    """Return one titled shell snippet."""
-    return f"<h3>{escape(title)}</h3>{scrolling(title, f'<pre><code>{escape(shell.rstrip())}</code></pre>')}"
+def series_styles(names: list[str]) -> dict[str, tuple[str, Any]]:
+    """Return name -> (colour, dash pattern): a colour per arm, the further seeds of an arm dashed."""
+    used: dict[str, int] = {}
+    styles = {}
+    others = iter(range(len(names)))
+    for name in names:
+        lowered = name.lower().replace("-", "")
+        arm = next((arm for word, arm in (("scratch", "scratch"), ("pretrain", "pretrained")) if word in lowered), None)
+        colour = arm or f"other{next(others) % 4}"
+        styles[name] = (colour, DASHES[used.get(colour, 0) % len(DASHES)])
+        used[colour] = used.get(colour, 0) + 1
+    return styles
 
 
-def loading_text(text: str) -> str:
-    """Return the loading reports, folded away: a reader looks for them only when a number surprises."""
-    if not text:
-        return ""
-    body = scrolling("Loading reports", f"<pre>{escape(text.rstrip())}</pre>")
-    return f"<details><summary>Show the loading reports</summary>{body}</details>"
-
-
-def scrolling(label: str, content: str) -> str:
-    """Return a container in which wide content scrolls, reachable by keyboard, so that the page itself never does."""
-    return f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(label, quote=True)}">{content}</div>'
+def finite(points: Points) -> Iterator[tuple[float, float]]:
+    """The points whose two numbers are finite."""
+    return ((float(x), float(y)) for x, y in points if math.isfinite(x) and math.isfinite(y))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from statistics import fmean
 
 AHEAD, WITHIN_SPREAD, BEHIND, ONE_SEED = "ahead", "within spread", "behind", "one seed"
@@ -58,50 +57,6 @@ class TaskResult:
                 raise ValueError(f"{self.metric}: arm {arm!r} holds no value; give one per seed")
             if not all(math.isfinite(value) for value in values):
                 raise ValueError(f"{self.metric}: arm {arm!r} holds {values}; every value has to be finite")
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One line chart; ``series`` maps a name to (x, y) points.
-
-    A series with "scratch" or "pre-trained" in its name takes that arm's colour; its seeds differ in their dashes.
-    """
-
-    title: str
-    y_label: str
-    series: dict[str, list[tuple[float, float]]]
-    x_label: str = "step"
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A PNG file with a title and a caption; the caption says what the panels are."""
-
-    title: str
-    caption: str
-    path: Path
-
-
-@dataclass
-class Report:
-    """Everything the demo's report shows.
-
-    seconds           wall-clock time of the whole chain
-    tasks             task name -> its result
-    timings           name of a stage -> seconds
-    commands          (title, shell text): the same chain on own data
-    loading_reports   preformatted text: what every hand-over of the encoder matched
-    """
-
-    title: str
-    seconds: float
-    tasks: dict[str, TaskResult]
-    curves: list[Curve] = field(default_factory=list)
-    pictures: list[Picture] = field(default_factory=list)
-    timings: dict[str, float] = field(default_factory=dict)
-    environment: dict[str, str] = field(default_factory=dict)
-    commands: list[tuple[str, str]] = field(default_factory=list)
-    loading_reports: str = ""
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from html import escape
-from importlib.resources import files
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from mae_core import layout
 from mae_core.atomic import write_text
-from transfer.report.charts import line_chart
-from transfer.report.page import facts_list, figure, loading_text, scrolling, section
-from transfer.report.results import Curve, Picture, duration
+from transfer.report import Curve, Picture, render
+from transfer.report.results import duration
 
 REPORT = "report.html"
 CURVES = (
@@ -34,19 +30,20 @@ def write_run_report(run: Path, results: Mapping[str, Any]) -> Path:
     origin = "pre-trained weights" if loading else "no pre-trained weights"
     what = f"after {results['steps']} steps" if results["steps"] else "of a trained segmenter"
     caption = "Validation images, the truth beside the prediction; black is ignored."
-    body = [
-        f'<header><p class="kicker">{escape(run.name)}, segmentation</p>',
-        f"<h1>{means[0]} {what}</h1>",
-        f'<p class="kicker">{means[1]}, {means[2]} · {origin} · took {duration(results["seconds"])}</p></header>',
-        section("Classes", "", class_table(results["per_class"])),
-        section("Curves", "curves", "".join(line_chart(curve) for curve in curves_of(entries))),
-        section("Pictures", "pictures", "".join(figure(Picture(path.stem, caption, path)) for path in pictures[-1:])),
-        section("Environment", "", facts_list({name: str(value) for name, value in environment.items()})),
-        section("What the hand-over of the encoder loaded", "", loading_text(loading_lines(loading))),
-    ]
-    page = files("transfer.report").joinpath("page.html").read_text(encoding="utf-8")
-    head = Template(page.partition("<main>")[0]).substitute(title=escape(run.name))
-    write_text(run / REPORT, f"{head}<main>{''.join(body)}</main></body></html>\n")
+    page = render(
+        "run.html",
+        title=run.name,
+        task="segmentation",
+        headline=f"{means[0]} {what}",
+        summary=f"{means[1]}, {means[2]} · {origin} · took {duration(results['seconds'])}",
+        columns=("Class", "IoU, %", "Accuracy, %"),
+        classes=class_rows(results["per_class"]),
+        charts=curves_of(entries),
+        pictures=[Picture(path.stem, caption, path) for path in pictures[-1:]],
+        environment=environment,
+        loading=loading_lines(loading),
+    )
+    write_text(run / REPORT, page)
     return run / REPORT
 
 
@@ -64,24 +61,13 @@ def curves_of(entries: Sequence[Mapping[str, Any]]) -> list[Curve]:
     return curves
 
 
-def class_table(per_class: Mapping[str, Mapping[str, float | None]]) -> str:
-    """IoU and accuracy of each class in percent, with a bar of the IoU."""
-    if not per_class:
-        return ""
+def class_rows(per_class: Mapping[str, Mapping[str, float | None]]) -> list[tuple[str, list[str], float]]:
+    """(name, IoU and accuracy in percent as text, length of the IoU's bar) of each class."""
     rows = []
     for name, values in per_class.items():
-        numbers = "".join(
-            f'<td class="number">{"–" if values[key] is None else format(values[key], ".2f")}</td>'
-            for key in ("IoU", "Acc")
-        )
-        share = min(max(values["IoU"] or 0.0, 0.0), 100.0)
-        rows.append(
-            f'<tr><th scope="row">{escape(name)}</th>{numbers}<td class="share"><span class="track" '
-            f'aria-hidden="true"><i class="bar" style="width:{share:.1f}%"></i></span></td></tr>'
-        )
-    head = "".join(f'<th scope="col">{column}</th>' for column in ("Class", "IoU, %", "Accuracy, %", ""))
-    body = f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
-    return scrolling("Classes", f'<table class="times">{body}</table>')
+        numbers = ["–" if values[key] is None else format(values[key], ".2f") for key in ("IoU", "Acc")]
+        rows.append((name, numbers, min(max(values["IoU"] or 0.0, 0.0), 100.0)))
+    return rows
 
 
 def loading_lines(loading: Mapping[str, Any]) -> str:
