@@ -81,6 +81,10 @@ setup(
     },
     entry_points={
         "console_scripts": ["mae = mae_core.cli.main:main"],
+        "mae_core.checks": [
+            "coco = transfer.detection.check_data:main",
+            "labels = transfer.segmentation.check_data:main",
+        ],
         "mae_core.feature_readers": ["mmseg = transfer.segmentation.engine_mmseg.published:run_backbone"],
     },
 )

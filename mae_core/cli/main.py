@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from mae_core.cli.arguments import ConfigAndOverrides, Resume, read_arguments
+from mae_core.cli.checking import check, data_stats
 from mae_core.cli.classification import evaluate, features, knn, linprobe
-from mae_core.cli.looking import data_stats, reconstruct
+from mae_core.cli.looking import reconstruct
 from mae_core.cli.weights import catalogue, convert, export, inspect
 from mae_core.errors import user_errors
 
@@ -128,6 +129,7 @@ app.command()(reconstruct)
 app.command("data-stats")(data_stats)
 for command in (linprobe, knn, features, evaluate, inspect, convert, export):
     app.command()(command)
+app.add_typer(check, name="check")
 app.add_typer(catalogue, name="weights")
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mae_core.data.augmentation import Size
+from mae_core.data.check import Problem, Tell, refuse
 from mae_core.data.config import EvaluationData, FinetuneData
 from mae_core.data.decoding import Unreadable, UnreadableImage, read_image
 from mae_core.data.images import Statistics, check_found, files_below, next_readable
@@ -43,11 +44,11 @@ class LabelledPaths(NamedTuple):
         return torch.zeros(len(self.classes)).index_fill_(0, torch.tensor(label, dtype=torch.int64), 1.0)
 
 
-def read_image_folder(root: Path | None) -> tuple[LabelledPaths, LabelledPaths]:
+def read_image_folder(root: Path | None, tell: Tell = refuse) -> tuple[LabelledPaths, LabelledPaths]:
     """The train and val splits below ``root``; classes are the folders of ``train``, sorted.
 
-    Raises ``UserError`` for missing splits, a class without images, val classes that train does not have, and a val
-    split without any.
+    Raises ``UserError`` for missing splits; ``tell`` gets a class without images, val classes that train does not have,
+    and a val split without any.
     """
     if root is None:
         raise UserError("no image folder given; set data.path=FOLDER with train/<class>/* and val/<class>/* in it")
@@ -60,19 +61,22 @@ def read_image_folder(root: Path | None) -> tuple[LabelledPaths, LabelledPaths]:
             )
     classes = class_folders(root / "train")
     if len(classes) < 2:
-        raise UserError(f"{root / 'train'} has {len(classes)} class folders; classification needs two or more")
+        sentence = f"{root / 'train'} has {len(classes)} class folders; classification needs two or more"
+        tell(Problem("classes", sentence, str(root / "train")))
     strangers = sorted(set(class_folders(root / "val")) - set(classes))
     if strangers:
         alike = [name for name in strangers if any(same_spelling(name, known) for known in classes)]
         form = f" ({alike[0]} is there in another Unicode form: rename one of the folders)" if alike else ""
-        raise UserError(
+        sentence = (
             f"{root / 'val'} has classes that train does not have: {', '.join(strangers[:5])}{form}; "
             "the classes of both must agree"
         )
-    train = read_class_folders(root / "train", classes, all_there=True)
-    val = read_class_folders(root / "val", classes)
+        tell(Problem("classes", sentence, str(root / "val")))
+    train = read_class_folders(root / "train", classes, all_there=True, tell=tell)
+    val = read_class_folders(root / "val", classes, tell=tell)
     if not val.paths:
-        raise UserError(f"{root / 'val'} holds no images to evaluate on; data.path needs val/<class>/*")
+        sentence = f"{root / 'val'} holds no images to evaluate on; data.path needs val/<class>/*"
+        tell(Problem("classes", sentence, str(root / "val")))
     return train, val
 
 
@@ -81,9 +85,11 @@ def class_folders(split: Path) -> list[str]:
     return sorted(p.name for p in split.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
-def read_class_folders(folder: Path, classes: list[str], *, all_there: bool = False) -> LabelledPaths:
-    """The images in ``folder/<class>/*``. Raises ``UserError`` where a class folder has none; a class without a folder
-    is passed over unless ``all_there``."""
+def read_class_folders(
+    folder: Path, classes: list[str], *, all_there: bool = False, tell: Tell = refuse
+) -> LabelledPaths:
+    """The images in ``folder/<class>/*``. ``tell`` gets a class folder that has none; a class without a folder is
+    passed over unless ``all_there``."""
     paths: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
@@ -91,7 +97,8 @@ def read_class_folders(folder: Path, classes: list[str], *, all_there: bool = Fa
             continue
         found = sorted(files_below(folder / name))
         if not found:
-            raise UserError(f"class folder {folder / name} holds no images; put some there, or remove the folder")
+            sentence = f"class folder {folder / name} holds no images; put some there, or remove the folder"
+            tell(Problem("classes", sentence, str(folder / name)))
         paths += found
         labels += [label] * len(found)
     return LabelledPaths(paths, labels, classes)

@@ -1,21 +1,42 @@
-"""``mae data-stats``: what is in a set of images, and its mean and standard deviation per channel."""
+"""What is in a set of images: ``mae data-stats``, and the checks of images without labels and of class folders."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mae_core.data.decoding import Pixels, Unreadable, UnreadableImage, size_of, to_tensor, with_channels
-from mae_core.data.images import ImageSource, Statistics, in_threads
-from mae_core.data.sources import damaged_parts
+from mae_core.data.check import Problem, Report, files_passed_over, shared_images, turned_photos
+from mae_core.data.decoding import Pixels, Unreadable, UnreadableImage, read_image, size_of, to_tensor, with_channels
+from mae_core.data.images import (
+    DEFAULT_STATISTICS,
+    IMAGE_SUFFIXES,
+    ImageFiles,
+    ImageSource,
+    Statistics,
+    in_threads,
+)
+from mae_core.data.labelled import LabelledPaths, read_image_folder, read_label_lists
+from mae_core.data.orientation import UPRIGHT, orientation_of
+from mae_core.data.sources import JoinedSources, damaged_parts, open_places
 from mae_core.errors import UserError
 
 EXAMPLES = 10
+MOST_CLASSES = 20
+"""Classes whose images are counted line by line."""
+COLOURS = frozenset({1, 2, 3, 4})
+"""Channels of pictures that are read as grey or RGB."""
+FAR = 1.0
+"""Standard deviations of ImageNet's pixels that the mean of a set may be away, or factors of e between the two spreads,
+before the check says so."""
+
+OnProgress = Callable[[int, int], None]
 
 
 @dataclass
@@ -60,6 +81,8 @@ class Survey:
     channels  channels as stored -> images
     numbers   what a channel's values are -> images
     by_channels  channels -> moments of the images that have them, or can be brought to them
+    stored_as    channels as stored, image by image; 0 where it cannot be read
+    orientations files with an orientation tag other than 1, and the tag
     """
 
     total: int
@@ -68,6 +91,8 @@ class Survey:
     numbers: Counter[str] = field(default_factory=Counter)
     unreadable: list[Unreadable] = field(default_factory=list)
     by_channels: dict[int, Moments] = field(default_factory=dict)
+    stored_as: list[int] = field(default_factory=list)
+    orientations: list[tuple[Path, int]] = field(default_factory=list)
 
     @property
     def usual_channels(self) -> int:
@@ -88,17 +113,16 @@ class Survey:
         }
 
 
-def survey(
-    source: ImageSource, *, channels: int | None = None, on_progress: Callable[[int, int], None] | None = None
-) -> Survey:
+def survey(source: ImageSource, *, channels: int | None = None, on_progress: OnProgress | None = None) -> Survey:
     """Read every image of a source opened as stored. ``channels``: what to bring all to, as a training would; images
     that cannot be are unreadable. Without it images of each number of channels are measured apart.
 
     Raises ``UserError`` where no image can be read.
     """
     found = Survey(len(source), unreadable=damaged_parts(source))
+    paths = paths_of(source)
 
-    def look(index: int) -> tuple[tuple[int, int], int, str, Moments] | Unreadable:
+    def look(index: int) -> tuple[tuple[int, int], int, str, Moments, int] | Unreadable:
         try:
             pixels = source.read(index)
             stored = len(to_tensor(pixels))
@@ -108,23 +132,36 @@ def survey(
                 raise UnreadableImage(source.names[index], str(error)) from None
         except UnreadableImage as error:
             return error.unreadable
-        return size_of(pixels), stored, kind_of_numbers(pixels), moments
+        path = paths[index]
+        return size_of(pixels), stored, kind_of_numbers(pixels), moments, orientation_of(path) if path else UPRIGHT
 
     for done, result in enumerate(in_threads(look, len(source)), start=1):
         if isinstance(result, Unreadable):
             found.unreadable.append(result)
+            found.stored_as.append(0)
         else:
-            size, stored, numbers, moments = result
+            size, stored, numbers, moments, orientation = result
             found.sizes[size] += 1
             found.channels[stored] += 1
             found.numbers[numbers] += 1
             found.by_channels.setdefault(channels or stored, Moments()).add(moments)
+            found.stored_as.append(stored)
+            path = paths[done - 1]
+            if path is not None and orientation != UPRIGHT:
+                found.orientations.append((path, orientation))
         if on_progress is not None:
             on_progress(done, len(source))
     if not found.sizes:
-        path, reason = found.unreadable[0]
-        raise UserError(f"none of {len(source)} images can be read; the first, {path}: {reason}")
+        path_, reason = found.unreadable[0]
+        raise UserError(f"none of {len(source)} images can be read; the first, {path_}: {reason}")
     return found
+
+
+def paths_of(source: ImageSource) -> list[Path | None]:
+    """The file of every image; None where it lies inside another file."""
+    if isinstance(source, JoinedSources):
+        return [path for one in source.sources for path in paths_of(one)]
+    return list(source.paths) if isinstance(source, ImageFiles) else [None] * len(source)
 
 
 def kind_of_numbers(pixels: Pixels) -> str:
@@ -157,9 +194,105 @@ def describe(found: Survey, channels: int | None = None) -> str:
     if channels is None and len(found.channels) > 1:
         others = found.sizes.total() - found.channels[chosen]
         lines.append(
-            f"these are of the images with {chosen} channels; {others} others have not so many: --channels {chosen} "
-            "counts them as a training would read them, or says that it cannot"
+            f"these are of the images with {chosen} channels; {others} images have another number: add --channels "
+            f"{chosen} to read them as training does"
         )
     numbers = [", ".join(f"{value:.6g}" for value in values) for values in (mean, std)]
     lines.append(f"data: {{channels: {chosen}, mean: [{numbers[0]}], std: [{numbers[1]}]}}")
     return "\n".join(lines)
+
+
+def check_images(
+    paths: Sequence[Path],
+    channels: int | None = None,
+    *,
+    source: str = "auto",
+    split: str | None = None,
+    on_progress: OnProgress | None = None,
+) -> Iterator[Report]:
+    """The check of images without labels: ``describe``, and what a pre-training would leave out or misread.
+
+    ``channels`` is data.channels; without it, 3 for pictures and else what most images have. Raises ``UserError`` where
+    no image can be read.
+    """
+    images = open_places(paths, None, kind=source, split=split)
+    found = survey(images, channels=channels, on_progress=on_progress)
+    chosen = channels or (3 if found.usual_channels in COLOURS else found.usual_channels)
+    problems = [*_unreadable(found), *_other_channels(images, found, chosen), *turned_photos(found.orientations)]
+    for path in paths:
+        problems += files_passed_over(path, IMAGE_SUFFIXES) if path.is_dir() and source in ("auto", "files") else ()
+    problems += _settings(found, chosen)
+    yield Report(", ".join(map(str, paths)), describe(found, channels).splitlines(), problems, found.as_dict())
+
+
+def check_folders(root: Path, channels: int = 3, *, on_progress: OnProgress | None = None) -> Iterator[Report]:
+    """The check of images with labels: ``root/{train,val}/<class>/*``, or ``root/{train,val}.csv``, a report each.
+
+    Raises ``UserError`` where they cannot be found at all.
+    """
+    problems: list[Problem] = []
+    lists = (root / "train.csv").is_file() and not (root / "train").is_dir()
+    halves = read_label_lists(root) if lists else read_image_folder(root, problems.append)
+    reports = []
+    for name, half in zip(("train", "val"), halves, strict=True):
+        place = root / (f"{name}.csv" if lists else name)
+        counts = Counter(label for one in half.labels for label in ([one] if isinstance(one, int) else one))
+        facts = [f"{place}: {len(half.paths)} images of {len(half.classes)} classes"]
+        facts += [f"  {name_:<24} {counts[label]:>7} images" for label, name_ in enumerate(half.classes[:MOST_CLASSES])]
+        facts += [f"  ... and {len(half.classes) - MOST_CLASSES} more"] if len(half.classes) > MOST_CLASSES else []
+        reports.append(Report(str(place), facts, [p for p in problems if p.path.startswith(str(place))]))
+        reports[-1].data = {"images": len(half.paths), "classes": half.classes}
+        if half.paths:
+            found = survey(ImageFiles(half.paths, channels, root), channels=channels, on_progress=on_progress)
+            reports[-1].data |= found.as_dict()
+            reports[-1].problems += [*_unreadable(found), *turned_photos(found.orientations)]
+        reports[-1].problems += _labels_without_images(half, counts, name)
+        if not lists:
+            reports[-1].problems += files_passed_over(place, IMAGE_SUFFIXES)
+    reports[1].problems += shared_images(halves[0].paths, halves[1].paths)
+    yield from reports
+
+
+def _unreadable(found: Survey) -> Iterator[Problem]:
+    for path, reason in found.unreadable:
+        yield Problem("unreadable images", f"{path}: {reason}; repair or remove it", path, "wrong")
+
+
+def _other_channels(images: ImageSource, found: Survey, channels: int) -> Iterator[Problem]:
+    """The images that a training with ``channels`` cannot read though they are sound."""
+    paths = paths_of(images)
+    for index, stored in enumerate(found.stored_as):
+        path = paths[index]
+        if stored in (0, channels) or path is None or (stored in (1, 3) and channels in (1, 3)):
+            continue
+        try:
+            read_image(path, channels)
+        except UnreadableImage as error:
+            sentence = f"{path}: {error.unreadable.reason}; take it out, or store all images with the same channels"
+            yield Problem("images with other channels", sentence, str(path), "wrong")
+
+
+def _settings(found: Survey, channels: int) -> Iterator[Problem]:
+    """What a configuration should say of these images."""
+    if channels not in COLOURS:
+        yield Problem("settings", f"set data.channels={channels}; training reads 3 channels otherwise", "", "note")
+    statistics = found.by_channels[channels].statistics() if channels in found.by_channels else None
+    if statistics is None or channels not in DEFAULT_STATISTICS:
+        return
+    mean, std = (torch.tensor(values, dtype=torch.float64) for values in DEFAULT_STATISTICS[channels])
+    away = ((torch.tensor(statistics.mean, dtype=torch.float64) - mean).abs() / std).max().item()
+    spread = (torch.tensor(statistics.std, dtype=torch.float64).clamp(min=1e-9) / std).log().abs().max().item()
+    if away > FAR or spread > FAR:
+        sentence = (
+            f"mean and standard deviation are far from ImageNet's (mean {away:.1f} of its standard deviations away, "
+            f"spread {math.exp(spread):.1f} times as large or small); set data.mean and data.std as in the line above, "
+            "unless the weights bring their own"
+        )
+        yield Problem("settings", sentence, "", "note")
+
+
+def _labels_without_images(half: LabelledPaths, counts: Counter[int], name: str) -> Iterator[Problem]:
+    absent = [class_name for label, class_name in enumerate(half.classes) if not counts[label]]
+    if absent and name == "val":
+        shown = ", ".join(absent[:5]) + (", ..." if len(absent) > 5 else "")
+        yield Problem("classes", f"{len(absent)} classes have no validation image: {shown}", "", "note")

@@ -1,0 +1,131 @@
+"""``mae check`` and ``mae data-stats``: what is in a set of data, and what training would refuse or misread."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mae_core.errors import UserError, user_errors
+
+GROUP = "mae_core.checks"
+"""Entry points that bring checks of their own: a function of the arguments and ``prog``, the name in its help."""
+ELSEWHERE = {
+    "coco": ("transfer.detection.check_data:main", "a COCO json and its images"),
+    "labels": ("transfer.segmentation.check_data:main", "images and their label maps"),
+}
+"""Checks of this distribution outside of this package, by the name of the verb: where they are, and of what."""
+
+check = typer.Typer(no_args_is_help=True, help="Find what is wrong with data before training does; writes nothing.")
+
+Places = Annotated[list[Path], typer.Argument(help="Folders, .txt lists, .tar shards, Hugging Face data sets.")]
+Source = Annotated[str, typer.Option(help="auto, files, list, shards or huggingface.")]
+Split = Annotated[str | None, typer.Option(help="Split of a Hugging Face data set.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write all that was found to this file.")]
+
+
+def _known_source(source: str) -> str:
+    from mae_core.config.schema import hint
+    from mae_core.data.sources import SOURCES
+
+    if source != "auto" and source not in SOURCES:
+        raise UserError(f"--source {source} is unknown; {hint(source, ['auto', *SOURCES])}")
+    return source
+
+
+def data_stats(
+    paths: Places,
+    channels: Annotated[
+        int | None, typer.Option(min=1, max=16, help="Bring all images to so many; as stored by default.")
+    ] = None,
+    source: Source = "auto",
+    split: Split = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Read all images: sizes, channels, unreadable files, and mean and standard deviation per channel, of pixels in
+    0..1, as a configuration takes them. ``mae check images`` says more.
+
+    Example: mae data-stats images
+    """
+    with user_errors():
+        from mae_core.atomic import write_json
+        from mae_core.data.sources import open_places
+        from mae_core.data.survey import describe, survey
+        from mae_core.training.progress import Counter
+
+        images = open_places(paths, None, kind=_known_source(source), split=split)
+        if json_file is not None and json_file.exists():
+            raise UserError(f"{json_file} exists; choose another file with --json")
+        found = survey(images, channels=channels, on_progress=Counter("reading images"))
+        typer.echo(describe(found, channels))
+        if json_file is not None:
+            write_json(json_file, found.as_dict())
+
+
+@check.command("images")
+def check_images(
+    paths: Places,
+    channels: Annotated[
+        int | None, typer.Option(min=1, max=16, help="data.channels of the training; 3 for pictures by default.")
+    ] = None,
+    source: Source = "auto",
+    split: Split = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Images without labels, as mae pretrain takes them. Exit code 2 where training would leave images out.
+
+    Example: mae check images photos
+    """
+    with user_errors():
+        from mae_core.data.check import conclude
+        from mae_core.data.survey import check_images as run
+        from mae_core.training.progress import Counter
+
+        progress = Counter("reading images")
+        conclude(run(paths, channels, source=_known_source(source), split=split, on_progress=progress), json_file)
+
+
+@check.command("folders")
+def check_folders(
+    path: Annotated[Path, typer.Argument(help="A folder with train/<class>/* and val/<class>/*, or two .csv.")],
+    channels: Annotated[int, typer.Option(min=1, max=16, help="data.channels of the training.")] = 3,
+    json_file: JsonFile = None,
+) -> None:
+    """Images with classes, as mae finetune takes them. Exit code 2 where training would refuse or leave images out.
+
+    Example: mae check folders labelled
+    """
+    with user_errors():
+        from mae_core.data.check import conclude
+        from mae_core.data.survey import check_folders as run
+        from mae_core.training.progress import Counter
+
+        conclude(run(path, channels, on_progress=Counter("reading images")), json_file)
+
+
+def _checks_elsewhere() -> dict[str, tuple[str, str]]:
+    """``ELSEWHERE``, and what other distributions bring."""
+    found = {point.name: (point.value, f"see {point.value}") for point in entry_points(group=GROUP)}
+    return {**found, **ELSEWHERE}
+
+
+def _add_check(name: str, place: str, of_what: str) -> None:
+    def run(context: typer.Context) -> None:
+        with user_errors():
+            module, _, function = place.partition(":")
+            try:
+                command: Callable[..., None] = getattr(importlib.import_module(module), function)
+            except ModuleNotFoundError as error:
+                raise UserError(f"mae check {name} needs {error.name}, which is not installed") from None
+            command(context.args, prog=f"mae check {name}")
+
+    options = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+    check.command(name, context_settings=options, help=f"{of_what[0].upper()}{of_what[1:]}; --help says more.")(run)
+
+
+for _name, _found in _checks_elsewhere().items():
+    _add_check(_name, *_found)

@@ -1,0 +1,162 @@
+"""What a check of data finds, in one form for every task: problems, reports, their text and JSON, and the exit code.
+
+A reader of data takes ``tell`` and calls it with every problem it meets. Training passes ``refuse``, which raises the
+first one that it cannot start with; a check passes the ``append`` of a list. Both run the same code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+from mae_core.atomic import write_json
+from mae_core.data.orientation import UPRIGHT
+from mae_core.errors import UserError
+
+Severity = Literal["refused", "wrong", "note"]
+CONSEQUENCES: dict[Severity, str] = {
+    "note": "training takes them",
+    "wrong": "training leaves them out or learns the wrong thing",
+    "refused": "training refuses to start",
+}
+MOST_NAMED = 5
+"""Problems of one kind that are named; the rest are counted."""
+
+
+class Problem(NamedTuple):
+    """One thing that a check found.
+
+    kind      a few words that it shares with others like it
+    sentence  what was found, where, and what to do
+    path      the file, where it is about one
+    severity  a key of ``CONSEQUENCES``; a note leaves the exit code at 0
+    """
+
+    kind: str
+    sentence: str
+    path: str = ""
+    severity: Severity = "refused"
+
+
+Tell: TypeAlias = Callable[[Problem], None]
+
+
+def refuse(problem: Problem) -> None:
+    """What a training does with a problem: raises ``UserError`` where it cannot start with it."""
+    if problem.severity == "refused":
+        raise UserError(problem.sentence)
+
+
+@dataclass
+class Report:
+    """What is in one set of data: facts, line by line, and what was found; ``data`` holds the facts for the JSON."""
+
+    name: str
+    facts: list[str]
+    problems: list[Problem] = field(default_factory=list)
+    data: dict[str, Any] = field(default_factory=dict)
+
+    def describe(self, most: int = MOST_NAMED) -> str:
+        """The facts, the notes, then the problems by kind, at most ``most`` of each."""
+        lines = list(self.facts)
+        for severity, consequence in CONSEQUENCES.items():
+            of_this = [problem for problem in self.problems if problem.severity == severity]
+            for kind, count in Counter(problem.kind for problem in of_this).items():
+                sentences = [problem.sentence for problem in of_this if problem.kind == kind]
+                if severity == "note":
+                    lines += [f"  note: {sentence}" for sentence in sentences[:most]]
+                else:
+                    lines += [f"  {kind}: {count} ({consequence})"]
+                    lines += [f"    {sentence}" for sentence in sentences[:most]]
+                lines += [f"    ... and {count - most} more"] if count > most else []
+        return "\n".join(lines)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a JSON file: all problems, not only those that ``describe`` names."""
+        return {"name": self.name, **self.data, "problems": [problem._asdict() for problem in self.problems]}
+
+
+def conclude(reports: Iterable[Report], json_file: Path | None = None, say: Callable[[str], None] = print) -> None:
+    """Print every report as it comes, write them all to ``json_file``, and say the outcome.
+
+    Raises ``UserError`` (exit code 2 of a command) where anything is more than a note, and where the file exists.
+    """
+    if json_file is not None and json_file.exists():
+        raise UserError(f"{json_file} exists; choose another file with --json")
+    done = []
+    for report in reports:
+        say(report.describe())
+        done.append(report)
+    count = sum(problem.severity != "note" for report in done for problem in report.problems)
+    if json_file is not None:
+        write_json(json_file, {"sets": [report.as_dict() for report in done], "wrong": count})
+    if count:
+        raise UserError(f"{count} problem{'s' * (count > 1)} found, listed above; correct the data and check it again")
+    say("nothing is wrong")
+
+
+def turned_photos(found: Iterable[tuple[Path, int]]) -> Iterator[Problem]:
+    """A note for each orientation other than upright, with its number and its first file."""
+    by_orientation: dict[int, list[Path]] = defaultdict(list)
+    for path, orientation in found:
+        if orientation != UPRIGHT:
+            by_orientation[orientation].append(path)
+    for orientation, paths in sorted(by_orientation.items()):
+        images = "1 image" if len(paths) == 1 else f"{len(paths)} images"
+        sentence = (
+            f"{images} with the orientation tag {orientation}, the first is {paths[0]}; "
+            "every task reads them upright, so labels must be drawn on the upright picture"
+        )
+        yield Problem("turned photos", sentence, str(paths[0]), "note")
+
+
+def files_passed_over(folder: Path, endings: Iterable[str]) -> Iterator[Problem]:
+    """A note with the files below ``folder`` whose names have none of ``endings``, counted by ending."""
+    known = set(endings)
+    counts: Counter[str] = Counter()
+    for path in folder.rglob("*"):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if not hidden and path.suffix.lower() not in known and path.is_file():
+            counts[path.suffix or "no ending"] += 1
+    if counts:
+        listed = ", ".join(f"{count} x {ending}" for ending, count in counts.most_common(8))
+        sentence = (
+            f"{counts.total()} files below {folder} are passed over because of their ending: {listed}"
+            f"{', ...' if len(counts) > 8 else ''}; rename those that are images"
+        )
+        yield Problem("files passed over", sentence, str(folder), "note")
+
+
+def shared_images(train: Sequence[Path], val: Sequence[Path]) -> Iterator[Problem]:
+    """A note where files of both halves hold the same bytes: scores on them say nothing of new images.
+
+    Files are compared by size first; only those of equal size are read.
+    """
+    by_size: dict[int, list[Path]] = defaultdict(list)
+    for path in train:
+        if path.is_file():
+            by_size[path.stat().st_size].append(path)
+    pairs = []
+    digests: dict[Path, bytes] = {}
+    for path in val:
+        candidates = by_size.get(path.stat().st_size, []) if path.is_file() else []
+        same = next((one for one in candidates if _digest(one, digests) == _digest(path, digests)), None)
+        if same is not None:
+            pairs.append((same, path))
+    if pairs:
+        one, other = pairs[0]
+        sentence = (
+            f"{len(pairs)} of {len(val)} validation images are in the training set too, the first is {other} ({one}); "
+            "scores on them say nothing about new images: take them out of one of the two"
+        )
+        yield Problem("images in both halves", sentence, str(other), "note")
+
+
+def _digest(path: Path, known: dict[Path, bytes]) -> bytes:
+    if path not in known:
+        known[path] = hashlib.blake2b(path.read_bytes()).digest()
+    return known[path]
