@@ -24,7 +24,8 @@ Config = TypeVar("Config", bound=Schema)
 
 
 def load_config(schema: type[Config], path: Path | str | None, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file (or none: the defaults), apply ``a.b=c`` overrides, validate.
+    """Read a YAML file, apply ``a.b=c`` overrides, validate. Without a file: the defaults, or what
+    ``schema.without_file`` puts in their place.
 
     A file may name another with ``base: other.yaml``, relative to itself, and then states what differs from it.
 
@@ -32,13 +33,14 @@ def load_config(schema: type[Config], path: Path | str | None, overrides: Sequen
     origin.
     """
     layers = {} if path is None else _read_layers(Path(path))
-    given: dict[str, Any] = {}
     typed = _read_overrides([override for override in overrides if not _names_path(schema, override)])
     for override in overrides:
         if _names_path(schema, override):
             _set_path(schema, typed, override)
+    below = [schema.without_file(typed)] if path is None else layers.values()
+    given: dict[str, Any] = {}
     try:
-        given = OmegaConf.to_container(OmegaConf.merge({}, *layers.values()))  # type: ignore[assignment]
+        given = OmegaConf.to_container(OmegaConf.merge({}, *below))  # type: ignore[assignment]
         merged = OmegaConf.to_container(OmegaConf.merge(given, typed), resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path or 'overrides'}: {error}") from None

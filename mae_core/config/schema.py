@@ -35,6 +35,11 @@ class Schema(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    @classmethod
+    def without_file(cls, typed: Mapping[str, Any]) -> dict[str, Any]:
+        """What stands in for a configuration file where none is given, before ``typed``, the command line's options."""
+        return {}
+
     @field_validator("*", mode="before")
     @classmethod
     def _name_of_digits(cls, value: Any, info: ValidationInfo) -> Any:

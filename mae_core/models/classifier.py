@@ -1,4 +1,4 @@
-"""Which part of a classifier learns: partial fine-tuning (paper, section 4.3 and Figure 9)."""
+"""Classifiers: which part learns (partial fine-tuning: paper, section 4.3 and Figure 9), and another start."""
 
 from __future__ import annotations
 
@@ -34,3 +34,19 @@ def freeze_below(model: ViTEncoder, trainable_blocks: float) -> None:
         last.drop_path1 = nn.Identity()
     for parameter in (model.cls_token, model.pos_embed, *(p for module in frozen for p in module.parameters())):
         parameter.requires_grad_(False)
+
+
+def initialize_as_timm(model: ViTEncoder) -> None:
+    """Start ``model`` as the authors' fine-tuning code does without weights: timm's initialisation of its release
+    0.3.2 (normal of std 0.02, cut at 2, for linear layers, positions and the cls token; the patch embedding as torch's
+    convolutions), and the head near zero. The positions learn, as in all fine-tuning."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    for table in (model.pos_embed, model.cls_token):
+        nn.init.trunc_normal_(table, std=0.02)
+    model.patch_embed.proj.reset_parameters()
+    if isinstance(model.head, nn.Linear):
+        nn.init.trunc_normal_(model.head.weight, std=2e-5)

@@ -14,7 +14,7 @@ from mae_core.data.images import Statistics, statistics_of
 from mae_core.data.labelled import LabelledBatch, TrainImages, collate
 from mae_core.data.loading import make_loader, share_of
 from mae_core.errors import UserError
-from mae_core.models.classifier import freeze_below
+from mae_core.models.classifier import freeze_below, initialize_as_timm
 from mae_core.models.encoder import ViTEncoder
 from mae_core.patches import as_pair
 from mae_core.training import distributed
@@ -31,7 +31,7 @@ from mae_core.training.classification import (
     steps_between,
     tell_of_weights,
 )
-from mae_core.training.finetune_config import FinetuneConfig
+from mae_core.training.finetune_config import FinetuneConfig, scratch_differences
 from mae_core.training.groups import layer_decay_groups
 from mae_core.training.loop import FitSettings, LossOf, fit, seed_everything
 from mae_core.training.run import Run, check_output, open_run
@@ -59,9 +59,20 @@ def unfit_recipe(config: FinetuneConfig) -> str | None:
     """What to say of the defaults where they are for another size than the model's."""
     released = RELEASED_RECIPES.get(config.model.size)
     chosen = config.optim.model_fields_set & {"base_lr", "layer_decay", "epochs"}
-    if released is None or chosen or "drop_path" in config.model.model_fields_set:
+    if released is None or chosen or config.from_scratch or "drop_path" in config.model.model_fields_set:
         return None
     return f"the defaults are ViT-B's; the released recipe for {config.model.size} is {released}"
+
+
+def scratch_line(config: FinetuneConfig) -> str:
+    """Which recipe a training from scratch has."""
+    different = scratch_differences(config)
+    if not different:
+        return "recipe: the paper's for training from scratch (Table 11)"
+    return (
+        "recipe: the values of this configuration, without weights; the paper's for training from scratch (Table 11) "
+        f"differs ({'; '.join(different)}): it is configs/finetune/*_scratch.yaml, or from_scratch=true without a file"
+    )
 
 
 def build_model(config: FinetuneConfig, num_classes: int) -> tuple[ViTEncoder, LoadReport | None, Statistics]:
@@ -80,6 +91,8 @@ def build_model(config: FinetuneConfig, num_classes: int) -> tuple[ViTEncoder, L
         model = ViTEncoder(
             config.model.size, patch_size=config.model.patch_size, in_chans=config.data.channels, **options
         )
+        if config.model.init == "timm":
+            initialize_as_timm(model)
         return frozen_as_asked(model, config), None, statistics_of(config.data)
     source = read_encoder(config.weights)
     source.check_asked(
@@ -160,6 +173,8 @@ def finetune(config: FinetuneConfig, *, resume: bool = False) -> dict[str, Any]:
 
     run = open_run(config, resume=resume, names=splits.source.names)
     tell_of_weights(run, report)
+    if config.from_scratch:
+        run.say(scratch_line(config))
     if (advice := unfit_recipe(config)) is not None:
         run.say(advice)
     model.to(run.device)

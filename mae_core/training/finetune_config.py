@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from mae_core.config.load import config_differences
 from mae_core.config.schema import Beta, Count, Fraction
 from mae_core.config.sections import ModelConfig, OptimConfig, TransferConfig
 from mae_core.data.config import FinetuneData
@@ -30,6 +31,11 @@ class ClassifierConfig(ModelConfig):
 
     pooling: Literal["mean", "cls"] = "mean"
     drop_path: Fraction = 0.1
+    init: Literal["mae", "timm"] = Field(
+        "mae",
+        description="how weights start with from_scratch=true: mae, xavier-uniform and sine-cosine positions, as in "
+        "pre-training (what was measured here); timm, normal of std 0.02, as in the authors' fine-tuning code",
+    )
 
 
 SCRATCH_RECIPE: dict[str, Any] = {
@@ -42,15 +48,14 @@ SCRATCH_RECIPE: dict[str, Any] = {
         "batch_size": 4096,
         "base_lr": 1e-4,
         "weight_decay": 0.3,
-        "betas": (0.9, 0.95),
+        "betas": [0.9, 0.95],
         "layer_decay": 1.0,
     },
 }
-"""Supervised training from scratch (paper, Table 11): what ``from_scratch=true`` means for options that are not set."""
-
-
 LARGE_SCRATCH_RECIPE: dict[str, Any] = {"model": {"drop_path": 0.2}, "optim": {"epochs": 200}}
-"""Where Table 11 differs for ViT-L and ViT-H."""
+"""Supervised training from scratch (paper, Table 11), and where it differs for ViT-L and ViT-H: what
+``from_scratch=true`` means where no configuration file is given. With a file it means that file without weights; the
+files ``configs/finetune/*_scratch.yaml`` are Table 11."""
 
 
 class FinetuneConfig(TransferConfig):
@@ -69,15 +74,13 @@ class FinetuneConfig(TransferConfig):
     evaluate_every: Annotated[float, Field(gt=0)] = Field(10, description="epochs between evaluations; also at the end")
     evaluation_batch: Count = 64
 
-    @model_validator(mode="before")
     @classmethod
-    def _scratch_recipe(cls, given: Any) -> Any:
-        if not isinstance(given, Mapping) or given.get("from_scratch") is not True:
-            return given
-        model = given.get("model")
-        size = model.get("size") if isinstance(model, Mapping) else None
-        recipe = _filled(LARGE_SCRATCH_RECIPE, SCRATCH_RECIPE) if size in ("large", "huge") else SCRATCH_RECIPE
-        return _filled(given, recipe)
+    def without_file(cls, typed: Mapping[str, Any]) -> dict[str, Any]:
+        """``from_scratch=true`` alone is the paper's recipe for training from scratch."""
+        if typed.get("from_scratch") is not True:
+            return {}
+        model = typed.get("model")
+        return scratch_recipe(model.get("size") if isinstance(model, Mapping) else None)
 
     @field_validator("trainable_blocks")
     @classmethod
@@ -97,11 +100,32 @@ class FinetuneConfig(TransferConfig):
             )
         return self
 
+    @model_validator(mode="after")
+    def _init_is_for_new_weights(self) -> FinetuneConfig:
+        if self.model.init != "mae" and not self.from_scratch:
+            raise ValueError(
+                f"model.init={self.model.init} is how training from scratch starts, and weights={self.weights} would "
+                "take its place; leave one of them out"
+            )
+        return self
 
-def _filled(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """``given`` with ``defaults`` where it sets nothing, section by section."""
-    filled = {**defaults, **given}
-    for name in defaults.keys() & given.keys():
-        if isinstance(defaults[name], Mapping) and isinstance(given[name], Mapping):
-            filled[name] = _filled(given[name], defaults[name])
-    return filled
+
+def scratch_recipe(size: str | None) -> dict[str, Any]:
+    """Table 11 for a size; a new dictionary."""
+    larger = LARGE_SCRATCH_RECIPE if size in ("large", "huge") else {}
+    return {
+        name: {**value, **larger.get(name, {})} if isinstance(value, Mapping) else value
+        for name, value in SCRATCH_RECIPE.items()
+    }
+
+
+def scratch_differences(config: FinetuneConfig) -> list[str]:
+    """Where ``config`` differs from the paper's recipe for training from scratch (Table 11): ``key: paper -> here``."""
+    recipe = scratch_recipe(config.model.size)
+    paper = FinetuneConfig.model_validate({"from_scratch": True, **recipe})
+    stated = {
+        f"{name}.{leaf}" if leaf else name
+        for name, value in recipe.items()
+        for leaf in (value if isinstance(value, Mapping) else ("",))
+    }
+    return [line for line in config_differences(paper, config) if line.partition(":")[0] in stated]

@@ -255,12 +255,26 @@ def test_from_scratch_is_table_11():
     assert (large.optim.epochs, large.model.drop_path, large.optim.batch_size) == (200, 0.2, 4096)
 
 
-def test_what_is_set_wins_over_table_11(tmp_path):
+def test_what_is_typed_wins_over_table_11_and_a_file_is_taken_as_it_is(tmp_path):
+    typed = load_config(
+        FinetuneConfig, None, ["from_scratch=true", "model.size=huge", "ema=null", "optim.base_lr=1e-3"]
+    )
+    assert (typed.optim.base_lr, typed.optim.epochs, typed.ema, typed.optim.weight_decay) == (1e-3, 200, None, 0.3)
     file = tmp_path / "mine.yaml"
     file.write_text("from_scratch: true\noptim: {base_lr: 1e-3}\nmodel: {size: huge}\n")
-    config = load_config(FinetuneConfig, file, ["ema=null", "data.random_erasing=0.5"])
-    assert (config.optim.base_lr, config.optim.epochs, config.ema, config.data.random_erasing) == (1e-3, 200, None, 0.5)
+    config = load_config(FinetuneConfig, file, ["data.random_erasing=0.5"])
+    assert (config.optim.base_lr, config.optim.epochs, config.optim.weight_decay) == (1e-3, 100, 0.05)
+    assert (config.ema, config.data.random_erasing) == (None, 0.5)
     assert "optim: input should be a valid dictionary" in refusal(FinetuneConfig, file, ["optim=3"])
+    assert "optim: input should be a valid dictionary" in refusal(
+        FinetuneConfig, None, ["from_scratch=true", "optim=3"]
+    )
+
+
+def test_an_initialisation_is_for_new_weights():
+    assert load_config(FinetuneConfig, None, ["from_scratch=true", "model.init=timm"]).model.init == "timm"
+    message = refusal(FinetuneConfig, None, ["weights=x", "model.init=timm"])
+    assert "model.init=timm is how training from scratch starts" in message
 
 
 @pytest.mark.parametrize("blocks", ["0.5", "1", "12"])

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 from mae_core.config.load import load_config
-from mae_core.training.finetune_config import FinetuneConfig
+from mae_core.training.finetune import scratch_line
+from mae_core.training.finetune_config import FinetuneConfig, scratch_differences
 from mae_core.training.frozen_config import EvaluateConfig, LinprobeConfig
+from mae_core.training.pretrain_config import PretrainConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(path for folder in ("finetune", "linprobe", "evaluate") for path in (CONFIGS / folder).glob("*.yaml"))
@@ -34,7 +37,7 @@ RECIPES = {
 
 def read(name: str, *options: str) -> FinetuneConfig:
     file = CONFIGS / "finetune" / f"{name}.yaml"
-    start = () if "from_scratch: true" in file.read_text() else ("weights=somewhere",)
+    start = () if name.endswith("_scratch") else ("weights=somewhere",)
     return load_config(FinetuneConfig, file, [*start, *options])
 
 
@@ -68,6 +71,7 @@ def test_a_published_recipe_is_the_published_one(name):
         assert config.ema == 0.9999
         plain = load_config(FinetuneConfig, None, ["from_scratch=true", f"model.size={config.model.size}"])
         assert plain == config  # the file says what the word means
+        assert scratch_differences(config) == [] and "Table 11" in scratch_line(config)
     else:
         assert (optim.weight_decay, optim.betas, optim.warmup_epochs, optim.batch_size) == (0.05, (0.9, 0.999), 5, 1024)
         assert config.ema is None and optim.min_lr == 1e-6
@@ -90,3 +94,52 @@ def test_each_size_has_each_kind(size):
 def test_a_probe_is_table_10(size, number):
     file = CONFIGS / "linprobe" / f"{size}.yaml"
     assert load_config(LinprobeConfig, file) == LinprobeConfig() and number in file.read_text()
+
+
+GOLDEN = json.loads(Path(__file__).with_name("recipes.json").read_text())
+"""Every shipped file, resolved: the values of a schema's options, and where a file has another."""
+SCHEMAS = {
+    "pretrain": PretrainConfig,
+    "finetune": FinetuneConfig,
+    "linprobe": LinprobeConfig,
+    "evaluate": EvaluateConfig,
+}
+
+
+def leaves(tree: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in tree.items():
+        flat |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def test_every_shipped_file_has_a_resolved_copy():
+    found = {str(path.relative_to(CONFIGS)) for name in SCHEMAS for path in (CONFIGS / name).rglob("*.yaml")}
+    assert found == set(GOLDEN["files"])
+
+
+@pytest.mark.parametrize("name", GOLDEN["files"])
+def test_a_shipped_file_resolves_to_the_values_it_had(name):
+    """Files build on each other: an edit of one must not change another unseen."""
+    kind = name.partition("/")[0]
+    given = ["weights=somewhere"] if kind == "finetune" and not name.endswith("_scratch.yaml") else []
+    found = leaves(load_config(SCHEMAS[kind], CONFIGS / name, given).model_dump(mode="json"))
+    wanted = {**GOLDEN["defaults"][kind], **GOLDEN["files"][name]}
+    assert {key: found.get(key) for key in wanted} == wanted
+
+
+@pytest.mark.parametrize("name", ["large_released", "base_table9", "tiny_96"])
+def test_from_scratch_on_a_recipe_is_the_recipe_without_weights(name):
+    file = CONFIGS / "finetune" / f"{name}.yaml"
+    with_weights = load_config(FinetuneConfig, file, ["weights=somewhere"])
+    without = load_config(FinetuneConfig, file, ["from_scratch=true"])
+    assert without == with_weights.model_copy(update={"weights": None, "from_scratch": True})
+    line = scratch_line(without)
+    assert line.startswith("recipe: the values of this configuration, without weights")
+    paper = 200.0 if name.startswith("large") else 300.0
+    assert f"optim.epochs: {paper} -> {with_weights.optim.epochs}" in line and "ema: 0.9999 -> None" in line
+
+
+def test_from_scratch_without_a_file_is_table_11_but_for_what_is_typed():
+    config = load_config(FinetuneConfig, None, ["from_scratch=true", "optim.epochs=3", "model.size=huge", "seed=2"])
+    assert scratch_differences(config) == ["optim.epochs: 200.0 -> 3.0"]

@@ -6,8 +6,10 @@ import math
 
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from mae_core.models.classifier import initialize_as_timm
 from mae_core.models.encoder import ViTEncoder
 from mae_core.training.averaging import attach_average
 from mae_core.training.groups import layer_decay_groups
@@ -110,3 +112,19 @@ def test_the_average_is_the_written_formula_and_travels_with_the_optimizer():
     torch.testing.assert_close(average_again.weight, saved[0]["average"]["weight"], rtol=0, atol=0)
     step(again, optimizer, 2)
     assert not torch.equal(average_again.weight, saved[0]["average"]["weight"])
+
+
+def test_the_other_start_is_timms():
+    """Standard deviations of each tensor, against a classifier that timm initialises itself."""
+    torch.manual_seed(0)
+    theirs = VisionTransformer(img_size=64, embed_dim=192, depth=2, num_heads=3, num_classes=50, global_pool="avg")
+    ours = ViTEncoder("tiny", image_size=64, num_classes=50, pooling="mean")
+    mae = {name: float(p.detach().std()) for name, p in ours.named_parameters()}
+    initialize_as_timm(ours)
+    found = dict(ours.named_parameters())
+    for name, wanted in theirs.named_parameters():
+        if name not in ("head.weight", "cls_token"):  # the official code's own; 1e-6 in later releases of timm
+            assert float(found[name].std()) == pytest.approx(float(wanted.std()), rel=0.1, abs=1e-6), name
+    assert float(found["cls_token"].std()) == pytest.approx(0.02, rel=0.2)
+    assert float(found["head.weight"].std()) == pytest.approx(2e-5, rel=0.05)
+    assert mae["blocks.0.attn.qkv.weight"] > 2 * 0.02 and found["pos_embed"].requires_grad
