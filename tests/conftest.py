@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for the processes the tests start
@@ -41,6 +41,16 @@ def _picture(rng: np.random.Generator, side: tuple[int, int]) -> Image.Image:
     """Smooth random colours: something an autoencoder could learn, and every file another."""
     coarse = rng.integers(0, 256, (5, 4, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize(side, Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def every_machine_computes_in_float32() -> Iterator[None]:
+    """Expected values are those of float32: a test of ``precision=auto`` says what the CPU has, see ``cpu_flag``."""
+    from mae_core.training import precision
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precision, "cpu_flag", lambda info=None: None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -57,7 +57,9 @@ class JobConfig(Schema):
     """What every command has that computes and writes a folder."""
 
     output: Path = Field(description="the run directory; never overwritten")
-    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 on a GPU that has it, else fp32")
+    precision: Literal["auto", "bf16", "fp32", "tf32"] = Field(
+        "auto", description="auto: bf16 on a GPU or CPU that has it, else fp32; tf32: fp32 with TF32 products on a GPU"
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 

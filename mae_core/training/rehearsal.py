@@ -210,7 +210,7 @@ def measure_speed(
     batch = collate(samples)
     model.to(run.device)
     optimizer = pretrain_optimizer(model, config)
-    precision = torch.autocast(run.device.type, run.precision, enabled=run.precision != torch.float32)
+    precision = run.autocast()
 
     def step(at_once: int) -> float:
         chosen = [index % len(batch) for index in range(at_once)]

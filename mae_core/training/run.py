@@ -34,6 +34,7 @@ from mae_core.layout import (
 )
 from mae_core.training import distributed
 from mae_core.training.checkpoints import load_checkpoint, save_checkpoint
+from mae_core.training.precision import choose_precision, prepare_process
 from mae_core.training.pretrain_config import PretrainConfig
 
 MAY_CHANGE = ("data.workers", "data.on_error", "log.", "device", "output", "data.path")
@@ -101,6 +102,8 @@ class Run:
         self.folder: Path = config.output
         self.rank, self.world, self.device = place
         self.is_main = place.is_main
+        self.computes_in = choose_precision(config.precision, self.device)
+        prepare_process(self.device, config.precision)
         self.unreadable: dict[str, str] = {}
         self._untold: list[Unreadable] = []
         self._board: Any = None
@@ -108,16 +111,12 @@ class Run:
 
     @property
     def precision(self) -> torch.dtype:
-        """What the forward pass computes in: bf16 where asked for, or by default where the GPU has it."""
-        wanted = self.config.precision
-        if wanted == "auto":
-            fast = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-            wanted = "bf16" if fast else "fp32"
-        return torch.bfloat16 if wanted == "bf16" else torch.float32
+        """What the forward pass computes in."""
+        return self.computes_in.dtype
 
     def autocast(self) -> torch.autocast:
         """A context for a forward pass in ``precision``."""
-        return torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
+        return self.computes_in.autocast(self.device)
 
     def say(self, text: str) -> None:
         """Print a line, on rank 0."""
@@ -238,7 +237,9 @@ def open_run(config: JobConfig, *, resume: bool, names: Sequence[str] | None = N
             raise UserError(f"cannot write to output folder {config.output}: {error.strerror}") from None
         if data is not None:
             write_text(config.output / DATA, json.dumps(data, indent=2) + "\n")
-        write_text(config.output / ENVIRONMENT, json.dumps(environment(run.device), indent=2) + "\n")
+        surroundings = {**environment(run.device), "precision": str(run.computes_in)}
+        write_text(config.output / ENVIRONMENT, json.dumps(surroundings, indent=2) + "\n")
+    run.say(f"precision: {run.computes_in}")
     distributed.barrier()
     return run
 

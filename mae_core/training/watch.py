@@ -100,7 +100,7 @@ def held_out_loss(model: MaskedAutoencoder, source: ImageSource, config: Pretrai
     for batch in loader:
         run.note_unreadable(batch.unreadable)
         if len(batch):
-            with _precision(run):
+            with run.autocast():
                 loss = model(batch.pixels.to(run.device), generator=batch.generators()).loss
             total += torch.tensor([float(loss) * len(batch), len(batch)])
     total = distributed.sum_over_ranks(total.to(run.device, torch.float32))
@@ -146,7 +146,7 @@ def _features(
     for batch in _loader(_LabelledViews(files, config.data), collate_labelled, config, run):
         run.note_unreadable(batch.unreadable)
         if len(batch):
-            with _precision(run):
+            with run.autocast():
                 tokens = model.encoder.encode(batch.pixels.to(run.device))
             features.append(tokens[:, 1:].float().mean(dim=1).cpu())
             labels.append(batch.labels)
@@ -159,10 +159,6 @@ def _loader(
 ) -> DataLoader[Any]:
     mine = BatchSampler(range(run.rank, len(images), run.world), config.watch.batch, drop_last=False)
     return make_loader(images, mine, collate, workers=config.data.workers, pin=run.device.type == "cuda")
-
-
-def _precision(run: Run) -> torch.autocast:
-    return torch.autocast(run.device.type, run.precision, enabled=run.precision != torch.float32)
 
 
 def measure(model: MaskedAutoencoder, watched: Watched, config: PretrainConfig, run: Run, step: int) -> None:

@@ -1,4 +1,4 @@
-"""What is done for speed changes no result: blocks, attention, the decoder's last block, the embedding; and the cost."""
+"""What is done for speed changes no result: attention, blocks, the decoder's last one, the embedding; and the cost."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_visible_patches_are_embedded_as_the_convolution_embeds_them():
 
 
 def test_the_cost_of_a_step_is_pinned():
-    """Operations and bytes kept for the backward pass: what makes a step slower or larger shows here, on any machine."""
+    """Operations and bytes kept for the backward pass: what makes a step dearer shows here, on any machine."""
     model = small_mae(image_size=64)
     images = torch.randn(2, 3, 64, 64)
     kept: dict[int, int] = {}

@@ -18,6 +18,8 @@ from mae_core.texts import read_text
 from mae_core.weights.load import EncoderFile
 
 BACKBONE = "MAECoreViT"
+CPU_MIXED = "MAECoreCPUMixed"
+"""The optimizer wrapper for bfloat16 on a CPU: mmengine's own wants a GPU."""
 BASES = "_base_"
 READERS = ("LoadImageFromFile", "NamedImage")
 LABEL_READERS = ("LoadAnnotations", "NamedLabels")
@@ -212,20 +214,27 @@ def _flat(value: Any) -> Sequence[int]:
 def fit_to_machine(config: MutableMapping[str, Any], *, gpu: bool, bf16: bool, amp: bool | None = None) -> list[str]:
     """Precision and worker settings that this machine can run; returns what to tell the user.
 
-    ``amp`` is what the user asked for, None: what the config says. Raises ``UserError`` for ``amp`` without a GPU.
+    ``bf16``: whether the GPU, or without one the CPU, multiplies bfloat16. ``amp`` is what the user asked for, None:
+    what the config says. Raises ``UserError`` for ``amp`` where neither is there.
     """
     notes = []
     wrapper = config["optim_wrapper"]
-    mixed = wrapper.get("type") == "AmpOptimWrapper"
-    if amp and not gpu:
-        raise UserError("--amp was asked for, but torch sees no GPU; leave it out to train in fp32")
+    mixed = wrapper.get("type") in ("AmpOptimWrapper", CPU_MIXED)
+    if amp and not gpu and not bf16:
+        raise UserError(
+            "--amp was asked for, but torch sees no GPU and this CPU has no bf16; leave it out to train in fp32"
+        )
     if mixed if amp is None else amp:
         wanted = wrapper.get("dtype") or ("bfloat16" if bf16 else "float16")
         if gpu:
             wrapper["type"], wrapper["dtype"] = "AmpOptimWrapper", "float16" if not bf16 else wanted
             notes.append(f"precision: mixed, {wrapper['dtype']}")
+        elif bf16:
+            _train_in_full(wrapper)
+            wrapper["type"] = CPU_MIXED
+            notes.append("precision: mixed, bfloat16, which this CPU has; --no-amp trains in fp32")
         else:
-            notes.append(f"precision: fp32; there is no GPU for the config's {wanted}")
+            notes.append(f"precision: fp32; there is no GPU for the config's {wanted}, and this CPU has no bf16")
             _train_in_full(wrapper)
     else:
         notes.append("precision: fp32, as the config says" if amp is None else "precision: fp32, as --no-amp says")

@@ -183,8 +183,11 @@ def precision(kind="AmpOptimWrapper", **machine):
 def test_precision_follows_the_machine():
     assert precision(gpu=False, bf16=False) == (
         {"type": "OptimWrapper"},
-        "precision: fp32; there is no GPU for the config's bfloat16",
+        "precision: fp32; there is no GPU for the config's bfloat16, and this CPU has no bf16",
     )
+    on_cpu = {"type": "MAECoreCPUMixed"}, "precision: mixed, bfloat16, which this CPU has; --no-amp trains in fp32"
+    assert precision(gpu=False, bf16=True) == precision("MAECoreCPUMixed", gpu=False, bf16=True) == on_cpu
+    assert precision("MAECoreCPUMixed", gpu=True, bf16=True)[0] == {"type": "AmpOptimWrapper", "dtype": "bfloat16"}
     assert precision(gpu=True, bf16=True)[0]["dtype"] == "bfloat16"
     assert precision(gpu=True, bf16=False)[0]["dtype"] == "float16"
 
@@ -196,7 +199,8 @@ def test_precision_follows_the_user():
     assert asked == ({"type": "AmpOptimWrapper", "dtype": "bfloat16"}, "precision: mixed, bfloat16")
     assert precision("OptimWrapper", amp=True, gpu=True, bf16=False)[0]["dtype"] == "float16"
     assert precision(amp=False, **gpu) == ({"type": "OptimWrapper"}, "precision: fp32, as --no-amp says")
-    with pytest.raises(UserError, match="--amp was asked for, but torch sees no GPU"):
+    assert precision("OptimWrapper", amp=True, gpu=False, bf16=True)[0] == {"type": "MAECoreCPUMixed"}
+    with pytest.raises(UserError, match="--amp was asked for, but torch sees no GPU and this CPU has no bf16"):
         precision(amp=True, gpu=False, bf16=False)
 
 

@@ -1,16 +1,20 @@
-"""The optimizer constructor that is registered with mmengine: layer-wise learning rate decay."""
+"""What is registered with mmengine for the optimizer: layer-wise learning rate decay, and bfloat16 on a CPU."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from mmengine.optim import DefaultOptimWrapperConstructor
-from mmseg.registry import OPTIM_WRAPPER_CONSTRUCTORS
+import torch
+from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
+from mmseg.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
 from torch import nn
 
 from mae_core.config.schema import hint
 from mae_core.errors import UserError
 from mae_core.training.groups import NEVER_DECAYED, layer_decay_groups
+from transfer.segmentation.config import CPU_MIXED
 
 RULE = "layer_decay_rate"
 PAPER_BUG = "paper_bug"
@@ -45,3 +49,14 @@ class MAECoreLayerDecay(DefaultOptimWrapperConstructor):
             never_decayed=() if self.paramwise_cfg.get(PAPER_BUG) else NEVER_DECAYED,
         )
         params += [{**group, "lr": group["lr_scale"] * self.base_lr} for group in groups]
+
+
+@OPTIM_WRAPPERS.register_module(name=CPU_MIXED)
+class CPUMixed(OptimWrapper):
+    """Forward passes and losses under bfloat16 autocast; parameters and gradients stay float32, no loss is scaled."""
+
+    @contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        """What a training step of ``model`` runs in."""
+        with super().optim_context(model), torch.autocast("cpu", torch.bfloat16):
+            yield

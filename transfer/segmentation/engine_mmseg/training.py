@@ -21,6 +21,7 @@ from mae_core import layout
 from mae_core.atomic import write_json
 from mae_core.errors import UserError
 from mae_core.training.distributed import barrier, world_size
+from mae_core.training.precision import choose_precision, prepare_process
 from mae_core.training.run import environment
 from mae_core.weights.load import read_encoder
 from transfer.segmentation import config as configs
@@ -88,8 +89,9 @@ def train(
 
 def fit_to_machine(view: dict[str, Any], amp: bool | None = None) -> list[str]:
     """``config.fit_to_machine`` for this machine."""
-    gpu = torch.cuda.is_available()
-    return configs.fit_to_machine(view, gpu=gpu, bf16=gpu and torch.cuda.is_bf16_supported(), amp=amp)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    prepare_process(device)
+    return configs.fit_to_machine(view, gpu=device.type == "cuda", bf16=choose_precision("auto", device).mixed, amp=amp)
 
 
 def build_runner(config: Config, name: str, work_dir: Path) -> SegmentationRunner:
