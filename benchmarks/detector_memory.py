@@ -25,8 +25,7 @@ from mae_core.training import distributed
 from mae_core.training.loop import seed_everything
 from mae_core.training.run import Run
 from transfer.detection.config import DetectionConfig
-from transfer.detection.detector import load_engine
-from transfer.detection.job import build_network
+from transfer.detection.engine import build_network, load_engine
 from transfer.detection.memory import GIB, peak_of_step
 from transfer.detection.rehearsal import stand_in_loss
 
@@ -55,7 +54,7 @@ def measure(config: DetectionConfig, run: Run, images: int, objects: int) -> tup
     on_gpu = run.device.type == "cuda"
     F.conv2d(torch.zeros(1, 1, 8, 8, device=run.device), torch.zeros(1, 1, 3, 3, device=run.device))  # loads libraries
     before = torch.cuda.memory_allocated() if on_gpu else RSS_UNIT * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    model = build_network(config, load_engine(config), CLASSES)[1].to(run.device).train()
+    model = build_network(config, load_engine(config.engine), CLASSES)[1].to(run.device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     seed_everything(config.seed)
     for _ in range(STEPS):
@@ -90,7 +89,7 @@ def main() -> None:
         config = load_config(DetectionConfig, given.config_file, [*given.overrides, *fixed])
         run = Run(config, distributed.join(config.device))
         measured, seconds = measure(config, run, given.images, given.objects)
-        model = build_network(config, load_engine(config), CLASSES)[1]
+        model = build_network(config, load_engine(config.engine), CLASSES)[1]
         estimated = peak_of_step(model, lambda: stand_in_loss(model, config, given.images), run.precision)
         print(
             f"{given.images} images of {config.data.image_size} at once, {given.objects} objects on each, on "

@@ -24,13 +24,15 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from torchvision.ops import roi_align
 
+from mae_core.data.images import statistics_of
 from mae_core.errors import user_errors
 from mae_core.training.loop import seed_everything
 from mae_core.weights.load import read_encoder
 from transfer.backbone import DenseViT
 from transfer.detection.coco import CocoSet
 from transfer.detection.config import DetectionConfig, DetectionData, DetectorConfig
-from transfer.detection.parts import build_trunk, read_data
+from transfer.detection.data_sets import read_data
+from transfer.detection.engine import trunk_of
 from transfer.detection.samples import WholeImages, collate
 
 PIXEL_CELLS, PATCH_CELLS = 14, 5
@@ -83,11 +85,11 @@ def main() -> None:
         data = DetectionData(path=given.data, image_size=source.image_size, channels=source.in_chans)
         config = DetectionConfig(weights=given.weights, data=data, model=DetectorConfig(window=None))
         sets = read_data(config)
-        pretrained, _, statistics = build_trunk(config)
+        pretrained, statistics = trunk_of(config, source).vit, statistics_of(config.data, source.metadata)
         seed_everything(config.seed)
         size = DetectorConfig(size=source.size, patch_size=source.patch_size, window=None)
         scratch = DetectionConfig(from_scratch=True, data=data, model=size)
-        trunks = {"random": build_trunk(scratch).vit.eval(), "pre-trained": pretrained.eval()}
+        trunks = {"random": trunk_of(scratch, None).vit.eval(), "pre-trained": pretrained.eval()}
         train, val = (read_boxes(coco, WholeImages(coco, data, statistics)) for coco in sets)
 
         totals = [str(min(budget or len(train[2]), len(train[2]))) for budget in LABEL_BUDGETS]

@@ -1,39 +1,69 @@
-"""The frameworks that bring heads, losses and loops: which there are, whether one is installed, how to install it."""
+"""The frameworks that bring heads, losses and loops: what each can do, where it is, how it is installed.
+
+To add one: its package ``transfer/<task>/engine_<name>/``, and a row here.
+"""
 
 from __future__ import annotations
 
+import importlib
+from collections import ChainMap
 from importlib.util import find_spec
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from mae_core.errors import UserError
 
 
 class Engine(NamedTuple):
-    """A framework behind one door, the file ``transfer/<task>/engine_<name>.py``.
+    """A framework behind one door, its package.
 
-    packages  what it imports; install: the line that installs them, or where to read how
+    packages   what it imports
+    install    the line that installs them, or where to read how
+    module     the package that alone imports it
+    can        options of a configuration that not every engine has, and this one has
+    launch     "module:function" that starts the processes of ``--num-gpus``; empty where ``torchrun`` does
+    own_config "module:function" that runs a Python config of the framework's own; empty where it has none
+    zoo        whether whole detectors of the framework's model zoo can be read
     """
 
-    task: Literal["detection", "segmentation"]
     packages: tuple[str, ...]
     install: str
+    module: str
+    can: tuple[str, ...] = ()
+    launch: str = ""
+    own_config: str = ""
+    zoo: bool = False
 
 
-ENGINES = {
-    "torchvision": Engine("detection", ("torchvision", "pycocotools"), 'pip install "mae-transfer[detection]"'),
-    "detectron2": Engine(
-        "detection",
-        ("detectron2", "pycocotools"),
-        "its page says how to install it: https://detectron2.readthedocs.io/en/latest/tutorials/install.html",
+DETECTRON2 = "transfer.detection.engine_detectron2"
+DETECTION = {
+    "torchvision": Engine(
+        packages=("torchvision", "pycocotools"),
+        install='pip install "mae-transfer[detection]"',
+        module="transfer.detection.engine_torchvision",
+        can=("ema", "optim.micro_batch"),
     ),
-    "mmseg": Engine("segmentation", ("mmcv", "mmengine", "mmseg"), 'pip install "mae-transfer[segmentation]"'),
+    "detectron2": Engine(
+        packages=("detectron2", "pycocotools"),
+        install="its page says how to install it: https://detectron2.readthedocs.io/en/latest/tutorials/install.html",
+        module=DETECTRON2,
+        can=("model.cascade",),
+        launch=f"{DETECTRON2}:launch_processes",
+        own_config=f"{DETECTRON2}:run_lazy_config",
+        zoo=True,
+    ),
 }
-"""Name in a configuration -> engine. To add one: its file, and a row."""
+"""Name in a configuration -> engine of detectors."""
 
+SEGMENTATION = {
+    "mmseg": Engine(
+        packages=("mmcv", "mmengine", "mmseg"),
+        install='pip install "mae-transfer[segmentation]"',
+        module="transfer.segmentation.engine_mmseg",
+    ),
+}
+"""Name -> engine of segmenters."""
 
-def engines_for(task: str) -> dict[str, Engine]:
-    """The rows of one task."""
-    return {name: engine for name, engine in ENGINES.items() if engine.task == task}
+ENGINES = ChainMap(DETECTION, SEGMENTATION)
 
 
 def installed(package: str) -> bool:
@@ -45,10 +75,15 @@ def installed(package: str) -> bool:
 def require(name: str) -> None:
     """Raise ``UserError`` with the line that installs what is missing, unless engine ``name`` can be imported."""
     if name not in ENGINES:
-        raise UserError(f"there is no engine {name!r}; known: {', '.join(ENGINES)}")
+        raise UserError(f"there is no engine {name!r}; known: {', '.join((*DETECTION, *SEGMENTATION))}")
     engine = ENGINES[name]
     missing = [package for package in engine.packages if not installed(package)]
     if missing:
-        raise UserError(
-            f"the {engine.task} engine {name} needs {' and '.join(missing)}, not installed here; {engine.install}"
-        )
+        task = "detection" if name in DETECTION else "segmentation"
+        raise UserError(f"the {task} engine {name} needs {' and '.join(missing)}, not installed here; {engine.install}")
+
+
+def find_object(place: str) -> Any:
+    """The object that "package.module:name" names; the module is imported."""
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)

@@ -27,6 +27,8 @@ from transfer.backbone import DenseViT, Level
 
 Norm = Callable[[int], nn.Module]
 
+CANONICAL_SIDE, CANONICAL_STRIDE = 224, 16
+"""A box of this side is read from the level of this stride; half the side, half the stride (FPN, equation 1)."""
 NORM_GROUPS = 32
 """Groups of a GroupNorm (MIMDet's re-implementation); a width that 32 does not divide gets their common divisor."""
 

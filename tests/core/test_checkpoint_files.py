@@ -120,7 +120,7 @@ def test_any_format_is_weights(tmp_path, official, name):
     """What the format holds of an encoder arrives, through the one loader behind every weights option."""
     from mae_core.weights.load import classifier_from, read_encoder
     from transfer.backbone import DenseViT
-    from transfer.weights import load_pretrained
+    from transfer.trunk import load_pretrained
 
     path = tmp_path / "x.safetensors"
     write_weights(path, mae_core.convert(official, "official", name)[0], {})

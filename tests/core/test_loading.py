@@ -32,7 +32,7 @@ from mae_core.weights.load import (
 )
 from mae_core.weights.tools.inspect import describe_file
 from transfer.backbone import DenseViT
-from transfer.weights import load_pretrained
+from transfer.trunk import load_pretrained
 
 
 @pytest.fixture(scope="module")

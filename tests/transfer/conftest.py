@@ -164,7 +164,7 @@ def configure_detection(detection_root: Path, tmp_path: Path) -> Callable[..., A
 def break_off_and_resume(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """(configuration, module, name of a function that it calls once a step): a training that is stopped in its fourth
     step as by Ctrl-C, then resumed to its end."""
-    from transfer.detection.detector import train_detector
+    from transfer.detection.run import train_detector
 
     def train(config: Any, module: ModuleType, name: str) -> None:
         real, calls = getattr(module, name), []

@@ -6,7 +6,7 @@ from mae_core.models.encoder import ViTEncoder
 from mae_core.models.sizes import SIZES
 from transfer.attention import RELATIVE_POSITIONS, merge_windows, of_offsets, partition_windows, table_biases
 from transfer.backbone import DenseViT
-from transfer.weights import load_pretrained
+from transfer.trunk import load_pretrained
 
 
 def twin(vit: DenseViT, **options) -> DenseViT:

@@ -14,11 +14,12 @@ from mae_core.training.loop import seed_everything
 from transfer.backbone import DenseViT, Level
 from transfer.detection.coco import Part, read_coco
 from transfer.detection.config import DetectionConfig, DetectionData, DetectorConfig, InferenceConfig, SamplingConfig
-from transfer.detection.core_loop import detection_losses, to_original
-from transfer.detection.detector import evaluate_detector, train_detector
-from transfer.detection.engine_torchvision import ENGINE, build_mask_rcnn
-from transfer.detection.parts import locate
-from transfer.detection.rois import LevelPool, mask_targets, paste_mask
+from transfer.detection.data_sets import locate
+from transfer.detection.engine_torchvision import ENGINE
+from transfer.detection.engine_torchvision.network import build_network as build_mask_rcnn
+from transfer.detection.engine_torchvision.regions import LevelPool, mask_targets, paste_mask
+from transfer.detection.engine_torchvision.training import detection_losses, to_original
+from transfer.detection.run import evaluate_detector, train_detector
 from transfer.detection.samples import TrainingSamples, WholeImages, boxes_of, collate
 from transfer.detection.train_net import check_one_process, main, parse_arguments
 from transfer.engines import installed
@@ -71,7 +72,7 @@ def test_a_mask_cut_to_its_box_and_pasted_back_is_the_mask():
     mask = torch.zeros(60, 80, dtype=torch.bool)
     mask[10:38, 20:48] = True
     mask[16:30, 26:40] = False
-    box = boxes_of(mask[None])
+    box = torch.from_numpy(boxes_of(mask[None].numpy())).float()
     cells = mask_targets(mask[None], box, torch.tensor([0]), 28)[0]
     assert torch.equal(paste_mask(cells, box[0].tolist(), 60, 80), mask)
 
@@ -205,7 +206,7 @@ def test_a_pretrained_encoder_is_reported_and_its_statistics_taken(configure, pr
 
 def test_an_interrupted_run_ends_in_the_same_weights(configure, tmp_path, break_off_and_resume):
     from mae_core.weights.files import read_weights
-    from transfer.detection import core_loop
+    from transfer.detection.engine_torchvision import training as core_loop
 
     options = (
         "optim.epochs=4",
@@ -291,12 +292,12 @@ def test_more_processes_than_one_are_torchruns_matter(flags, message, capsys):
 
 def test_one_gpu_may_be_asked_for():
     given = parse_arguments(["--num-gpus", "1", "--dist-url", "tcp://x:1", "from_scratch=true"])
-    check_one_process(given)
+    check_one_process(given, "torchvision")
     assert given.overrides == ["from_scratch=true"]
 
 
-def test_a_run_on_cpus_has_no_norm_of_gpus(configure):
-    from transfer.detection import trainer
+def test_a_run_on_cpus_has_no_norm_of_gpus(configure, monkeypatch):
+    from transfer.detection import run
 
     class Built(Exception):
         pass
@@ -304,8 +305,9 @@ def test_a_run_on_cpus_has_no_norm_of_gpus(configure):
     def build(vit, classes, model, sampling, test):
         raise Built(model.norm)
 
+    monkeypatch.setattr(run, "load_engine", lambda name: ENGINE._replace(build=build))
     with pytest.raises(Built, match=r"^bn$"):
-        trainer.train(configure("model.norm=sync_bn"), ENGINE._replace(build=build))
+        train_detector(configure("model.norm=sync_bn"))
 
 
 def test_an_unknown_key_gets_a_guess():

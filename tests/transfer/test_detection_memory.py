@@ -7,14 +7,13 @@ import torch
 from torch import nn
 
 from mae_core.errors import UserError
-from transfer.detection.detector import load_engine
-from transfer.detection.job import build_network
+from transfer.detection.engine import build_network, load_engine
 from transfer.detection.memory import BYTES, MOMENTS, peak_of_step
 from transfer.detection.rehearsal import add_cascade, rehearse, stand_in_loss
 
 
 def estimate(config, *, cascade: bool = False, images: int = 2) -> int:
-    model = build_network(config, load_engine(config), 3)[1]
+    model = build_network(config, load_engine(config.engine), 3)[1]
     if cascade:
         add_cascade(model)
     return peak_of_step(model, lambda: stand_in_loss(model, config, images), torch.float32)
@@ -35,14 +34,14 @@ def test_the_estimate_follows_what_costs_memory(configure_detection):
     plain = configure_detection()
     base = estimate(plain)
     assert estimate(configure_detection("model.checkpointing=true")) < base < estimate(plain, images=4)
-    head = build_network(plain, load_engine(plain), 3)[1].roi_heads
+    head = build_network(plain, load_engine(plain.engine), 3)[1].roi_heads
     more = sum(p.numel() for part in (head.box_head, head.box_predictor) for p in part.parameters())
     assert estimate(plain, cascade=True) >= base + 2 * more * BYTES * (1 + MOMENTS)
 
 
 def test_a_dry_run_says_the_plan_and_writes_nothing(configure_detection, detection_root, tmp_path):
     said: list[str] = []
-    recipe = ("optim.images_per_device=2", "optim.base_lr=0.64", "optim.epochs=5", "optim.milestones=[0.5]")
+    recipe = ("optim.batch_size=4", "optim.base_lr=0.64", "optim.epochs=5", "optim.milestones=[0.5]")
     rehearse(configure_detection(*recipe), 2, said.append)
     text = "\n".join(said)
     assert "steps: 5 = 5 epochs of 1 steps" in text  # 4 images, 2 devices with 2 each

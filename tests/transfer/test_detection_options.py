@@ -7,11 +7,11 @@ import torch
 
 from mae_core.errors import UserError
 from mae_core.weights.files import read_weights
-from transfer.detection import core_loop
-from transfer.detection.config import DetectionOptim
-from transfer.detection.detector import evaluate_detector, train_detector
-from transfer.detection.engine_torchvision import build_mask_rcnn
-from transfer.detection.parts import build_trunk, parameter_groups
+from transfer.detection.engine import trunk_of
+from transfer.detection.engine_torchvision import training as core_loop
+from transfer.detection.engine_torchvision.network import build_network as build_mask_rcnn
+from transfer.detection.run import evaluate_detector, train_detector
+from transfer.trunk import parameter_groups
 
 
 @pytest.mark.parametrize("pyramid", ["simple", "single"])
@@ -62,8 +62,8 @@ def test_a_run_is_not_resumed_on_other_images(configure_detection, tmp_path, wri
 
 
 def decays(config, **optim) -> dict[str, float]:
-    model = build_mask_rcnn(build_trunk(config).vit, 3, config.model, config.sampling, config.test)
-    groups = parameter_groups(model, DetectionOptim(weight_decay=0.1, layer_decay=0.5, **optim))
+    model = build_mask_rcnn(trunk_of(config, None).vit, 3, config.model, config.sampling, config.test)
+    groups = parameter_groups(model, weight_decay=0.1, layer_decay=0.5, **optim)
     found = {name: group["weight_decay"] for group in groups for name in group["param_names"]}
     assert set(found) == {name for name, _ in model.named_parameters()}
     assert all(len(group["params"]) == len(group["param_names"]) for group in groups)

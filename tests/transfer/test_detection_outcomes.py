@@ -12,10 +12,11 @@ from mae_core.data.images import Statistics
 from mae_core.errors import UserError
 from transfer import engines
 from transfer.detection.coco import Part, decode_masks, read_coco
-from transfer.detection.detector import evaluate_detector, train_detector
+from transfer.detection.heads import Detections
 from transfer.detection.masks import encode_masks
+from transfer.detection.results import average_precision, coco_results
+from transfer.detection.run import evaluate_detector, train_detector
 from transfer.detection.samples import TrainingSamples, WholeImages
-from transfer.detection.scores import Detections, average_precision, coco_results
 from transfer.detection.train_net import main
 
 PLAIN = Statistics((0.0,) * 3, (1.0,) * 3)

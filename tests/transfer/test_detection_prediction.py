@@ -12,9 +12,9 @@ from mae_core.training.pretrain import pretrain
 from mae_core.training.pretrain_config import PretrainConfig
 from transfer.detection.coco import Part, read_coco
 from transfer.detection.config import DetectionConfig
-from transfer.detection.detector import evaluate_detector, train_detector
 from transfer.detection.predict import main, predict
-from transfer.detection.scores import average_precision
+from transfer.detection.results import average_precision
+from transfer.detection.run import evaluate_detector, train_detector
 from transfer.engines import installed
 
 SCORES = ("test.score_threshold=0.001", "test.detections=20", "test.picture_score=0")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from transfer.detection.detector import evaluate_detector, train_detector
+from transfer.detection.run import evaluate_detector, train_detector
 
 pytestmark = pytest.mark.slow
 TRAIN = Path(__file__).parents[2] / "transfer" / "detection" / "train_net.py"

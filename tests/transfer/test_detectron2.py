@@ -16,12 +16,11 @@ from mae_core.models.sizes import SIZES
 from mae_core.training.loop import FitSettings, step_schedule
 from mae_core.weights.files import read_weights
 from transfer.backbone import DenseViT
-from transfer.detection.config import DetectionOptim
-from transfer.detection.detector import evaluate_detector, load_engine, train_detector
-from transfer.detection.job import build_network
-from transfer.detection.parts import parameter_groups
+from transfer.detection.engine import build_network, load_engine
+from transfer.detection.run import evaluate_detector, train_detector
 from transfer.detection.train_net import main
 from transfer.pyramid import NORMS, PYRAMIDS, PyramidBackbone
+from transfer.trunk import parameter_groups
 
 pytest.importorskip("detectron2", reason="detectron2 is not installed; its page says how")
 pytestmark = pytest.mark.detectron2
@@ -92,7 +91,7 @@ def test_both_engines_share_the_backbone_to_the_bit(configure_detection, pyramid
     networks = []
     for engine in ("torchvision", "detectron2"):
         config = configure_detection(f"engine={engine}", *options)
-        networks.append(build_network(config, load_engine(config), 3)[1].eval())
+        networks.append(build_network(config, load_engine(config.engine), 3)[1].eval())
     one, other = (
         {name: tensor for name, tensor in network.state_dict().items() if name.startswith("backbone.")}
         for network in networks
@@ -118,11 +117,11 @@ def test_what_is_decayed_as_published_is_what_vitdets_optimizer_decays(configure
     from transfer.detection.engine_detectron2.zoo import our_name
 
     config = configure_detection(*VITDET, "model.patch_size=16")
-    network = build_network(config, load_engine(config), 3)[1]
+    network = build_network(config, load_engine(config.engine), 3)[1]
     theirs = nn.ModuleDict({"backbone": their_backbone(64, width=32, window=3)})
     rate = partial(get_vit_lr_decay_rate, num_layers=NANO.depth, lr_decay_rate=0.7)
     published = get_default_optimizer_params(theirs, base_lr=1.0, lr_factor_func=rate, **exempt)
-    optim = DetectionOptim(weight_decay=0.1, layer_decay=0.7, decayed=decayed)
+    optim = {"weight_decay": 0.1, "layer_decay": 0.7}
 
     def flat(model, groups, key):
         names = {id(parameter): our_name(name) for name, parameter in model.named_parameters()}
@@ -133,10 +132,9 @@ def test_what_is_decayed_as_published_is_what_vitdets_optimizer_decays(configure
         }
         return {name: value for name, value in found.items() if name.startswith("backbone.")}
 
-    ours = flat(network, parameter_groups(network, optim), "lr_scale")
+    ours = flat(network, parameter_groups(network, **optim, decayed=decayed), "lr_scale")
     assert ours == flat(theirs, published, "lr")
-    plain = optim.model_copy(update={"decayed": "weights"})
-    default = flat(network, parameter_groups(network, plain), "lr_scale")
+    default = flat(network, parameter_groups(network, **optim), "lr_scale")
     assert {name: scale for name, (scale, _) in default.items()} == {name: scale for name, (scale, _) in ours.items()}
     free = {name for name, (_, decay) in default.items() if decay == 0}
     assert free == {name for name in default if name.endswith(("bias", "rel_pos_h", "rel_pos_w", "pos_embed"))} | {
@@ -247,7 +245,7 @@ def test_any_patch_and_canvas_train_and_boxes_are_read_where_the_other_engine_re
     networks = []
     for engine in ("torchvision", "detectron2"):
         config = configure_detection(f"engine={engine}", *options)
-        networks.append(build_network(config, load_engine(config), 3)[1].eval())
+        networks.append(build_network(config, load_engine(config.engine), 3)[1].eval())
     ours, theirs = networks
     records = [{"image": torch.rand(3, 48, 64), "height": 48, "width": 64}]
     assert theirs.preprocess_image(records).tensor.shape[-2:] == (48, 96)

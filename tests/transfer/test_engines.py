@@ -4,7 +4,7 @@ import pytest
 
 from mae_core.errors import UserError
 from transfer import engines
-from transfer.engines import ENGINES, engines_for, installed, require
+from transfer.engines import DETECTION, ENGINES, SEGMENTATION, installed, require
 
 
 def test_an_engine_that_is_here_is_accepted():
@@ -36,7 +36,7 @@ def test_a_package_that_does_not_exist_is_not_installed():
 
 
 def test_every_engine_has_a_task_and_an_install_line():
-    assert set(engines_for("detection")) == {"torchvision", "detectron2"}
-    assert set(engines_for("segmentation")) == {"mmseg"}
+    assert set(DETECTION) == {"torchvision", "detectron2"}
+    assert set(SEGMENTATION) == {"mmseg"}
     assert all(engine.install.startswith("pip install") for name, engine in ENGINES.items() if name != "detectron2")
     assert "https://detectron2.readthedocs.io/" in ENGINES["detectron2"].install  # not on the package index

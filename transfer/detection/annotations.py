@@ -30,13 +30,13 @@ class Instance(NamedTuple):
 
     label  1..K, the position of its category among the sorted category ids
     box    (x, y, width, height) in pixels, as the json says
-    shape  polygons, each (2 * points,) of x, y; or a compressed run-length code
+    shape  polygons, each (2 * points,) of x, y; or a compressed run-length code; None where there is no mask
     """
 
     id: int
     label: int
     box: tuple[float, float, float, float]
-    shape: Shape
+    shape: Shape | None
     area: float | None
     crowd: bool
 
@@ -118,9 +118,16 @@ def typed_image(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def instance_of(
-    path: Path, annotation: Mapping[str, Any], number: int, records: Mapping[int, Any], label_of: Mapping[int, int]
+    path: Path,
+    annotation: Mapping[str, Any],
+    number: int,
+    records: Mapping[int, Any],
+    label_of: Mapping[int, int],
+    *,
+    masks: bool = True,
 ) -> Instance:
-    """The ``number``-th annotation, of an image in ``records`` and a category in ``label_of``.
+    """The ``number``-th annotation, of an image in ``records`` and a category in ``label_of``; without ``masks`` it may
+    lack its segmentation.
 
     Raises ``UserError``, naming its id, for what is missing, of another type, or does not fit its image.
     """
@@ -146,7 +153,8 @@ def instance_of(
     numbers = isinstance(box, list) and len(box) == 4 and all(_is_number(value) for value in box)
     if not numbers or min(box[2:]) < 0:
         raise UserError(f"{where} has bbox {box!r}; COCO boxes are [x, y, width, height]")
-    shape = _shape(where, annotation.get("segmentation"), record["height"], record["width"])
+    segmentation = annotation.get("segmentation")
+    shape = _shape(where, segmentation, record["height"], record["width"]) if masks or segmentation else None
     area, crowd = annotation.get("area"), annotation.get("iscrowd", 0)
     if area is not None and not _is_number(area):
         raise UserError(f"{where} has area {area!r}; it must be a number of pixels, or absent")
@@ -174,7 +182,10 @@ def _is_pair(entry: Any) -> bool:
 
 def _shape(where: str, segmentation: Any, height: int, width: int) -> tuple[np.ndarray, ...] | bytes:
     if not segmentation:
-        raise UserError(f"{where} has no segmentation, which Mask R-CNN learns from; add polygons or a run-length mask")
+        raise UserError(
+            f"{where} has no segmentation, which Mask R-CNN learns from; add polygons or a run-length "
+            "mask, or learn from boxes alone with model.head=faster_rcnn"
+        )
     if isinstance(segmentation, list):
         segmentation = _flat_polygons(segmentation)
         if not all(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in segmentation):

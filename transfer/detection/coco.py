@@ -38,8 +38,8 @@ class CocoImage(NamedTuple):
 
 
 def decode_masks(image: CocoImage, instances: Sequence[Instance]) -> np.ndarray:
-    """(n, height, width) bool, one mask per instance."""
-    codes = [encode_shape(instance.shape, image.height, image.width) for instance in instances]
+    """(n, height, width) bool, one mask per instance, none of which lacks its shape."""
+    codes = [encode_shape(i.shape, image.height, image.width) for i in instances if i.shape is not None]
     return decode_codes(codes, image.height, image.width)
 
 
@@ -61,7 +61,8 @@ class CocoSet:
         return self.categories[label - 1].id
 
     def truth(self) -> dict[str, Any]:
-        """The annotations in COCO format, complete, for scoring; areas that the json lacks come from the masks.
+        """The annotations in COCO format, complete, for scoring; areas that the json lacks come from the masks,
+        or, of annotations without one, from the boxes.
 
         Annotations are numbered from 1, whatever the json calls them: pycocotools reads a match with id 0 as none.
         """
@@ -69,18 +70,20 @@ class CocoSet:
         annotations: list[dict[str, Any]] = []
         for image in self.images:
             for instance in image.instances:
-                code = encode_shape(instance.shape, image.height, image.width)
-                annotations.append(
-                    {
-                        "id": len(annotations) + 1,
-                        "image_id": image.id,
-                        "category_id": self.category_id(instance.label),
-                        "bbox": list(instance.box),
-                        "segmentation": code,
-                        "area": float(coder.area(code)) if instance.area is None else instance.area,
-                        "iscrowd": int(instance.crowd),
-                    }
-                )
+                annotation = {
+                    "id": len(annotations) + 1,
+                    "image_id": image.id,
+                    "category_id": self.category_id(instance.label),
+                    "bbox": list(instance.box),
+                    "area": instance.box[2] * instance.box[3] if instance.area is None else instance.area,
+                    "iscrowd": int(instance.crowd),
+                }
+                if instance.shape is not None:
+                    code = encode_shape(instance.shape, image.height, image.width)
+                    annotation["segmentation"] = code
+                    if instance.area is None:
+                        annotation["area"] = float(coder.area(code))
+                annotations.append(annotation)
         images = [{"id": i.id, "file_name": i.path.name, "height": i.height, "width": i.width} for i in self.images]
         return {
             "info": {},
@@ -90,8 +93,10 @@ class CocoSet:
         }
 
 
-def read_coco(part: Part) -> CocoSet:
+def read_coco(part: Part, *, masks: bool = True) -> CocoSet:
     """Read and check a COCO json and the folder of its images.
+
+    Without ``masks`` an annotation may lack its segmentation (its shape is None then): boxes are enough.
 
     Raises ``UserError`` naming file, id and remedy: no such file, not JSON, not COCO, an image that is not in the
     folder, an annotation of an unknown image or category, a mask of another size than its image, doubled ids, values
@@ -121,7 +126,7 @@ def read_coco(part: Part) -> CocoSet:
     instances: dict[int, list[Instance]] = {image_id: [] for image_id in records}
     seen: set[int] = set()
     for number, annotation in enumerate(content["annotations"], start=1):
-        instance = instance_of(path, annotation, number, records, label_of)
+        instance = instance_of(path, annotation, number, records, label_of, masks=masks)
         if instance.id in seen:
             raise UserError(f"{path}: annotation id {instance.id} appears twice; ids must be unique")
         seen.add(instance.id)

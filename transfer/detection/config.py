@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -17,23 +17,20 @@ from mae_core.config.sections import OptimConfig, TransferConfig
 from mae_core.data.config import ImagesConfig
 from mae_core.models.sizes import SIZES
 from transfer.attention import RELATIVE_POSITIONS
-from transfer.engines import engines_for
+from transfer.detection.heads import HEADS
+from transfer.engines import DETECTION
 from transfer.pyramid import NORMS, PYRAMIDS
 
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 
-ONLY_WITH = {"model.cascade": "detectron2", "ema": "torchvision", "optim.micro_batch": "torchvision"}
-"""Option -> the engine that has it: detectron2's trainer neither averages weights nor accumulates gradients."""
-
-
 class DetectorConfig(Schema):
-    """The network: DenseViT, a pyramid, and the heads of Mask R-CNN."""
+    """The network: DenseViT, a pyramid, and a head."""
 
     size: Annotated[str, row_of(SIZES)] | None = Field(None, description="the file's when empty; base from scratch")
     patch_size: Count | None = Field(None, description="the weights file's when empty; the size's own from scratch")
-    window: Count | None = Field(16, description="side of the attention windows in patches; null for global attention")
+    window: Count | None = Field(14, description="side of the attention windows in patches; null for global attention")
     relative_positions: Annotated[str, row_of(RELATIVE_POSITIONS)] = Field(
         "none", description="shared_table as the MAE paper's detector, decomposed as ViTDet; learned from zero"
     )
@@ -41,6 +38,7 @@ class DetectorConfig(Schema):
         "canvas", description="the grid of the learned positions: the canvas', or the weights', resized on every pass"
     )
     pyramid: Annotated[str, row_of(PYRAMIDS)] = "four_stage"
+    head: Annotated[str, row_of(HEADS)] = Field("mask_rcnn", description="faster_rcnn: boxes alone, no masks needed")
     cascade: bool = Field(False, description="three box heads, one after another (Cascade R-CNN); engine detectron2")
     drop_path: Fraction = 0.1
     checkpointing: bool = Field(False, description="recompute blocks in the backward pass: less memory, more time")
@@ -88,6 +86,7 @@ class DetectionData(ImagesConfig):
     val_images: Path | None = None
     val_annotations: Path | None = None
     resize_scale: tuple[Positive, Positive] = Field((0.1, 2.0), description="range of the jitter; (1, 1) for none")
+    filter_empty: bool = Field(True, description="train without the images that have no object, as detectron2 does")
     hflip: Fraction = 0.5
     vflip: Fraction = Field(0.0, description="for images without an up, such as microscopy")
 
@@ -99,14 +98,14 @@ class DetectionData(ImagesConfig):
 
 
 class DetectionOptim(OptimConfig):
-    """The published recipe for pre-trained ViTs: lr 8e-5 at 64 images, which is 3.2e-4 per 256."""
+    """The published recipe for pre-trained ViTs: lr 8e-5 at 64 images, which is 3.2e-4 per 256.
+
+    ``batch_size`` holds on any number of devices: each takes its share, in rounds of ``micro_batch``.
+    """
 
     epochs: Positive = 100
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.25
     batch_size: Count = 64
-    images_per_device: Count | None = Field(
-        None, description="makes the batch so many images times the number of devices; the learning rate follows"
-    )
     base_lr: Positive = 3.2e-4
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
@@ -120,6 +119,16 @@ class DetectionOptim(OptimConfig):
         "ViT-B and ViT-L, by accident biases, relative positions and channel norms too; all, as in its code for ViT-H",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _replaced(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("images_per_device") is not None:
+            raise ValueError(
+                "images_per_device is replaced by batch_size, the images of a step over all devices: on N devices set "
+                f"batch_size to N x {given['images_per_device']}; the learning rate follows it, as before"
+            )
+        return given
+
     @model_validator(mode="after")
     def _milestones_ascend(self) -> DetectionOptim:
         if any(late <= early for early, late in pairwise(self.milestones)):
@@ -131,7 +140,7 @@ class DetectionConfig(TransferConfig):
     """``transfer/detection/train_net.py``."""
 
     output: Path = Path("runs/detection")
-    engine: Annotated[str, row_of(engines_for("detection"))] = "torchvision"
+    engine: Annotated[str, row_of(DETECTION)] = "torchvision"
     weights: Path | None = Field(None, description="an encoder, or a run that has one; with --eval-only a detector")
     ema: Share | None = Field(None, description="decay of an average of the weights, which is then scored and written")
     model: DetectorConfig = DetectorConfig()
@@ -142,8 +151,15 @@ class DetectionConfig(TransferConfig):
 
     @model_validator(mode="after")
     def _engine_can(self) -> DetectionConfig:
-        wanted = {"model.cascade": self.model.cascade, "ema": self.ema, "optim.micro_batch": self.optim.micro_batch}
-        for option, engine in ONLY_WITH.items():
-            if wanted[option] and self.engine != engine:
-                raise ValueError(f"{option} needs engine={engine}, not {self.engine}")
+        engine = DETECTION[self.engine]
+        for option in sorted({option for row in DETECTION.values() for option in row.can} - {*engine.can}):
+            value: Any = self
+            for name in option.split("."):
+                value = getattr(value, name)
+            if value:
+                able = " or ".join(name for name, row in DETECTION.items() if option in row.can)
+                raise ValueError(f"{option} needs engine={able}, not {self.engine}")
+        builders = HEADS[self.model.head].builders
+        if self.engine not in builders:
+            raise ValueError(f"model.head={self.model.head} needs engine={' or '.join(builders)}, not {self.engine}")
         return self

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from transfer.detection.coco import CocoImage, CocoSet, decode_masks
+from transfer.detection.heads import Detections
 from transfer.detection.masks import decode_codes
-from transfer.detection.scores import Detections
 
 COLOURS = (
     (230, 25, 75), (60, 180, 75), (0, 130, 200), (245, 130, 48), (145, 30, 180),
@@ -23,29 +23,34 @@ MASK_OPACITY = 0.45
 MOST_NAMES = 12
 
 
-def draw_truth(coco: CocoSet, image: CocoImage, pixels: Image.Image) -> Image.Image:
-    """The image with its annotated objects, named where there are several classes; crowds are left out."""
+def draw_truth(coco: CocoSet, image: CocoImage, pixels: Image.Image, drawn: Collection[str]) -> Image.Image:
+    """The image with what ``drawn`` names (boxes, masks) of its objects; the class beside each where there are several;
+    crowds are left out."""
     instances = [instance for instance in image.instances if not instance.crowd]
     boxes = [(x, y, x + w, y + h) for x, y, w, h in (instance.box for instance in instances)]
     labels = [instance.label for instance in instances]
     one_class = len(coco.categories) == 1
     names = ["" if one_class else coco.names[label - 1] for label in labels]
-    return _draw(pixels, boxes, decode_masks(image, instances), labels, names, one_class)
+    masks = decode_masks(image, instances) if "masks" in drawn else None
+    return _draw(pixels, boxes, masks, labels, names, one_class, outlined="boxes" in drawn)
 
 
-def draw_detections(coco: CocoSet, detections: Detections, pixels: Image.Image, least: float) -> Image.Image:
-    """The image with what was found in it with a score of at least ``least``: class and score, or the score alone where
-    there is one class."""
+def draw_detections(
+    coco: CocoSet, detections: Detections, pixels: Image.Image, least: float, drawn: Collection[str]
+) -> Image.Image:
+    """The image with what ``drawn`` names (boxes, masks) of the detections of a score of at least ``least``: class and
+    score beside each, or the score alone where there is one class."""
     kept = [n for n, score in enumerate(detections.scores.tolist()) if score >= least]
-    codes = [detections.codes[n] for n in kept]
-    masks = decode_codes(codes, *pixels.size[::-1])
+    masks = None
+    if "masks" in drawn and detections.codes is not None:
+        masks = decode_codes([detections.codes[n] for n in kept], *pixels.size[::-1])
     labels = [int(detections.labels[n]) for n in kept]
     scores = [float(detections.scores[n]) for n in kept]
     one_class = len(coco.categories) == 1
     classes = ["" if one_class else f"{coco.names[label - 1]} " for label in labels]
     names = [f"{name}{score:.2f}" for name, score in zip(classes, scores, strict=True)]
     boxes = [tuple(detections.boxes[n].tolist()) for n in kept]
-    return _draw(pixels, boxes, masks, labels, names, one_class)
+    return _draw(pixels, boxes, masks, labels, names, one_class, outlined="boxes" in drawn)
 
 
 def beside(columns: Sequence[tuple[str, Image.Image]], *, gap: int = 8) -> Image.Image:
@@ -75,25 +80,27 @@ def stacked(rows: Sequence[Image.Image], *, gap: int = 8) -> Image.Image:
 def _draw(
     pixels: Image.Image,
     boxes: Sequence[Any],
-    masks: np.ndarray,
+    masks: np.ndarray | None,
     labels: Sequence[int],
     names: Sequence[str],
     one_class: bool,
+    *,
+    outlined: bool,
 ) -> Image.Image:
-    """``pixels`` in RGB, enlarged, with masks (n, h, w) tinted, boxes (x1 y1 x2 y2) outlined and named.
+    """``pixels`` in RGB, enlarged, with masks (n, h, w) tinted, boxes (x1 y1 x2 y2) outlined if wanted, and named.
 
     One colour a class; in a set of ``one_class``, one colour an object, and no names where there are many.
     """
     scale = max(1, math.ceil(LEAST_SIDE / min(pixels.size)))
     colours = [COLOURS[(n if one_class else label - 1) % len(COLOURS)] for n, label in enumerate(labels)]
     tinted = np.asarray(pixels.convert("RGB")).astype(np.float32)
-    for mask, colour in zip(masks, colours, strict=True):
+    for mask, colour in zip([] if masks is None else masks, colours, strict=masks is not None):
         tinted[mask] = (1 - MASK_OPACITY) * tinted[mask] + MASK_OPACITY * np.array(colour)
     canvas = Image.fromarray(tinted.astype(np.uint8)).resize(
         (pixels.width * scale, pixels.height * scale), Image.Resampling.NEAREST
     )
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
-    for box, colour in zip(boxes, colours, strict=True):
+    for box, colour in zip(boxes if outlined else [], colours, strict=outlined):
         x1, y1, x2, y2 = (round(value * scale) for value in box)
         pen.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=colour, width=2 if scale > 1 else 1)
     if len(labels) <= MOST_NAMES or not one_class:

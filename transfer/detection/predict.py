@@ -19,26 +19,24 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image
-
 from mae_core.atomic import atomic_folder, write_text
 from mae_core.config.load import load_config
-from mae_core.data.decoding import Unreadable, UnreadableImage, to_picture
+from mae_core.data.decoding import Unreadable, UnreadableImage
 from mae_core.errors import UserError, user_errors
 from mae_core.layout import DETECTOR, PICTURES
 from mae_core.training import distributed
 from mae_core.training.run import Run
-from mae_core.weights.files import read_file
+from mae_core.weights.files import WeightsFile
 from transfer.detection.annotations import Instance, categories_of, instance_of, read_json, typed_image
 from transfer.detection.coco import CocoImage, CocoSet, check_same_categories
 from transfer.detection.config import DetectionConfig, InferenceConfig
-from transfer.detection.detector import load_engine
-from transfer.detection.draw import beside, draw_detections, draw_truth
-from transfer.detection.evaluation import PREDICTIONS
+from transfer.detection.detector_file import head_of, is_detector, load_detector, read_detector
+from transfer.detection.engine import load_engine
 from transfer.detection.headers import header_of
-from transfer.detection.samples import WholeImages, read_checked
-from transfer.detection.scores import Detections, coco_results
-from transfer.detection.trained import DETECTOR_FORMAT, load_detector
+from transfer.detection.heads import Detections
+from transfer.detection.results import PREDICTIONS, coco_results, truth_and_prediction
+from transfer.detection.samples import WholeImages
+from transfer.engines import DETECTION
 from transfer.images_given import named_images
 
 IMAGES = "images.json"
@@ -87,16 +85,18 @@ def predict(
     if distributed.world_size() > 1:
         raise UserError("predict.py runs in one process; start it without torchrun")
     files = dict(named_images(images))
-    config = _configuration(Path(weights), None if config_file is None else Path(config_file), out, overrides)
-    engine = load_engine(config)
+    file = read_detector(Path(weights))
+    config = _configuration(file, None if config_file is None else Path(config_file), out, overrides)
+    engine = load_engine(config.engine)
     known = () if truth is None else categories_of(Path(truth), read_json(Path(truth))["categories"])
-    model, categories, statistics, config = load_detector(config, engine, known)
+    masks = head_of(file, config).learns_masks
+    model, categories, statistics, config = load_detector(file, config, engine, known)
     readable, unreadable = _sizes(files, config.data.channels)
     refuse = on_error == "raise" or len(files) == 1
     _tell_unreadable(unreadable, refuse, say)
     coco = CocoSet(Path(IMAGES), tuple(readable.values()), categories)
     if truth is not None:
-        coco = annotated(coco, list(readable), Path(truth), Path(weights))
+        coco = annotated(coco, list(readable), Path(truth), Path(weights), masks=masks)
     least = config.test.picture_score if score is None else score
     run = Run(config, distributed.join(config.device))
     model.to(run.device)
@@ -110,10 +110,12 @@ def predict(
             for detections in part:
                 name = names[detections.image_index]
                 say(f"{name}: {counted(coco, detections, least)}")
-                picture = _picture(coco, detections, config.data.channels, least, "image" if truth is None else "truth")
-                file = folder / PICTURES / f"{name}.png"
-                file.parent.mkdir(parents=True, exist_ok=True)
-                picture.save(file)
+                title = "image" if truth is None else "truth"
+                picture = truth_and_prediction(coco, detections, config, least=least, title=title)
+                drawn = folder / PICTURES / f"{name}.png"
+                drawn.parent.mkdir(parents=True, exist_ok=True)
+                if picture is not None:
+                    picture.save(drawn)
             found += part
             unreadable += cut
         if not found:
@@ -149,28 +151,23 @@ def _tell_unreadable(unreadable: Iterable[Unreadable], refuse: bool, say: Callab
         say(f"skipped {path}: {reason}")
 
 
-def _configuration(weights: Path, recipe: Path | None, out: Path, overrides: Sequence[str]) -> DetectionConfig:
-    """What to ask a detector with: of a file that train_net.py wrote the engine is the file's. Raises ``UserError`` for
-    a file that is no detector."""
-    file = weights / DETECTOR if weights.is_dir() else weights
-    if weights.is_dir() and not file.is_file():
-        raise UserError(f"{weights} holds no {DETECTOR}; give the folder of a finished detector run")
-    metadata = read_file(file).metadata
-    ours = metadata.get("format") == DETECTOR_FORMAT
-    without_effect = (*OF_TRAINING, "model") if ours else OF_TRAINING
+def _configuration(file: WeightsFile, recipe: Path | None, out: Path, overrides: Sequence[str]) -> DetectionConfig:
+    """The configuration of inference: the engine of a file that train_net.py wrote is the file's. Raises ``UserError``
+    for a file that is no detector."""
+    without_effect = (*OF_TRAINING, "model") if is_detector(file) else OF_TRAINING
     unread = [word for word in overrides if re.split("[.=]", word)[0] in without_effect]
     if unread:
-        raise UserError(f"{unread[0]} has no effect on what {file} finds; leave it out")
-    options = [f"weights={file}", f"output={out}"]
-    if ours:
-        options.append(f"engine={metadata['engine']}")
+        raise UserError(f"{unread[0]} has no effect on what {file.path} finds; leave it out")
+    options = [f"weights={file.path}", f"output={out}"]
+    if is_detector(file):
+        options.append(f"engine={file.metadata['engine']}")
     elif recipe is None:
         raise UserError(
-            f"{file} is not a detector that train_net.py wrote; give a {DETECTOR}, or its run (for a detector of "
+            f"{file.path} is not a detector that train_net.py wrote; give a {DETECTOR}, or its run (for a detector of "
             "detectron2's model zoo, add --config-file RECIPE.yaml and --truth JSON)"
         )
     else:
-        options.append("engine=detectron2")  # the only engine that has a zoo
+        options += [f"engine={name}" for name, engine in DETECTION.items() if engine.zoo][:1]
     return load_config(DetectionConfig, recipe, [*options, *overrides])
 
 
@@ -188,8 +185,9 @@ def _sizes(files: Mapping[str, Path], channels: int) -> tuple[dict[str, CocoImag
     return readable, unreadable
 
 
-def annotated(coco: CocoSet, names: Sequence[str], truth: Path, weights: Path) -> CocoSet:
-    """``coco`` with the ids and objects that ``truth`` has for its images, found by their file names.
+def annotated(coco: CocoSet, names: Sequence[str], truth: Path, weights: Path, *, masks: bool = True) -> CocoSet:
+    """``coco`` with the ids and objects that ``truth`` has for its images, found by their file names; without ``masks``
+    an annotation may lack its segmentation.
 
     Raises ``UserError`` where the json lacks an image, has two of its name, or has other categories than the detector.
     """
@@ -216,7 +214,7 @@ def annotated(coco: CocoSet, names: Sequence[str], truth: Path, weights: Path) -
     for number, annotation in enumerate(content["annotations"], start=1):
         identity = annotation.get("image_id")
         if isinstance(identity, int | float | str) and identity in records:
-            instances[identity].append(instance_of(truth, annotation, number, records, label_of))
+            instances[identity].append(instance_of(truth, annotation, number, records, label_of, masks=masks))
     found_images = (
         CocoImage(identity, record["path"], record["height"], record["width"], tuple(instances[identity]))
         for identity, record in records.items()
@@ -229,14 +227,6 @@ def counted(coco: CocoSet, detections: Detections, least: float) -> str:
     kept = detections.labels[detections.scores >= least].tolist()
     counts = Counter(coco.names[label - 1] for label in kept)
     return ", ".join(f"{count} {name}" for name, count in counts.most_common()) or "nothing"
-
-
-def _picture(coco: CocoSet, detections: Detections, channels: int, least: float, title: str) -> Image.Image:
-    """What was found beside the annotations, which are none where no truth was given; ``title`` is over the latter."""
-    record = coco.images[detections.image_index]
-    pixels = to_picture(read_checked(record, channels))
-    found = draw_detections(coco, detections, pixels, least)
-    return beside([(title, draw_truth(coco, record, pixels)), (f"prediction, score from {least:g}", found)])
 
 
 def _as_coco(coco: CocoSet, found: Iterable[Detections], names: Sequence[str]) -> dict[str, Any]:

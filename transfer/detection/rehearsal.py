@@ -15,11 +15,10 @@ from mae_core.training import distributed
 from mae_core.training.run import Run
 from mae_core.weights.load import read_encoder, with_channels_of
 from transfer.detection.config import DetectionConfig
-from transfer.detection.detector import load_engine
-from transfer.detection.job import build_network
+from transfer.detection.data_sets import read_data
+from transfer.detection.engine import build_network, load_engine
 from transfer.detection.memory import BYTES, GIB, MOMENTS, peak_of_step
-from transfer.detection.parts import read_data
-from transfer.detection.trainer import follow_devices, settings_of
+from transfer.detection.run import settings_of, zoo_detector
 
 CASCADE_STAGES = 3
 POSITIVES = 4
@@ -32,12 +31,10 @@ def rehearse(config: DetectionConfig, devices: int, say: Callable[[str], None] =
     Raises ``UserError`` as the run would. The memory is that of the torchvision engine's network, whose tensors have
     the sizes of detectron2's.
     """
-    engine = load_engine(config)
-    if engine.zoo is not None and engine.zoo.holds(config.weights):
-        config = config.model_copy(update={"weights": None})  # a whole detector: the configuration says of what shape
-    if config.weights is not None:
-        config = with_channels_of(read_encoder(config.weights), config)
-    config = follow_devices(config, devices)
+    engine, source = load_engine(config.engine), None
+    if config.weights is not None and zoo_detector(engine, config.weights) is None:
+        source = read_encoder(config.weights)
+        config = with_channels_of(source, config)
     optim = config.optim
     train_set, val_set = read_data(config)
     settings, share = settings_of(config, len(train_set.images)), share_of(optim.batch_size, devices)
@@ -52,7 +49,7 @@ def rehearse(config: DetectionConfig, devices: int, say: Callable[[str], None] =
     torchvision = config.model_copy(
         update={"engine": "torchvision", "model": config.model.model_copy(update={"cascade": False})}
     )
-    trunk, model = build_network(torchvision, load_engine(torchvision), len(train_set.categories))
+    trunk, model, _ = build_network(torchvision, load_engine("torchvision"), len(train_set.categories), source)
     if config.model.cascade:
         add_cascade(model)
     numbers = sum(p.numel() for p in model.parameters())
@@ -100,5 +97,7 @@ def stand_in_loss(model: nn.Module, config: DetectionConfig, images: int) -> Ten
     rois = config.sampling.rois
     for head, predictor in ((heads.box_head, heads.box_predictor), *getattr(model, "more_box_heads", ())):
         total += sum(x.sum() for x in predictor(head(regions(rois, heads.box_roi_pool.cells))))
-    masks = heads.mask_head(regions(rois // POSITIVES, heads.mask_roi_pool.cells))
-    return total + heads.mask_predictor(masks).sum()
+    if heads.has_mask():
+        masks = heads.mask_head(regions(rois // POSITIVES, heads.mask_roi_pool.cells))
+        total += heads.mask_predictor(masks).sum()
+    return total

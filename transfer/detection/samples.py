@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,12 +18,14 @@ from mae_core.data.loading import Place
 from mae_core.data.orientation import as_stored, orientation_of
 from mae_core.patches import as_pair
 from mae_core.seeds import AUGMENT, generator_at
+from transfer.detection.annotations import Instance
 from transfer.detection.coco import CocoImage, CocoSet, decode_masks
 from transfer.detection.config import DetectionData
 from transfer.detection.headers import Header
 
 Target = dict[str, Tensor]
-"""boxes (n, 4) float32 x1 y1 x2 y2 in canvas pixels; labels (n,) int64 from 1; masks (n, H, W) bool of the canvas."""
+"""boxes (n, 4) float32 x1 y1 x2 y2 in canvas pixels; labels (n,) int64 from 1; masks (n, H, W) bool of the canvas,
+where the head learns them."""
 
 
 class Placement(NamedTuple):
@@ -52,6 +55,25 @@ class Placement(NamedTuple):
         pixels = pixels.flip(self._flipped) if self._flipped else pixels
         pixels = F.normalize(F.to_dtype(pixels, torch.float32, scale=True), list(statistics.mean), list(statistics.std))
         return F.pad(pixels, [0, 0, self.canvas[1] - cols, self.canvas[0] - rows])
+
+    def boxes(self, rectangles: np.ndarray, size: tuple[int, int]) -> Tensor:
+        """(n, 4) x1 y1 x2 y2 in an image of ``size`` (height, width) -> (n, 4) float32 on the canvas, cut to what is
+        visible; nothing is left of one that is out of sight."""
+        rows, cols = self.visible
+        moved = rectangles * self._scale(size) - np.tile([self.left, self.top], 2)
+        x1, y1, x2, y2 = np.clip(moved, 0, [cols, rows, cols, rows]).T
+        x1, x2 = (cols - x2, cols - x1) if self.hflip else (x1, x2)
+        y1, y2 = (rows - y2, rows - y1) if self.vflip else (y1, y2)
+        return torch.from_numpy(np.stack([x1, y1, x2, y2], axis=1)).float()
+
+    def window(self, size: tuple[int, int]) -> np.ndarray:
+        """x1 y1 x2 y2 of the visible part, in pixels of an image of ``size`` (height, width)."""
+        rows, cols = self.visible
+        corners = np.array([self.left, self.top, self.left + cols, self.top + rows], dtype=np.float64)
+        return corners / self._scale(size)
+
+    def _scale(self, size: tuple[int, int]) -> np.ndarray:
+        return np.tile([self.width / size[1], self.height / size[0]], 2)
 
     def masks(self, masks: np.ndarray) -> Tensor:
         """(n, h, w) bool of the original image -> (n, canvas height, canvas width) bool, by nearest neighbour."""
@@ -87,15 +109,46 @@ def place_jittered(
     return Placement(new_height, new_width, top, left, canvas, hflip < data.hflip, vflip < data.vflip)
 
 
-def boxes_of(masks: Tensor) -> Tensor:
-    """Tight boxes of non-empty masks: (n, H, W) bool -> (n, 4) float32 x1 y1 x2 y2, x2 and y2 exclusive."""
+def boxes_of(masks: np.ndarray) -> np.ndarray:
+    """Tight boxes of masks: (n, H, W) bool -> (n, 4) float64 x1 y1 x2 y2, x2 and y2 exclusive, zero where a mask is
+    empty."""
     edges = []
-    for occupied in (masks.any(dim=1), masks.any(dim=2)):
-        positions = torch.arange(occupied.shape[1])
-        first = torch.where(occupied, positions, occupied.shape[1]).amin(dim=1)
-        edges.append((first, torch.where(occupied, positions, -1).amax(dim=1) + 1))
+    for occupied in (masks.any(axis=1), masks.any(axis=2)):
+        last = occupied.shape[1] - occupied[:, ::-1].argmax(axis=1)
+        edges.append((occupied.argmax(axis=1), np.where(occupied.any(axis=1), last, 0)))
     (left, right), (top, bottom) = edges
-    return torch.stack([left, top, right, bottom], dim=1).float()
+    return np.stack([left, top, right, bottom], axis=1).astype(np.float64)
+
+
+def visible_bounds(instances: Sequence[Instance], masks: np.ndarray, window: np.ndarray) -> np.ndarray:
+    """Bounds of the visible part of each object, (n, 4) x1 y1 x2 y2 in pixels of the original image.
+
+    Polygons keep their fractions of a pixel, as in detectron2; run-length codes have whole pixels. ``masks`` (n, h, w)
+    are the pixels of ``instances``, ``window`` x1 y1 x2 y2 what is visible of the image.
+    """
+    first, last = np.floor(window[:2]).astype(int), np.ceil(window[2:]).astype(int)
+    seen = masks[:, first[1] : last[1], first[0] : last[0]]
+    bounds = boxes_of(seen) + np.tile(first, 2) * seen.any(axis=(1, 2))[:, None]
+    for number, instance in enumerate(instances):
+        if isinstance(instance.shape, tuple) and bounds[number].any():
+            points = np.concatenate([cut_polygon(polygon.reshape(-1, 2), window) for polygon in instance.shape])
+            if len(points):  # within a pixel of the mask: cutting may leave an edge between two visible parts
+                exact = np.concatenate([points.min(axis=0), points.max(axis=0)])
+                bounds[number] = np.clip(exact, bounds[number] - 1, bounds[number] + 1)
+    return bounds
+
+
+def cut_polygon(points: np.ndarray, window: np.ndarray) -> np.ndarray:
+    """Corners (n, 2) of a polygon -> those of its part in ``window`` x1 y1 x2 y2 (Sutherland and Hodgman, 1974)."""
+    for side in range(4):
+        axis, sign = side % 2, 1 if side < 2 else -1
+        depth = sign * (points[:, axis] - window[side])
+        inside, following = depth >= 0, np.roll(depth, -1)
+        crossing = inside != (following >= 0)
+        share = np.divide(depth, depth - following, out=np.zeros_like(depth), where=crossing)
+        crossed = points + share[:, None] * (np.roll(points, -1, axis=0) - points)
+        points = np.stack([points, crossed], axis=1)[np.stack([inside, crossing], axis=1)]
+    return points
 
 
 class Sample(NamedTuple):
@@ -136,12 +189,13 @@ class DetectionBatch:
 class TrainingSamples(Dataset[Sample]):
     """Jittered samples by (epoch, index); equal seed and place, equal sample, whoever computes it.
 
-    Boxes are those of the visible masks; objects of which nothing is left are dropped, crowds are not learned from. An
-    unreadable image is replaced by the next readable one and reported.
+    Targets are those of ``target_on``. An unreadable image is replaced by the next readable one and reported.
     """
 
-    def __init__(self, coco: CocoSet, data: DetectionData, statistics: Statistics, seed: int) -> None:
-        self.coco, self.data, self.statistics, self.seed = coco, data, statistics, seed
+    def __init__(
+        self, coco: CocoSet, data: DetectionData, statistics: Statistics, seed: int, *, masks: bool = True
+    ) -> None:
+        self.coco, self.data, self.statistics, self.seed, self.masks = coco, data, statistics, seed, masks
         self.canvas = as_pair(data.image_size)
 
     def __len__(self) -> int:
@@ -158,7 +212,7 @@ class TrainingSamples(Dataset[Sample]):
         generator = generator_at(self.seed, AUGMENT, epoch, index)
         placement = place_jittered(record.height, record.width, self.canvas, self.data, generator)
         pixels = placement.image(image, self.statistics)
-        return Sample(pixels, placement.visible, target_on(record, placement), index, unreadable)
+        return Sample(pixels, placement.visible, target_on(record, placement, masks=self.masks), index, unreadable)
 
 
 class WholeImages(Dataset[Sample]):
@@ -185,13 +239,24 @@ class WholeImages(Dataset[Sample]):
         return Sample(placement.image(image, self.statistics), placement.visible, {}, index, [])
 
 
-def target_on(record: CocoImage, placement: Placement) -> Target:
-    """What is to be found on the canvas: the instances of an image, without crowds and those out of sight."""
+def target_on(record: CocoImage, placement: Placement, *, masks: bool = True) -> Target:
+    """What is to be found on the canvas: the instances of an image, without crowds and those out of sight.
+
+    With ``masks`` their boxes are those of the visible parts of the masks, else the json's, cut to what is visible.
+    """
     instances = [instance for instance in record.instances if not instance.crowd]
-    masks = placement.masks(decode_masks(record, instances))
+    size = (record.height, record.width)
     labels = torch.tensor([instance.label for instance in instances], dtype=torch.int64)
-    kept = masks.any(dim=2).any(dim=1)
-    return {"boxes": boxes_of(masks[kept]), "labels": labels[kept], "masks": masks[kept]}
+    if not masks:
+        given = np.array([instance.box for instance in instances], dtype=np.float64).reshape(-1, 4)
+        boxes = placement.boxes(np.concatenate([given[:, :2], given[:, :2] + given[:, 2:]], axis=1), size)
+        kept = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+        return {"boxes": boxes[kept], "labels": labels[kept]}
+    decoded = decode_masks(record, instances)
+    boxes = placement.boxes(visible_bounds(instances, decoded, placement.window(size)), size)
+    moved = placement.masks(decoded)
+    kept = moved.any(dim=2).any(dim=1) & (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+    return {"boxes": boxes[kept], "labels": labels[kept], "masks": moved[kept]}
 
 
 def read_checked(record: CocoImage, channels: int) -> Pixels:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from mae_core.config.load import load_config
 from mae_core.errors import UserError, user_errors
 from mae_core.training import distributed
 from transfer.detection.config import DetectionConfig
-from transfer.detection.detector import evaluate_detector, train_detector
 from transfer.detection.rehearsal import rehearse
-from transfer.engines import require
+from transfer.detection.run import evaluate_detector, train_detector
+from transfer.engines import DETECTION, find_object, require
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -43,9 +44,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return known
 
 
-def check_one_process(given: argparse.Namespace) -> None:
-    """Raise ``UserError``, with the command to use, where detectron2's flags ask the core's loop for other than one
-    process."""
+def check_one_process(given: argparse.Namespace, engine: str) -> None:
+    """Raise ``UserError``, with the command to use, where ``--num-gpus`` and its like ask an engine that ``torchrun``
+    starts for other than one process."""
     machines = max(given.num_machines, given.machine_rank + 1)
     if given.num_gpus == machines == 1 and given.machine_rank == 0:
         return
@@ -53,7 +54,7 @@ def check_one_process(given: argparse.Namespace) -> None:
         raise UserError(f"--num-gpus {given.num_gpus} is not supported; leave it out and add device=cpu for none")
     nodes = f"--nnodes={machines} --node_rank={given.machine_rank} --master_addr=HOST " if machines > 1 else ""
     raise UserError(
-        "engine torchvision starts one process on one GPU; for more, use "
+        f"engine {engine} starts one process on one GPU; for more, use "
         f"torchrun {nodes}--nproc_per_node={given.num_gpus} transfer/detection/train_net.py ..."
     )
 
@@ -66,31 +67,39 @@ def run_config(config: DetectionConfig, eval_only: bool, resume: bool) -> None:
         train_detector(config, resume=resume)
 
 
+def start(name: str, work: Callable[..., Any], args: tuple[Any, ...], given: argparse.Namespace) -> None:
+    """Call ``work(*args)`` in the processes that the command line asks engine ``name`` for."""
+    require(name)
+    engine = DETECTION[name]
+    if not engine.launch:
+        check_one_process(given, name)
+        work(*args)
+        return
+    many = {flag: getattr(given, flag) for flag in ("num_gpus", "num_machines", "machine_rank", "dist_url")}
+    find_object(engine.launch)(work, **many, args=args)
+
+
+def run_own_config(given: argparse.Namespace) -> None:
+    """Run a Python configuration of an engine's own kind."""
+    if given.dry_run:
+        raise UserError("--dry-run reads yaml recipes; it cannot plan a LazyConfig")
+    name = next(name for name, engine in DETECTION.items() if engine.own_config)
+    require(name)
+    start(name, find_object(DETECTION[name].own_config), (given,), given)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; a user's mistake ends in one sentence and exit code 2."""
     given = parse_arguments(arguments)
     with user_errors():
-        lazy = given.config_file is not None and given.config_file.suffix == ".py"
-        if lazy and given.dry_run:
-            raise UserError("--dry-run reads yaml recipes; a LazyConfig is detectron2's own to judge")
-        config = None if lazy else load_config(DetectionConfig, given.config_file, given.overrides)
-        if config is not None and given.dry_run:
+        if given.config_file is not None and given.config_file.suffix == ".py":
+            run_own_config(given)
+            return
+        config = load_config(DetectionConfig, given.config_file, given.overrides)
+        if given.dry_run:
             rehearse(config, max(given.num_gpus, 1) * given.num_machines * distributed.world_size())
-        elif config is None or config.engine == "detectron2":
-            require("detectron2")
-            from transfer.detection.engine_detectron2 import launch_processes, run_lazy_config
-
-            launch_processes(
-                run_lazy_config if config is None else run_config,
-                num_gpus=given.num_gpus,
-                num_machines=given.num_machines,
-                machine_rank=given.machine_rank,
-                dist_url=given.dist_url,
-                args=(given,) if config is None else (config, given.eval_only, given.resume),
-            )
         else:
-            check_one_process(given)
-            run_config(config, given.eval_only, given.resume)
+            start(config.engine, run_config, (config, given.eval_only, given.resume), given)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from mae_core.models.sizes import size_of
 from transfer.backbone import DenseViT
 from transfer.pyramid import NORMS, PYRAMIDS, Norm, PyramidBackbone
-from transfer.weights import load_pretrained
+from transfer.trunk import load_pretrained
 
 
 class MAECoreBackbone(PyramidBackbone, Backbone):

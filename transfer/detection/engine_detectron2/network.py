@@ -1,4 +1,4 @@
-"""Mask R-CNN and Cascade Mask R-CNN of detectron2's parts, with the numbers of a recipe."""
+"""Mask R-CNN, Faster R-CNN and their cascades of detectron2's parts, with the numbers of a recipe."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from detectron2.modeling.roi_heads import (
     StandardROIHeads,
 )
 from detectron2.structures import ImageList
+from torch import nn
 
 from mae_core.data.images import IMAGENET_MEAN, IMAGENET_STD, Statistics
 from transfer.backbone import DenseViT
 from transfer.detection.config import DetectorConfig, InferenceConfig, SamplingConfig
+from transfer.detection.engine import builder_of
 from transfer.detection.engine_detectron2.backbone import MAECoreBackbone
-from transfer.detection.rois import CANONICAL_SIDE, CANONICAL_STRIDE
-from transfer.pyramid import NORMS
+from transfer.detection.heads import BOX_CELLS, BOX_WEIGHTS, MASK_CELLS
+from transfer.pyramid import CANONICAL_SIDE, CANONICAL_STRIDE, NORMS
 
-BOX_CELLS, MASK_CELLS = 7, 14
-BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 CASCADE = {0.5: BOX_WEIGHTS, 0.6: (20.0, 20.0, 10.0, 10.0), 0.7: (30.0, 30.0, 15.0, 15.0)}
 """Least overlap of a positive box in each stage -> weights of its box deltas (Cascade R-CNN, 4.1)."""
 BRIGHTEST = 255.0
@@ -51,15 +51,36 @@ class CanvasRCNN(GeneralizedRCNN):
         return images
 
 
-def build_rcnn(
+def build_network(
     vit: DenseViT, num_classes: int, config: DetectorConfig, sampling: SamplingConfig, test: InferenceConfig
-) -> CanvasRCNN:
-    """A Mask R-CNN, or with ``config.cascade`` a Cascade Mask R-CNN, on ``vit``; background is no class."""
+) -> nn.Module:
+    """The head of the configuration on ``vit``; background is no class."""
     backbone = MAECoreBackbone(vit, kind=config.pyramid, channels=config.fpn_channels, norm=NORMS[config.norm])
+    return builder_of(config.head, "detectron2")(backbone, num_classes, config, sampling, test)
+
+
+def faster_rcnn(
+    backbone: MAECoreBackbone, num_classes: int, config: DetectorConfig, sampling: SamplingConfig, test: InferenceConfig
+) -> CanvasRCNN:
+    """Boxes alone; with ``config.cascade`` from three box heads."""
+    return _rcnn(backbone, config, sampling, roi_heads(backbone, num_classes, config, sampling, test))
+
+
+def mask_rcnn(
+    backbone: MAECoreBackbone, num_classes: int, config: DetectorConfig, sampling: SamplingConfig, test: InferenceConfig
+) -> CanvasRCNN:
+    """Boxes and masks; with ``config.cascade`` boxes from three heads."""
+    masks = mask_parts(backbone, num_classes, config)
+    return _rcnn(backbone, config, sampling, roi_heads(backbone, num_classes, config, sampling, test, **masks))
+
+
+def _rcnn(
+    backbone: MAECoreBackbone, config: DetectorConfig, sampling: SamplingConfig, heads: StandardROIHeads
+) -> CanvasRCNN:
     return CanvasRCNN(
         backbone=backbone,
         proposal_generator=proposal_network(backbone, config, sampling),
-        roi_heads=roi_heads(backbone, num_classes, config, sampling, test),
+        roi_heads=heads,
         pixel_mean=[BRIGHTEST * value for value in IMAGENET_MEAN],
         pixel_std=[BRIGHTEST * value for value in IMAGENET_STD],
         input_format="RGB",
@@ -121,23 +142,34 @@ def pooler(backbone: MAECoreBackbone, cells: int) -> ROIPooler:
     return made
 
 
+def mask_parts(backbone: MAECoreBackbone, num_classes: int, config: DetectorConfig) -> dict[str, Any]:
+    """What ``roi_heads`` takes for a mask head."""
+    shape = ShapeSpec(channels=config.fpn_channels, height=MASK_CELLS, width=MASK_CELLS)
+    widths = [config.head_channels] * (config.mask_convs + 1)  # the last is the transposed convolution
+    norm = NORMS[config.norm] or ""
+    return {
+        "mask_in_features": [level.name for level in backbone.box_levels],
+        "mask_pooler": pooler(backbone, MASK_CELLS),
+        "mask_head": MaskRCNNConvUpsampleHead(shape, num_classes=num_classes, conv_dims=widths, conv_norm=norm),
+    }
+
+
+def box_parts(config: DetectorConfig) -> FastRCNNConvFCHead:
+    """The hidden layers of a box head."""
+    shape = ShapeSpec(channels=config.fpn_channels, height=BOX_CELLS, width=BOX_CELLS)
+    convolutions, norm = [config.head_channels] * config.box_convs, NORMS[config.norm] or ""
+    return FastRCNNConvFCHead(shape, conv_dims=convolutions, fc_dims=[config.box_features], conv_norm=norm)
+
+
 def roi_heads(
     backbone: MAECoreBackbone,
     num_classes: int,
     config: DetectorConfig,
     sampling: SamplingConfig,
     test: InferenceConfig,
+    **masks: Any,
 ) -> StandardROIHeads:
-    """Box and mask heads: one box head, or three in a cascade with boxes of no class."""
-    names = [level.name for level in backbone.box_levels]
-    norm = NORMS[config.norm] or ""
-    width = config.head_channels
-
-    def box_head() -> FastRCNNConvFCHead:
-        shape = ShapeSpec(channels=config.fpn_channels, height=BOX_CELLS, width=BOX_CELLS)
-        return FastRCNNConvFCHead(
-            shape, conv_dims=[width] * config.box_convs, fc_dims=[config.box_features], conv_norm=norm
-        )
+    """The box head, or three in a cascade with boxes of no class, and ``masks`` of ``mask_parts``."""
 
     def predictor(weights: tuple[float, ...], shared: bool) -> FastRCNNOutputLayers:
         return FastRCNNOutputLayers(
@@ -153,27 +185,23 @@ def roi_heads(
     def matcher(overlap: float) -> Matcher:
         return Matcher([overlap], [0, 1], allow_low_quality_matches=False)
 
-    shape = ShapeSpec(channels=config.fpn_channels, height=MASK_CELLS, width=MASK_CELLS)
-    mask_dims = [width] * (config.mask_convs + 1)  # the last is the transposed convolution
     common = {
         "num_classes": num_classes,
         "batch_size_per_image": sampling.rois,
         "positive_fraction": 0.25,
-        "box_in_features": names,
+        "box_in_features": [level.name for level in backbone.box_levels],
         "box_pooler": pooler(backbone, BOX_CELLS),
-        "mask_in_features": names,
-        "mask_pooler": pooler(backbone, MASK_CELLS),
-        "mask_head": MaskRCNNConvUpsampleHead(shape, num_classes=num_classes, conv_dims=mask_dims, conv_norm=norm),
+        **masks,
     }
     if config.cascade:
         return CascadeROIHeads(
-            box_heads=[box_head() for _ in CASCADE],
+            box_heads=[box_parts(config) for _ in CASCADE],
             box_predictors=[predictor(weights, shared=True) for weights in CASCADE.values()],
             proposal_matchers=[matcher(overlap) for overlap in CASCADE],
             **common,
         )
     return StandardROIHeads(
-        box_head=box_head(),
+        box_head=box_parts(config),
         box_predictor=predictor(BOX_WEIGHTS, shared=False),
         proposal_matcher=matcher(next(iter(CASCADE))),
         **common,

@@ -21,10 +21,10 @@ from mae_core.training.run import Run
 from transfer.detection.config import DetectionConfig
 from transfer.detection.engine_detectron2.network import BRIGHTEST
 from transfer.detection.engine_detectron2.training import plain_pixels
-from transfer.detection.job import finish
+from transfer.detection.heads import HEADS, Detections
 from transfer.detection.masks import encode_masks
+from transfer.detection.results import write_results
 from transfer.detection.samples import WholeImages, collate_readable
-from transfer.detection.scores import KINDS, Detections
 
 EVALUATION = "evaluation"
 """Folder of a run for the files of detectron2's evaluator."""
@@ -83,8 +83,10 @@ class Collector(DatasetEvaluator):
 def detections_of(instances: Instances, index: int) -> Detections:
     """detectron2's instances, in original pixels, as ours; labels count from 1."""
     instances = instances.to("cpu")
-    masks = instances.pred_masks
-    codes = encode_masks(masks.numpy()) if len(masks) else []
+    codes = None
+    if instances.has("pred_masks"):
+        masks = instances.pred_masks
+        codes = encode_masks(masks.numpy()) if len(masks) else []
     return Detections(index, instances.pred_boxes.tensor, instances.scores, instances.pred_classes + 1, codes)
 
 
@@ -124,12 +126,12 @@ def score(
         thing_classes=[category.name for category in categories],
         thing_dataset_id_to_contiguous_id={category.id: number for number, category in enumerate(categories)},
     )
-    most = config.test.detections
-    evaluator = COCOEvaluator(name, tuple(KINDS), output_dir=str(folder), max_dets_per_image=most, use_fast_impl=False)
+    most, kinds = config.test.detections, tuple(HEADS[config.model.head].metrics)
+    evaluator = COCOEvaluator(name, kinds, output_dir=str(folder), max_dets_per_image=most, use_fast_impl=False)
     loader = WholeRecords(images, run, range(len(images)), config.test.test_batch, config.data.workers)
     found, unreadable, results = _infer(model, loader, run, [evaluator])
     MetadataCatalog.remove(name)
-    return finish(images, found, unreadable, run, config, {**more, "detectron2": as_json(results)})
+    return write_results(images, found, unreadable, run, config, {**more, "detectron2": as_json(results)})
 
 
 def as_json(results: dict[str, Any]) -> dict[str, Any]:

@@ -22,10 +22,11 @@ from mae_core.errors import UserError
 from mae_core.seeds import STEP, derive_seed
 from mae_core.training.loop import FitSettings, seed_everything
 from mae_core.training.run import Run
+from transfer.detection.engine import Fitted, Job
 from transfer.detection.engine_detectron2.network import BRIGHTEST
-from transfer.detection.job import Fitted, Job
-from transfer.detection.parts import parameter_groups
+from transfer.detection.heads import HEADS
 from transfer.detection.samples import DetectionBatch, TrainingSamples, collate
+from transfer.trunk import parameter_groups
 
 WARMUP_START = 0.001
 """Share of the rate that ViTDet starts from."""
@@ -36,7 +37,10 @@ GAMMA = 0.1
 def fit(model: nn.Module, job: Job) -> Fitted:
     """Train ``model`` with detectron2's trainer. Raises ``UserError`` where the loss becomes infinite."""
     config, run, settings = job.config, job.run, job.settings
-    groups = parameter_groups(model, config.optim)
+    optim = config.optim
+    groups = parameter_groups(
+        model, layer_decay=optim.layer_decay, weight_decay=optim.weight_decay, decayed=optim.decayed
+    )
     for group in groups:
         group["lr"] = group["initial_lr"] = settings.lr * group["lr_scale"]
     optimizer = ClippedAdamW(groups, lr=settings.lr, betas=config.optim.betas)
@@ -45,7 +49,8 @@ def fit(model: nn.Module, job: Job) -> Fitted:
     sampler = run.sampler(
         len(job.train_set.images), config.optim.batch_size, total_steps=settings.total_steps, start_step=start
     )
-    samples = TrainingSamples(job.train_set, config.data, plain_pixels(config.data.channels), config.seed)
+    masks, plain = HEADS[config.model.head].learns_masks, plain_pixels(config.data.channels)
+    samples = TrainingSamples(job.train_set, config.data, plain, config.seed, masks=masks)
     loader = make_loader(samples, sampler, collate, workers=config.data.workers, pin=run.device.type == "cuda")
     devices = [run.device.index] if run.device.type == "cuda" else None
     parallel = create_ddp_model(model, device_ids=devices, broadcast_buffers=False)
@@ -144,7 +149,8 @@ def records(batch: DetectionBatch) -> list[dict[str, Any]]:
         instances = Instances((rows, cols))
         instances.gt_boxes = Boxes(target["boxes"])
         instances.gt_classes = target["labels"] - 1
-        instances.gt_masks = BitMasks(target["masks"][:, :rows, :cols])
+        if "masks" in target:
+            instances.gt_masks = BitMasks(target["masks"][:, :rows, :cols])
         image = BRIGHTEST * pixels[:, :rows, :cols]
         found.append({"image": image, "instances": instances, "height": rows, "width": cols})
     return found

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 from torch import Tensor, nn
 
 from mae_core.errors import UserError
 from mae_core.pos_embed import resize_pos_embed
-from mae_core.weights.files import read_file, read_weights
+from mae_core.weights.files import WeightsFile
 from mae_core.weights.load import LoadReport, copy_into
 
 ZOO_PREFIX = "backbone.net."
@@ -32,12 +31,9 @@ NOT_WEIGHTS = ("pixel_mean", "pixel_std", "proposal_generator.anchor_generator.c
 """What older files hold besides weights."""
 
 
-def is_zoo_file(path: Path | None) -> bool:
-    """Whether ``path`` is a file of a whole detector in the zoo's layout."""
-    if path is None or not path.is_file():
-        return False
-    state = read_file(path).state  # its names alone: the tensors stay on disk
-    return any(name.startswith(ZOO_PREFIX) for name in state) and any(name.startswith("roi_heads.") for name in state)
+def is_zoo_file(file: WeightsFile) -> bool:
+    """Whether a file holds a whole detector in the zoo's layout, by its names alone."""
+    return all(any(name.startswith(start) for name in file.state) for start in (ZOO_PREFIX, "roi_heads."))
 
 
 def our_name(name: str) -> str:
@@ -48,15 +44,14 @@ def our_name(name: str) -> str:
     return name
 
 
-def load_zoo_detector(network: nn.Module, path: Path, *, other_classes: bool = False) -> LoadReport:
+def load_zoo_detector(network: nn.Module, file: WeightsFile, *, other_classes: bool = False) -> LoadReport:
     """Load a ViTDet detector of the zoo into ``network``; positions are resized to its grid.
 
     With ``other_classes`` the layers whose size is the number of classes may differ, and stay as they are. Raises
     ``UserError`` where any other tensor is left over on either side or has another shape.
     """
-    given, _ = read_weights(path)
-    wanted = network.state_dict()
-    report = LoadReport(str(path))
+    given, wanted = file.state, network.state_dict()
+    report = LoadReport(str(file.path))
     ready: dict[str, Tensor] = {}
     for name, tensor in given.items():
         if name.startswith(NOT_WEIGHTS):
@@ -83,7 +78,7 @@ def load_zoo_detector(network: nn.Module, path: Path, *, other_classes: bool = F
     if report.refused:
         examples = "; ".join(f"{name}: {why}" for name, why in sorted(report.refused.items())[:3])
         raise UserError(
-            f"{path} does not fit this network, {len(report.refused)} tensors are left over ({examples}); "
+            f"{file.path} does not fit this network, {len(report.refused)} tensors are left over ({examples}); "
             "take the recipe of its size in configs/detection, with as many classes"
         )
     copy_into(network, ready, report)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mae_core.weights.load import LoadReport
 from transfer.backbone import DenseViT
-from transfer.weights import load_pretrained
+from transfer.trunk import load_pretrained
 
 PUBLISHED_TAPS = {"base": (3, 5, 7, 11), "large": (7, 11, 15, 23)}
 """The blocks that BEiT's UperNet reads, which the MAE paper took over (A.4); other sizes: the last of each quarter."""

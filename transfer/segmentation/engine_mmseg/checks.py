@@ -23,7 +23,7 @@ from transfer.segmentation.engine_mmseg.data import LabelledFolder, name_bad_fil
 from transfer.segmentation.engine_mmseg.options import read_config
 from transfer.segmentation.label_check import Names, check_label_maps
 from transfer.segmentation.label_maps import LabelledImage, check_maps_exist, read_classes
-from transfer.weights import load_pretrained
+from transfer.trunk import load_pretrained
 
 
 def check_data(config: Mapping[str, Any], parts: Sequence[str] = ("train", "val")) -> dict[str, str]:

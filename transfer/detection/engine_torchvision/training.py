@@ -16,13 +16,13 @@ from mae_core.training.loop import fit
 from mae_core.training.run import Run
 from transfer.detection.config import DetectionConfig
 from transfer.detection.draw import stacked
-from transfer.detection.evaluation import spread_indices, truth_and_prediction
-from transfer.detection.job import Fitted, Job, finish
+from transfer.detection.engine import Fitted, Job
+from transfer.detection.engine_torchvision.regions import paste_mask
+from transfer.detection.heads import HEADS, Detections
 from transfer.detection.masks import encode_masks
-from transfer.detection.parts import parameter_groups
-from transfer.detection.rois import paste_mask
+from transfer.detection.results import spread_indices, truth_and_prediction, write_results
 from transfer.detection.samples import DetectionBatch, TrainingSamples, WholeImages, collate, collate_readable
-from transfer.detection.scores import Detections
+from transfer.trunk import parameter_groups
 
 PICTURE_ROWS = 3
 
@@ -65,33 +65,36 @@ def to_original(output: dict[str, Tensor], images: WholeImages, index: int) -> D
     width, height = record.width, record.height
     scale = torch.tensor([width / placement.width, height / placement.height] * 2)
     boxes = (output["boxes"].float().cpu() * scale).minimum(torch.tensor([width, height] * 2))
-    masks = [
-        paste_mask(mask, box, height, width)
-        for mask, box in zip(output["masks"].float().cpu(), boxes.tolist(), strict=True)
-    ]
-    codes = encode_masks(torch.stack(masks).numpy()) if masks else []
+    codes = None
+    if "masks" in output:
+        pairs = zip(output["masks"].float().cpu(), boxes.tolist(), strict=True)
+        masks = [paste_mask(mask, box, height, width) for mask, box in pairs]
+        codes = encode_masks(torch.stack(masks).numpy()) if masks else []
     return Detections(index, boxes, output["scores"].float().cpu(), output["labels"].cpu(), codes)
 
 
 def fit_in_core_loop(model: nn.Module, job: Job) -> Fitted:
     """Train ``model`` as the job says; the network to score, which is the averaged one where ``ema`` is set."""
     config, run, settings = job.config, job.run, job.settings
-    groups = parameter_groups(model, config.optim)
+    optim = config.optim
+    groups = parameter_groups(
+        model, layer_decay=optim.layer_decay, weight_decay=optim.weight_decay, decayed=optim.decayed
+    )
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=config.optim.betas, fused=True)
     scored = model if config.ema is None else attach_average(optimizer, model, config.ema)
     start = run.restore(model, optimizer) if job.resume else 0
     sampler = run.sampler(
         len(job.train_set.images), config.optim.batch_size, total_steps=settings.total_steps, start_step=start
     )
-    samples = TrainingSamples(job.train_set, config.data, job.statistics, config.seed)
+    masks = HEADS[config.model.head].learns_masks
+    samples = TrainingSamples(job.train_set, config.data, job.statistics, config.seed, masks=masks)
     loader = make_loader(samples, sampler, collate, workers=config.data.workers, pin=run.device.type == "cuda")
     coco = job.images.coco
 
     def draw(step: int) -> None:
         indices = spread_indices(len(job.images), PICTURE_ROWS)
         shown, _ = detect(scored, job.images, run, indices, batch_size=1, workers=0)
-        least, channels = config.test.picture_score, config.data.channels
-        rows = [truth_and_prediction(coco, detections, channels, least) for detections in shown]
+        rows = [truth_and_prediction(coco, detections, config) for detections in shown]
         if run.is_main and any(rows):
             run.picture(f"step_{step:08d}", stacked([row for row in rows if row is not None]), step)
 
@@ -117,4 +120,4 @@ def score_by_detecting(
     found, unreadable = detect(
         model, images, run, range(len(images)), batch_size=config.test.test_batch, workers=config.data.workers
     )
-    return finish(images, found, unreadable, run, config, more)
+    return write_results(images, found, unreadable, run, config, more)

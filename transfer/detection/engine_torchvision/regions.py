@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torchvision.ops import roi_align
 
 from transfer.backbone import Level
+from transfer.pyramid import CANONICAL_SIDE, CANONICAL_STRIDE
 
-CANONICAL_SIDE, CANONICAL_STRIDE = 224, 16
-"""A box of this side is read from the level of this stride; half the side, half the stride (FPN, equation 1)."""
+MASKS_AT_ONCE = 16
+"""Masks that are numbers at the same time: 64 MiB of 1024 x 1024 pixels."""
 
 
 class LevelPool(nn.Module):
@@ -44,11 +45,18 @@ class LevelPool(nn.Module):
 
 
 def mask_targets(masks: Tensor, boxes: Tensor, index: Tensor, cells: int) -> Tensor:
-    """Masks (n, H, W) bool, boxes (m, 4), the mask of each box (m,) -> (m, cells, cells) in {0, 1}."""
-    if not len(boxes):
-        return boxes.new_zeros(0, cells, cells)
-    rois = torch.cat([index[:, None].to(boxes), boxes], dim=1)
-    return (roi_align(masks[:, None].to(boxes), rois, cells, aligned=True)[:, 0] >= 0.5).to(boxes)
+    """Masks (n, H, W) bool, boxes (m, 4), the mask of each box (m,) -> (m, cells, cells) in {0, 1}.
+
+    RoIAlign needs numbers in place of bits, four bytes a pixel: so many masks at once as ``MASKS_AT_ONCE`` says.
+    """
+    targets = boxes.new_zeros(len(boxes), cells, cells)
+    for first in range(0, len(masks), MASKS_AT_ONCE):
+        here = torch.where((index >= first) & (index < first + MASKS_AT_ONCE))[0]
+        if len(here):
+            part = masks[first : first + MASKS_AT_ONCE, None].to(boxes)
+            rois = torch.cat([(index[here] - first)[:, None].to(boxes), boxes[here]], dim=1)
+            targets[here] = (roi_align(part, rois, cells, aligned=True)[:, 0] >= 0.5).to(boxes)
+    return targets
 
 
 def paste_mask(probability: Tensor, box: Sequence[float], height: int, width: int) -> Tensor:

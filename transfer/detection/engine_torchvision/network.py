@@ -1,4 +1,4 @@
-"""Mask R-CNN of torchvision's parts on a pyramid backbone. The only file that imports ``torchvision.models.detection``.
+"""Mask R-CNN and Faster R-CNN of torchvision's parts on a pyramid backbone.
 
 Where torchvision's own assembly differs from the published detectors, the published form is used: RoIAlign with
 half-pixel offsets, L1 box losses, masks in continuous coordinates (detectron2's Mask R-CNN FPN).
@@ -6,6 +6,7 @@ half-pixel offsets, L1 box losses, masks in continuous coordinates (detectron2's
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,14 +22,11 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from mae_core.data.images import Statistics
 from transfer.backbone import DenseViT
 from transfer.detection.config import DetectorConfig, InferenceConfig, SamplingConfig
-from transfer.detection.core_loop import detect, fit_in_core_loop, score_by_detecting
-from transfer.detection.job import DetectorEngine
-from transfer.detection.rois import LevelPool, mask_targets
+from transfer.detection.engine import builder_of
+from transfer.detection.engine_torchvision.regions import LevelPool, mask_targets
+from transfer.detection.heads import BOX_CELLS, BOX_WEIGHTS, MASK_CELLS
 from transfer.detection.samples import Target
 from transfer.pyramid import NORMS, PyramidBackbone
-
-BOX_CELLS, MASK_CELLS = 7, 14
-BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 
 
 class ProposalHead(RPNHead):
@@ -57,8 +55,9 @@ class ProposalNetwork(RegionProposalNetwork):
         return classes / number, boxes / number
 
 
-class MaskRCNNRoIs(RoIHeads):
-    """torchvision's sampling and suppression around the published losses; ``forward`` as torchvision's."""
+class PublishedRoIs(RoIHeads):
+    """torchvision's sampling and suppression around the published losses; ``forward`` as torchvision's. Without a mask
+    head, boxes alone."""
 
     def forward(
         self,
@@ -67,20 +66,23 @@ class MaskRCNNRoIs(RoIHeads):
         image_shapes: list[tuple[int, int]],
         targets: list[Target] | None = None,
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-        """Training: ([], losses). Evaluation: per image boxes (n, 4), scores, labels, masks (n, 28, 28); no losses."""
+        """Training: ([], losses). Evaluation: per image boxes (n, 4), scores, labels and, with a mask head, masks
+        (n, 28, 28); no losses."""
         if targets is not None:
             return [], self.losses(features, proposals, targets)
         logits, deltas = self._classify(features, proposals)
         found = self.postprocess_detections(logits, deltas, proposals, image_shapes)
-        boxes, _, labels = found
-        counts = [len(b) for b in boxes]
-        masks = self._segment(features, boxes)
-        chosen = masks[torch.arange(len(masks), device=masks.device), torch.cat(labels)].sigmoid()
-        parts = zip(*found, chosen.split(counts), strict=True)
-        return [dict(zip(("boxes", "scores", "labels", "masks"), part, strict=True)) for part in parts], {}
+        outputs = [dict(zip(("boxes", "scores", "labels"), part, strict=True)) for part in zip(*found, strict=True)]
+        if self.has_mask():
+            boxes, _, labels = found
+            masks = self._segment(features, boxes)
+            chosen = masks[torch.arange(len(masks), device=masks.device), torch.cat(labels)].sigmoid()
+            for output, part in zip(outputs, chosen.split([len(b) for b in boxes]), strict=True):
+                output["masks"] = part
+        return outputs, {}
 
     def losses(self, features: dict[str, Tensor], proposals: list[Tensor], targets: list[Target]) -> dict[str, Tensor]:
-        """Losses of classes, boxes and masks over a sample of all images' proposals."""
+        """Losses of classes, boxes and, with a mask head, masks over a sample of all images' proposals."""
         proposals, matched, label_parts, delta_parts = self.select_training_samples(proposals, targets)
         logits, deltas = self._classify(features, proposals)
         labels = torch.cat(label_parts)
@@ -88,13 +90,25 @@ class MaskRCNNRoIs(RoIHeads):
         of_class = deltas.unflatten(1, (-1, 4))[positive, labels[positive]]
         box_loss = F.l1_loss(of_class, torch.cat(delta_parts)[positive], reduction="sum") / max(len(labels), 1)
         losses = {"class_loss": F.cross_entropy(logits, labels), "box_loss": box_loss}
+        if self.has_mask():
+            losses["mask_loss"] = self._mask_loss(features, targets, proposals, matched, label_parts)
+        return losses
 
+    def _mask_loss(
+        self,
+        features: dict[str, Tensor],
+        targets: list[Target],
+        proposals: list[Tensor],
+        matched: list[Tensor],
+        label_parts: list[Tensor],
+    ) -> Tensor:
+        """Over the sampled proposals that are objects; zero, with gradients, where none is."""
         inside = [part > 0 for part in label_parts]
         boxes = [b[kept] for b, kept in zip(proposals, inside, strict=True)]
-        if not len(positive):
+        labels = torch.cat([part[kept] for part, kept in zip(label_parts, inside, strict=True)])
+        if not len(labels):
             unused = [*self.mask_head.parameters(), *self.mask_predictor.parameters()]
-            losses["mask_loss"] = 0.0 * torch.stack([parameter.sum() for parameter in unused]).sum()
-            return losses
+            return 0.0 * torch.stack([parameter.sum() for parameter in unused]).sum()
         predicted = self._segment(features, boxes)
         truth = torch.cat(
             [
@@ -102,9 +116,8 @@ class MaskRCNNRoIs(RoIHeads):
                 for target, b, index, kept in zip(targets, boxes, matched, inside, strict=True)
             ]
         )
-        chosen = predicted[torch.arange(len(positive), device=labels.device), labels[positive]]
-        losses["mask_loss"] = F.binary_cross_entropy_with_logits(chosen, truth)
-        return losses
+        chosen = predicted[torch.arange(len(labels), device=labels.device), labels]
+        return F.binary_cross_entropy_with_logits(chosen, truth)
 
     def _classify(self, features: dict[str, Tensor], boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
         logits, deltas = self.box_predictor(self.box_head(self.box_roi_pool(features, boxes)))
@@ -114,7 +127,7 @@ class MaskRCNNRoIs(RoIHeads):
         return self.mask_predictor(self.mask_head(self.mask_roi_pool(features, boxes))).float()
 
 
-class MaskRCNN(nn.Module):
+class CanvasRCNN(nn.Module):
     """Backbone, proposals, heads. Images come standardised and on their canvas; nothing is resized here."""
 
     def __init__(self, backbone: PyramidBackbone, rpn: RegionProposalNetwork, roi_heads: RoIHeads) -> None:
@@ -124,7 +137,8 @@ class MaskRCNN(nn.Module):
     def forward(self, pixels: Tensor, sizes: list[tuple[int, int]], targets: list[Target] | None = None) -> Any:
         """(B, C, H, W) and the (height, width) of each without padding -> losses by name, where ``targets`` are given.
 
-        Else, per image, {boxes (n, 4), scores (n,), labels (n,), masks (n, 28, 28)}, best first, in canvas pixels.
+        Else, per image, {boxes (n, 4), scores (n,), labels (n,)}, best first, in canvas pixels, and masks (n, 28, 28)
+        where there is a mask head.
         """
         whole = self.backbone.levels[-1].stride
         H, W = pixels.shape[-2:]
@@ -141,18 +155,60 @@ class MaskRCNN(nn.Module):
         return {**proposal_losses, **more}
 
 
-def build_mask_rcnn(
+class ExactAnchors(AnchorGenerator):
+    """torchvision's, without its rounding of sides to whole pixels: a ratio stays what it is, as in detectron2."""
+
+    def generate_anchors(
+        self,
+        scales: Sequence[float],
+        aspect_ratios: Sequence[float],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device = torch.device("cpu"),
+    ) -> Tensor:
+        """(len(ratios) * len(scales), 4) boxes x1 y1 x2 y2 around the origin, the scales of a ratio together."""
+        sides = torch.as_tensor(scales, dtype=dtype, device=device)
+        heights = torch.as_tensor(aspect_ratios, dtype=dtype, device=device).sqrt()
+        half = torch.stack([sides / heights[:, None], sides * heights[:, None]], dim=-1).flatten(0, 1) / 2
+        return torch.cat([-half, half], dim=1)
+
+
+def build_network(
     vit: DenseViT, num_classes: int, config: DetectorConfig, sampling: SamplingConfig, test: InferenceConfig
-) -> MaskRCNN:
-    """A Mask R-CNN on ``vit`` for ``num_classes`` classes, background not counted."""
-    norm = NORMS[config.norm]
-    channels = config.fpn_channels
-    backbone = PyramidBackbone(vit, kind=config.pyramid, channels=channels, norm=norm)
+) -> nn.Module:
+    """The head of the configuration on ``vit`` for ``num_classes`` classes, background not counted."""
+    backbone = PyramidBackbone(vit, kind=config.pyramid, channels=config.fpn_channels, norm=NORMS[config.norm])
+    return builder_of(config.head, "torchvision")(backbone, num_classes, config, sampling, test)
+
+
+def faster_rcnn(
+    backbone: PyramidBackbone, num_classes: int, config: DetectorConfig, sampling: SamplingConfig, test: InferenceConfig
+) -> CanvasRCNN:
+    """Boxes alone."""
+    rois = box_heads(backbone, num_classes, config, sampling, test)
+    return CanvasRCNN(backbone, proposal_network(backbone, config, sampling), rois)
+
+
+def mask_rcnn(
+    backbone: PyramidBackbone, num_classes: int, config: DetectorConfig, sampling: SamplingConfig, test: InferenceConfig
+) -> CanvasRCNN:
+    """Boxes and masks."""
+    network = faster_rcnn(backbone, num_classes, config, sampling, test)
+    channels, width, rois = config.fpn_channels, config.head_channels, network.roi_heads
+    rois.mask_roi_pool = LevelPool(backbone.box_levels, MASK_CELLS)
+    rois.mask_head = MaskRCNNHeads(channels, [width] * config.mask_convs, dilation=1, norm_layer=NORMS[config.norm])
+    predictor = MaskRCNNPredictor(width if config.mask_convs else channels, width, num_classes + 1)
+    nn.init.normal_(predictor.mask_fcn_logits.weight, std=0.001)
+    rois.mask_predictor = predictor
+    return network
+
+
+def proposal_network(backbone: PyramidBackbone, config: DetectorConfig, sampling: SamplingConfig) -> ProposalNetwork:
+    """The region proposal network on all maps of the pyramid."""
     sides = tuple(tuple(config.anchor_scale * stride for stride in level) for level in backbone.anchor_strides)
-    anchors = AnchorGenerator(sides, (tuple(config.anchor_ratios),) * len(sides))
-    rpn = ProposalNetwork(
+    anchors = ExactAnchors(sides, (tuple(config.anchor_ratios),) * len(sides))
+    return ProposalNetwork(
         anchors,
-        ProposalHead(channels, anchors.num_anchors_per_location()[0], conv_depth=config.rpn_convs),
+        ProposalHead(config.fpn_channels, anchors.num_anchors_per_location()[0], conv_depth=config.rpn_convs),
         fg_iou_thresh=0.7,
         bg_iou_thresh=0.3,
         batch_size_per_image=sampling.rpn_anchors,
@@ -161,20 +217,28 @@ def build_mask_rcnn(
         post_nms_top_n={"training": sampling.proposals, "testing": sampling.proposals},
         nms_thresh=0.7,
     )
-    width = config.head_channels
-    box_head = FastRCNNConvFCHead(
-        (channels, BOX_CELLS, BOX_CELLS), [width] * config.box_convs, [config.box_features], norm_layer=norm
-    )
-    box_predictor = FastRCNNPredictor(config.box_features, num_classes + 1)
-    nn.init.normal_(box_predictor.cls_score.weight, std=0.01)
-    nn.init.normal_(box_predictor.bbox_pred.weight, std=0.001)
-    nn.init.zeros_(box_predictor.cls_score.bias)
-    nn.init.zeros_(box_predictor.bbox_pred.bias)
-    mask_head = MaskRCNNHeads(channels, [width] * config.mask_convs, dilation=1, norm_layer=norm)
-    rois = MaskRCNNRoIs(
+
+
+def box_heads(
+    backbone: PyramidBackbone, num_classes: int, config: DetectorConfig, sampling: SamplingConfig, test: InferenceConfig
+) -> PublishedRoIs:
+    """The box head, initialised as detectron2's: Xavier in its hidden linear layers, 0.01 and 0.001 in its outputs."""
+    shape = (config.fpn_channels, BOX_CELLS, BOX_CELLS)
+    convolutions = [config.head_channels] * config.box_convs
+    head = FastRCNNConvFCHead(shape, convolutions, [config.box_features], norm_layer=NORMS[config.norm])
+    for layer in head.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.kaiming_uniform_(layer.weight, a=1)
+            nn.init.zeros_(layer.bias)
+    predictor = FastRCNNPredictor(config.box_features, num_classes + 1)
+    nn.init.normal_(predictor.cls_score.weight, std=0.01)
+    nn.init.normal_(predictor.bbox_pred.weight, std=0.001)
+    nn.init.zeros_(predictor.cls_score.bias)
+    nn.init.zeros_(predictor.bbox_pred.bias)
+    return PublishedRoIs(
         LevelPool(backbone.box_levels, BOX_CELLS),
-        box_head,
-        box_predictor,
+        head,
+        predictor,
         fg_iou_thresh=0.5,
         bg_iou_thresh=0.5,
         batch_size_per_image=sampling.rois,
@@ -183,15 +247,8 @@ def build_mask_rcnn(
         score_thresh=test.score_threshold,
         nms_thresh=test.nms_threshold,
         detections_per_img=test.detections,
-        mask_roi_pool=LevelPool(backbone.box_levels, MASK_CELLS),
-        mask_head=mask_head,
-        mask_predictor=MaskRCNNPredictor(width if config.mask_convs else channels, width, num_classes + 1),
     )
-    return MaskRCNN(backbone, rpn, rois)
 
 
-def knows_its_images(network: nn.Module, statistics: Statistics, canvas: tuple[int, int]) -> None:
-    """Images come standardised and on their canvas: there is nothing to know."""
-
-
-ENGINE = DetectorEngine(build_mask_rcnn, knows_its_images, fit_in_core_loop, detect, score_by_detecting)
+def adapt_to_images(network: nn.Module, statistics: Statistics, canvas: tuple[int, int]) -> None:
+    """Nothing to adapt: images come standardised and on their canvas."""

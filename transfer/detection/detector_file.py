@@ -1,0 +1,136 @@
+"""The file of a trained detector: what its metadata say, and how it is read into a network again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from mae_core.data.images import Statistics
+from mae_core.errors import UserError
+from mae_core.layout import DETECTOR
+from mae_core.models.sizes import size_of
+from mae_core.patches import as_pair
+from mae_core.weights.files import WeightsFile, read_file
+from transfer.backbone import DenseViT
+from transfer.detection.annotations import Category
+from transfer.detection.config import DetectionConfig, DetectorConfig
+from transfer.detection.engine import DetectorEngine, build_network, trunk_options
+from transfer.detection.heads import HEADS, Head
+from transfer.pyramid import PYRAMIDS
+
+DETECTOR_FORMAT = "mae_core_detector"
+
+
+def describe_detector(
+    config: DetectionConfig, vit: DenseViT, statistics: Statistics, categories: Sequence[Category]
+) -> dict[str, Any]:
+    """The metadata of a detector's file: all that is needed to build it again and to read its answers."""
+    return {
+        "format": DETECTOR_FORMAT,
+        "engine": config.engine,
+        "detector": {**config.model.model_dump(mode="json"), "size": vit.size, "patch_size": vit.grid.patch},
+        "sampling": config.sampling.model_dump(mode="json"),
+        "test": config.test.model_dump(mode="json"),
+        "image_size": list(as_pair(config.data.image_size)),
+        "position_size": list(vit.grid.image_size),
+        "in_chans": vit.in_channels,
+        "mean": statistics.mean,
+        "std": statistics.std,
+        "categories": [list(category) for category in categories],
+        "epochs": config.optim.epochs,
+    }
+
+
+class Trained(NamedTuple):
+    """A trained detector, its classes and pixel statistics, and the configuration for inference: network, channels and
+    canvas are the file's, and so is what the user's configuration does not give of sampling and test."""
+
+    model: nn.Module
+    categories: tuple[Category, ...]
+    statistics: Statistics
+    config: DetectionConfig
+
+
+def read_detector(weights: Path | None) -> WeightsFile:
+    """The file of a run directory, or the file itself, opened once a command. Raises ``UserError`` for a folder without
+    one."""
+    if weights is None:
+        raise UserError("--eval-only needs a trained detector; set weights=detector.safetensors or its run")
+    file = weights / DETECTOR if weights.is_dir() else weights
+    if weights.is_dir() and not file.is_file():
+        raise UserError(f"{weights} holds no {DETECTOR}; give the folder of a finished detector run")
+    return read_file(file)
+
+
+def is_detector(file: WeightsFile) -> bool:
+    """Whether ``train_net.py`` wrote a file."""
+    return file.metadata.get("format") == DETECTOR_FORMAT
+
+
+def head_of(file: WeightsFile, config: DetectionConfig) -> Head:
+    """The head of a detector: what the file says, else, of a file without metadata, the configuration."""
+    name = DetectorConfig.model_validate(file.metadata["detector"]).head if is_detector(file) else config.model.head
+    return HEADS[name]
+
+
+def load_detector(
+    file: WeightsFile, config: DetectionConfig, engine: DetectorEngine, categories: Sequence[Category] = ()
+) -> Trained:
+    """The trained detector in a file.
+
+    A file of the engine's zoo has no metadata: it is read into the network of the configuration, for ``categories``.
+    Raises ``UserError`` where the file is broken, or holds something else.
+    """
+    if engine.zoo is not None and engine.zoo.holds(file):
+        built = build_network(config, engine, len(categories))
+        engine.zoo.load(built.network, file).print()
+        return Trained(built.network, tuple(categories), built.statistics, config)
+    metadata = file.metadata
+    if not is_detector(file) or metadata.get("engine") != config.engine:
+        raise UserError(f"{file.path} is not a detector of engine {config.engine}; give the {DETECTOR} of such a run")
+    config = settings_of_training(config, metadata)
+    model = rebuilt_network(config, metadata, engine)
+    try:
+        model.load_state_dict(file.state)
+    except RuntimeError as error:
+        problem = str(error).splitlines()[-1].strip()
+        raise UserError(
+            f"{file.path} does not fit the network its metadata describe ({problem}); export it again"
+        ) from None
+    statistics = Statistics(tuple(metadata["mean"]), tuple(metadata["std"]))
+    return Trained(model, tuple(Category(*entry) for entry in metadata["categories"]), statistics, config)
+
+
+def rebuilt_network(config: DetectionConfig, metadata: dict[str, Any], engine: DetectorEngine) -> nn.Module:
+    """The network that the metadata of a file describe, with random weights; ``config`` is that of inference."""
+    detector, canvas = config.model, as_pair(metadata["image_size"])
+    size = detector.size or "base"
+    vit = DenseViT(
+        size,
+        patch_size=detector.patch_size,
+        in_chans=metadata["in_chans"],
+        image_size=metadata["position_size"],
+        taps=PYRAMIDS[detector.pyramid].taps(size_of(size)),
+        **trunk_options(detector, canvas),
+    )
+    model = engine.build(vit, len(metadata["categories"]), detector, config.sampling, config.test)
+    engine.adapt(model, Statistics(tuple(metadata["mean"]), tuple(metadata["std"])), canvas)
+    return model
+
+
+def settings_of_training(config: DetectionConfig, metadata: dict[str, Any]) -> DetectionConfig:
+    """``config`` with the network, the channels and the canvas of a detector's file, and, in sampling and test, with
+    the file's values wherever ``config`` was not given one."""
+    images = {"image_size": tuple(metadata["image_size"]), "channels": metadata["in_chans"]}
+    update: dict[str, Any] = {
+        "data": config.data.model_copy(update=images),
+        "model": DetectorConfig.model_validate(metadata["detector"]),
+    }
+    for name in ("sampling", "test"):
+        section = getattr(config, name)
+        given = section.model_dump(include=section.model_fields_set)
+        update[name] = type(section).model_validate({**metadata.get(name, {}), **given})
+    return config.model_copy(update=update)

@@ -1,0 +1,136 @@
+"""A run of a detector with any engine: training, or scoring of a trained one; what is before and after the engine's
+part."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mae_core.data.images import relative_names
+from mae_core.errors import UserError
+from mae_core.layout import CHECKPOINTS, CLASSIFIER, CONFIG, DETECTOR, ENCODER, LOG, METRICS
+from mae_core.training import distributed
+from mae_core.training.classification import tell_of_weights
+from mae_core.training.loop import FitSettings
+from mae_core.training.run import Run, check_output, open_run
+from mae_core.weights.files import SAFETENSORS, WeightsFile, read_file, write_weights
+from mae_core.weights.load import read_encoder, with_channels_of
+from transfer.detection.coco import check_same_categories, read_coco
+from transfer.detection.config import DetectionConfig
+from transfer.detection.data_sets import check_images, files_of, locate, read_data
+from transfer.detection.detector_file import describe_detector, head_of, load_detector, read_detector
+from transfer.detection.engine import DetectorEngine, Job, build_network, load_engine
+from transfer.detection.samples import WholeImages
+
+FILES_OF_RUNS = (METRICS, DETECTOR, CONFIG, LOG, CHECKPOINTS, ENCODER, CLASSIFIER)
+
+
+def train_detector(config: DetectionConfig, *, resume: bool = False) -> dict[str, Any]:
+    """Train, write the run directory, score on the validation set; returns what metrics.json holds.
+
+    Raises ``UserError`` for everything a user can get wrong, before any work where that is possible.
+    """
+    engine = load_engine(config.engine)
+    whole = None if config.weights is None else zoo_detector(engine, config.weights)
+    source = None if config.weights is None or whole is not None else read_encoder(config.weights)
+    if source is not None:
+        config = with_channels_of(source, config)
+    check_output(config, resume=resume)
+    if resume and all((config.output / name).is_file() for name in (DETECTOR, METRICS)):
+        return leave_finished(config)
+    train_set, val_set = read_data(config)
+    if not any(image.instances for image in val_set.images):
+        raise UserError(f"{val_set.path} has no annotations; there is nothing to score against")
+    trunk, model, statistics = build_network(config, engine, len(train_set.categories), source)
+    report = trunk.report
+    if engine.zoo is not None and whole is not None:
+        report = engine.zoo.load(model, whole, other_classes=True)
+    settings = settings_of(config, len(train_set.images))
+
+    run = open_run(config, resume=resume, names=relative_names(files_of(config, train_set, val_set), config.data.path))
+    tell_of_weights(run, report)
+    model.to(run.device)
+    run.say(
+        f"{len(train_set.images)} training and {len(val_set.images)} validation images of "
+        f"{len(train_set.categories)} classes; "
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; "
+        f"{settings.total_steps} steps of {config.optim.batch_size}, peak lr {settings.lr:.3g}; writing to {run.folder}"
+    )
+    metadata = describe_detector(config, trunk.vit, statistics, train_set.categories)
+    images = WholeImages(val_set, config.data, statistics)
+    job = Job(config, train_set, images, statistics, settings, run, resume, metadata)
+    metrics = fit_and_score(engine, model, job)
+    run.close()
+    distributed.leave()
+    return metrics
+
+
+def zoo_detector(engine: DetectorEngine, path: Path) -> WeightsFile | None:
+    """The whole detector of the engine's model zoo that ``path`` holds; None where it holds another thing."""
+    if engine.zoo is None or not path.is_file() or path.suffix == SAFETENSORS:
+        return None
+    file = read_file(path)
+    return file if engine.zoo.holds(file) else None
+
+
+def fit_and_score(engine: DetectorEngine, model: Any, job: Job) -> dict[str, Any]:
+    """Train ``model``, write the detector's file, score it; the metrics, on rank 0."""
+    fitted = engine.fit(model, job)
+    if job.run.is_main:
+        write_weights(job.run.folder / DETECTOR, fitted.model.state_dict(), job.metadata)
+    training = {
+        "steps": job.settings.total_steps,
+        "seconds": None if fitted.seconds is None else round(fitted.seconds, 2),
+        "loss": fitted.loss if math.isfinite(fitted.loss) else None,
+    }
+    return engine.score(fitted.model, job.images, job.run, job.config, {"training": training})
+
+
+def settings_of(config: DetectionConfig, images: int) -> FitSettings:
+    """How long and how fast, for a number of training images."""
+    return replace(FitSettings.of(config.optim, images), milestones=config.optim.milestones)
+
+
+def leave_finished(config: DetectionConfig) -> dict[str, Any]:
+    """Say that the run is complete; the metrics it has, on rank 0."""
+    run = Run(config, distributed.join(config.device))
+    run.say(f"{run.folder} is a finished run, nothing is left to resume; its scores are in {run.folder / METRICS}")
+    distributed.leave()
+    return json.loads((run.folder / METRICS).read_text(encoding="utf-8")) if run.is_main else {}
+
+
+def evaluate_detector(config: DetectionConfig) -> dict[str, Any]:
+    """Score the trained detector in ``config.weights`` on the validation set; writes to ``config.output``, returns what
+    metrics.json holds.
+
+    Network, canvas and pixel statistics are the file's; data are the configuration's, and so are thresholds and
+    sampling where it gives them. Raises ``UserError`` where the output folder holds a run or an evaluation, or the
+    classes differ.
+    """
+    engine = load_engine(config.engine)
+    held = [name for name in FILES_OF_RUNS if (config.output / name).exists()]
+    if held:
+        raise UserError(
+            f"output folder {config.output} already holds {', '.join(held)}; --eval-only overwrites nothing, "
+            "choose another with output=FOLDER"
+        )
+    check_output(config, resume=False)
+    val = locate(config.data, "val")
+    file = read_detector(config.weights)
+    val_set = read_coco(val, masks=head_of(file, config).learns_masks)
+    model, categories, statistics, config = load_detector(file, config, engine, val_set.categories)
+    check_same_categories(categories, config.weights or Path(), val_set.categories, val_set.path)
+    check_images(config.data, val_set)
+    run = Run(config, distributed.join(config.device))
+    if run.is_main:
+        try:
+            run.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write to output folder {run.folder}: {error.strerror}") from None
+    model.to(run.device)
+    metrics = engine.score(model, WholeImages(val_set, config.data, statistics), run, config, {})
+    distributed.leave()
+    return metrics

@@ -1,0 +1,125 @@
+"""The trunk of a dense task: from an encoder's file to a ``DenseViT``, and its parameters as an optimizer takes them.
+
+The same loader, the same report and the same groups for every engine of detection and segmentation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from torch import nn
+
+from mae_core.config.schema import Size
+from mae_core.models.sizes import ViTSize, size_of
+from mae_core.training.groups import layer_decay_groups
+from mae_core.weights.load import EncoderFile, LoadReport, fit_state, read_encoder
+from transfer.backbone import DenseViT
+
+NEW = ("*relative_position_bias_table", "*.rel_pos_h", "*.rel_pos_w", "*.ls1.gamma", "*.ls2.gamma")
+"""Tensors of a dense trunk that a pre-trained encoder does not have."""
+PLAIN_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d, nn.SyncBatchNorm)
+"""The classes that ViTDet's optimizer recognises as norms; its own ``LayerNorm2d`` is missing from them."""
+PRETRAINED_SIZE = 224
+"""Images that the positions of a trunk from scratch belong to where they are stored as a file's would be."""
+
+Decayed = Literal["weights", "vitdet", "all"]
+
+
+class Trunk(NamedTuple):
+    """The backbone, and the report of its weights (None from scratch)."""
+
+    vit: DenseViT
+    report: LoadReport | None
+
+
+def build_trunk(
+    source: EncoderFile | None,
+    *,
+    size: str | None = None,
+    patch_size: int | None = None,
+    in_chans: int = 3,
+    taps: Callable[[ViTSize], Sequence[int]],
+    positions: Size | None = None,
+    allow_missing: Sequence[str] = (),
+    **options: Any,
+) -> Trunk:
+    """A ``DenseViT`` that holds the encoder of ``source``, or a random one where that is None.
+
+    ``size``, ``patch_size`` and ``in_chans`` must be those of ``source``; without one, size is base when None.
+    ``taps``: from a size to the blocks that are read. ``positions``: image size that the learned positions are stored
+    for, that of ``source`` when None. ``options``: what else ``DenseViT`` takes. Raises ``UserError`` where these
+    contradict ``source``.
+    """
+    if source is None:
+        size = size or "base"
+        stored = PRETRAINED_SIZE if positions is None else positions
+        vit = DenseViT(
+            size, image_size=stored, patch_size=patch_size, in_chans=in_chans, taps=taps(size_of(size)), **options
+        )
+        return Trunk(vit, None)
+    source.check_asked(size=size, patch_size=patch_size, in_chans=in_chans)
+    vit = DenseViT(
+        source.size,
+        image_size=source.image_size if positions is None else positions,
+        patch_size=source.patch_size,
+        in_chans=source.in_chans,
+        taps=taps(size_of(source.size)),
+        **options,
+    )
+    return Trunk(vit, load_pretrained(vit, source, allow_missing=allow_missing))
+
+
+def load_pretrained(
+    backbone: DenseViT, source: EncoderFile | Path | str, *, allow_missing: Sequence[str] = ()
+) -> LoadReport:
+    """Load an encoder into ``backbone``: one that was read, or a weights file, run directory or checkpoint; returns the
+    report.
+
+    Positions are resized to the backbone's stored grid. ``allow_missing``: patterns of tensors that the file may lack
+    and that start anew. Raises ``UserError`` where the file is broken or of another architecture: a backbone never
+    starts half loaded.
+    """
+    if not isinstance(source, EncoderFile):
+        source = read_encoder(source)
+    unused = {
+        "norm.*": "dense maps take no final norm",
+        "fc_norm.*": "a classifier's norm",
+        "head.*": "a classifier's head",
+    }
+    if backbone.cls_token is None:
+        unused["cls_token"] = "this backbone has no cls token"
+    return fit_state(backbone, source, grid=backbone.grid[:2], new=NEW, unused=unused, allow_missing=allow_missing)
+
+
+def parameter_groups(
+    model: nn.Module, *, layer_decay: float, weight_decay: float, decayed: Decayed = "weights"
+) -> list[dict[str, Any]]:
+    """Groups of a model with ``backbone.vit`` for AdamW: learning rates by layer, and what is exempt from weight decay.
+
+    ``decayed`` says what is decayed. "weights": biases, norms and positions are exempt. "vitdet" repeats ViTDet's code
+    for ViT-B and ViT-L, which recognises only torch's own norm classes: the channel norms of pyramid and heads, all
+    biases of other layers, and relative positions are decayed. "all" repeats its code for ViT-H, which exempts nothing.
+    """
+    groups = layer_decay_groups(
+        model,
+        len(model.backbone.vit.blocks),
+        trunk="backbone.vit.",
+        layer_decay=layer_decay,
+        weight_decay=weight_decay,
+    )
+    if decayed == "weights":
+        return groups
+    exempt: set[int] = set()
+    if decayed == "vitdet":
+        exempt = {id(p) for m in model.modules() if type(m) in PLAIN_NORMS for p in m.parameters(recurse=False)}
+        exempt |= {id(p) for name, p in model.named_parameters() if name.endswith("pos_embed")}
+    split: list[dict[str, Any]] = []
+    for group in groups:
+        for free in (False, True):
+            kept = [n for n, parameter in enumerate(group["params"]) if (id(parameter) in exempt) == free]
+            if kept:
+                chosen = {key: [group[key][n] for n in kept] for key in ("params", "param_names")}
+                split.append({**group, **chosen, "weight_decay": 0.0 if free else weight_decay})
+    return split
