@@ -5,13 +5,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from torchvision.ops import box_iou
 
 from mae_core.data.images import Statistics, UnreadableImage
 from mae_core.data.loading import make_loader
 from mae_core.errors import UserError
-from transfer.detection.annotations import Category
-from transfer.detection.coco import Part, check_same_categories, decode_masks, read_coco
+from transfer.detection.annotations import Category, Instance
+from transfer.detection.coco import CocoImage, Part, check_same_categories, decode_masks, read_coco
 from transfer.detection.config import DetectionData
+from transfer.detection.data_sets import with_objects
 from transfer.detection.headers import header_of
 from transfer.detection.heads import Detections
 from transfer.detection.masks import encode_masks
@@ -23,6 +25,8 @@ from transfer.detection.samples import (
     check_size,
     collate,
     collate_readable,
+    cut_polygon,
+    place_jittered,
     place_whole,
     read_checked,
     target_on,
@@ -480,3 +484,75 @@ def test_boxes_hold_their_objects_whatever_the_orientation(tmp_path, orientation
     pixels = np.asarray(read_checked(record, 3)).mean(-1) > 128
     assert np.array_equal(pixels, decode_masks(record, record.instances)[0])
     check_size(record, header_of(record.path))
+
+
+def exact_box(polygon, placement, size):
+    """The box of a rectangle's visible part on the canvas, by arithmetic."""
+    (height, width), (rows, cols) = size, placement.visible
+    x, y = polygon[0::2] * placement.width / width, polygon[1::2] * placement.height / height
+    x1, x2 = (np.clip(edge - placement.left, 0, cols) for edge in (x.min(), x.max()))
+    y1, y2 = (np.clip(edge - placement.top, 0, rows) for edge in (y.min(), y.max()))
+    x1, x2 = (cols - x2, cols - x1) if placement.hflip else (x1, x2)
+    y1, y2 = (rows - y2, rows - y1) if placement.vflip else (y1, y2)
+    return torch.tensor([[x1, y1, x2, y2]], dtype=torch.float32)
+
+
+@pytest.mark.parametrize("side", [8, 16, 40])
+@pytest.mark.parametrize("kind", ["polygon", "code"])
+def test_boxes_of_small_objects_are_exact_whatever_the_jitter(side, kind):
+    """At 8 pixels on the canvas a box from resized masks has an IoU of 0.85 with the exact one."""
+    size, rng = (300, 400), np.random.default_rng(side)
+    for trial in range(40):
+        place = place_jittered(*size, (256, 320), DetectionData(resize_scale=(0.3, 1.5), vflip=0.5),
+            torch.Generator().manual_seed(trial))  # fmt: skip
+        extent = side * np.array([size[1] / place.width, size[0] / place.height])
+        corner = rng.uniform(0, np.array([400, 300]) - extent)
+        if kind == "code":
+            corner, extent = corner.round(), extent.round().clip(1)
+        (x, y), (w, h) = corner, extent
+        polygon = np.array([x, y, x + w, y, x + w, y + h, x, y + h])
+        shape = (polygon,)
+        if kind == "code":
+            mask = np.zeros((1, *size), dtype=bool)
+            mask[:, int(y) : int(y + h), int(x) : int(x + w)] = True
+            shape = encode_masks(mask)[0]["counts"]
+        instance = Instance(1, 1, (x, y, w, h), shape, None, False)
+        record = CocoImage(1, Path("x.png"), *size, (instance,))
+        expected = exact_box(polygon, place, size)
+        for masks in (True, False):
+            target = target_on(record, place, masks=masks)
+            if len(target["boxes"]) and (expected[0, 2:] - expected[0, :2]).min() > 2:
+                assert box_iou(target["boxes"], expected).item() >= 0.99, (trial, masks, target["boxes"], expected)
+            else:
+                assert (expected[0, 2:] - expected[0, :2]).min() <= 2
+
+
+def test_a_polygon_is_cut_as_shapely_would():
+    """An L, whose visible part in the window is the end of one arm; and a C, of which the window shows nothing."""
+    window = np.array([4.0, 0.0, 10.0, 10.0])
+    arm = cut_polygon(np.array([[0, 0], [6.5, 0], [6.5, 1.5], [2, 1.5], [2, 8], [0, 8]], dtype=float), window)
+    assert arm.min(axis=0).tolist() == [4, 0] and arm.max(axis=0).tolist() == [6.5, 1.5]
+    assert not len(cut_polygon(np.array([[0, 0], [3, 0], [3, 9]], dtype=float), window))
+
+
+def test_a_box_head_takes_annotations_without_a_mask_and_a_mask_head_names_the_option(edited):
+    part = edited(lambda content: first(content).update(segmentation=[]))
+    with pytest.raises(UserError, match=r"has no segmentation.*boxes alone with model\.head=faster_rcnn"):
+        read_coco(part)
+    coco = read_coco(part, masks=False)
+    image = coco.images[0]
+    target = target_on(image, place_whole(image.height, image.width, (48, 64)), masks=False)
+    assert target.keys() == {"boxes", "labels"}
+    assert target["boxes"].tolist() == [[x, y, x + w, y + h] for x, y, w, h in (i.box for i in image.instances)]
+    annotation = coco.truth()["annotations"][0]
+    assert "segmentation" not in annotation and annotation["area"] > 0
+
+
+def test_images_without_objects_are_left_out_as_detectron2_does(edited):
+    def empty(content):
+        content["annotations"] = [a for a in content["annotations"] if a["image_id"] != 5]
+        for annotation in content["annotations"]:
+            annotation["iscrowd"] = int(annotation["image_id"] == 15)
+
+    coco = read_coco(edited(empty))
+    assert [image.id for image in with_objects(coco).images] == [image.id for image in coco.images][2:]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -109,32 +109,35 @@ def place_jittered(
     return Placement(new_height, new_width, top, left, canvas, hflip < data.hflip, vflip < data.vflip)
 
 
-def boxes_of(masks: np.ndarray) -> np.ndarray:
+Masks = np.ndarray[Any, np.dtype[np.bool_]]
+"""(n, H, W)."""
+
+
+def boxes_of(masks: Masks) -> np.ndarray:
     """Tight boxes of masks: (n, H, W) bool -> (n, 4) float64 x1 y1 x2 y2, x2 and y2 exclusive, zero where a mask is
     empty."""
     edges = []
-    for occupied in (masks.any(axis=1), masks.any(axis=2)):
+    for axis in (1, 2):
+        occupied = np.asarray(masks.any(axis=axis))
         last = occupied.shape[1] - occupied[:, ::-1].argmax(axis=1)
         edges.append((occupied.argmax(axis=1), np.where(occupied.any(axis=1), last, 0)))
     (left, right), (top, bottom) = edges
     return np.stack([left, top, right, bottom], axis=1).astype(np.float64)
 
 
-def visible_bounds(instances: Sequence[Instance], masks: np.ndarray, window: np.ndarray) -> np.ndarray:
+def visible_bounds(instances: Sequence[Instance], masks: Masks, window: np.ndarray) -> np.ndarray:
     """Bounds of the visible part of each object, (n, 4) x1 y1 x2 y2 in pixels of the original image.
 
     Polygons keep their fractions of a pixel, as in detectron2; run-length codes have whole pixels. ``masks`` (n, h, w)
     are the pixels of ``instances``, ``window`` x1 y1 x2 y2 what is visible of the image.
     """
     first, last = np.floor(window[:2]).astype(int), np.ceil(window[2:]).astype(int)
-    seen = masks[:, first[1] : last[1], first[0] : last[0]]
-    bounds = boxes_of(seen) + np.tile(first, 2) * seen.any(axis=(1, 2))[:, None]
+    bounds = boxes_of(masks[:, first[1] : last[1], first[0] : last[0]]) + np.tile(first, 2)
     for number, instance in enumerate(instances):
-        if isinstance(instance.shape, tuple) and bounds[number].any():
+        if isinstance(instance.shape, tuple):
             points = np.concatenate([cut_polygon(polygon.reshape(-1, 2), window) for polygon in instance.shape])
-            if len(points):  # within a pixel of the mask: cutting may leave an edge between two visible parts
-                exact = np.concatenate([points.min(axis=0), points.max(axis=0)])
-                bounds[number] = np.clip(exact, bounds[number] - 1, bounds[number] + 1)
+            if len(points):
+                bounds[number] = np.concatenate([points.min(axis=0), points.max(axis=0)])
     return bounds
 
 
@@ -252,9 +255,14 @@ def target_on(record: CocoImage, placement: Placement, *, masks: bool = True) ->
         boxes = placement.boxes(np.concatenate([given[:, :2], given[:, :2] + given[:, 2:]], axis=1), size)
         kept = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
         return {"boxes": boxes[kept], "labels": labels[kept]}
-    decoded = decode_masks(record, instances)
-    boxes = placement.boxes(visible_bounds(instances, decoded, placement.window(size)), size)
-    moved = placement.masks(decoded)
+    decoded, window = decode_masks(record, instances), placement.window(size)
+    bounds, moved = visible_bounds(instances, decoded, window), placement.masks(decoded)
+    boxes = placement.boxes(bounds, size)
+    # what the canvas cuts may show less than a pixel of a part, which its mask has not: the box keeps to the mask
+    at_edge = np.concatenate([bounds[:, :2] <= window[:2], bounds[:, 2:] >= window[2:]], axis=1)
+    cut = torch.from_numpy(at_edge.any(axis=1))
+    tight = torch.from_numpy(boxes_of(moved[cut].numpy())).float()
+    boxes[cut] = boxes[cut].minimum(tight + 1).maximum(tight - 1)
     kept = moved.any(dim=2).any(dim=1) & (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
     return {"boxes": boxes[kept], "labels": labels[kept], "masks": moved[kept]}
 

@@ -175,7 +175,7 @@ def _masks(
             swapped = x <= w <= width and y <= h <= height
             hint = "; it looks like corners, COCO wants [x, y, width, height]" if swapped else ""
             problems.append(Problem("boxes outside the image", sentence + hint))
-        code = encode_shape(instance.shape, height, width)
+        code = encode_shape(instance.shape or (), height, width)
         if not coder.area(code):
             problems.append(Problem("empty masks", f"{where} has a mask without a pixel; it is never learned from"))
             continue
