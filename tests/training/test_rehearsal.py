@@ -23,9 +23,11 @@ def configured(options, *more) -> PretrainConfig:
     return load_config(PretrainConfig, None, [*options, *more])
 
 
-def block_flops(tokens: int, width: int) -> int:
-    """Forward: four projections, two matrix products of attention, and an MLP of ratio 4."""
-    return 2 * tokens * width * width * 4 + 2 * 2 * tokens * tokens * width + 2 * tokens * width * 4 * width * 2
+def block_flops(tokens: int, width: int, asking: int | None = None) -> int:
+    """Forward: keys and values of all tokens; of those that ask two projections, two matrix products of attention, and
+    an MLP of ratio 4."""
+    asking = tokens if asking is None else asking
+    return 2 * width * width * (2 * tokens + 10 * asking) + 2 * 2 * asking * tokens * width
 
 
 @pytest.mark.parametrize("mask_tokens", [False, True])
@@ -33,8 +35,9 @@ def test_flops_are_those_of_the_matrix_products(pretrain_options, mask_tokens):
     config = configured(pretrain_options, f"masking.mask_tokens_in_encoder={mask_tokens}")
     size = SIZES["nano"]
     seen = 17 if mask_tokens else 5  # 16 patches, four visible, and the cls token
-    encoder = 2 * 16 * size.width * 192 + size.depth * block_flops(seen, size.width)
-    decoder = 2 * seen * size.width * 32 + block_flops(17, 32) + 2 * 17 * 32 * 192
+    embedded = 16 if mask_tokens else 4
+    encoder = 2 * embedded * size.width * 192 + size.depth * block_flops(seen, size.width)
+    decoder = 2 * seen * size.width * 32 + block_flops(17, 32, asking=12) + 2 * 12 * 32 * 192
     cost = cost_of(build_pretrain_model(config), config, torch.float32)
     assert cost.forward == pytest.approx(encoder + decoder, rel=0.01)
     assert cost.total == pytest.approx(3 * cost.forward, rel=0.05)
