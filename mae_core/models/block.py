@@ -5,6 +5,9 @@ The parameters are those of timm's block; here is only how they are applied.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import timm.models.vision_transformer as timm_vit
@@ -20,13 +23,26 @@ backward included; in float32 they are slower, and GPUs have flash attention. ``
 """
 
 
+_device_type: ContextVar[str | None] = ContextVar("device_type", default=None)
+
+
+@contextmanager
+def kernels_as_on(device_type: str) -> Iterator[None]:
+    """Attend as on a device of this type, on whatever device: for estimates of memory that are made on the CPU."""
+    token = _device_type.set(device_type)
+    try:
+        yield
+    finally:
+        _device_type.reset(token)
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, scale: float | None = None) -> Tensor:
     """softmax(scale * query key^T + bias) value, by the kernel that suits device, dtype and length.
 
     query (B, heads, M, d), key (B, heads, N, d), value (B, heads, N, e) -> (B, heads, M, e); ``bias`` broadcasts to
     (B, heads, M, N); ``scale`` is d^-0.5 when None.
     """
-    longest = LONGEST_AS_PRODUCTS.get((query.device.type, query.dtype), 0)
+    longest = LONGEST_AS_PRODUCTS.get((_device_type.get() or query.device.type, query.dtype), 0)
     if bias is None and max(query.shape[2], key.shape[2]) <= longest:
         attended: Tensor = AttentionProducts.apply(
             query, key, value, query.shape[-1] ** -0.5 if scale is None else scale

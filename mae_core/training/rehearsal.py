@@ -20,6 +20,7 @@ from mae_core.data.images import statistics_of
 from mae_core.data.loading import share_of
 from mae_core.data.sources import damaged_parts, open_source
 from mae_core.data.unlabelled import PretrainBatch, UnlabelledImages, collate
+from mae_core.models.block import kernels_as_on
 from mae_core.models.mae import MaskedAutoencoder
 from mae_core.models.sizes import SIZES
 from mae_core.training import distributed
@@ -80,7 +81,7 @@ def rehearse(config: PretrainConfig, say: Callable[[str], None] = print) -> None
             run.say(line)
         for line in parameter_lines(model):
             run.say(line)
-        cost = cost_of(model, config, run.precision)
+        cost = cost_of(model, config, run.precision, run.device.type)
         micro = min(config.optim.micro_batch or config.optim.batch_size, share_of(config.optim.batch_size, run.world))
         for line in cost_lines(cost, model, config.optim.batch_size, micro):
             run.say(line)
@@ -132,14 +133,14 @@ def parameter_lines(model: MaskedAutoencoder) -> list[str]:
     return [*lines, str(parameter_count_table(model, max_depth=2))]
 
 
-def cost_of(model: MaskedAutoencoder, config: PretrainConfig, precision: torch.dtype) -> Cost:
+def cost_of(model: MaskedAutoencoder, config: PretrainConfig, precision: torch.dtype, device_type: str = "cpu") -> Cost:
     """Of one image, on the CPU: torch's counter, attention as plain matrix products, whatever kernel the run uses;
-    the bytes are those of fused attention, which keeps no attention matrix."""
+    the bytes are those of the kernels of a device of ``device_type``."""
 
     def loss(images: int) -> Tensor:
         pixels = torch.zeros(images, config.data.channels, *model.encoder.grid.image_size)
         with torch.autocast("cpu", precision, enabled=precision != torch.float32):
-            return model(pixels, generator=torch.Generator().manual_seed(0)).loss
+            return model(pixels, generator=torch.Generator().manual_seed(0), predict_visible=False).loss
 
     forward, whole = FlopCounterMode(display=False), FlopCounterMode(display=False)
     with sdpa_kernel(SDPBackend.MATH), whole:
@@ -148,7 +149,8 @@ def cost_of(model: MaskedAutoencoder, config: PretrainConfig, precision: torch.d
         found.backward()
     model.zero_grad(set_to_none=True)
     # The difference of two batches leaves out what is kept once: parameters, and their copies in lower precision.
-    kept = _kept_bytes(lambda: loss(2)) - _kept_bytes(lambda: loss(1))
+    with kernels_as_on(device_type):
+        kept = _kept_bytes(lambda: loss(2)) - _kept_bytes(lambda: loss(1))
     return Cost(forward.get_total_flops(), whole.get_total_flops(), kept)
 
 

@@ -148,3 +148,10 @@ def test_the_cost_of_a_step_is_pinned():
     activations = sum(size for place, size in kept.items() if place not in parameters)
     assert counter.get_total_flops() == pytest.approx(278_044_544, rel=0.01)
     assert activations == pytest.approx(2_338_272, rel=0.02)
+
+
+def test_an_estimate_for_a_gpu_keeps_what_a_gpu_keeps():
+    x = torch.zeros(1, 1, 9, 8, dtype=torch.bfloat16, requires_grad=True)
+    with block_module.kernels_as_on("cuda"):
+        assert "AttentionProducts" not in attend(x, x, x).grad_fn.name()
+    assert "AttentionProducts" in attend(x, x, x).grad_fn.name()
