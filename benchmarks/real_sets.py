@@ -50,7 +50,7 @@ def real_tasks(imagenette: Path, nuclei: Path, camvid: Path) -> tuple[Task, ...]
             metric_path=("mIoU",),
             data=camvid,
             command=f"python {SEGMENT} --work-dir {{output}} "
-            f"--cfg-options {STEPS} data_root={{data}} randomness.seed={{seed}}",
+            f"--cfg-options {STEPS} num_classes=11 reduce_zero_label=True data_root={{data}} randomness.seed={{seed}}",
             from_scratch="optim_wrapper.paramwise_cfg.layer_decay_rate=1.0",
             from_encoder="--weights {encoder}",
         ),

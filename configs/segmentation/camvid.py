@@ -10,6 +10,7 @@ _base_ = ["small_data.py"]
 
 data_root = "data/camvid"
 num_classes = 11
+reduce_zero_label = True
 crop_size = 192
 
 train_pipeline = [
@@ -26,6 +27,7 @@ model = dict(
     auxiliary_head=dict(num_classes=num_classes),
     test_cfg=dict(_delete_=True, mode="whole"),
 )
-train_dataloader = dict(dataset=dict(data_root=data_root, num_classes=num_classes, pipeline=train_pipeline))
-val_dataloader = dict(dataset=dict(data_root=data_root, num_classes=num_classes))
-test_dataloader = dict(dataset=dict(data_root=data_root, num_classes=num_classes))
+labels = dict(data_root=data_root, num_classes=num_classes, reduce_zero_label=reduce_zero_label)
+train_dataloader = dict(dataset=dict(**labels, pipeline=train_pipeline))
+val_dataloader = dict(dataset=labels)
+test_dataloader = val_dataloader

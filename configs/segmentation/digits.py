@@ -4,10 +4,15 @@
 #       --weights runs/pretrain/encoder.safetensors --work-dir runs/segmenter --cfg-options data_root=PATH/segmentation
 #
 # A variable below can be set under --cfg-options like any key; what is computed from it follows.
-_base_ = ["_base_/upernet.py", "_base_/runtime.py"]
+_base_ = ["_base_/upernet.py", "_base_/runtime.py", "_base_/labelled_folders.py"]
 
 data_root = "runs/demo/data/segmentation"
 num_classes = 5
+reduce_zero_label = False  # the variables that describe the labels are explained in own_data.py
+label_values = None
+ignored_values = None
+seg_map_suffix = ".png"
+on_error = "skip"
 size = "nano"
 width = 128  # of the encoder's tokens
 head_width = 64
@@ -43,33 +48,22 @@ train_pipeline = [
     dict(type="PackSegInputs"),
 ]
 test_pipeline = [dict(type="LoadImageFromFile"), dict(type="LoadAnnotations"), dict(type="PackSegInputs")]
-train_dataloader = dict(
-    batch_size=batch_size,
-    num_workers=workers,
-    persistent_workers=workers > 0,
-    sampler=dict(type="InfiniteSampler", shuffle=True),
-    dataset=dict(
-        type="LabelledFolder",
-        data_root=data_root,
-        data_prefix=dict(img_path="images/training", seg_map_path="annotations/training"),
-        pipeline=train_pipeline,
-    ),
+labels = dict(
+    data_root=data_root,
+    num_classes=num_classes,
+    reduce_zero_label=reduce_zero_label,
+    label_values=label_values,
+    ignored_values=ignored_values,
+    seg_map_suffix=seg_map_suffix,
+    on_error=on_error,
 )
-val_dataloader = dict(
-    batch_size=batch_size,
-    num_workers=workers,
-    persistent_workers=workers > 0,
-    sampler=dict(type="DefaultSampler", shuffle=False),
-    dataset=dict(
-        type="LabelledFolder",
-        data_root=data_root,
-        data_prefix=dict(img_path="images/validation", seg_map_path="annotations/validation"),
-        pipeline=test_pipeline,
-    ),
-)
+loading = dict(batch_size=batch_size, num_workers=workers, persistent_workers=workers > 0)
+train_dataloader = dict(**loading, dataset=dict(**labels, pipeline=train_pipeline))
+val_dataloader = dict(**loading, dataset=dict(**labels, pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
 optim_wrapper = dict(
+    _delete_=True,
     type="OptimWrapper",
     optimizer=dict(type="AdamW", lr=lr, betas=(0.9, 0.999), weight_decay=0.05),
     constructor="MAECoreLayerDecay",
@@ -79,4 +73,4 @@ param_scheduler = [
     dict(type="LinearLR", start_factor=1e-6, by_epoch=False, begin=0, end=warmup),
     dict(type="PolyLR", eta_min=0.0, power=1.0, begin=warmup, end=iterations, by_epoch=False),
 ]
-train_cfg = dict(type="IterBasedTrainLoop", max_iters=iterations, val_interval=iterations)
+train_cfg = dict(max_iters=iterations, val_interval=iterations)

@@ -11,6 +11,7 @@ _base_ = ["_base_/upernet.py", "_base_/runtime.py"]
 
 data_root = "data/ADEChallengeData2016"
 num_classes = 150
+seg_map_suffix = ".png"  # what a label map's name has in place of the image's suffix
 size = "base"
 width = 768  # of the encoder's tokens
 crop_size = 512
@@ -50,6 +51,7 @@ train_dataloader = dict(
     dataset=dict(
         type="ADE20KDataset",
         data_root=data_root,
+        seg_map_suffix=seg_map_suffix,
         data_prefix=dict(img_path="images/training", seg_map_path="annotations/training"),
         pipeline=train_pipeline,
     ),
@@ -62,6 +64,7 @@ val_dataloader = dict(
     dataset=dict(
         type="ADE20KDataset",
         data_root=data_root,
+        seg_map_suffix=seg_map_suffix,
         data_prefix=dict(img_path="images/validation", seg_map_path="annotations/validation"),
         pipeline=test_pipeline,
     ),

@@ -1,25 +1,26 @@
 # Your own label maps on a GPU, with an MAE ViT-B and the settings of the ADE20K recipe; a template: copy and change it.
 #
 #   python transfer/segmentation/check_data.py configs/segmentation/own_data.py \
-#       --cfg-options data_root=data/own num_classes=5 reduce_zero_label=False
+#       --cfg-options data_root=data/own num_classes=5
 #   python transfer/segmentation/train_net.py configs/segmentation/own_data.py \
-#       --weights mae_pretrain_vit_base.pth --work-dir runs/own \
-#       --cfg-options data_root=data/own num_classes=5 reduce_zero_label=False
+#       --weights mae_pretrain_vit_base.pth --work-dir runs/own --cfg-options data_root=data/own num_classes=5
 #
 # data_root holds images/{training,validation}/* (any format), annotations/{training,validation}/* of the same names
-# (one channel, the value is the class, 255 is ignored) and, if you like, classes.txt (a line value<TAB>name for each).
-# reduce_zero_label=True: 0 is void, and the num_classes classes are 1..num_classes.
-# reduce_zero_label=False: 0 is a class like any other, and the classes are 0..num_classes-1.
-# on_error: an image that cannot be read is named, counted and left out (skip), or stops the run (raise).
+# (one channel of 1 to 32 bits, or a palette's indices; 255 is ignored) and, if you like, classes.txt (a line
+# value<TAB>name for each class; without it the classes are called after their values).
 # A few hundred images, or no GPU: small_data.py. A variable below can be set under --cfg-options like any key; what is
 # computed from it follows.
-_base_ = ["_base_/upernet.py", "_base_/runtime.py"]
+_base_ = ["_base_/upernet.py", "_base_/runtime.py", "_base_/labelled_folders.py"]
 
 data_root = "data/own"
 num_classes = 2
+# what the values of the label maps mean: the classes are 0..num_classes-1; with reduce_zero_label=True, as in ADE20K, 0
+# is void and they are 1..num_classes; label_values=[0,255] is the value of each class ([0,[1,2],255] joins 1 and 2)
 reduce_zero_label = False
-on_error = "skip"
+label_values = None
+ignored_values = None  # values without a class; None: 255, or 65535 where 255 is a class
 seg_map_suffix = ".png"  # what a label map's name has in place of the image's suffix
+on_error = "skip"  # an unreadable image is named, counted and left out; "raise" stops the run
 size = "base"
 patch_size = 16  # the weights file's
 width = 768  # of the encoder's tokens; 192 tiny, 384 small, 1024 large
@@ -55,49 +56,23 @@ test_pipeline = [
     dict(type="LoadAnnotations"),  # after Resize: the truth keeps its size
     dict(type="PackSegInputs"),
 ]
-train_dataloader = dict(
-    batch_size=batch_size,
-    num_workers=workers,
-    persistent_workers=workers > 0,
-    sampler=dict(type="InfiniteSampler", shuffle=True),
-    dataset=dict(
-        type="LabelledFolder",
-        data_root=data_root,
-        data_prefix=dict(img_path="images/training", seg_map_path="annotations/training"),
-        num_classes=num_classes,
-        reduce_zero_label=reduce_zero_label,
-        on_error=on_error,
-        seg_map_suffix=seg_map_suffix,
-        pipeline=train_pipeline,
-    ),
+labels = dict(
+    data_root=data_root,
+    num_classes=num_classes,
+    reduce_zero_label=reduce_zero_label,
+    label_values=label_values,
+    ignored_values=ignored_values,
+    seg_map_suffix=seg_map_suffix,
+    on_error=on_error,
 )
-val_dataloader = dict(
-    batch_size=1,
-    num_workers=workers,
-    persistent_workers=workers > 0,
-    sampler=dict(type="DefaultSampler", shuffle=False),
-    dataset=dict(
-        type="LabelledFolder",
-        data_root=data_root,
-        data_prefix=dict(img_path="images/validation", seg_map_path="annotations/validation"),
-        num_classes=num_classes,
-        reduce_zero_label=reduce_zero_label,
-        on_error=on_error,
-        seg_map_suffix=seg_map_suffix,
-        pipeline=test_pipeline,
-    ),
-)
+loading = dict(num_workers=workers, persistent_workers=workers > 0)
+train_dataloader = dict(batch_size=batch_size, **loading, dataset=dict(**labels, pipeline=train_pipeline))
+val_dataloader = dict(batch_size=1, **loading, dataset=dict(**labels, pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
-optim_wrapper = dict(
-    type="AmpOptimWrapper",  # train_net.py trains in fp32 where there is no GPU
-    dtype="bfloat16",
-    optimizer=dict(type="AdamW", lr=lr, betas=(0.9, 0.999), weight_decay=0.05),
-    constructor="MAECoreLayerDecay",
-    paramwise_cfg=dict(layer_decay_rate=0.65, paper_bug=False),
-)
+optim_wrapper = dict(optimizer=dict(lr=lr), paramwise_cfg=dict(layer_decay_rate=0.65))
 param_scheduler = [
     dict(type="LinearLR", start_factor=1e-6, by_epoch=False, begin=0, end=warmup),
     dict(type="PolyLR", eta_min=0.0, power=1.0, begin=warmup, end=iterations, by_epoch=False),
 ]
-train_cfg = dict(type="IterBasedTrainLoop", max_iters=iterations, val_interval=2000)
+train_cfg = dict(max_iters=iterations, val_interval=2000)

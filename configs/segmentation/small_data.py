@@ -2,21 +2,12 @@
 #
 #   python transfer/segmentation/train_net.py configs/segmentation/small_data.py \
 #       --weights runs/mine --work-dir runs/segmenter \
-#       --cfg-options data_root=data/camvid num_classes=11
+#       --cfg-options data_root=data/own num_classes=5
 #
-# data_root holds images/{training,validation}/* (any format), annotations/{training,validation}/*.png of the same names
-# (one channel, the value is the class, 255 is ignored) and, if you like, classes.txt (a line value<TAB>name for each
-# value; without it the classes are called after their values: class 1, class 2, ...).
-# reduce_zero_label=True, as set below: 0 is void, and the num_classes classes are 1..num_classes.
-# reduce_zero_label=False: 0 is a class like any other, and the classes are 0..num_classes-1.
-# on_error: an image that cannot be read is named, counted and left out (skip), or stops the run (raise).
-# A variable below can be set under --cfg-options like any key; what is computed from it follows.
-_base_ = ["_base_/upernet.py", "_base_/runtime.py"]
+# Layout of data_root and the variables that describe the labels (num_classes, reduce_zero_label, label_values,
+# ignored_values, seg_map_suffix, on_error) are those of own_data.py, where they are explained.
+_base_ = ["own_data.py"]
 
-data_root = "data/own"
-num_classes = 11
-reduce_zero_label = True
-on_error = "skip"
 size = "tiny"
 patch_size = 12  # the weights file's
 width = 192  # of the encoder's tokens; 128 nano, 384 small, 768 base, 1024 large
@@ -32,9 +23,9 @@ model = dict(
     data_preprocessor=dict(size=(crop_size, crop_size), test_cfg=dict(size_divisor=4 * patch_size)),
     backbone=dict(size=size, image_size=crop_size, patch_size=patch_size),
     neck=dict(embed_dim=width, rescales=[2, 1, 0.5, 0.25]),  # patches of 12: the strides are 6, 12, 24, 48
-    decode_head=dict(in_channels=[width] * 4, channels=head_width, num_classes=num_classes),
-    auxiliary_head=dict(in_channels=width, channels=head_width, num_classes=num_classes),
-    test_cfg=dict(mode="slide", crop_size=(crop_size, crop_size), stride=(crop_size * 2 // 3, crop_size * 2 // 3)),
+    decode_head=dict(in_channels=[width] * 4, channels=head_width),
+    auxiliary_head=dict(in_channels=width, channels=head_width),
+    test_cfg=dict(crop_size=(crop_size, crop_size), stride=(crop_size * 2 // 3, crop_size * 2 // 3)),
 )
 
 train_pipeline = [
@@ -52,47 +43,14 @@ test_pipeline = [
     dict(type="LoadAnnotations"),  # after Resize: the truth keeps its size
     dict(type="PackSegInputs"),
 ]
-train_dataloader = dict(
-    batch_size=batch_size,
-    num_workers=workers,
-    persistent_workers=workers > 0,
-    sampler=dict(type="InfiniteSampler", shuffle=True),
-    dataset=dict(
-        type="LabelledFolder",
-        data_root=data_root,
-        data_prefix=dict(img_path="images/training", seg_map_path="annotations/training"),
-        num_classes=num_classes,
-        reduce_zero_label=reduce_zero_label,
-        on_error=on_error,
-        pipeline=train_pipeline,
-    ),
-)
-val_dataloader = dict(
-    batch_size=1,
-    num_workers=workers,
-    persistent_workers=workers > 0,
-    sampler=dict(type="DefaultSampler", shuffle=False),
-    dataset=dict(
-        type="LabelledFolder",
-        data_root=data_root,
-        data_prefix=dict(img_path="images/validation", seg_map_path="annotations/validation"),
-        num_classes=num_classes,
-        reduce_zero_label=reduce_zero_label,
-        on_error=on_error,
-        pipeline=test_pipeline,
-    ),
-)
+loading = dict(num_workers=workers, persistent_workers=workers > 0)
+train_dataloader = dict(batch_size=batch_size, **loading, dataset=dict(pipeline=train_pipeline))
+val_dataloader = dict(**loading, dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
-optim_wrapper = dict(
-    type="AmpOptimWrapper",  # train_net.py trains in fp32 where there is no GPU
-    dtype="bfloat16",
-    optimizer=dict(type="AdamW", lr=lr, betas=(0.9, 0.999), weight_decay=0.05),
-    constructor="MAECoreLayerDecay",
-    paramwise_cfg=dict(layer_decay_rate=0.75, paper_bug=False),
-)
+optim_wrapper = dict(optimizer=dict(lr=lr), paramwise_cfg=dict(layer_decay_rate=0.75))
 param_scheduler = [
     dict(type="LinearLR", start_factor=1e-6, by_epoch=False, begin=0, end=warmup),
     dict(type="PolyLR", eta_min=0.0, power=1.0, begin=warmup, end=iterations, by_epoch=False),
 ]
-train_cfg = dict(type="IterBasedTrainLoop", max_iters=iterations, val_interval=iterations)
+train_cfg = dict(max_iters=iterations, val_interval=iterations)

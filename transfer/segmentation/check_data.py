@@ -21,38 +21,37 @@ from transfer.segmentation.label_check import (
     KINDS,
     MOST_CHECKED,
     MOST_NAMED,
-    Names,
     Problem,
     Survey,
     stray_maps,
     survey,
 )
-from transfer.segmentation.label_maps import IGNORED, possible_pairs, read_classes
+from transfer.segmentation.label_coding import LabelCoding, Names
+from transfer.segmentation.label_maps import possible_pairs, read_classes
 from transfer.segmentation.quiet import quietly
 
 
 class LabelledFolders(NamedTuple):
     """What is to be checked: two folders, and what the values in the label maps mean.
 
-    classes  a name for each class, or their number where nobody has named them
-    origin   where the names come from, see ``label_check.survey``
+    classes   a name for each class, None where nobody has named them
+    origin    where the names come from
+    channels  of the encoder
     """
 
     part: str
     images: Path
     label_maps: Path
-    classes: list[str] | int
-    reduce_zero_label: bool
+    coding: LabelCoding
+    classes: list[str] | None = None
     map_suffix: str = ".png"
     origin: Names = "unknown"
+    channels: int = 3
 
     @property
     def names(self) -> list[str]:
         """Names of the classes, in the order of their values."""
-        first = 1 if self.reduce_zero_label else 0
-        if isinstance(self.classes, list):
-            return self.classes
-        return [f"class {value}" for value in range(first, first + self.classes)]
+        return self.classes or [f"class {value}" for value in self.coding.values]
 
 
 def check_folders(folders: LabelledFolders, *, most: int = MOST_CHECKED, seed: int = 0) -> tuple[Survey, int]:
@@ -63,14 +62,7 @@ def check_folders(folders: LabelledFolders, *, most: int = MOST_CHECKED, seed: i
     pairs = possible_pairs(folders.images, folders.label_maps, map_suffix=folders.map_suffix)
     strays = list(stray_maps(pairs, folders.images, folders.label_maps, folders.map_suffix))
     whole = [pair for pair in pairs if pair.label_map.is_file()]
-    found = survey(
-        whole,
-        len(folders.names),
-        reduce_zero_label=folders.reduce_zero_label,
-        names=folders.origin,
-        most=most,
-        seed=seed,
-    )
+    found = survey(whole, folders.coding, channels=folders.channels, names=folders.origin, most=most, seed=seed)
     return found._replace(problems=[*strays, *found.problems]), len(pairs)
 
 
@@ -82,21 +74,21 @@ def folders_of_config(config: Path, options: Sequence[str] | Mapping[str, Any]) 
         from transfer.segmentation import engine_mmseg
 
         given = options if isinstance(options, Mapping) else engine_mmseg.parse_options(options)
-        return [LabelledFolders(*facts) for facts in engine_mmseg.folders_to_check(config, given)]
+        return [LabelledFolders(**facts) for facts in engine_mmseg.folders_to_check(config, given)]
 
 
 def describe(folders: LabelledFolders, found: Survey, total: int) -> str:
     """What was read, the share of each class, and the problems by kind, at most ``MOST_NAMED`` of each."""
-    first = 1 if folders.reduce_zero_label else 0
     counted = max(sum(found.values.values()), 1)
     which = "all" if found.checked == total else f"{found.checked} of"
     lines = [f"{folders.part}: {which} {total} images read, {folders.images} beside {folders.label_maps}"]
-    for value, name in enumerate(folders.names, start=first):
-        share = found.values[value] / counted
-        lines.append(f"  {value:>5}  {name:<24} {share:>7.2%}{'' if found.values[value] else '  never labelled'}")
-    inside = set(range(first, first + len(folders.names)))
+    inside: set[int] = set()
+    for values, name in zip(folders.coding.classes, folders.names, strict=True):
+        inside.update(values)
+        pixels = sum(found.values[value] for value in values)
+        lines.append(f"  {values[0]:>5}  {name:<24} {pixels / counted:>7.2%}{'' if pixels else '  never labelled'}")
     for value in sorted(set(found.values) - inside):
-        meaning = "ignored" if value == IGNORED or (value == 0 and folders.reduce_zero_label) else "no class"
+        meaning = "ignored" if value in folders.coding.ignored else "no class"
         lines.append(f"  {value:>5}  ({meaning}){'':<{22 - len(meaning)}} {found.values[value] / counted:>7.2%}")
     for kind in KINDS:
         problems = [problem for problem in found.problems if problem.kind == kind]
@@ -141,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(describe(folders, found, total), flush=True)
             count += len(found.problems)
         if count:
-            raise UserError(f"{count} problem{'s' * (count > 1)} found, listed above; mend what is wrong")
+            raise UserError(f"{count} problem{'s' * (count > 1)} found, listed above")
     print("nothing is wrong")
 
 
@@ -161,8 +153,8 @@ def _as_typed(given: argparse.Namespace) -> LabelledFolders:
     if names is not None and given.num_classes not in (None, len(names)):
         raise UserError(f"--num-classes is {given.num_classes}, but {given.classes} names {len(names)}; leave it out")
     origin: Names = "written" if names else "unknown"
-    classes = names or given.num_classes
-    return LabelledFolders("data", given.images, given.label_maps, classes, reduced, given.map_suffix, origin)
+    coding = LabelCoding.of(len(names or ()) or given.num_classes, reduce_zero_label=reduced)
+    return LabelledFolders("data", given.images, given.label_maps, coding, names, given.map_suffix, origin)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ CPU_MIXED = "MAECoreCPUMixed"
 BASES = "_base_"
 READERS = ("LoadImageFromFile", "NamedImage")
 LABEL_READERS = ("LoadAnnotations", "NamedLabels")
+COLOUR_STEPS = ("PhotoMetricDistortion", "EightBitDistortion", "RGB2Gray", "CLAHE", "AdjustGamma")
+"""Steps of mmseg's pipelines that take red, green and blue of 8 bits."""
 
 
 def check_config_exists(path: Path) -> None:
@@ -140,8 +142,6 @@ def fit_to_weights(config: MutableMapping[str, Any], source: EncoderFile, option
         backbone[key] = found
     backbone["weights"] = str(source.path)
     notes = []
-    if source.in_chans == 1 and read_grey(config):
-        notes.append("images are read as greyscale, like those of the weights; colour distortion is left out")
     preprocessor = config["model"].get("data_preprocessor") or config["data_preprocessor"]
     for key in ("mean", "std"):
         if not source.metadata.get(key):
@@ -157,19 +157,47 @@ def fit_to_weights(config: MutableMapping[str, Any], source: EncoderFile, option
     return notes
 
 
-def read_grey(config: MutableMapping[str, Any]) -> bool:
-    """Make every pipeline read one channel; whether anything had to change."""
-    changed = False
-    for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
-        dataset = config.get(name, {}).get("dataset", {})
-        steps = [step for step in dataset.get("pipeline", []) if step["type"] != "PhotoMetricDistortion"]
-        for step in steps:
-            if step["type"] in READERS and step.get("color_type") != "grayscale":
-                step["color_type"] = "grayscale"
-                changed = True
-        if steps:
-            dataset["pipeline"] = steps
-    return changed
+def channels_of(config: Mapping[str, Any]) -> int:
+    """How many channels the encoder of a config takes."""
+    backbone = config["model"]["backbone"]
+    return backbone.get("in_chans") or backbone.get("in_channels") or 3
+
+
+def fit_channels(config: MutableMapping[str, Any]) -> list[str]:
+    """Make every pipeline read as many channels as the encoder takes; returns what to tell the user.
+
+    What distorts colours is left out where there are not three. Raises ``UserError`` where mean and std are of another
+    number of channels.
+    """
+    channels = channels_of(config)
+    preprocessor = config["model"].get("data_preprocessor") or config["data_preprocessor"]
+    for key in ("mean", "std"):
+        stated = preprocessor.get(key)
+        if stated is not None and len(stated) not in (1, channels):
+            raise UserError(
+                f"model.data_preprocessor.{key} has {len(stated)} numbers, and the encoder takes {channels} channels; "
+                f"set model.data_preprocessor.mean and model.data_preprocessor.std to {channels} numbers each, 255 "
+                "times what mae data-stats finds"
+            )
+    left_out = False
+    for section in sections(dict(config)):
+        for key, steps in section.items():
+            if not isinstance(steps, list) or not key.endswith(("pipeline", "transforms")):
+                continue
+            kept = [step for step in steps if channels == 3 or not _is_colour_step(step)]
+            left_out |= len(kept) < len(steps)
+            section[key] = kept
+            for step in kept:
+                if isinstance(step, MutableMapping) and step.get("type") in READERS:
+                    step.update(type="NamedImage", channels=channels)
+    if channels == 3:
+        return []
+    how = "as greyscale" if channels == 1 else f"in {channels} channels, as many as the encoder takes"
+    return [f"images are read {how}{'; colour distortion is left out' * left_out}"]
+
+
+def _is_colour_step(step: Any) -> bool:
+    return isinstance(step, Mapping) and step.get("type") in COLOUR_STEPS
 
 
 def check_widths(config: Mapping[str, Any]) -> None:
@@ -279,6 +307,7 @@ def inference_pipeline(
         raise UserError(f"--scales {list(scales)} must be positive numbers; 1 is the size that the config tests at")
     steps = (config.get("val_dataloader") or config["test_dataloader"])["dataset"]["pipeline"]
     reader = {**next(step for step in steps if step["type"] in READERS), "type": "NamedImage", "on_error": "raise"}
+    reader["channels"] = channels_of(config)
     resizing = [dict(step) for step in steps if step["type"] == "Resize"]
     rest = [dict(step) for step in steps if step["type"] not in (*READERS, *LABEL_READERS, "Resize")]
     if not always:

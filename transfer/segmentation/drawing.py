@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import colorsys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
-
-from transfer.segmentation.label_maps import IGNORED
+from PIL import Image, ImageDraw, ImageFont
 
 IGNORED_COLOUR = (0, 0, 0)
 CELL = 256
@@ -20,7 +17,7 @@ TITLES = ("input", "truth", "prediction")
 
 
 class Example(NamedTuple):
-    """An image, its true labels (255 = ignored) and the predicted ones, each (H, W)."""
+    """An image, its true labels (what is no class is ignored) and the predicted ones, each (H, W)."""
 
     image: Image.Image
     truth: np.ndarray
@@ -39,10 +36,9 @@ def palette(num_classes: int) -> list[tuple[int, int, int]]:
 
 
 def colour_labels(labels: np.ndarray, colours: Sequence[tuple[int, int, int]]) -> Image.Image:
-    """(H, W) labels -> an RGB picture; ignored pixels are black."""
-    table = np.tile(np.array(IGNORED_COLOUR, dtype=np.uint8), (256, 1))
-    table[: len(colours)] = colours
-    return Image.fromarray(table[labels.astype(np.uint8)])
+    """(H, W) labels -> an RGB picture; what is no class, ignored pixels, is black."""
+    table = np.array([*colours, IGNORED_COLOUR], dtype=np.uint8)
+    return Image.fromarray(table[np.minimum(labels, len(colours))])
 
 
 def draw_examples(
@@ -78,7 +74,7 @@ def draw_legend(
 ) -> Image.Image:
     """The names and colours of label values, in as many columns as fit; at least wide enough for one."""
     font = ImageFont.load_default(TEXT)
-    entries = [("ignored", IGNORED_COLOUR) if v == IGNORED else (classes[v], colours[v]) for v in values]
+    entries = [(classes[v], colours[v]) if v < len(classes) else ("ignored", IGNORED_COLOUR) for v in values]
     longest = 2 * TEXT + GAP + max(round(font.getlength(name)) for name, _ in entries)
     width = max(width, longest + GAP)
     columns = max(1, min(4, width // longest))
@@ -107,12 +103,6 @@ def draw_overlay(
     sheet.paste(mixed, (0, 0))
     sheet.paste(legend, (0, mixed.height + GAP))
     return sheet
-
-
-def open_upright(path: Path | str) -> Image.Image:
-    """An image file as RGB, turned as its EXIF tag says: as mmcv reads it."""
-    with Image.open(path) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def _fit(size: tuple[int, int]) -> tuple[int, int]:

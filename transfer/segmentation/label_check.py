@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
 
+from mae_core.data.decoding import UnreadableImage, size_of
 from mae_core.data.images import Unreadable
-from mae_core.errors import UserError, first_line
-from transfer.segmentation.label_maps import IGNORED, LabelledImage, files_below, read_label_map
+from mae_core.errors import UserError
+from transfer.segmentation.label_coding import LabelCoding, Names, coding_mistake
+from transfer.segmentation.label_maps import Colour, LabelledImage, files_below, read_label_map
+from transfer.segmentation.pixels import WrongChannels, read_pixels
 
 MOST_CHECKED = 2000
 MOST_NAMED = 8
 READERS_ABREAST = 8
-Names = Literal["unknown", "dataset", "written"]
 UNREADABLE_IMAGE = "unreadable images"
 KINDS = (
     "images without a label map",
     "label maps without an image",
     UNREADABLE_IMAGE,
+    "images with other channels",
     "unreadable label maps",
     "different sizes",
     "values that are no class",
-    "the zero label",
+    "palettes that differ",
+    "the meaning of the values",
 )
 """What can be wrong, in the order of the report."""
 
@@ -71,10 +74,12 @@ class LabelCheck:
 
 
 class Reading(NamedTuple):
-    """What one pair holds: pixels by label value (none where it is not to be counted), and what is wrong with it."""
+    """What one pair holds: pixels by label value (none where it is not to be counted), what is wrong with it, and the
+    palette's colours of these values."""
 
     values: dict[int, int]
     problems: list[Problem]
+    colours: dict[int, Colour]
 
 
 class Survey(NamedTuple):
@@ -87,17 +92,17 @@ class Survey(NamedTuple):
 
 def survey(
     pairs: Sequence[LabelledImage],
-    num_classes: int,
+    coding: LabelCoding,
     *,
-    reduce_zero_label: bool,
+    channels: int = 3,
     seed: int = 0,
     most: int = MOST_CHECKED,
     names: Names = "unknown",
 ) -> Survey:
     """Read every pair, or a seeded sample of ``most``, and list all that is wrong, in the order of the pairs.
 
-    names  where those of the classes come from: nobody has named them (``unknown``), the ``dataset``'s type fixes them,
-           or the user has ``written`` them down one by one
+    channels  of the encoder
+    names     where those of the classes come from
     """
     chosen = list(pairs)
     if len(chosen) > most:
@@ -105,70 +110,57 @@ def survey(
         chosen = [pairs[index] for index in sorted(picks)]
     values: Counter[int] = Counter()
     problems: list[Problem] = []
+    colours: dict[int, tuple[Colour, Path]] = {}
     with ThreadPoolExecutor(READERS_ABREAST) as pool:
-        for found in pool.map(lambda pair: read_pair(pair, num_classes, reduce_zero_label), chosen):
+        for pair, found in zip(chosen, pool.map(lambda pair: read_pair(pair, coding, channels), chosen), strict=True):
             values.update(found.values)
             problems += found.problems
-    mistake = zero_label_mistake(values, num_classes, reduce_zero_label, names=names)
+            problems += other_palettes(pair.label_map, found.colours, colours)
+    mistake = coding_mistake(values, coding, names=names)
     if mistake is not None:
         problems.append(Problem(KINDS[-1], "", mistake))
     return Survey(values, problems, len(chosen))
 
 
-def read_pair(pair: LabelledImage, num_classes: int, reduce_zero_label: bool) -> Reading:
+def other_palettes(
+    path: Path, colours: Mapping[int, Colour], known: MutableMapping[int, tuple[Colour, Path]]
+) -> Iterator[Problem]:
+    """A problem where the palette of a label map gives a value another colour than a file before; fills ``known``."""
+    for value, colour in colours.items():
+        expected, first = known.setdefault(value, (colour, path))
+        if colour != expected:
+            told = (
+                f"label map {path} has a palette in which {value} is {colour}, and in that of {first} it is "
+                f"{expected}: the same value may be another class; write all with one palette, or in grey where the "
+                "values are right"
+            )
+            yield Problem("palettes that differ", str(path), told)
+            return
+
+
+def read_pair(pair: LabelledImage, coding: LabelCoding, channels: int) -> Reading:
     """Read an image and its label map as a training would."""
     try:
-        labels = read_label_map(pair.label_map)
+        label_map = read_label_map(pair.label_map)
     except UserError as error:
-        return Reading({}, [Problem("unreadable label maps", str(pair.label_map), str(error))])
-    problems = []
+        return Reading({}, [Problem("unreadable label maps", str(pair.label_map), str(error))], {})
+    problems, labels = [], label_map.values
     found, counts = np.unique(labels, return_counts=True)
     values = dict(zip(found.tolist(), counts.tolist(), strict=True))
     try:
-        with Image.open(pair.image) as image:
-            image.load()
-            width, height = ImageOps.exif_transpose(image).size  # mmcv turns images as their EXIF tag says
+        height, width = size_of(read_pixels(pair.image, channels))
         if labels.shape != (height, width):
             sizes = f"{height}x{width} pixels and its label map {pair.label_map} {labels.shape[0]}x{labels.shape[1]}"
             told = f"image {pair.image} has {sizes}; give both the same size"
             problems.append(Problem("different sizes", str(pair.image), told))
-    except Exception as error:  # Pillow's decoders raise what they like
-        problems.append(Problem(UNREADABLE_IMAGE, str(pair.image), first_line(error)))
+    except WrongChannels as error:
+        problems.append(Problem("images with other channels", str(pair.image), str(error)))
+    except UnreadableImage as error:
+        problems.append(Problem(UNREADABLE_IMAGE, str(pair.image), error.unreadable.reason))
         values = {}
-    last = num_classes - 1 + reduce_zero_label
-    wrong = [value for value in found.tolist() if not (0 <= value <= last or value == IGNORED)]
-    if wrong:
-        told = _out_of_range(pair.label_map, wrong, num_classes, reduce_zero_label)
-        problems.append(Problem("values that are no class", str(pair.label_map), told))
-    return Reading(values, problems)
-
-
-def zero_label_mistake(
-    values: Collection[int], num_classes: int, reduce_zero_label: bool, *, names: Names = "unknown"
-) -> str | None:
-    """A sentence where ``reduce_zero_label`` seems to be the wrong way round for the ``values`` that occur, else None.
-
-    Kept though every value is in range: with the flag wrongly set, each class would silently be trained as its
-    neighbour, or not at all. Where the type of the data set names the classes, a rare last one may be absent: it takes
-    all of the others to occur. See ``survey`` for ``names``.
-    """
-    present = set(values) - {IGNORED}
-    if not present:
-        return None
-    if not reduce_zero_label and max(present) == num_classes:
-        return (
-            f"the values run from {min(present)} to {num_classes}, one more than the {num_classes} classes: "
-            "if 0 is void, as in ADE20K, set reduce_zero_label=True; if it is a class, set "
-            f"num_classes={num_classes + 1}"
-        )
-    as_classes = max(present) == num_classes - 1 if names == "unknown" else present == set(range(num_classes))
-    if reduce_zero_label and 0 in present and as_classes and names != "written":
-        return (
-            f"the values run from 0 to {num_classes - 1}, as many as there are classes: with reduce_zero_label=True, 0 "
-            "would be ignored and the last class never occur; set reduce_zero_label=False, or num_classes="
-            f"{num_classes - 1} if 0 is void, or name the classes in classes.txt if this is meant"
-        )
-    return None
+    if wrong := coding.unknown(found.tolist()):
+        problems.append(Problem("values that are no class", str(pair.label_map), coding.refusal(pair.label_map, wrong)))
+    return Reading(values, problems, label_map.colours())
 
 
 def stray_maps(pairs: Sequence[LabelledImage], images: Path, label_maps: Path, map_suffix: str) -> Iterator[Problem]:
@@ -195,9 +187,9 @@ def stray_maps(pairs: Sequence[LabelledImage], images: Path, label_maps: Path, m
 
 def check_label_maps(
     pairs: Sequence[LabelledImage],
-    num_classes: int,
+    coding: LabelCoding,
     *,
-    reduce_zero_label: bool,
+    channels: int = 3,
     seed: int = 0,
     most: int = MOST_CHECKED,
     on_error: str = "skip",
@@ -206,14 +198,12 @@ def check_label_maps(
     """What ``survey`` says, for a training: an image that cannot be read is listed, or refused with
     ``on_error="raise"``.
 
-    Raises ``UserError`` for the first thing that is wrong with a label map, where the zero label is wrong, and where no
-    image can be read.
+    Raises ``UserError`` for the first thing that is wrong with a label map, where the values mean something else, and
+    where no image can be read.
     """
     if on_error not in ("skip", "raise"):
         raise UserError(f"on_error is {on_error!r}; set it to skip or raise")
-    values, problems, checked = survey(
-        pairs, num_classes, reduce_zero_label=reduce_zero_label, seed=seed, most=most, names=names
-    )
+    values, problems, checked = survey(pairs, coding, channels=channels, seed=seed, most=most, names=names)
     unreadable = [
         Unreadable(problem.path, problem.sentence) for problem in problems if problem.kind == UNREADABLE_IMAGE
     ]
@@ -222,7 +212,8 @@ def check_label_maps(
         if problem.kind == UNREADABLE_IMAGE:
             if on_error == "raise":
                 raise UserError(
-                    f"image {problem.path} cannot be read ({problem.sentence}); mend or remove it, or set on_error=skip"
+                    f"image {problem.path} cannot be read ({problem.sentence}); repair or remove it, or set "
+                    "on_error=skip"
                 )
             continue
         others = sum(other.kind != UNREADABLE_IMAGE for other in problems) - 1 - (zero is not None)
@@ -234,22 +225,10 @@ def check_label_maps(
             f"none of the {checked} images can be read, such as {unreadable[0].path} ({unreadable[0].reason}); "
             "set data_root to a folder of images"
         )
-    first = 1 if reduce_zero_label else 0
-    classes = np.array([values[value] for value in range(first, first + num_classes)], dtype=np.int64)
+    classes = np.array([sum(values[value] for value in entry) for entry in coding.classes], dtype=np.int64)
     if not classes.any():
         raise UserError(
             f"every pixel of the {checked} label maps beside {pairs[0].label_map} is ignored; "
             "check reduce_zero_label and the folder"
         )
     return LabelCheck(classes, values.total() - int(classes.sum()), checked, len(pairs), tuple(unreadable))
-
-
-def _out_of_range(path: Path, values: Sequence[int], num_classes: int, reduce_zero_label: bool) -> str:
-    shown = ", ".join(str(value) for value in values[:5])
-    first = 1 if reduce_zero_label else 0
-    zero = ", 0 = ignored" if reduce_zero_label else ""
-    return (
-        f"label map {path} holds the value {shown}{', ...' if len(values) > 5 else ''}, but num_classes={num_classes} "
-        f"allows {first}..{first + num_classes - 1}{zero} and {IGNORED} = ignored; correct the map, num_classes or "
-        "reduce_zero_label"
-    )

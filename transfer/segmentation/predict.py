@@ -3,7 +3,8 @@
     python transfer/segmentation/predict.py runs/segmenter photos/ --out labelled
 
 SEGMENTER is a run directory or its segmenter.safetensors, IMAGES are files or folders. The new folder gets
-labels/*.png (one channel; values as in the label maps it was trained on), overlays/*.png and classes.txt.
+labels/*.png (one channel, 16 bits where a value needs them; values as in the label maps it was trained on),
+overlays/*.png and classes.txt.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from mae_core.atomic import atomic_path, write_text
 from mae_core.errors import UserError, user_errors
 from transfer.engines import require
 from transfer.images_given import named_images
-from transfer.segmentation.drawing import draw_overlay, open_upright
+from transfer.segmentation.drawing import draw_overlay
+from transfer.segmentation.label_coding import as_values, written_values
+from transfer.segmentation.pixels import picture_of
 from transfer.segmentation.quiet import quietly
 from transfer.segmentation.segmenter_file import SegmenterFile, read_segmenter
 
@@ -73,8 +76,8 @@ def predict(
             print(f"skipped: {error}", flush=True)
             continue
         written.append(out / "labels" / f"{name}.png")
-        save(Image.fromarray(labels + file.first_value), written[-1])
-        save(draw_overlay(open_upright(path), labels, file.classes, file.palette, opacity=opacity), _beside(out, name))
+        save(Image.fromarray(as_values(labels, file.values)), written[-1])
+        save(draw_overlay(picture_of(path), labels, file.classes, file.palette, opacity=opacity), _beside(out, name))
     if not written:
         raise UserError(f"none of the {len(names)} images could be read; give --images of photos")
     write_text(out / "classes.txt", class_lines(file))
@@ -87,8 +90,7 @@ def _beside(out: Path, name: str) -> Path:
 
 def class_lines(file: SegmenterFile) -> str:
     """The text of classes.txt: a line value<TAB>name for each class."""
-    first = file.first_value
-    return "".join(f"{value}\t{name}\n" for value, name in enumerate(file.classes, start=first))
+    return "".join(f"{value}\t{name}\n" for value, name in zip(written_values(file.values), file.classes, strict=True))
 
 
 def save(picture: Image.Image, path: Path) -> None:

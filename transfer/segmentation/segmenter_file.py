@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ class SegmenterFile:
     """What a segmenter file holds.
 
     classes, palette   a name and an RGB colour per class, in the order of the output channels
+    values             the value of each class in a label map
     reduce_zero_label  whether label maps count the classes from 1, with 0 = ignored
     config             the mmseg config it was trained with, as nested dicts and lists
     """
@@ -29,14 +31,10 @@ class SegmenterFile:
     state: dict[str, Tensor]
     classes: list[str]
     palette: list[tuple[int, int, int]]
+    values: list[int]
     reduce_zero_label: bool
     config: dict[str, Any]
     metadata: dict[str, Any]
-
-    @property
-    def first_value(self) -> int:
-        """What class 0 is written as in a label map."""
-        return 1 if self.reduce_zero_label else 0
 
 
 def read_segmenter(path: Path | str) -> SegmenterFile:
@@ -59,12 +57,20 @@ def read_segmenter(path: Path | str) -> SegmenterFile:
             state=state,
             classes=[str(name) for name in metadata["classes"]],
             palette=[(int(red), int(green), int(blue)) for red, green, blue in metadata["palette"]],
+            values=values_of(metadata),
             reduce_zero_label=bool(metadata["reduce_zero_label"]),
             config=literal_config(metadata["config"]),
             metadata=metadata,
         )
     except (KeyError, TypeError, ValueError, SyntaxError) as error:
         raise UserError(f"the metadata of {path} is damaged ({error}); copy or train it again") from None
+
+
+def values_of(metadata: Mapping[str, Any]) -> list[int]:
+    """The value of each class; files without ``label_values`` count them from 0 or 1."""
+    first = 1 if metadata["reduce_zero_label"] else 0
+    counted = range(first, first + len(metadata["classes"]))
+    return [int(value) for value in metadata.get("label_values") or counted]
 
 
 def literal_config(source: str) -> dict[str, Any]:

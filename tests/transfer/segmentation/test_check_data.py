@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from transfer.segmentation.check_data import main
-from transfer.segmentation.label_check import zero_label_mistake
+from transfer.segmentation.label_coding import LabelCoding, coding_mistake
 
 
 def look(scenes: Path, capsys, *arguments: str, num_classes: int = 3, reduce: str = "no") -> tuple[int, str]:
@@ -84,7 +84,7 @@ def test_void_that_is_not_reduced(scenes, capsys):
     relabel(scenes, lambda labels: labels + (labels > 0))  # 0 void, 2 and 3; and now 1
     relabel(scenes, lambda labels: np.where(np.arange(32) == 0, 1, labels))
     code, said = look(scenes, capsys)
-    assert code == 2 and "the zero label: 1" in said
+    assert code == 2 and "the meaning of the values: 1" in said
     assert "the values run from 0 to 3, one more than the 3 classes: if 0 is void, as in ADE20K, set reduce" in said
     assert look(scenes, capsys, reduce="yes")[0] == 0
 
@@ -113,16 +113,17 @@ def test_a_class_that_would_be_reduced_away(scenes, capsys):
     ],
 )
 def test_zero_label_mistake(values, num_classes, reduced, wrong):
-    assert (zero_label_mistake(values, num_classes, reduced) is not None) == wrong
+    mistake = coding_mistake(values, LabelCoding.of(num_classes, reduce_zero_label=reduced))
+    assert ("reduce_zero_label" in (mistake or "")) == wrong
 
 
 def test_maps_that_were_reduced_before():
     """ADE20K with 0..149 in its files, where mmseg's data set counts from 1."""
-    every = set(range(150))
-    assert zero_label_mistake(every, 150, True, names="dataset") is not None
-    assert zero_label_mistake(every - {77}, 150, True, names="dataset") is None  # a part of the set, as it should be
-    assert zero_label_mistake({*every, 150}, 150, True, names="dataset") is None
-    assert zero_label_mistake(every, 150, True, names="written") is None
+    every, coding = set(range(150)), LabelCoding.of(150, reduce_zero_label=True)
+    assert coding_mistake(every, coding, names="dataset") is not None
+    assert coding_mistake(every - {77}, coding, names="dataset") is None  # a part of the set, as it should be
+    assert coding_mistake({*every, 150}, coding, names="dataset") is None
+    assert coding_mistake(every, coding, names="written") is None
 
 
 def test_what_is_missing_is_said(capsys, tmp_path, scenes):

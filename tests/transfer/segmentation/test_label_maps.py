@@ -9,6 +9,7 @@ from PIL import Image
 from mae_core.errors import UserError
 from transfer.segmentation.drawing import IGNORED_COLOUR, TITLES, Example, colour_labels, draw_examples, palette
 from transfer.segmentation.label_check import check_label_maps
+from transfer.segmentation.label_coding import LabelCoding
 from transfer.segmentation.label_maps import pair_files, read_classes
 
 
@@ -21,7 +22,8 @@ def write_pair(root: Path, name: str, labels: np.ndarray, image_suffix: str = ".
 
 def check(root: Path, num_classes: int = 3, reduce_zero_label: bool = False, **options):
     pairs = pair_files(root / "images", root / "maps")
-    return check_label_maps(pairs, num_classes, reduce_zero_label=reduce_zero_label, **options)
+    coding = LabelCoding.of(num_classes, reduce_zero_label=reduce_zero_label)
+    return check_label_maps(pairs, coding, **options)
 
 
 @pytest.fixture
@@ -111,7 +113,7 @@ def test_truncated_images_are_listed_unless_all_are(folder):
     assert [path for path, _ in found.unreadable] == [str(bad)]
     assert found.pixels.sum() == 2 * 54
     assert f"1 unreadable images left out: {bad} (" in found.describe(["a", "b", "c"])
-    with pytest.raises(UserError, match=r"0\.jpg cannot be read \(.*; mend or remove it, or set on_error=skip"):
+    with pytest.raises(UserError, match=r"0\.jpg cannot be read \(.*; repair or remove it, or set on_error=skip"):
         check(folder, on_error="raise")
     with pytest.raises(UserError, match=r"on_error is 'stop'; set it to skip or raise"):
         check(folder, on_error="stop")

@@ -20,45 +20,50 @@ from mae_core.errors import UserError, first_line
 from transfer.segmentation import config as configs
 from transfer.segmentation.engine_mmseg.backbone import MAECoreViT
 from transfer.segmentation.engine_mmseg.data import LabelledFolder, name_bad_files
-from transfer.segmentation.engine_mmseg.options import read_config
-from transfer.segmentation.label_check import Names, check_label_maps
+from transfer.segmentation.engine_mmseg.options import accepted_keys, read_config
+from transfer.segmentation.label_check import check_label_maps
+from transfer.segmentation.label_coding import BYTE, LabelCoding, Names
 from transfer.segmentation.label_maps import LabelledImage, check_maps_exist, read_classes
 from transfer.trunk import load_pretrained
 
 
-def check_data(config: Mapping[str, Any], parts: Sequence[str] = ("train", "val")) -> dict[str, str]:
+def check_data(config: MutableMapping[str, Any], parts: Sequence[str] = ("train", "val")) -> dict[str, str]:
     """Read what the run will read; a sentence each for the training and the validation data.
 
-    Raises ``UserError`` with the file and the remedy for the first thing that would go wrong.
+    Makes the pipelines name bad files and, where there are more than 255 classes, pad and ignore with another class
+    than 255. Raises ``UserError`` with the file and the remedy for the first thing that would go wrong.
     """
     num_classes = configs.heads_of(config)[0]["num_classes"]
+    channels = configs.channels_of(config)
     seed = (config.get("randomness") or {}).get("seed") or 0
     sentences = {}
     for part in parts:
         section = config[f"{part}_dataloader"]["dataset"]
         on_error = section.get("on_error", "skip")
-        pairs, classes, reduce_zero_label = labelled_images(section)
+        pairs, classes, coding = labelled_images(section)
         if len(classes) != num_classes:
             raise UserError(_class_count(num_classes, part, classes))
         found = check_label_maps(
-            pairs,
-            num_classes,
-            reduce_zero_label=reduce_zero_label,
-            seed=seed,
-            on_error=on_error,
-            names=origin_of_names(section),
+            pairs, coding, channels=channels, seed=seed, on_error=on_error, names=origin_of_names(section)
         )
         leave_out(section, pairs, {path for path, _ in found.unreadable})
-        name_bad_files(section, num_classes, on_error if part == "train" else "raise")
+        name_bad_files(section, coding, on_error if part == "train" else "raise", channels)
         sentences[f"{part} data"] = found.describe(classes)
+        if coding.ignore_index != BYTE:
+            ignore_with(config, coding.ignore_index)
     return sentences
 
 
-def folders_to_check(
-    config_path: Path, options: Mapping[str, Any]
-) -> list[tuple[str, Path, Path, Any, bool, str, Names]]:
-    """Per part of a config: its name, image and label map folder, class names (their number where they are not known),
-    ``reduce_zero_label``, what a label map's name ends with, and where the names come from."""
+def ignore_with(config: MutableMapping[str, Any], index: int) -> None:
+    """Make every part of a config that pads or ignores with 255 do so with ``index``: 255 is a class."""
+    for section in configs.sections(config):
+        for key in ("ignore_index", "seg_pad_val"):
+            if isinstance(section.get("type"), str) and key in accepted_keys("a section", section):
+                section[key] = index
+
+
+def folders_to_check(config_path: Path, options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Per part of a config the fields of ``check_data.LabelledFolders``."""
     register_all_modules()
     config = read_config(config_path, options)
     num_classes = configs.heads_of(config)[0]["num_classes"]
@@ -68,22 +73,35 @@ def folders_to_check(
         root, prefix = Path(section.get("data_root") or ""), section.get("data_prefix") or {}
         dataset = DATASETS.get(section["type"])
         stated = inspect.signature(dataset.__init__).parameters.get("reduce_zero_label")
-        reduced = section.get("reduce_zero_label", stated.default if stated is not None else False)
+        reduced = bool(section.get("reduce_zero_label", stated.default if stated is not None else False))
+        meaning = {key: section.get(key) for key in ("label_values", "ignored_values")}
         file = root / (section.get("classes_file") or "classes.txt")
-        names: Any = num_classes
-        if origin_of_names(section) != "unknown":
+        origin, names = origin_of_names(section), None
+        if origin != "unknown":
             known = (section.get("metainfo") or {}).get("classes") or dataset.METAINFO.get("classes")
-            names = list(known or read_classes(file, reduce_zero_label=reduced))
+            values = None
+            if meaning["label_values"] is not None:
+                values = LabelCoding.of(num_classes, reduce_zero_label=reduced, **meaning).values
+            names = list(known or read_classes(file, values, reduce_zero_label=reduced))
             if len(names) != num_classes:
                 raise UserError(_class_count(num_classes, part, names))
-        images, maps = (root / prefix.get(key, "") for key in ("img_path", "seg_map_path"))
-        suffix = section.get("seg_map_suffix", ".png")
-        found.append((f"{part} data", images, maps, names, bool(reduced), suffix, origin_of_names(section)))
+        found.append(
+            {
+                "part": f"{part} data",
+                "images": root / prefix.get("img_path", ""),
+                "label_maps": root / prefix.get("seg_map_path", ""),
+                "coding": LabelCoding.of(num_classes, reduce_zero_label=reduced, **meaning),
+                "classes": names,
+                "map_suffix": section.get("seg_map_suffix", ".png"),
+                "origin": origin,
+                "channels": configs.channels_of(config),
+            }
+        )
     return found
 
 
 def origin_of_names(section: Mapping[str, Any]) -> Names:
-    """Who has named the classes of a dataset section; see ``label_check.survey``."""
+    """Who has named the classes of a dataset section; see ``label_coding.Names``."""
     if (section.get("metainfo") or {}).get("classes"):
         return "written"
     if section.get("type") != LabelledFolder.__name__:
@@ -102,8 +120,8 @@ def leave_out(section: MutableMapping[str, Any], pairs: Sequence[LabelledImage],
     section["indices"] = [index for index, pair in zip(given, pairs, strict=True) if str(pair.image) not in unreadable]
 
 
-def labelled_images(section: Mapping[str, Any]) -> tuple[list[LabelledImage], list[str], bool]:
-    """Files, class names and ``reduce_zero_label`` of a dataset section; ``UserError`` where it cannot be read."""
+def labelled_images(section: Mapping[str, Any]) -> tuple[list[LabelledImage], list[str], LabelCoding]:
+    """Files, class names and coding of a dataset section; ``UserError`` where it cannot be read."""
     for folder in (section.get("data_prefix") or {}).values():
         path = Path(section.get("data_root") or "", folder)
         if not path.is_dir():
@@ -118,7 +136,8 @@ def labelled_images(section: Mapping[str, Any]) -> tuple[list[LabelledImage], li
         raise UserError(f"the {section.get('type')} data set cannot be read: {type(error).__name__}: {error}") from None
     pairs = [LabelledImage(Path(record["img_path"]), Path(record["seg_map_path"])) for record in records]
     check_maps_exist(pairs)
-    return pairs, classes, bool(dataset.metainfo.get("reduce_zero_label", False))
+    reduced = bool(dataset.metainfo.get("reduce_zero_label", False))
+    return pairs, classes, getattr(dataset, "coding", LabelCoding.of(len(classes), reduce_zero_label=reduced))
 
 
 def _class_count(num_classes: int, part: str, classes: Sequence[str]) -> str:

@@ -21,7 +21,7 @@ from mae_core.atomic import atomic_path, write_text
 from mae_core.errors import UserError
 from mae_core.models.sizes import size_of
 from mae_core.weights.tools.export import require_onnx
-from transfer.segmentation.config import BACKBONE, LABEL_READERS, inference_mode
+from transfer.segmentation.config import BACKBONE, LABEL_READERS, READERS, inference_mode
 from transfer.segmentation.engine_mmseg.segmenter import build_segmenter, load_segmenter
 from transfer.segmentation.segmenter_file import SegmenterFile
 
@@ -142,8 +142,7 @@ def write_mmseg(file: SegmenterFile, out: Path) -> str:
         images,
     )
     steps = file.config["val_dataloader"]["dataset"]["pipeline"]
-    pipeline = [{**step, "type": {"NamedImage": "LoadImageFromFile"}.get(step["type"], step["type"])} for step in steps]
-    pipeline = [{key: value for key, value in step.items() if key != "on_error"} for step in pipeline]
+    pipeline = [mmcv_reader(backbone.in_channels) if step["type"] in READERS else step for step in steps]
     config = Config(
         {
             "default_scope": "mmseg",
@@ -158,6 +157,15 @@ def write_mmseg(file: SegmenterFile, out: Path) -> str:
     return f"wrote {out} and {out.with_suffix('.py')}; mmseg's logits differ from ours by {difference:.1e} at most"
 
 
+def mmcv_reader(channels: int) -> dict[str, str]:
+    """The step by which mmcv reads images of ``channels`` channels: what is neither grey nor RGB from TIFF of 8 bits."""
+    if channels == 3:
+        return {"type": "LoadImageFromFile"}
+    if channels == 1:
+        return {"type": "LoadImageFromFile", "color_type": "grayscale"}
+    return {"type": "LoadImageFromFile", "color_type": "unchanged", "imdecode_backend": "tifffile"}
+
+
 def mmseg_backbone(backbone: Any) -> dict[str, Any]:
     """The section of mmseg's ``MAE`` for a ``MAECoreViT`` of the same shape."""
     shape = size_of(backbone.size)
@@ -167,7 +175,7 @@ def mmseg_backbone(backbone: Any) -> dict[str, Any]:
         "patch_size": backbone.grid.patch,
         "in_channels": backbone.in_channels,
         "embed_dims": shape.width,
-        "num_layers": shape.depth,
+        "num_layers": len(backbone.blocks),
         "num_heads": shape.heads,
         "out_indices": list(backbone.taps),
         "init_values": 1.0,

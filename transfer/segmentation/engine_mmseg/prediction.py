@@ -45,9 +45,9 @@ class Predictor:
         self.pipeline = Compose(inference_pipeline(file.config, scales, flip=flip, always=several))
 
     def __call__(self, image: Path) -> np.ndarray:
-        """The class of each pixel, (H, W) uint8, of the image as it is stored. Raises ``UserError`` for a bad file."""
+        """The class of each pixel, (H, W) uint16, of the image in its own size. Raises ``UserError`` for a bad file."""
         data: Mapping[str, Any] = pseudo_collate([self.pipeline({"img_path": str(image)})])
         with torch.inference_mode(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             sample = self.model.test_step(data)[0]
-        return sample.pred_sem_seg.data.reshape(sample.ori_shape).cpu().numpy().astype(np.uint8)
+        return sample.pred_sem_seg.data.reshape(sample.ori_shape).cpu().numpy().astype(np.uint16)

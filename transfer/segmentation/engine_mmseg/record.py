@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader
 
 from mae_core import layout
 from mae_core.atomic import write_json, write_text
-from transfer.segmentation.drawing import Example, draw_examples, open_upright
+from transfer.segmentation.drawing import Example, draw_examples
 from transfer.segmentation.engine_mmseg.runner import bare_model
+from transfer.segmentation.pixels import picture_of
 
 
 @HOOKS.register_module()
@@ -71,7 +72,7 @@ class RunRecord(Hook):
         for position, sample in enumerate(outputs or []):
             if first + position in drawn and is_main_process():
                 labels = [part.data.squeeze(0).cpu().numpy() for part in (sample.gt_sem_seg, sample.pred_sem_seg)]
-                self.examples.append(Example(open_upright(sample.img_path), *labels))
+                self.examples.append(Example(picture_of(sample.img_path), *labels))
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         """A line of metrics, and the picture."""

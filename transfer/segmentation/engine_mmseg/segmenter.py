@@ -29,6 +29,9 @@ def write_segmenter(path: Path, runner: Runner) -> None:
     facts: dict[str, Any] = {"format": FORMAT, "classes": list(meta["classes"]), "steps": runner.iter}
     facts["palette"] = [list(map(int, colour)) for colour in meta["palette"]]
     facts["reduce_zero_label"] = bool(meta.get("reduce_zero_label", False))
+    coding = getattr(runner.val_dataloader.dataset, "coding", None)
+    if coding is not None and coding.written:
+        facts["label_values"] = coding.values
     if isinstance(model.backbone, MAECoreViT):
         facts["encoder"] = describe_encoder(model.backbone)
     facts["config"] = runner.cfg.pretty_text

@@ -71,6 +71,7 @@ def train(
         view["model"]["backbone"].pop("weights", None)
     elif not view["model"]["backbone"].get("weights"):
         notes.append("weights: none, training from scratch; --weights FILE starts from a pre-trained encoder")
+    notes += configs.fit_channels(view)
     notes += fit_to_machine(view, amp)
     configs.check_widths(view)
     configs.check_schedule(view)
@@ -121,10 +122,9 @@ def evaluate(
     if file is not None:
         view["model"].update(take_model(file, view["model"]))
         notes.append(f"model, mean and std are those of {file.path}; data, metric and test mode are the config's")
-        if view["model"]["backbone"].get("in_chans") == 1 and configs.read_grey(view):
-            notes.append("images are read as greyscale, like those of the training")
+    notes += configs.fit_channels(view)
     fit_to_machine(view)
-    classes = labelled_images(view["val_dataloader"]["dataset"])[1]
+    _, classes, coding = labelled_images(view["val_dataloader"]["dataset"])
     if file is not None and file.classes != classes:
         wrong = next((pair for pair in zip(file.classes, classes, strict=False) if pair[0] != pair[1]), None)
         told = f"{wrong[0]!r} against {wrong[1]!r}" if wrong else f"{len(file.classes)} against {len(classes)}"
@@ -135,7 +135,7 @@ def evaluate(
         config.model = {**view["tta_model"], "module": view["model"]}
         config.val_dataloader.batch_size = 1
         config.val_dataloader.dataset.pipeline = view["tta_pipeline"]
-        name_bad_files(config.val_dataloader.dataset, len(classes), "raise")
+        name_bad_files(config.val_dataloader.dataset, coding, "raise", configs.channels_of(view))
         views = math.prod(len(step) for step in view["tta_pipeline"][-1]["transforms"])
         notes.append(f"each image is the average over {views} scaled and mirrored views")
     for note in notes if is_main_process() else ():
