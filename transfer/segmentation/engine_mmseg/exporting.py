@@ -158,7 +158,7 @@ def write_mmseg(file: SegmenterFile, out: Path) -> str:
 
 
 def mmcv_reader(channels: int) -> dict[str, str]:
-    """The step by which mmcv reads images of ``channels`` channels: what is neither grey nor RGB from TIFF of 8 bits."""
+    """The step by which mmcv reads images: what is neither grey nor RGB from TIFF of 8 bits."""
     if channels == 3:
         return {"type": "LoadImageFromFile"}
     if channels == 1:
