@@ -44,6 +44,8 @@ DETECTION = ["pycocotools>=2.0.8"]
 SEGMENTATION = ["onedl-mmcv>=2.3.6", "onedl-mmengine>=0.10.12", "onedl-mmsegmentation>=1.4.2", "jinja2>=3.1"]
 # Tar shards and Hugging Face data sets; folders and file lists need neither.
 DATA = ["webdataset>=1.0", "datasets>=3.0"]
+# TIFF and JPEG 2000 that neither Pillow nor tifffile decodes alone: LZW of 16-bit colours, 12 bits, predictors.
+TIFF = ["imagecodecs>=2024.1.1"]
 DEMO = ["scikit-learn>=1.4", *DETECTION, *SEGMENTATION]
 ONNX = ["onnx>=1.16", "onnxscript>=0.3", "onnxruntime>=1.18"]
 DEV = [
@@ -74,10 +76,11 @@ setup(
         "detection": DETECTION,
         "segmentation": SEGMENTATION,
         "data": DATA,
+        "tiff": TIFF,
         "demo": DEMO,
         "onnx": ONNX,
         "dev": DEV,
-        "all": [*DEMO, *DATA, *ONNX, *DEV],
+        "all": [*DEMO, *DATA, *TIFF, *ONNX, *DEV],
     },
     entry_points={
         "console_scripts": ["mae = mae_core.cli.main:main"],

@@ -9,7 +9,7 @@ import torch
 from torchvision.transforms import InterpolationMode, v2
 
 from mae_core.data.config import PretrainData
-from mae_core.data.decoding import Pixels
+from mae_core.data.decoding import Pixels, fill_no_data
 from mae_core.data.images import Statistics
 from mae_core.patches import as_pair
 
@@ -19,6 +19,19 @@ CROP_RATIO = 0.875
 number."""
 
 Size = tuple[int, int]
+
+
+class NoDataAsMean(torch.nn.Module):
+    """Pixels without data become the mean of their channel, first of all: what a resize blends with them is then near
+    0 once it is standardised."""
+
+    def __init__(self, statistics: Statistics) -> None:
+        super().__init__()
+        self.mean = statistics.mean
+
+    def forward(self, image: Pixels) -> Pixels:
+        """See ``fill_no_data``."""
+        return fill_no_data(image, self.mean)
 
 
 class QuarterTurn(torch.nn.Module):
@@ -56,7 +69,8 @@ in ``mae_core.config.Augmentation``."""
 
 def training_view(data: PretrainData, statistics: Statistics) -> v2.Compose:
     """Image -> (C, H, W), random as ``data`` says; draws from torch's global generator."""
-    steps: list[Callable[..., object]] = [QuarterTurn()] if data.quarter_turns else []
+    steps: list[Callable[..., object]] = [NoDataAsMean(statistics)]
+    steps += [QuarterTurn()] if data.quarter_turns else []
     steps += AUGMENTATIONS[data.augmentation](as_pair(data.image_size), data)
     if data.flip_probability:
         steps.append(v2.RandomHorizontalFlip(data.flip_probability))
@@ -70,7 +84,7 @@ def training_view(data: PretrainData, statistics: Statistics) -> v2.Compose:
 
 def centre_view(size: Size, statistics: Statistics) -> v2.Compose:
     """Image -> (C, H, W): the largest centred part of the target's aspect ratio, resized (bicubic), standardised."""
-    return v2.Compose([centre_part(size), to_normalized(statistics)])
+    return v2.Compose([NoDataAsMean(statistics), centre_part(size), to_normalized(statistics)])
 
 
 def centre_part(size: Size) -> v2.Compose:

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from mae_core.config.schema import CropScale, Fraction, Schema, Size
+from mae_core.config.schema import Count, CropScale, Fraction, Schema, Size
+from mae_core.data.reading import MAX_PIXELS, Pages, Reading
 
 
 class ImagesConfig(Schema):
@@ -20,10 +21,21 @@ class ImagesConfig(Schema):
     )
     mean: tuple[float, ...] | None = Field(None, description="per channel, of pixels in 0..1; ImageNet's when empty")
     std: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    max_pixels: Count = Field(
+        MAX_PIXELS, description="height times width of the largest image that is read; guards against broken headers"
+    )
+    pages: Pages = Field(
+        "auto", description="of a file of several pages: bands are the channels of one image; first reads one alone"
+    )
     workers: Annotated[int, Field(ge=0)] = Field(2, description="processes that read images, per rank")
     on_error: Literal["skip", "raise"] = Field(
         "skip", description="an unreadable image is named, skipped and counted; or, read through first, refuses the run"
     )
+
+    @property
+    def reading(self) -> Reading:
+        """How the files become pixels."""
+        return Reading(self.channels, self.max_pixels, self.pages)
 
     @model_validator(mode="after")
     def _one_statistic_per_channel(self) -> ImagesConfig:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
-import struct
+import math
+import re
+import stat
 import warnings
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeAlias
@@ -15,10 +18,14 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from mae_core.data.orientation import orientation_in, orientation_of_page, upright
+from mae_core.data.deep_pictures import read_deep
+from mae_core.data.orientation import orientation_in, upright
+from mae_core.data.reading import ALPHA, ReadAs, Reading, note, reading_of
+from mae_core.data.tiff import read_tiff
 
 Pixels: TypeAlias = Image.Image | Tensor
-"""A PIL image of mode L or RGB, or a tensor (C, H, W): uint8, or float32 where a channel has more than 8 bits.
+"""A PIL image of mode L or RGB, or a tensor (C, H, W): uint8, or float32 where a channel has more than 8 bits or
+some pixels have no data, which are NaN (see ``fill_no_data``).
 
 Unsigned integers become 0..1 by the range of their type, so that 16 bits keep theirs; signed integers and floats stay
 as they are. torchvision's transforms take both.
@@ -31,7 +38,8 @@ STRETCH = (2, 98)
 """Percentiles shown as black and white where numbers are no picture by themselves."""
 
 _NUMPY, _TIFFS = b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_BITS_PER_SAMPLE, _SAMPLES, _SAMPLE_FORMAT = 258, 277, 339
+LARGEST = 1e18
+"""Values of a larger size overflow float32 where they are squared, as every loss on pixels does."""
 
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what is wrong with a file is said by UnreadableImage
 
@@ -51,37 +59,46 @@ class UnreadableImage(Exception):
         self.unreadable = Unreadable(str(path), reason)
 
 
-def read_image(path: Path, channels: int | None) -> Pixels:
-    """The pixels of a file in ``channels`` channels: 1 is greyscale, 3 is RGB, any other number is as stored.
+def read_image(path: Path, read_as: ReadAs) -> Pixels:
+    """The pixels of a file in the channels asked for: 1 is greyscale, 3 is RGB, any other number is as stored.
 
     ``None`` is as stored too. Pictures are upright, as the orientation tag of EXIF or TIFF says. Grey becomes RGB and
-    RGB grey; no other number of channels is made of another. Raises ``UnreadableImage`` for a file that is no image, is
-    truncated, has other channels, or holds NaN or infinity.
+    RGB grey, alpha is left out unless a fourth (second) channel is asked for; no other number of channels is made of
+    another. Raises ``UnreadableImage`` for a file that is no image, is truncated or too large (see ``Reading``), has
+    other channels or colours, or holds NaN, infinity or numbers above ``LARGEST`` that no tag declares as no data.
     """
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise UnreadableImage(path, "not a regular file")
         with path.open("rb") as file:
-            return decode_image(file, str(path), channels)
+            return decode_image(file, str(path), read_as)
     except OSError as error:
         raise UnreadableImage(path, _first_line(error)) from None
 
 
-def decode_image(file: BinaryIO, name: str, channels: int | None) -> Pixels:
+def decode_image(file: BinaryIO, name: str, read_as: ReadAs) -> Pixels:
     """Like ``read_image``, of an open file that can seek; ``name`` is for the error."""
+    reading = reading_of(read_as)
     try:
-        head = file.read(8)
+        head = file.read(12)
         file.seek(0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return with_channels(_as_stored(file, head, channels), channels)
+            return with_channels(_as_stored(file, head, reading), reading.channels)
     except UnidentifiedImageError:
         raise UnreadableImage(name, "not an image") from None
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        pixels = max(map(int, re.findall(r"\d+", str(error))), default=0)
+        raise UnreadableImage(
+            name, f"it has {pixels} pixels, more than data.max_pixels allows; set data.max_pixels={pixels} to read it"
+        ) from None
+    except Exception as error:  # decoders answer damaged files with errors of any kind
         raise UnreadableImage(name, _first_line(error)) from None
 
 
-def decode_bytes(content: bytes, name: str, channels: int | None) -> Pixels:
+def decode_bytes(content: bytes, name: str, read_as: ReadAs) -> Pixels:
     """Like ``read_image``, of the content of a file."""
-    return decode_image(BytesIO(content), name, channels)
+    return decode_image(BytesIO(content), name, read_as)
 
 
 def to_tensor(pixels: Pixels) -> Tensor:
@@ -92,12 +109,19 @@ def to_tensor(pixels: Pixels) -> Tensor:
 def to_picture(pixels: Pixels) -> Image.Image:
     """Something to look at: a PIL image as it is; of a tensor the first three bands (the first of two), each from its
     2nd to its 98th percentile."""
-    if not isinstance(pixels, Tensor):
+    if isinstance(pixels, Image.Image):
         return pixels
-    bands = pixels[:3] if len(pixels) >= 3 else pixels[:1]
-    low, high = np.percentile(bands.numpy(), STRETCH, axis=(1, 2), keepdims=True)
-    values = np.clip((bands.numpy() - low) / np.maximum(high - low, 1e-12), 0, 1)
+    bands: Tensor = pixels[:3] if len(pixels) >= 3 else pixels[:1]
+    low, high = np.nanpercentile(bands.numpy(), STRETCH, axis=(1, 2), keepdims=True)
+    values = np.nan_to_num(np.clip((bands.numpy() - low) / np.maximum(high - low, 1e-12), 0, 1))
     return F.to_pil_image(torch.from_numpy((values * 255).round().astype(np.uint8)))
+
+
+def fill_no_data(pixels: Pixels, values: Sequence[float]) -> Pixels:
+    """Pixels without data as a value per channel, such as the mean, which becomes 0 when it is standardised."""
+    if not isinstance(pixels, Tensor) or not pixels.is_floating_point() or not bool(pixels.isnan().any()):
+        return pixels
+    return torch.where(pixels.isnan(), torch.tensor(values, dtype=pixels.dtype)[:, None, None], pixels)
 
 
 def size_of(pixels: Pixels) -> tuple[int, int]:
@@ -128,54 +152,75 @@ def with_channels(pixels: Pixels, channels: int | None) -> Pixels:
     return pixels
 
 
-def _as_stored(file: BinaryIO, head: bytes, channels: int | None) -> Pixels:
-    """All bands of a file; ``channels`` only says which axis of an array they may be."""
+def _as_stored(file: BinaryIO, head: bytes, reading: Reading) -> Pixels:
+    """All bands of a file; the channels asked for only say which axis of an array they may be."""
     if head.startswith(_NUMPY):
-        return _from_array(np.load(file, allow_pickle=False), channels)
+        return _from_array(_load_array(file, reading), reading.channels)
+    if reading.max_pixels > 2 * (Image.MAX_IMAGE_PIXELS or reading.max_pixels):
+        Image.MAX_IMAGE_PIXELS = reading.max_pixels  # asked for, and never lowered: other threads may be reading
     if head.startswith(_TIFFS):
-        return _read_tiff(file, channels)
+        found = read_tiff(file, reading)
+        if isinstance(found, Image.Image):
+            with found:
+                return _from_picture(found, reading)
+        return upright(_from_planes(found.planes, found.bits), found.orientation)
     with Image.open(file) as image:
-        return _from_picture(image)
+        frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # a phone's photo with its preview
+        if frames > 1 and reading.pages != "first":
+            raise ValueError(f"it holds {frames} frames; set data.pages=first to read the first alone")
+        reading.check_size(image.height, image.width)
+        deep = read_deep(file, image)
+        if deep is None:
+            return _from_picture(image, reading)
+        orientation = orientation_in(image)
+    planes = np.moveaxis(deep, -1, 0) if deep.ndim == 3 else deep[None]
+    if len(planes) in (2, 4) and reading.channels != len(planes):
+        note(ALPHA)
+        planes = planes[:-1]
+    return upright(_from_planes(planes), orientation)
 
 
-def _from_picture(image: Image.Image) -> Pixels:
-    image.load()
-    return upright(_pixels_of(image), orientation_in(image))
-
-
-def _pixels_of(image: Image.Image) -> Pixels:
-    if image.mode.startswith("I"):  # 16 bits in a PNG or PGM; Pillow calls them I;16 or I
-        return _from_array(np.asarray(image).astype(np.uint16), None)
-    if image.mode == "F":
-        return _from_array(np.asarray(image), None)
-    if image.mode == "P":  # through RGBA where a colour of the palette is transparent: Pillow asks for that
-        return image.convert("RGBA").convert("RGB") if "transparency" in image.info else image.convert("RGB")
-    if image.mode == "1":
-        return image.convert("L")
-    return image.copy()
-
-
-def _read_tiff(file: BinaryIO, channels: int | None) -> Pixels:
-    """One picture of 8 bits a channel through Pillow, which knows all compressions; all else through tifffile."""
-    try:
-        with Image.open(file) as image:
-            bits, kinds = (image.tag_v2.get(tag, (1,)) for tag in (_BITS_PER_SAMPLE, _SAMPLE_FORMAT))
-            whole = image.tag_v2.get(_SAMPLES, 1) == len(image.getbands()) and getattr(image, "n_frames", 1) == 1
-            if max(bits) <= 8 and set(kinds) == {1} and whole:
-                return _from_picture(image)
-    except (UnidentifiedImageError, TypeError, KeyError, IndexError, struct.error):
-        pass  # channels that Pillow has no mode for, or a damaged directory
+def _load_array(file: BinaryIO, reading: Reading) -> np.ndarray:
+    """A .npy file, whose header is compared with its size before memory is taken. Raises ``ValueError``."""
+    version = np.lib.format.read_magic(file)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read_header(file)
+    start = file.tell()
+    there, named = file.seek(0, 2) - start, math.prod(shape) * dtype.itemsize
+    if not dtype.hasobject and named > there:
+        raise ValueError(f"its header names {named} bytes of numbers, the file has {there}; it is damaged or cut off")
+    if len(shape) in (2, 3):
+        smallest = min(shape) if len(shape) == 3 else 1
+        reading.check_size(math.prod(shape) // max(1, smallest), 1, smallest)
     file.seek(0)
-    import tifffile
+    array: np.ndarray = np.load(file, allow_pickle=False)
+    return array
 
-    try:
-        with tifffile.TiffFile(file) as tiff:
-            array, orientation = tiff.asarray(), orientation_of_page(tiff)
-    except MemoryError:
-        raise ValueError("damaged TIFF: its header names a size that does not fit into memory") from None
-    except Exception as error:  # a damaged directory ends in errors of any kind
-        raise ValueError(f"not a TIFF that can be read: {_first_line(error)}") from None
-    return upright(_from_array(array, channels), orientation)
+
+def _from_picture(image: Image.Image, reading: Reading) -> Pixels:
+    reading.check_size(image.height, image.width)
+    image.load()
+    return upright(_pixels_of(image, reading), orientation_in(image))
+
+
+def _pixels_of(image: Image.Image, reading: Reading) -> Pixels:
+    mode = image.mode
+    if mode.startswith("I"):  # 16 bits in a PNG or PGM; Pillow calls them I;16 or I
+        return _from_array(np.asarray(image).astype(np.uint16), None)
+    if mode == "F":
+        return _from_array(np.asarray(image), None)
+    alpha = mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
+    if mode == "P":  # through RGBA where a colour of the palette is transparent: Pillow asks for that
+        image = image.convert("RGBA") if alpha else image.convert("RGB")
+    if alpha and reading.channels == len(image.getbands()) and mode != "P":
+        return image.copy()
+    if alpha and image.mode != "L":
+        note(ALPHA)
+    if image.mode in ("L", "1", "LA", "La"):
+        return image.convert("L")
+    if image.mode in ("LAB", "HSV"):
+        raise ValueError(f"its colours are {image.mode}; save it as RGB or grey")
+    return image.convert("RGB")
 
 
 def _from_array(array: np.ndarray, channels: int | None) -> Tensor:
@@ -185,7 +230,10 @@ def _from_array(array: np.ndarray, channels: int | None) -> Tensor:
             f"an array {tuple(array.shape)} of {array.dtype}; numbers (H, W), (H, W, C) or (C, H, W) are needed"
         )
     planes = array[None] if array.ndim == 2 else np.moveaxis(array, _channel_axis(array.shape, channels), 0)
-    return torch.from_numpy(np.ascontiguousarray(_in_range(planes)))
+    values = _from_planes(planes)
+    if bool(values.isnan().any()):
+        raise ValueError("it holds NaN; replace them, or save it as TIFF with the tag GDAL_NODATA=nan")
+    return values
 
 
 def _channel_axis(shape: tuple[int, ...], channels: int | None) -> int:
@@ -196,14 +244,24 @@ def _channel_axis(shape: tuple[int, ...], channels: int | None) -> int:
     return 0 if shape[0] < shape[2] else 2
 
 
-def _in_range(planes: np.ndarray) -> np.ndarray:
-    """uint8 as it is; wider unsigned integers as shares of their type's range; the rest as it is, in float32."""
-    if planes.dtype == np.uint8:
-        return planes
+def _from_planes(planes: np.ndarray, bits: int | None = None) -> Tensor:
+    """(C, H, W): uint8 as it is; wider unsigned integers as shares of the largest that ``bits`` (or else their type)
+    can be; the rest as it is, in float32, NaN where it was.
+
+    Raises ``ValueError`` for numbers that cannot be computed with.
+    """
+    if planes.dtype == np.uint8 and bits in (None, 8):
+        return torch.from_numpy(np.ascontiguousarray(planes))
     if planes.dtype.kind == "u":
-        return (planes / np.iinfo(planes.dtype).max).astype(np.float32)
-    with np.errstate(over="ignore"):
-        values: np.ndarray = planes.astype(np.float32)
-    if not np.isfinite(values).all():
-        raise ValueError("it holds NaN or infinite values; replace them, for example by the channel's mean")
-    return values
+        values = planes / (2 ** (bits or 8 * planes.dtype.itemsize) - 1)
+    elif planes.dtype.kind in "bif":
+        values = planes
+    else:
+        raise ValueError(f"its numbers are {planes.dtype}; whole numbers or floats are needed")
+    size = np.nanmax(np.abs(values), initial=0) if values.dtype.kind == "f" else 0
+    if size > LARGEST:
+        raise ValueError(
+            f"it holds {'infinite values' if np.isinf(size) else f'the value {size:.2g}'}, too large to compute with; "
+            "where it marks missing data, say so with the tag GDAL_NODATA, or replace it"
+        )
+    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))

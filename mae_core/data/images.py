@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import Context, copy_context
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from mae_core.data.config import ImagesConfig
 from mae_core.data.decoding import Pixels, Unreadable, UnreadableImage, read_image
+from mae_core.data.reading import ReadAs
 from mae_core.errors import UserError
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".npy"})
+IMAGE_SUFFIXES = frozenset(
+    {
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".webp", ".gif", ".tif", ".tiff", ".npy"),
+        *(".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".jp2", ".j2k", ".jpf", ".jpx", ".avif"),
+    }
+)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 GREY_MEAN, GREY_STD = (0.449,), (0.226,)
 """ImageNet's statistics averaged over the channels."""
@@ -43,8 +51,15 @@ class ImageSource(Protocol):
 class ImageFiles:
     """Image files by their paths; names are relative to ``root``."""
 
-    def __init__(self, paths: Sequence[Path], channels: int | None, root: Path | None = None) -> None:
-        self.paths, self.channels, self.root = list(paths), channels, root
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        read_as: ReadAs,
+        root: Path | None = None,
+        passed_over: Mapping[str, int] | None = None,
+    ) -> None:
+        self.paths, self.read_as, self.root = list(paths), read_as, root
+        self.passed_over: Mapping[str, int] = passed_over or {}
 
     @property
     def names(self) -> list[str]:
@@ -56,7 +71,7 @@ class ImageFiles:
 
     def read(self, index: int) -> Pixels:
         """See ``read_image``."""
-        return read_image(self.paths[index], self.channels)
+        return read_image(self.paths[index], self.read_as)
 
 
 def relative_names(paths: Iterable[Path], root: Path | None) -> list[str]:
@@ -64,46 +79,75 @@ def relative_names(paths: Iterable[Path], root: Path | None) -> list[str]:
     return [(p.relative_to(root) if root and p.is_relative_to(root) else p).as_posix() for p in paths]
 
 
-def list_images(folder: Path | None) -> list[Path]:
+def list_images(folder: Path | None, passed_over: Counter[str] | None = None) -> list[Path]:
     """All image files below ``folder``, sorted, hidden ones left out; linked folders are looked into.
 
-    Raises ``UserError`` where the folder is missing or holds none.
+    ``passed_over`` counts the other files by ending. Raises ``UserError`` where the folder is missing or holds none.
     """
     if folder is None:
         raise UserError("no image folder given; set data.path=FOLDER")
     if not folder.is_dir():
         found = "is a file" if folder.exists() else "does not exist"
         raise UserError(f"image folder {folder} {found}; set data.path to a folder of images")
-    paths = sorted(files_below(folder))
+    others: Counter[str] = Counter()
+    paths = sorted(files_below(folder, passed_over=others))
     if not paths:
+        there = f"it holds {listed(others)}; " if others else ""
         raise UserError(
-            f"no images below {folder} (looked for {', '.join(sorted(IMAGE_SUFFIXES))}); "
+            f"no images below {folder} ({there}looked for {', '.join(sorted(IMAGE_SUFFIXES))}); "
             "set data.path to a folder of images"
         )
+    if passed_over is not None:
+        passed_over.update(others)
     return paths
 
 
-def files_below(folder: Path, way: tuple[str, ...] = ()) -> Iterator[Path]:
+def files_below(folder: Path, way: tuple[str, ...] = (), passed_over: Counter[str] | None = None) -> Iterator[Path]:
     """Image files below ``folder`` but dot files and what is in dot folders: thumbnails, notebook copies.
 
-    ``way``: the real folders above. A link back to one of them is not followed.
+    ``way``: the real folders above. A link back to one of them is not followed. ``passed_over`` counts the files of
+    other endings, and what is no regular file (pipes, devices, broken links) under an image's name.
     """
     real = os.path.realpath(folder)
     if real in way or not os.access(folder, os.R_OK | os.X_OK):
         return
-    for path in folder.iterdir():
-        if path.name.startswith("."):
-            continue
-        if os.path.isdir(path):
-            yield from files_below(path, (*way, real))
-        elif path.suffix.lower() in IMAGE_SUFFIXES:
+    with os.scandir(folder) as entries:
+        found = [entry for entry in entries if not entry.name.startswith(".")]
+    for entry in found:
+        path = folder / entry.name
+        linked = entry.is_symlink()  # one that goes in circles is an error to the entry, and nothing to os.path
+        is_folder = os.path.isdir(path) if linked else entry.is_dir()
+        is_file = os.path.isfile(path) if linked else entry.is_file()
+        if is_folder:
+            yield from files_below(path, (*way, real), passed_over)
+        elif is_file and path.suffix.lower() in IMAGE_SUFFIXES:
             yield path
+        elif passed_over is not None:
+            passed_over[(path.suffix or "no ending") if is_file else "no regular file"] += 1
+
+
+def listed(passed_over: Mapping[str, int], most: int = 8) -> str:
+    """Files by ending, the most frequent first."""
+    counts = sorted(passed_over.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{count} x {ending}" for ending, count in counts[:most]) + (", ..." if len(counts) > most else "")
+
+
+def passed_over_in(source: ImageSource) -> Counter[str]:
+    """The files by ending that were passed over where a source was opened."""
+    return Counter(getattr(source, "passed_over", {}))
+
+
+def describe_passed_over(passed_over: Mapping[str, int]) -> str:
+    """A sentence for the start of a run and for the check; empty where every file is an image."""
+    if not passed_over:
+        return ""
+    return f"{sum(passed_over.values())} files are no images by their ending and passed over: {listed(passed_over)}"
 
 
 def refuse_unreadable(found: Iterable[Unreadable]) -> None:
     """Raise ``UserError`` naming the first of ``found``, if there is one."""
     for path, reason in found:
-        raise UserError(f"image {path} cannot be read ({reason}); mend or remove it, or set data.on_error=skip")
+        raise UserError(f"image {path} cannot be read ({reason}); replace or remove it, or set data.on_error=skip")
 
 
 class MaybePixels(Protocol):
@@ -181,10 +225,18 @@ def check_all(source: ImageSource, *, on_progress: Callable[[int, int], None] | 
 
 
 def in_threads(function: Callable[[int], Found], count: int, *, threads: int = 4, chunk: int = 256) -> Iterator[Found]:
-    """``function`` of 0 .. count - 1, in order, some at once; never much further than what has been taken."""
+    """``function`` of 0 .. count - 1, in order, some at once; never much further than what has been taken.
+
+    Each call runs in a copy of the context, so that ``notes_taken`` around this sees what the threads note.
+    """
     with ThreadPoolExecutor(threads) as pool:
         for start in range(0, count, chunk):
-            yield from pool.map(function, range(start, min(start + chunk, count)))
+            places = range(start, min(start + chunk, count))
+            yield from pool.map(lambda context, place: context.run(function, place), map(_context, places), places)
+
+
+def _context(place: int) -> Context:
+    return copy_context()
 
 
 class Statistics(NamedTuple):

@@ -20,6 +20,7 @@ from mae_core.data.config import EvaluationData, FinetuneData
 from mae_core.data.decoding import Unreadable, UnreadableImage, read_image
 from mae_core.data.images import Statistics, check_found, files_below, next_readable
 from mae_core.data.loading import Place
+from mae_core.data.reading import ReadAs
 from mae_core.data.views import View, evaluation_view, finetune_view
 from mae_core.errors import UserError
 from mae_core.seeds import AUGMENT, derive_seed, seeded
@@ -200,8 +201,8 @@ class AugmentedImages(Dataset[LabelledSample]):
     """Training images by (epoch, index), through a random view; an unreadable file is replaced by the next readable
     one."""
 
-    def __init__(self, files: LabelledPaths, view: View, channels: int, seed: int) -> None:
-        self.files, self.view, self.channels, self.seed = files, view, channels, seed
+    def __init__(self, files: LabelledPaths, view: View, read_as: ReadAs, seed: int) -> None:
+        self.files, self.view, self.read_as, self.seed = files, view, read_as, seed
 
     def __len__(self) -> int:
         return len(self.files.paths)
@@ -209,7 +210,7 @@ class AugmentedImages(Dataset[LabelledSample]):
     def __getitem__(self, place: Place) -> LabelledSample:
         epoch, index = place
         chosen, image, unreadable = next_readable(
-            index, len(self), lambda place: read_image(self.files.paths[place], self.channels)
+            index, len(self), lambda place: read_image(self.files.paths[place], self.read_as)
         )
         if image is None:
             return LabelledSample(None, -1, unreadable)
@@ -221,7 +222,7 @@ class TrainImages(AugmentedImages):
     """Images augmented for fine-tuning; see ``finetune_view`` for what is refused."""
 
     def __init__(self, files: LabelledPaths, data: FinetuneData, size: Size, statistics: Statistics, seed: int) -> None:
-        super().__init__(files, finetune_view(data, size, statistics), len(statistics.mean), seed)
+        super().__init__(files, finetune_view(data, size, statistics), data.reading, seed)
 
 
 class TestImages(Dataset[LabelledSample]):
@@ -230,7 +231,7 @@ class TestImages(Dataset[LabelledSample]):
     __test__ = False
 
     def __init__(self, files: LabelledPaths, data: EvaluationData, size: Size, statistics: Statistics) -> None:
-        self.files, self.channels = files, len(statistics.mean)
+        self.files, self.read_as = files, data.reading
         self.view = evaluation_view(data.test_crop, size, statistics)
 
     def __len__(self) -> int:
@@ -238,7 +239,7 @@ class TestImages(Dataset[LabelledSample]):
 
     def __getitem__(self, index: int) -> LabelledSample:
         try:
-            image = read_image(self.files.paths[index], self.channels)
+            image = read_image(self.files.paths[index], self.read_as)
         except UnreadableImage as error:
             return LabelledSample(None, self.files.target(index), [error.unreadable])
         return LabelledSample(self.view(image), self.files.target(index), [])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import tarfile
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Any, NamedTuple
 
 from mae_core.data.config import PretrainData
 from mae_core.data.decoding import Pixels, Unreadable, UnreadableImage, decode_bytes, read_image
-from mae_core.data.images import IMAGE_SUFFIXES, ImageFiles, ImageSource, list_images
+from mae_core.data.images import IMAGE_SUFFIXES, ImageFiles, ImageSource, list_images, passed_over_in
+from mae_core.data.reading import ReadAs
 from mae_core.errors import UserError
 from mae_core.texts import find_named, read_lines
 
@@ -37,8 +39,8 @@ class TarShards:
     ``damaged`` names the shards that end too early; the images before the end are used.
     """
 
-    def __init__(self, shards: Sequence[Path], channels: int | None) -> None:
-        self.shards, self.channels = list(shards), channels
+    def __init__(self, shards: Sequence[Path], read_as: ReadAs) -> None:
+        self.shards, self.read_as = list(shards), read_as
         self.members: list[Member] = []
         self.damaged: list[Unreadable] = []
         for number, shard in enumerate(self.shards):
@@ -85,7 +87,7 @@ class TarShards:
                 content = file.read(size)
         except OSError as error:
             raise UnreadableImage(label, str(error)) from None
-        return decode_bytes(content, label, self.channels)
+        return decode_bytes(content, label, self.read_as)
 
 
 def _ends_at(shard: Path, offset: int) -> bool:
@@ -100,9 +102,9 @@ class HuggingFaceImages:
     """The image column of a Hugging Face data set on this disk: saved with ``save_to_disk``, or a folder that
     ``load_dataset`` understands (imagefolder, parquet)."""
 
-    def __init__(self, path: Path, channels: int | None, split: str | None = None) -> None:
+    def __init__(self, path: Path, read_as: ReadAs, split: str | None = None) -> None:
         datasets = require("datasets")
-        self.path, self.channels = path, channels
+        self.path, self.read_as = path, read_as
         try:
             saved = any((path / name).is_file() for name in SAVED_DATASET)
             found = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path))
@@ -137,8 +139,8 @@ class HuggingFaceImages:
         if cell is None:
             raise UnreadableImage(label, "the cell is empty")
         if cell["bytes"] is not None:
-            return decode_bytes(cell["bytes"], label, self.channels)
-        return read_image(Path(cell["path"]), self.channels)
+            return decode_bytes(cell["bytes"], label, self.read_as)
+        return read_image(Path(cell["path"]), self.read_as)
 
 
 class JoinedSources:
@@ -157,6 +159,11 @@ class JoinedSources:
     def damaged(self) -> list[Unreadable]:
         """What the sources found damaged as they were opened."""
         return [entry for source in self.sources for entry in damaged_parts(source)]
+
+    @property
+    def passed_over(self) -> Counter[str]:
+        """The files that were passed over in all of them, by ending."""
+        return sum((passed_over_in(source) for source in self.sources), Counter())
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -192,21 +199,22 @@ def damaged_parts(source: ImageSource) -> list[Unreadable]:
     return list(getattr(source, "damaged", []))
 
 
-def _files(path: Path, channels: int | None, split: str | None) -> ImageSource:
-    return ImageFiles(list_images(path), channels, path)
+def _files(path: Path, read_as: ReadAs, split: str | None) -> ImageSource:
+    passed_over: Counter[str] = Counter()
+    return ImageFiles(list_images(path, passed_over), read_as, path, passed_over)
 
 
-def _list(path: Path, channels: int | None, split: str | None) -> ImageSource:
+def _list(path: Path, read_as: ReadAs, split: str | None) -> ImageSource:
     """A line a file, relative to the list's folder; empty lines and those that start with # are passed over. A file
     that is missing is unreadable later."""
     lines = [line.strip() for line in read_lines(path)]
     paths = [find_named(path.parent, line) or path.parent / line for line in lines if line and line[0] != "#"]
     if not paths:
         raise UserError(f"file list {path} names no files; write one path a line")
-    return ImageFiles(paths, channels, path.parent)
+    return ImageFiles(paths, read_as, path.parent)
 
 
-def _shards(path: Path, channels: int | None, split: str | None) -> ImageSource:
+def _shards(path: Path, read_as: ReadAs, split: str | None) -> ImageSource:
     if path.is_dir():
         shards = sorted(path.rglob("*.tar"))
     else:
@@ -214,22 +222,22 @@ def _shards(path: Path, channels: int | None, split: str | None) -> ImageSource:
     missing = [shard for shard in shards if not shard.is_file()]
     if not shards or missing:
         raise UserError(f"shard {missing[0] if missing else path / '*.tar'} does not exist; set data.path to tar files")
-    return TarShards(shards, channels)
+    return TarShards(shards, read_as)
 
 
-def _huggingface(path: Path, channels: int | None, split: str | None) -> ImageSource:
+def _huggingface(path: Path, read_as: ReadAs, split: str | None) -> ImageSource:
     if not path.is_dir():
         raise UserError(f"data set {path} is not a folder; set data.path to one that was saved or downloaded before")
-    return HuggingFaceImages(path, channels, split)
+    return HuggingFaceImages(path, read_as, split)
 
 
-SOURCES: dict[str, Callable[[Path, int | None, str | None], ImageSource]] = {
+SOURCES: dict[str, Callable[[Path, ReadAs, str | None], ImageSource]] = {
     "files": _files,
     "list": _list,
     "shards": _shards,
     "huggingface": _huggingface,
 }
-"""Name in a config -> (path, channels or None for as stored, split) -> images. To add one: a function, and a row;
+"""Name in a config -> (path, how to read, None for as stored, split) -> images. To add one: a function, and a row;
 ``kind_of`` may recognise it."""
 
 
@@ -254,17 +262,15 @@ def open_source(data: PretrainData) -> ImageSource:
     if data.path is None:
         list_images(None)
     paths: tuple[Path, ...] = data.path if isinstance(data.path, tuple) else (data.path or Path(),)
-    return open_places(paths, data.channels, kind=data.source, split=data.split)
+    return open_places(paths, data.reading, kind=data.source, split=data.split)
 
 
-def open_places(
-    paths: Sequence[Path], channels: int | None, *, kind: str = "auto", split: str | None = None
-) -> ImageSource:
-    """The images of several places, one after the other. ``channels=None`` reads them as they are stored.
+def open_places(paths: Sequence[Path], read_as: ReadAs, *, kind: str = "auto", split: str | None = None) -> ImageSource:
+    """The images of several places, one after the other. ``read_as=None`` reads them as they are stored.
 
     Raises ``UserError`` where one of the places holds none.
     """
-    sources = [SOURCES[kind_of(path) if kind == "auto" else kind](path, channels, split) for path in paths]
+    sources = [SOURCES[kind_of(path) if kind == "auto" else kind](path, read_as, split) for path in paths]
     return sources[0] if len(sources) == 1 else JoinedSources(sources)
 
 

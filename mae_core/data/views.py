@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from mae_core.config.schema import CropScale
-from mae_core.data.augmentation import BICUBIC, Size, to_normalized
+from mae_core.data.augmentation import BICUBIC, NoDataAsMean, Size, to_normalized
 from mae_core.data.config import FinetuneData, usual_test_crop
 from mae_core.data.decoding import Pixels
 from mae_core.data.images import Statistics
@@ -76,6 +76,7 @@ def finetune_view(data: FinetuneData, size: Size, statistics: Statistics) -> Vie
         ) from None
     of_tensors = v2.Compose(
         [
+            NoDataAsMean(statistics),
             v2.RandomResizedCrop(list(size), scale=data.crop_scale, interpolation=BICUBIC),
             v2.RandomHorizontalFlip(data.hflip),
             to_normalized(statistics),
@@ -124,7 +125,8 @@ class SingleDrawCrop(nn.Module):
 
 def probe_view(crop_scale: CropScale, hflip: float, size: Size, statistics: Statistics) -> View:
     """Single-draw crop and flip alone (paper, Table 10)."""
-    return v2.Compose([SingleDrawCrop(size, crop_scale), v2.RandomHorizontalFlip(hflip), to_normalized(statistics)])
+    crop, flip = SingleDrawCrop(size, crop_scale), v2.RandomHorizontalFlip(hflip)
+    return v2.Compose([NoDataAsMean(statistics), crop, flip, to_normalized(statistics)])
 
 
 def evaluation_view(test_crop: float | None, size: Size, statistics: Statistics) -> View:
@@ -142,5 +144,5 @@ def evaluation_view(test_crop: float | None, size: Size, statistics: Statistics)
     whole = [math.floor(side / share) for side in size]
     square = size[0] == size[1]
     resize = v2.Resize(whole[0], interpolation=BICUBIC) if square else ResizeKeepRatio(whole, interpolation="bicubic")
-    of_tensors = v2.Compose([resize, v2.CenterCrop(list(size)), to_normalized(statistics)])
+    of_tensors = v2.Compose([NoDataAsMean(statistics), resize, v2.CenterCrop(list(size)), to_normalized(statistics)])
     return PictureOrTensor(of_pictures, of_tensors)

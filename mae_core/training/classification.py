@@ -57,7 +57,7 @@ def read_splits(data: LabelledData) -> Splits:
     source = ImageFiles(train.paths + val.paths, data.channels, data.path)
     check_all_if_asked(source, data)
     for files in (train, val):
-        tried = read_some(ImageFiles(files.paths, data.channels), IMAGES_TRIED)
+        tried = read_some(ImageFiles(files.paths, data.reading), IMAGES_TRIED)
         if isinstance(data, FinetuneData):
             check_pictures(tried, data)
     return Splits(train, val, source)

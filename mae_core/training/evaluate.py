@@ -144,7 +144,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     kind = KINDS[config.kind]
     parts = parts_of(source, kind, config.data.path)
     for part in parts:
-        read_some(ImageFiles(part.files.paths, config.data.channels), IMAGES_TRIED)
+        read_some(ImageFiles(part.files.paths, config.data.reading), IMAGES_TRIED)
     if kind.own_classes_only:
         model, files = choose(model, parts[0].files)
         parts = [parts[0]._replace(files=files)]

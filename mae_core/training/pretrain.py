@@ -79,7 +79,7 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> FitResult:
     watched = split_images(config, source)
     if config.data.on_error == "raise":
         refuse_unreadable(damaged_parts(source))
-        for images_read in (source, *watched.only_looked_at(config.data.channels)):
+        for images_read in (source, *watched.only_looked_at(config.data.reading)):
             check_all(images_read, on_progress=Counter("checking images"))
     images = UnlabelledImages(watched.training, config.data, config.seed)
     views = images.fixed_views(NUM_PICTURES)

@@ -37,7 +37,7 @@ from mae_core.training.checkpoints import load_checkpoint, save_checkpoint
 from mae_core.training.precision import choose_precision, prepare_process
 from mae_core.training.pretrain_config import PretrainConfig
 
-MAY_CHANGE = ("data.workers", "data.on_error", "log.", "device", "output", "data.path")
+MAY_CHANGE = ("data.workers", "data.on_error", "log.", "device", "output", "data.path", "data.max_pixels")
 """Options a resumed run may change: they say where and how fast, not what is computed. Data may move, see
 ``check_data``."""
 PRETRAIN_MAY_CHANGE = (

@@ -16,6 +16,7 @@ from mae_core.data.images import ImageFiles, ImageSource, read_some, statistics_
 from mae_core.data.labelled import LabelledPaths, LabelledSample, read_image_folder
 from mae_core.data.labelled import collate_readable as collate_labelled
 from mae_core.data.loading import make_loader
+from mae_core.data.reading import ReadAs
 from mae_core.data.sources import Part, open_places
 from mae_core.data.unlabelled import CentreViews, collate_readable
 from mae_core.errors import UserError
@@ -37,10 +38,10 @@ class Watched(NamedTuple):
     held_out: ImageSource | None
     labelled: tuple[LabelledPaths, LabelledPaths] | None
 
-    def only_looked_at(self, channels: int) -> list[ImageSource]:
+    def only_looked_at(self, read_as: ReadAs) -> list[ImageSource]:
         """The images that the run measures on and does not learn from."""
         held_out = [] if self.held_out is None else [self.held_out]
-        return [*held_out, *(ImageFiles(files.paths, channels) for files in self.labelled or ())]
+        return [*held_out, *(ImageFiles(files.paths, read_as) for files in self.labelled or ())]
 
 
 def split_images(config: PretrainConfig, source: ImageSource) -> Watched:
@@ -61,7 +62,7 @@ def split_images(config: PretrainConfig, source: ImageSource) -> Watched:
             )
         training, held_out = Part(source, sorted(order[count:])), Part(source, sorted(order[:count]))
     elif watch.path is not None:
-        held_out = open_places([watch.path], config.data.channels)
+        held_out = open_places([watch.path], config.data.reading)
     if held_out is not None and len(held_out) > watch.most_images:
         held_out = Part(held_out, spread(len(held_out), watch.most_images))
     labelled = None
@@ -74,7 +75,7 @@ def split_images(config: PretrainConfig, source: ImageSource) -> Watched:
             )
         labelled = train, val
     watched = Watched(training, held_out, labelled)
-    for images in watched.only_looked_at(config.data.channels):
+    for images in watched.only_looked_at(config.data.reading):
         read_some(images, IMAGES_TRIED)
     return watched
 
@@ -125,7 +126,7 @@ class _LabelledViews(Dataset[LabelledSample]):
     """Centre crops with their labels."""
 
     def __init__(self, files: LabelledPaths, data: PretrainData) -> None:
-        self.source, self.labels = ImageFiles(files.paths, data.channels), files.labels
+        self.source, self.labels = ImageFiles(files.paths, data.reading), files.labels
         self.view = centre_view(as_pair(data.image_size), statistics_of(data))
 
     def __len__(self) -> int:

@@ -1,3 +1,4 @@
+import os
 import pickle
 from pathlib import Path
 
@@ -18,12 +19,15 @@ from mae_core.data.images import (
     Statistics,
     UnreadableImage,
     check_all,
+    describe_passed_over,
     list_images,
+    passed_over_in,
     read_image,
     statistics_of,
 )
 from mae_core.data.labelled import TestImages, TrainImages, read_image_folder
 from mae_core.data.loading import make_loader
+from mae_core.data.sources import open_places
 from mae_core.data.unlabelled import UnlabelledImages
 from mae_core.errors import UserError
 
@@ -113,6 +117,26 @@ def test_linked_folders_are_looked_into_once_around_a_loop(tmp_path, write_image
     (tmp_path / "images" / "itself").symlink_to(tmp_path / "images" / "itself")
     found = [str(path.relative_to(tmp_path / "images")) for path in list_images(tmp_path / "images")]
     assert found == ["here/000.png", "linked/000.png", "linked/001.png"]
+
+
+def test_what_is_passed_over_is_counted_by_ending(tmp_path, write_images):
+    for suffix in (".jfif", ".JPE", ".jp2", ".png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"a{suffix}", {".jp2": "JPEG2000", ".png": "PNG"}.get(suffix, "JPEG"))
+    for name in ("a.tif2", "b.tif2", "c", "d.txt", ".hidden"):
+        (tmp_path / name).write_text("")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "broken.png").symlink_to(tmp_path / "nowhere")
+    source = open_places([tmp_path], 3)
+    assert len(source) == 4 and all(read_image(path, 3).size == (8, 8) for path in source.paths)
+    found = passed_over_in(source)
+    assert found == {".tif2": 2, "no ending": 1, ".txt": 1, "no regular file": 2 if hasattr(os, "mkfifo") else 1}
+    assert "6 files are no images by their ending and passed over: 2 x .tif2" in describe_passed_over(found)
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / "x.tif2").write_text("")
+    with pytest.raises(UserError, match=r"it holds 1 x \.tif2; looked for"):
+        list_images(tmp_path / "only")
+    assert passed_over_in(open_places([tmp_path, tmp_path], 3))[".tif2"] == 6 and not describe_passed_over({})
 
 
 @pytest.mark.parametrize(
@@ -287,7 +311,7 @@ def break_folder(root: Path, how: str) -> None:
         ("one class", "has 1 class folders; classification needs two or more"),
         ("empty val", "val holds no images to evaluate on"),
         ("empty class", "class folder .*birch holds no images; put some there"),
-        ("stranger", "has classes that train has not: cedar"),
+        ("stranger", "has classes that train does not have: cedar"),
     ],
 )
 def test_an_image_folder_out_of_shape_is_refused(tmp_path, write_classes, how, message):

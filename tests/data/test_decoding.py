@@ -93,8 +93,10 @@ def test_a_picture_with_transparency_has_four_channels_where_four_are_asked(tmp_
         (np.zeros(4), 1, r"an array \(4,\) of float64"),
         (np.zeros((2, 3, 4, 5)), 1, "(H, W), (H, W, C) or (C, H, W) are needed"),
         (np.zeros((0, 5)), 1, r"an array \(0, 5\)"),
-        (np.full((4, 5), np.nan), 1, "NaN or infinite"),
-        (np.full((4, 5), 1e300), 1, "NaN or infinite"),
+        (np.full((4, 5), np.nan), 1, "it holds NaN; replace them"),
+        (np.full((4, 5), 1e300), 1, "it holds the value 1e+300, too large to compute with"),
+        (np.full((4, 5), 3e38, "float32"), 1, "it holds the value 3e+38, too large to compute with"),
+        (np.full((4, 5), -np.inf), 1, "it holds infinite values, too large to compute with"),
         (np.array([["a", "b"]]), 1, "an array"),
     ],
 )

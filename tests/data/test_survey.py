@@ -32,7 +32,7 @@ def test_mean_and_std_are_numpys_over_all_pixels(tmp_path, channels, dtype, suff
         if suffix == ".png":
             Image.fromarray(array.squeeze()).save(tmp_path / f"{number}.png")
         else:
-            tifffile.imwrite(tmp_path / f"{number}.tif", array, photometric="minisblack")
+            tifffile.imwrite(tmp_path / f"{number}.tif", array, photometric="minisblack", planarconfig="contig")
     found = survey(open_places([tmp_path], None))
     mean, std = found.by_channels[channels].statistics()
     pixels = np.concatenate([array.reshape(-1, channels) for array in images]) / np.iinfo(dtype).max
