@@ -80,7 +80,11 @@ class Report:
         return {"name": self.name, **self.data, "problems": [problem._asdict() for problem in self.problems]}
 
 
-def conclude(reports: Iterable[Report], json_file: Path | None = None, say: Callable[[str], None] = print) -> None:
+def _print(text: str) -> None:
+    print(text, flush=True)
+
+
+def conclude(reports: Iterable[Report], json_file: Path | None = None, say: Callable[[str], None] = _print) -> None:
     """Print every report as it comes, write them all to ``json_file``, and say the outcome.
 
     Raises ``UserError`` (exit code 2 of a command) where anything is more than a note, and where the file exists.

@@ -18,6 +18,10 @@ LARGEST = 2**31
 """Sides, coordinates and runs stay below this."""
 
 
+class NoMask(UserError):
+    """An annotation without a segmentation, where one is needed."""
+
+
 class Category(NamedTuple):
     """A class; ``id`` is the json's, any whole number."""
 
@@ -142,11 +146,11 @@ def instance_of(
         known = ", ".join(str(i) for i in list(label_of)[:10]) + (", ..." if len(label_of) > 10 else "")
         raise UserError(
             f"{where} has category_id {annotation['category_id']!r}, which is not among the categories ({known}); "
-            "add the category, or mend the annotation"
+            "add the category, or correct the annotation"
         )
     if isinstance(annotation["image_id"], list | dict) or annotation["image_id"] not in records:
         raise UserError(
-            f"{where} has image_id {annotation['image_id']!r}, which is not among the images; mend or remove it"
+            f"{where} has image_id {annotation['image_id']!r}, which is not among the images; correct or remove it"
         )
     record = records[annotation["image_id"]]
     box = annotation["bbox"]
@@ -182,24 +186,24 @@ def _is_pair(entry: Any) -> bool:
 
 def _shape(where: str, segmentation: Any, height: int, width: int) -> tuple[np.ndarray, ...] | bytes:
     if not segmentation:
-        raise UserError(
+        raise NoMask(
             f"{where} has no segmentation, which Mask R-CNN learns from; add polygons or a run-length "
             "mask, or learn from boxes alone with model.head=faster_rcnn"
         )
     if isinstance(segmentation, list):
         segmentation = _flat_polygons(segmentation)
         if not all(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in segmentation):
-            raise UserError(f"{where} has a polygon that is not a list of three or more x, y pairs; mend or remove it")
+            raise UserError(f"{where} has a polygon that is not a list of three or more x, y pairs; correct it")
         odd = [value for polygon in segmentation for value in polygon if not _is_number(value)]
         if odd:
-            raise UserError(f"{where} has a polygon with {odd[0]!r} in place of a number; mend or remove it")
+            raise UserError(f"{where} has a polygon with {odd[0]!r} in place of a number; correct or remove it")
         return tuple(np.asarray(polygon, dtype=np.float64) for polygon in segmentation)
     if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
-        raise UserError(f"{where} has a segmentation that is neither polygons nor a run-length code; mend or remove it")
+        raise UserError(f"{where} has a segmentation that is neither polygons nor a run-length code; correct it")
     if segmentation["size"] != [height, width]:
         raise UserError(
             f"{where} has a mask of {segmentation['size']} (height, width), but its image has [{height}, {width}]; "
-            "mend one of them"
+            "correct one of them"
         )
     counts = segmentation["counts"]
     total: int | None = None
@@ -208,9 +212,9 @@ def _shape(where: str, segmentation: Any, height: int, width: int) -> tuple[np.n
     elif isinstance(counts, str):
         total = pixels_of(counts)
     if total is None:
-        raise UserError(f"{where} has run-length counts that are broken or cut off; mend or remove the mask")
+        raise UserError(f"{where} has run-length counts that are broken or cut off; correct or remove the mask")
     if total != height * width:
-        raise UserError(f"{where} has runs of {total} pixels in all, but its image has {height * width}; mend the mask")
+        raise UserError(f"{where} has runs of {total} pixels in all, but its image has {height * width}; correct it")
     if isinstance(counts, list):
         counts = mask_coder().frPyObjects(segmentation, height, width)["counts"]
     return counts.encode() if isinstance(counts, str) else counts

@@ -1,4 +1,4 @@
-"""COCO annotations: read, checked, and kept small in memory. As a command, finds everything that is wrong with a set:
+"""COCO annotations: read, checked, and kept small in memory. As a command, ``mae check coco``:
 
     python transfer/detection/coco.py DATA/annotations/instances_train.json [DATA/train]
 
@@ -7,6 +7,7 @@ Polygons stay coordinates and masks stay run-length codes until a sample is aske
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mae_core.data.check import Problem, Tell, refuse
 from mae_core.errors import UserError
 from mae_core.texts import find_named, missing_hint
-from transfer.detection.annotations import Category, Instance, categories_of, instance_of, read_json, typed_image
+from transfer.detection.annotations import (
+    Category,
+    Instance,
+    NoMask,
+    categories_of,
+    instance_of,
+    read_json,
+    typed_image,
+)
 from transfer.detection.masks import decode_codes, encode_shape, mask_coder
 
 
@@ -93,14 +103,15 @@ class CocoSet:
         }
 
 
-def read_coco(part: Part, *, masks: bool = True) -> CocoSet:
+def read_coco(part: Part, *, masks: bool = True, tell: Tell = refuse) -> CocoSet:
     """Read and check a COCO json and the folder of its images.
 
-    Without ``masks`` an annotation may lack its segmentation (its shape is None then): boxes are enough.
+    Without ``masks`` an annotation may lack its segmentation (its shape is None then): boxes are enough. ``tell`` gets
+    what is broken, with file and id: an image that is not in the folder, an annotation of an unknown image or category,
+    a mask of another size than its image, doubled ids, values of another type than COCO's. Training raises the first; a
+    check collects them all, and the set holds the rest.
 
-    Raises ``UserError`` naming file, id and remedy: no such file, not JSON, not COCO, an image that is not in the
-    folder, an annotation of an unknown image or category, a mask of another size than its image, doubled ids, values
-    of another type than COCO's.
+    Raises ``UserError`` where there is no such file, it is not JSON or not COCO, or there is no folder.
     """
     images_folder, path = part
     content = read_json(path)
@@ -111,24 +122,20 @@ def read_coco(part: Part, *, masks: bool = True) -> CocoSet:
             f"image folder {images_folder} of {path} does not exist; "
             "set data.path, or data.train_images and data.val_images"
         )
-    records: dict[int, Mapping[str, Any]] = {}
-    for given in content["images"]:
-        record = typed_image(path, given)
-        if record["id"] in records:
-            raise UserError(f"{path}: image id {record['id']} appears twice; ids must be unique")
-        records[record["id"]] = record
-    strings = [image_id for image_id in records if isinstance(image_id, str)]
-    if strings and len(strings) < len(records):
-        raise UserError(
-            f"{path}: image id {strings[0]!r} is a string, but others are numbers; give all images ids of one type"
-        )
-    _check_files(path, images_folder, records)
-    instances: dict[int, list[Instance]] = {image_id: [] for image_id in records}
-    seen: set[int] = set()
+    records = _records(path, content["images"], tell)
+    _check_files(path, images_folder, records, tell)
+    instances: dict[Any, list[Instance]] = {image_id: [] for image_id in records}
+    seen: set[Any] = set()
     for number, annotation in enumerate(content["annotations"], start=1):
-        instance = instance_of(path, annotation, number, records, label_of, masks=masks)
+        try:
+            instance = instance_of(path, annotation, number, records, label_of, masks=masks)
+        except UserError as error:
+            kind = "objects without a mask" if isinstance(error, NoMask) else "broken records"
+            tell(Problem(kind, str(error), str(path)))
+            continue
         if instance.id in seen:
-            raise UserError(f"{path}: annotation id {instance.id} appears twice; ids must be unique")
+            sentence = f"{path}: annotation id {instance.id} appears twice; ids must be unique"
+            tell(Problem("doubled ids", sentence, str(path)))
         seen.add(instance.id)
         instances[annotation["image_id"]].append(instance)
     images = tuple(
@@ -136,6 +143,35 @@ def read_coco(part: Part, *, masks: bool = True) -> CocoSet:
         for i, r in records.items()
     )
     return CocoSet(path, images, categories)
+
+
+def _records(path: Path, given: Iterable[Mapping[str, Any]], tell: Tell) -> dict[Any, Mapping[str, Any]]:
+    """The sound records of images by id."""
+    records: dict[Any, Mapping[str, Any]] = {}
+    files: dict[str, Any] = {}
+    for entry in given:
+        try:
+            record = typed_image(path, entry)
+        except UserError as error:
+            tell(Problem("broken records", str(error), str(path)))
+            continue
+        identity, name = record["id"], record["file_name"]
+        if identity in records:
+            both = f"{records[identity]['file_name']} and {name}"
+            sentence = f"{path}: image id {identity} appears twice, {both}; ids must be unique"
+            tell(Problem("doubled ids", sentence, str(path)))
+            continue
+        if name in files:
+            sentence = f"{path}: images {files[name]} and {identity} are both {name}; annotate a file once"
+            tell(Problem("doubled objects", sentence, str(path), "wrong"))
+        files[name], records[identity] = identity, record
+    strings = [identity for identity in records if isinstance(identity, str)]
+    if strings and len(strings) < len(records):
+        sentence = (
+            f"{path}: image id {strings[0]!r} is a string, but others are numbers; give all images ids of one type"
+        )
+        tell(Problem("broken records", sentence, str(path)))
+    return records
 
 
 def check_same_categories(
@@ -153,29 +189,23 @@ def check_same_categories(
         )
 
 
-def missing_files(folder: Path, records: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The records whose file is not in ``folder``."""
-    present = {entry.name for entry in folder.iterdir()}
-    return [r for r in records if r["file_name"] not in present and not file_of(folder, r).is_file()]
-
-
 def file_of(folder: Path, record: Mapping[str, Any]) -> Path:
     """The image of a record in ``folder``; where there is none, the path that the record names."""
     return find_named(folder, record["file_name"]) or folder / record["file_name"]
 
 
-def _check_files(path: Path, folder: Path, records: Mapping[int, Mapping[str, Any]]) -> None:
-    missing = missing_files(folder, records.values())
-    if missing:
-        first = missing[0]
-        hint = missing_hint(folder, first["file_name"])
-        raise UserError(
-            f"{path}: image id {first['id']} is {folder / first['file_name']}, which does not exist{hint} "
-            f"({len(missing)} of {len(records)} images are missing); set the image folder, or mend the json"
+def _check_files(path: Path, folder: Path, records: Mapping[Any, Mapping[str, Any]], tell: Tell) -> None:
+    """Tell the records whose file is not in ``folder``."""
+    present = {entry.name for entry in folder.iterdir()}
+    missing = [r for r in records.values() if r["file_name"] not in present and not file_of(folder, r).is_file()]
+    for record in missing:
+        file, hint = folder / record["file_name"], missing_hint(folder, record["file_name"])
+        sentence = (
+            f"{path}: image id {record['id']} is {file}, which does not exist{hint} "
+            f"({len(missing)} of {len(records)} images are missing); set the image folder, or correct the json"
         )
+        tell(Problem("missing files", sentence, str(file)))
 
 
 if __name__ == "__main__":
-    from transfer.detection.survey import main
-
-    main()
+    runpy.run_module("transfer.detection.check_data", run_name="__main__")

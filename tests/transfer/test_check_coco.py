@@ -7,8 +7,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from transfer.detection.check_data import check_part, main
 from transfer.detection.coco import Part
-from transfer.detection.survey import main, survey
+
+
+def survey(part):
+    return check_part(part, masks=True)[0]
+
+
+def wrong(report):
+    return [problem for problem in report.problems if problem.severity != "note"]
 
 
 @pytest.fixture
@@ -34,6 +42,15 @@ def empty(content):
     one(content)["segmentation"] = {"size": [48, 64], "counts": [48 * 64]}
 
 
+def corners(annotation):
+    x, y, w, h = annotation["bbox"]
+    return [x, y, x + w, y + h]
+
+
+def far_too_large(content):
+    one(content).update(segmentation=[[10, 5, 18, 5, 18, 12, 10, 12]], area=56)
+
+
 def again(content):
     content["annotations"].append({**one(content), "id": 99})
 
@@ -44,10 +61,22 @@ WRONG = {
         "boxes outside the image",
         "annotation 1 of image 5",
     ),
-    "corners": (lambda c: one(c).update(bbox=[40, 30, 60, 44]), "boxes outside the image", "looks like corners"),
+    "corners": (lambda c: one(c).update(bbox=corners(one(c))), "boxes written as corners", "write width and height"),
+    "whole image": (
+        lambda c: one(c).update(bbox=[0, 0, 64, 48]),
+        "boxes of the whole image",
+        "annotation 1 of image 5",
+    ),
+    "far too large": (far_too_large, "boxes far larger than their masks", "annotation 1 of image 5"),
+    "area of the image": (
+        lambda c: one(c).update(area=64 * 48),
+        "areas far from the mask's",
+        "is the whole image",
+    ),
+    "area of nothing": (lambda c: one(c).update(area=0), "areas far from the mask's", "has area 0, its mask"),
     "negative": (lambda c: one(c).update(bbox=[-9, 0, 20, 20]), "boxes outside the image", r"bbox \[-9, 0, 20, 20\]"),
     "empty mask": (empty, "empty masks", "annotation 1 of image 5 has a mask without a pixel"),
-    "no mask": (lambda c: one(c).update(segmentation=[]), "empty masks", "annotation 1 has no segmentation"),
+    "no mask": (lambda c: one(c).update(segmentation=[]), "objects without a mask", "annotation 1 has no segmentation"),
     "flat polygon": (
         lambda c: one(c).update(segmentation=[[5, 5, 9, 5, 7, 5]]),
         "empty masks",
@@ -100,7 +129,7 @@ def test_every_problem_is_found_in_one_pass_and_ends_in_exit_code_2(copied, caps
         main([str(part.annotations), str(part.images)])
     said, error = capsys.readouterr()
     assert stopped.value.code == 2 and "missing files: 4" in said and "broken records: 1" in said
-    assert error == "error: 7 problems found, listed above; mend the json or the files\n"  # the box is off its mask too
+    assert error == "error: 6 problems found, listed above; correct the data and check it again\n"
 
 
 def test_a_sound_set_passes_and_gaps_in_the_ids_are_told(copied, capsys):
@@ -121,11 +150,11 @@ def test_the_usual_folder_of_images_is_found(copied, capsys):
 def test_unreadable_and_n_channel_images(copied):
     part = copied(lambda content: None)
     (part.images / "000.png").write_text("no image")
-    assert "image id 5" in survey(part).problems[0].sentence and len(survey(part).problems) == 1
+    assert "image id 5" in survey(part).problems[0].sentence and len(wrong(survey(part))) == 1
 
     cut = (part.images / "001.png").read_bytes()[:-200]
     (part.images / "000.png").write_bytes(cut)
-    (problem,) = survey(part).problems
+    (problem,) = wrong(survey(part))
     assert problem.kind == "unreadable images" and "000.png, cannot be read: " in problem.sentence
 
     def to_arrays(content):
@@ -135,9 +164,9 @@ def test_unreadable_and_n_channel_images(copied):
             image["file_name"] = name
 
     found = survey(copied(to_arrays))
-    assert not found.problems and any("set data.channels=5" in fact for fact in found.facts)
+    assert not wrong(found) and "note: set data.channels=5" in found.describe()
     np.save(part.images / "001.npy", np.zeros((48, 64, 6), np.uint8))
-    (mixed,) = survey(part).problems
+    (mixed,) = wrong(survey(part))
     assert mixed.kind == "different channels" and "5 in 3 files, 6 in 1 files" in mixed.sentence
 
 
@@ -145,7 +174,7 @@ def test_many_objects_and_classes_without_any_are_told(copied):
     def crowd(content):
         content["annotations"] = [{**one(content), "id": n, "bbox": [0, 0, 64, 48 - n / 1000]} for n in range(1, 502)]
 
-    facts = "\n".join(survey(copied(crowd)).facts)
+    facts = survey(copied(crowd)).describe()
     assert "an image has 501 objects" in facts and "set test.detections=501" in facts
     assert "2 of 3 classes are never annotated: frame, disc" in facts
 
@@ -167,3 +196,56 @@ def test_wrong_input_is_one_sentence(tmp_path, capsys, copied):
             main([str(path) for path in given])
         error = capsys.readouterr().err
         assert stopped.value.code == 2 and error.count("\n") == 1 and re.search(message, error), error
+
+
+def test_boxes_without_masks_are_checked_for_a_detector_of_boxes(copied, capsys):
+    def boxes(box=None):
+        def edit(content):
+            for annotation in content["annotations"]:
+                annotation["segmentation"] = None
+                annotation["bbox"] = box or annotation["bbox"]
+
+        return copied(edit)
+
+    def found(part):
+        return [problem for problem in wrong(check_part(part, masks=False)[0]) if problem.kind != "doubled objects"]
+
+    part = boxes()
+    assert not found(part)
+    main([str(part.annotations), "--boxes-only"])
+    assert capsys.readouterr().out.endswith("nothing is wrong\n")
+    with pytest.raises(SystemExit):
+        main([str(part.annotations)])
+    assert "objects without a mask: 8 (training refuses to start)" in capsys.readouterr().out
+    assert all("looks like corners" in problem.sentence for problem in found(boxes([40, 30, 60, 44])))
+    (whole,) = found(boxes([0, 0, 64, 48]))
+    assert "8 of 8 boxes are the whole image" in whole.sentence
+
+
+@pytest.mark.parametrize("drawn, told", [("upright", "read them upright"), ("stored", "they are read as stored")])
+def test_turned_photos_are_told_and_their_sides_decide(copied, capsys, drawn, told):
+    part = copied(lambda content: None)
+    with Image.open(part.images / "000.png") as image:
+        stored = image.transpose(Image.Transpose.ROTATE_90) if drawn == "upright" else image.copy()
+    exif = Image.Exif()
+    exif[274] = 6
+    stored.save(part.images / "000.png", exif=exif)
+    main([str(part.annotations)])
+    said = capsys.readouterr().out
+    assert said.endswith("nothing is wrong\n") and "1 image with the orientation tag 6, the first is" in said
+    assert told in said.replace("reads them", "read them")
+
+
+def test_the_command_of_the_toolkit_and_both_scripts_say_the_same(copied, run_python, tmp_path):
+    from typer.testing import CliRunner
+
+    from mae_core.cli.main import app
+
+    part = copied(lambda content: one(content).update(bbox=[50, 10, 30, 20]))
+    result = CliRunner().invoke(app, ["check", "coco", str(part.annotations), "--json", str(tmp_path / "a.json")])
+    assert result.exit_code == 2 and "boxes outside the image: 1" in result.output
+    (found,) = json.loads((tmp_path / "a.json").read_text())["sets"]
+    assert found["objects"] == 8 and found["problems"][0]["severity"] == "wrong"
+    script = run_python(["transfer/detection/coco.py", part.annotations])
+    assert script.returncode == 2 and result.output == script.stdout + script.stderr
+    assert "usage: mae check coco" in CliRunner().invoke(app, ["check", "coco", "--help"]).output
