@@ -279,7 +279,8 @@ def _notes(coco: CocoSet, headers: Sequence[Header]) -> Iterator[Problem]:
     annotated = {instance.label for instance in _objects(coco)}
     rare = [category.name for label, category in enumerate(coco.categories, start=1) if label not in annotated]
     if rare:
-        yield note(f"{len(rare)} of {len(coco.categories)} classes are never annotated: {', '.join(rare[:5])}")
+        sentence = f"{len(rare)} of {len(coco.categories)} classes are never annotated: {', '.join(rare[:5])}"
+        yield Problem("classes", sentence, str(coco.path), "note")
 
 
 def parts_of(data: Path, images: Path | None) -> list[Part]:
