@@ -142,8 +142,8 @@ def _check_shapes(path: Path, image: CocoImage, tell: Tell) -> None:
             if not area:
                 wrong("empty masks", "has a mask without a pixel; it is never learned from: remove it")
             else:
-                drawn: Box = tuple(int(value) for value in coder.toBbox(code).tolist())
-                found = _box_and_mask(instance.box, drawn, image)
+                left, top, width, height = map(int, coder.toBbox(code))
+                found = _box_and_mask(instance.box, (left, top, width, height), image)
                 kind, sentence = found if found[0] else (kind, sentence)
                 if instance.area is not None and not instance.crowd:
                     _check_area(instance, area, image, wrong)
