@@ -28,10 +28,10 @@ from mae_core.data.decoding import UnreadableImage, read_image
 from mae_core.data.labelled import read_image_folder
 from mae_core.errors import UserError, user_errors
 from mae_core.layout import ENCODER, METRICS, TOKENIZER
+from mae_core.training.plan import cost_of
 from mae_core.training.pretrain import build_pretrain_model
 from mae_core.training.pretrain_config import PretrainConfig
 from mae_core.training.progress import Counter
-from mae_core.training.rehearsal import cost_of
 from mae_core.training.run import environment
 from transfer.chain import Job, Stage
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -52,17 +52,37 @@ class PatchMask:
             raise UserError(
                 f"{num_hidden} of {num_patches} patches hidden; at least one must be hidden and one visible"
             )
-        order = hidden.to(torch.uint8).argsort(dim=1, stable=True)
-        num_visible = num_patches - num_hidden
-        return cls(hidden=hidden, visible_ids=order[:, :num_visible], hidden_ids=order[:, num_visible:])
+        visible_ids, hidden_ids = (mask.nonzero()[:, 1].view(len(hidden), -1) for mask in (~hidden, hidden))
+        return cls(hidden, visible_ids, hidden_ids)
+
+    @classmethod
+    def cat(cls, masks: Sequence[PatchMask]) -> PatchMask:
+        """The masks of several samples as one batch. Raises ``UserError`` where they hide different numbers."""
+        counts = [mask.hidden_ids.shape[1] for mask in masks]
+        if len(set(counts)) > 1:
+            raise UserError(f"samples hide different numbers of patches ({counts}); make them equal in a batch")
+        return cls(*(torch.cat(parts) for parts in zip(*(mask.tensors() for mask in masks), strict=True)))
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden, visible_ids, hidden_ids."""
+        return self.hidden, self.visible_ids, self.hidden_ids
+
+    def samples(self, start: int, stop: int) -> PatchMask:
+        """The masks of a part of the batch."""
+        return PatchMask(*(values[start:stop] for values in self.tensors()))
 
     def to(self, device: torch.device | str) -> PatchMask:
         """The same mask on another device."""
-        return PatchMask(*(t.to(device, non_blocking=True) for t in (self.hidden, self.visible_ids, self.hidden_ids)))
+        return PatchMask(*(values.to(device, non_blocking=True) for values in self.tensors()))
+
+    def pin_memory(self) -> PatchMask:
+        """The same mask in page-locked memory; a DataLoader with ``pin_memory`` calls this."""
+        return PatchMask(*(values.pin_memory() for values in self.tensors()))
 
 
 class Masker(Protocol):
-    """A masking strategy: draws a mask for a batch."""
+    """A masking strategy: draws a mask for a batch. A frozen dataclass, whose fields beside ``ratio`` are its options:
+    ``masking.options.NAME`` in a configuration, ``masking_options`` in a checkpoint."""
 
     @property
     def ratio(self) -> float:
@@ -202,10 +222,46 @@ def _border_patch(hidden: np.ndarray, rng: random.Random) -> tuple[int, int]:
     return int(row), int(col)
 
 
-def name_of_masker(masker: Masker) -> str:
-    """The name a checkpoint gives a strategy: its row in ``MASKERS``, or the name of a class that has none."""
-    return next((name for name, row in MASKERS.items() if row is type(masker)), type(masker).__name__)
+MASKERS: dict[str, Callable[..., Masker]] = {"random": RandomMasking, "block": BlockMasking, "grid": GridMasking}
+"""Name in a config and in a checkpoint -> strategy. To add one, with options of its own or without: a frozen dataclass
+with this call, and a row."""
 
 
-MASKERS: dict[str, Callable[[float], Masker]] = {"random": RandomMasking, "block": BlockMasking, "grid": GridMasking}
-"""Name in a config -> strategy, made from its ratio. To add one: a class with this call, and a row."""
+def masker_options(strategy: Any) -> tuple[str, ...]:
+    """Names of the options of a strategy, a row of ``MASKERS`` or made from one: its fields beside ``ratio``."""
+    return tuple(field.name for field in fields(strategy) if field.name != "ratio") if is_dataclass(strategy) else ()
+
+
+def build_masker(name: str, ratio: float, options: Mapping[str, Any] | None = None) -> Masker:
+    """The strategy of a row of ``MASKERS``. Raises ``UserError`` for unknown names, and for options that are missing or
+    are not the strategy's."""
+    if name not in MASKERS:
+        raise UserError(f"unknown name {name!r}; known: {', '.join(MASKERS)}")
+    try:
+        return MASKERS[name](ratio, **(options or {}))
+    except TypeError:
+        known = ", ".join(masker_options(MASKERS[name])) or "none"
+        raise UserError(
+            f"masking {name!r} does not take the options {dict(options or {})}; it has {known}, and those without a "
+            "default must be given"
+        ) from None
+
+
+def describe_masker(masker: Masker) -> dict[str, Any]:
+    """What a checkpoint says of a strategy: ``masking``, its row in ``MASKERS`` (or the name of a class that has none),
+    ``mask_ratio`` and ``masking_options``; what ``build_masker`` makes it from."""
+    row = next((name for name, row in MASKERS.items() if row is type(masker)), type(masker).__name__)
+    options = {name: getattr(masker, name) for name in masker_options(masker)}
+    return {"masking": row, "mask_ratio": masker.ratio, "masking_options": options}
+
+
+@dataclass(frozen=True)
+class SampleMasks:
+    """Draws the mask of one sample from a seed: what the workers of a loader do."""
+
+    masker: Masker
+    grid: PatchGrid
+
+    def draw(self, seed: int) -> PatchMask:
+        """The mask of a batch of one."""
+        return self.masker(1, self.grid, [torch.Generator().manual_seed(seed)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -48,19 +49,30 @@ class Target(nn.Module):
         """
         return prediction
 
+    @classmethod
+    def options(cls) -> tuple[str, ...]:
+        """Names of the constructor's arguments, each of which is an attribute too: ``target.options.NAME`` in a
+        configuration, ``target_options`` in a checkpoint."""
+        return tuple(
+            name
+            for name, parameter in inspect.signature(cls).parameters.items()
+            if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        )
+
     def describe(self) -> dict[str, Any]:
         """What ``rebuild`` needs besides the tensors; JSON values."""
-        return {}
+        return {name: getattr(self, name) for name in self.options()}
 
     @classmethod
-    def named(cls) -> Target:
-        """The target, asked for by its name alone. Raises ``UserError`` where it has to be fitted or read first."""
-        return cls()
+    def named(cls, **options: Any) -> Target:
+        """The target, asked for by its name and its options. Raises ``UserError`` where it has to be fitted or read
+        first."""
+        return cls(**options)
 
     @classmethod
     def rebuild(cls, described: Mapping[str, Any], state: Mapping[str, Tensor]) -> Target:
         """An empty target of this kind that ``state``, the tensors of a stored one, fits."""
-        return cls()
+        return cls(**{name: described[name] for name in cls.options() if name in described})
 
 
 class PixelTarget(Target):
@@ -103,7 +115,24 @@ def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
     return patches.mean(dim=-1, keepdim=True), (patches.var(dim=-1, keepdim=True) + EPSILON).sqrt()
 
 
-class PCATarget(Target):
+class FittedTarget(Target):
+    """A target that comes from a file, not from options."""
+
+    remedy: ClassVar[str]
+    """How to get one."""
+
+    @classmethod
+    def options(cls) -> tuple[str, ...]:
+        """None: what it is made of is in its file."""
+        return ()
+
+    @classmethod
+    def named(cls, **options: Any) -> Target:
+        """Never: it is fitted."""
+        raise UserError(f"the target {cls.name!r} needs {cls.remedy}")
+
+
+class PCATarget(FittedTarget):
     """The largest principal components of a patch (the paper keeps 96), fitted on the training set by ``mae fit-pca``.
 
     components  (K, patch*patch*C), orthonormal rows, the largest variance first
@@ -111,6 +140,10 @@ class PCATarget(Target):
     """
 
     name = "pca"
+    remedy = (
+        "a fitted file: write one with mae fit-pca, then set target.pca=FILE in a configuration, or pass "
+        "target=mae_core.load_pca(FILE)"
+    )
     components: Tensor
     mean: Tensor
 
@@ -140,20 +173,12 @@ class PCATarget(Target):
         return prediction @ self.components + self.mean
 
     @classmethod
-    def named(cls) -> PCATarget:
-        """Never: it is fitted."""
-        raise UserError(
-            "the target 'pca' needs a fitted file: write one with mae fit-pca, then set target.pca=FILE in a "
-            "configuration, or pass target=mae_core.load_pca(FILE)"
-        )
-
-    @classmethod
     def rebuild(cls, described: Mapping[str, Any], state: Mapping[str, Tensor]) -> PCATarget:
         """Of the stored shapes."""
         return cls(torch.zeros_like(state["components"]), torch.zeros_like(state["mean"]))
 
 
-class TokenTarget(Target):
+class TokenTarget(FittedTarget):
     """The token that a frozen tokenizer gives the patch; cross-entropy (BEiT's target, paper, Table 1d and 7).
 
     ``mean`` and ``std``: of the pixels the model gets, to undo their standardisation: the tokenizer gets pixels as they
@@ -162,6 +187,10 @@ class TokenTarget(Target):
     """
 
     name = "tokens"
+    remedy = (
+        "a tokenizer: train one with mae train-tokenizer, then set target.tokenizer=FILE in a configuration, or pass "
+        "target=mae_core.TokenTarget(mae_core.load_tokenizer(FILE), mean=..., std=...)"
+    )
     mean: Tensor
     std: Tensor
 
@@ -244,14 +273,6 @@ class TokenTarget(Target):
         return {"tokenizer": describe(), "image_size": self.image_size}
 
     @classmethod
-    def named(cls) -> TokenTarget:
-        """Never: it needs a tokenizer."""
-        raise UserError(
-            "the target 'tokens' needs a tokenizer: train one with mae train-tokenizer, then set target.tokenizer=FILE "
-            "in a configuration, or pass target=mae_core.TokenTarget(mae_core.load_tokenizer(FILE), mean=..., std=...)"
-        )
-
-    @classmethod
     def rebuild(cls, described: Mapping[str, Any], state: Mapping[str, Tensor]) -> TokenTarget:
         """With a tokenizer of the stored kind. Raises ``UserError`` for one that is not of this package."""
         zeros, ones = ([value] * len(state["mean"]) for value in (0.0, 1.0))
@@ -266,7 +287,8 @@ def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:
 TARGETS: dict[str, type[Target]] = {
     row.name: row for row in (PixelTarget, NormalizedPixelTarget, PCATarget, TokenTarget)
 }
-"""Name in a config and in a checkpoint -> target. To add one: a class with these methods, and a row."""
+"""Name in a config and in a checkpoint -> target. To add one, with options of its own or without: a class with these
+methods whose constructor takes the options, and a row."""
 
 
 def rebuild_target(name: str, described: Mapping[str, Any], state: Mapping[str, Tensor]) -> Target:

@@ -44,7 +44,7 @@ def pretrain(
         if not dry_run:
             run(config, resume=resume)
             return
-        from mae_core.training.rehearsal import rehearse
+        from mae_core.training.plan import rehearse
 
         rehearse(config)
 

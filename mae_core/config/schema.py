@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Mapping
+import inspect
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    create_model,
+    field_validator,
+)
 
 from mae_core.errors import UserError
 
@@ -79,6 +89,35 @@ def row_of(table: Mapping[str, Any]) -> AfterValidator:
         return name
 
     return AfterValidator(check)
+
+
+def checked_options(row: Callable[..., Any], names: Collection[str], given: Mapping[str, Any]) -> dict[str, Any]:
+    """``given``, options of a row of a table, with the types and the defaults of the arguments ``names`` of ``row``.
+
+    Raises ``ValueError`` with everything that is unknown, missing or of another type.
+    """
+    arguments = inspect.signature(row).parameters
+    try:
+        types = get_type_hints(getattr(row, "__init__", row) if isinstance(row, type) else row)
+    except NameError:  # a type that is imported for type checkers alone
+        types = {}
+    required = inspect.Parameter.empty
+    wanted: dict[str, Any] = {
+        name: (types.get(name, Any), ... if arguments[name].default is required else arguments[name].default)
+        for name in names
+    }
+    try:
+        checked = create_model("Options", __base__=Schema, **wanted).model_validate(dict(given))
+    except ValidationError as error:
+        raise ValueError("; ".join(_option_problem(problem, names) for problem in error.errors())) from None
+    return {name: getattr(checked, name) for name in names}
+
+
+def _option_problem(problem: Any, names: Collection[str]) -> str:
+    name = str(problem["loc"][0])
+    if problem["type"] == "extra_forbidden":
+        return f"unknown option {name!r}; {hint(name, names)}"
+    return f"{name}: {problem['msg'][:1].lower()}{problem['msg'][1:]}"
 
 
 def hint(given: str, known: Collection[str]) -> str:

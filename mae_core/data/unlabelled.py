@@ -14,48 +14,58 @@ from mae_core.data.config import PretrainData
 from mae_core.data.decoding import Unreadable, UnreadableImage
 from mae_core.data.images import ImageSource, check_found, next_readable, read_some, statistics_of
 from mae_core.data.loading import Place
+from mae_core.masking import PatchMask, SampleMasks
 from mae_core.patches import as_pair
 from mae_core.seeds import AUGMENT, HELD_OUT, MASK, derive_seed, seeded
 
 
 class Sample(NamedTuple):
-    """An augmented image (C, H, W), the seed of its mask, and the unreadable files met on the way to it."""
+    """An augmented image (C, H, W), its mask where masks are drawn, and the unreadable files met on the way to it."""
 
     pixels: Tensor | None
-    mask_seed: int
+    mask: PatchMask | None
     unreadable: list[Unreadable]
 
 
 @dataclass(frozen=True)
 class PretrainBatch:
-    """pixels (B, C, H, W) float32, normalised; a mask seed per sample."""
+    """pixels (B, C, H, W) float32, normalised; the samples' masks, where masks are drawn."""
 
     pixels: Tensor
-    mask_seeds: list[int]
+    mask: PatchMask | None
     unreadable: list[Unreadable]
 
     def __len__(self) -> int:
-        return len(self.mask_seeds)
+        return len(self.pixels)
 
     def to(self, device: torch.device) -> PretrainBatch:
-        """Pixels on ``device``."""
-        return PretrainBatch(self.pixels.to(device, non_blocking=True), self.mask_seeds, self.unreadable)
+        """Pixels and masks on ``device``."""
+        mask = None if self.mask is None else self.mask.to(device)
+        return PretrainBatch(self.pixels.to(device, non_blocking=True), mask, self.unreadable)
+
+    def pin_memory(self) -> PretrainBatch:
+        """The same batch in page-locked memory; a DataLoader with ``pin_memory`` calls this."""
+        mask = None if self.mask is None else self.mask.pin_memory()
+        return PretrainBatch(self.pixels.pin_memory(), mask, self.unreadable)
 
     def split(self, size: int) -> list[PretrainBatch]:
         """Consecutive parts of at most ``size`` samples."""
-        starts = range(0, len(self), size)
-        return [PretrainBatch(self.pixels[s : s + size], self.mask_seeds[s : s + size], []) for s in starts]
-
-    def generators(self) -> list[torch.Generator]:
-        """A generator per sample, for its mask."""
-        return [torch.Generator().manual_seed(seed) for seed in self.mask_seeds]
+        return [
+            PretrainBatch(
+                self.pixels[start : start + size],
+                None if self.mask is None else self.mask.samples(start, start + size),
+                [],
+            )
+            for start in range(0, len(self), size)
+        ]
 
 
 class UnlabelledImages(Dataset[Sample]):
-    """Augmented images by (epoch, index). An unreadable one is replaced by the next readable one and reported."""
+    """Augmented images, and with ``masks`` their masks, by (epoch, index). An unreadable one is replaced by the next
+    readable one and reported."""
 
-    def __init__(self, source: ImageSource, data: PretrainData, seed: int) -> None:
-        self.source, self.seed = source, seed
+    def __init__(self, source: ImageSource, data: PretrainData, seed: int, masks: SampleMasks | None = None) -> None:
+        self.source, self.seed, self.masks = source, seed, masks
         statistics = statistics_of(data)
         self.transform = training_view(data, statistics)
         self.view = centre_view(as_pair(data.image_size), statistics)
@@ -65,12 +75,12 @@ class UnlabelledImages(Dataset[Sample]):
 
     def __getitem__(self, place: Place) -> Sample:
         epoch, index = place
-        mask_seed = derive_seed(self.seed, MASK, epoch, index)
         _, image, unreadable = next_readable(index, len(self), self.source.read)
         if image is None:
-            return Sample(None, mask_seed, unreadable)
+            return Sample(None, None, unreadable)
+        mask = None if self.masks is None else self.masks.draw(derive_seed(self.seed, MASK, epoch, index))
         with seeded(derive_seed(self.seed, AUGMENT, epoch, index)):
-            return Sample(self.transform(image), mask_seed, unreadable)
+            return Sample(self.transform(image), mask, unreadable)
 
     def fixed_views(self, count: int) -> Tensor:
         """(V, C, H, W), V <= count: centre crops of images spread over the data set, for pictures to compare over time.
@@ -81,24 +91,24 @@ class UnlabelledImages(Dataset[Sample]):
 
 
 class CentreViews(Dataset[Sample]):
-    """Centre crops by index, each with a mask seed that never changes: for the loss on images kept out of training.
+    """Centre crops by index, each with a mask that never changes: for the loss on images kept out of training.
 
     An unreadable image has no pixels.
     """
 
-    def __init__(self, source: ImageSource, data: PretrainData, seed: int) -> None:
-        self.source, self.seed = source, seed
+    def __init__(self, source: ImageSource, data: PretrainData, seed: int, masks: SampleMasks) -> None:
+        self.source, self.seed, self.masks = source, seed, masks
         self.view = centre_view(as_pair(data.image_size), statistics_of(data))
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> Sample:
-        mask_seed = derive_seed(self.seed, HELD_OUT, index)
         try:
-            return Sample(self.view(self.source.read(index)), mask_seed, [])
+            pixels = self.view(self.source.read(index))
         except UnreadableImage as error:
-            return Sample(None, mask_seed, [error.unreadable])
+            return Sample(None, None, [error.unreadable])
+        return Sample(pixels, self.masks.draw(derive_seed(self.seed, HELD_OUT, index)), [])
 
 
 def collate(samples: list[Sample]) -> PretrainBatch:
@@ -109,7 +119,8 @@ def collate(samples: list[Sample]) -> PretrainBatch:
 
 def collate_readable(samples: list[Sample]) -> PretrainBatch:
     """A batch of the samples that could be read; it may be empty."""
-    there = [(sample.pixels, sample.mask_seed) for sample in samples if sample.pixels is not None]
-    pixels = torch.stack([pixels for pixels, _ in there]) if there else torch.empty(0)
+    there = [sample for sample in samples if sample.pixels is not None]
+    pixels = torch.stack([sample.pixels for sample in there if sample.pixels is not None]) if there else torch.empty(0)
+    masks = [sample.mask for sample in there if sample.mask is not None]
     unreadable = [entry for sample in samples for entry in sample.unreadable]
-    return PretrainBatch(pixels, [mask_seed for _, mask_seed in there], unreadable)
+    return PretrainBatch(pixels, PatchMask.cat(masks) if masks else None, unreadable)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mae_core.errors import UserError
-from mae_core.masking import MASKERS, Masker, PatchMask, Randomness, name_of_masker
+from mae_core.masking import Masker, PatchMask, Randomness, build_masker, describe_masker
 from mae_core.models.decoder import MAEDecoder
 from mae_core.models.encoder import ViTEncoder
 from mae_core.patches import patchify, unpatchify
@@ -118,8 +118,7 @@ class MaskedAutoencoder(nn.Module):
         return {
             "target": self.target.name,
             "target_options": self.target.describe(),
-            "masking": name_of_masker(self.masker),
-            "mask_ratio": self.masker.ratio,
+            **describe_masker(self.masker),
             "decoder_heads": self.decoder.heads,
             "mask_tokens_in_encoder": self.mask_token is not None,
             "loss_on_all_patches": self.loss_on_all_patches,
@@ -165,13 +164,15 @@ def build_mae(
     target: str | Target = "normalized_pixels",
     masking: str = "random",
     mask_ratio: float = 0.75,
+    masking_options: Mapping[str, Any] | None = None,
     mask_tokens_in_encoder: bool = False,
 ) -> MaskedAutoencoder:
     """A masked autoencoder with the paper's defaults.
 
     ``patch_size``: left out, 16, but 14 for ``huge``, which the paper has at 14; ``patch_size=16`` is honoured for
     every size. ``target``: a row of ``TARGETS``, or a target object: those that are fitted have no name to build them
-    by, see ``mae_core.load_pca`` and ``mae_core.load_tokenizer``. Raises ``UserError`` for unknown names and what does
+    by, see ``mae_core.load_pca`` and ``mae_core.load_tokenizer``. ``masking``: a row of ``MASKERS``, with its options
+    beside the ratio. Raises ``UserError`` for unknown names and what does
     not fit.
     """
     encoder = ViTEncoder(
@@ -180,10 +181,9 @@ def build_mae(
         patch_size=None if isinstance(patch_size, OwnPatchSize) else patch_size,
         in_chans=in_chans,
     )
-    for name, table in ((target, TARGETS), (masking, MASKERS)):
-        if isinstance(name, str) and name not in table:
-            raise UserError(f"unknown name {name!r}; known: {', '.join(table)}")
-    masker = MASKERS[masking](mask_ratio)
+    if isinstance(target, str) and target not in TARGETS:
+        raise UserError(f"unknown name {target!r}; known: {', '.join(TARGETS)}")
+    masker = build_masker(masking, mask_ratio, masking_options)
     masker(1, encoder.grid, torch.Generator())
     objective = TARGETS[target].named() if isinstance(target, str) else target
     decoder = MAEDecoder(

@@ -14,7 +14,7 @@ from torch import Tensor
 from mae_core.data.decoding import STRETCH
 from mae_core.data.images import Statistics
 from mae_core.errors import UserError
-from mae_core.masking import Masker, PatchMask, name_of_masker
+from mae_core.masking import Masker, PatchMask, describe_masker
 from mae_core.models.mae import MaskedAutoencoder
 from mae_core.seeds import MASK, generator_at
 
@@ -155,7 +155,7 @@ def notes_of(model: MaskedAutoencoder, display: Display) -> list[str]:
 def describe_mask(masker: Masker, mask: PatchMask) -> str:
     """Two lines: the strategy, and how much of the image it hid."""
     hidden, total = mask.hidden_ids.shape[1], mask.hidden.shape[1]
-    return f"{name_of_masker(masker)}\n{hidden} of {total} hidden\n({hidden / total:.0%})"
+    return f"{describe_masker(masker)['masking']}\n{hidden} of {total} hidden\n({hidden / total:.0%})"
 
 
 def tile(

@@ -13,6 +13,7 @@ from mae_core.data.loading import make_loader, steps_for
 from mae_core.data.sources import damaged_parts, open_source
 from mae_core.data.unlabelled import PretrainBatch, UnlabelledImages, collate
 from mae_core.layout import ENCODER
+from mae_core.masking import SampleMasks
 from mae_core.models.mae import MaskedAutoencoder, build_mae
 from mae_core.training import distributed
 from mae_core.training.loop import FitResult, FitSettings, fit, seed_everything
@@ -41,6 +42,7 @@ def build_pretrain_model(config: PretrainConfig) -> MaskedAutoencoder:
         target=load_target(config.target, **statistics_of(config.data)._asdict()),
         masking=config.masking.kind,
         mask_ratio=config.masking.ratio,
+        masking_options=config.masking.options,
         mask_tokens_in_encoder=config.masking.mask_tokens_in_encoder,
     )
     model.loss_on_all_patches = config.target.loss_on_all_patches
@@ -61,8 +63,8 @@ def pretrain_metadata(model: MaskedAutoencoder, config: PretrainConfig) -> dict[
 
 
 def pretrain_loss(model: nn.Module, batch: PretrainBatch) -> dict[str, Tensor]:
-    """The masked autoencoder's loss; each sample's mask comes from its own seed."""
-    return {"loss": model(batch.pixels, generator=batch.generators(), predict_visible=False).loss}
+    """The masked autoencoder's loss under the masks of the batch."""
+    return {"loss": model(batch.pixels, mask=batch.mask, predict_visible=False).loss}
 
 
 def pretrain_optimizer(model: nn.Module, config: PretrainConfig) -> torch.optim.Optimizer:
@@ -86,6 +88,7 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> FitResult:
     settings = FitSettings.of(config.optim, len(images))
     seed_everything(config.seed)
     model = build_pretrain_model(config)
+    images.masks = SampleMasks(model.masker, model.encoder.grid)
     metadata = pretrain_metadata(model, config)
 
     run = open_run(config, resume=resume, names=source.names)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from mae_core.config.schema import Beta, Count, Schema, Size, row_of
+from mae_core.config.schema import Beta, Count, Schema, Size, checked_options, row_of
 from mae_core.config.sections import ModelConfig, OptimConfig, RunConfig
 from mae_core.data.config import PretrainData
-from mae_core.masking import MASKERS, num_visible
+from mae_core.masking import MASKERS, masker_options, num_visible
 from mae_core.models.sizes import SIZES
 from mae_core.patches import PatchGrid
 from mae_core.targets import TARGETS
@@ -29,15 +29,23 @@ class MaskingConfig(Schema):
 
     kind: Annotated[str, row_of(MASKERS)] = Field("random", description="a row of mae_core.masking.MASKERS")
     ratio: float = Field(0.75, gt=0, lt=1)
+    options: dict[str, Any] = Field({}, validate_default=True, description="further options of the strategy, by name")
     mask_tokens_in_encoder: bool = Field(
         False, description="the encoder runs on all patches, with mask tokens (paper, Table 1c: worse, and slower)"
     )
+
+    @field_validator("options")
+    @classmethod
+    def _of_the_strategy(cls, given: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        row = MASKERS.get(info.data.get("kind", ""))
+        return given if row is None else checked_options(row, masker_options(row), given)
 
 
 class TargetConfig(Schema):
     """What the decoder predicts (paper, Table 1d)."""
 
     kind: Annotated[str, row_of(TARGETS)] = Field("normalized_pixels", description="a row of mae_core.targets.TARGETS")
+    options: dict[str, Any] = Field({}, validate_default=True, description="options of the target, by name")
     pca: Path | None = Field(None, description="of kind pca: the file that `mae fit-pca` writes")
     tokenizer: Path | None = Field(
         None, description="of kind tokens: a run of `mae train-tokenizer`, its file, or DALL-E's published encoder.pkl"
@@ -46,6 +54,12 @@ class TargetConfig(Schema):
         None, description="size at which the tokenizer sees the images, such as 112 for DALL-E's at 224 with patch 16"
     )
     loss_on_all_patches: bool = Field(False, description="count visible patches too (paper, footnote 1: worse)")
+
+    @field_validator("options")
+    @classmethod
+    def _of_the_target(cls, given: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        row = TARGETS.get(info.data.get("kind", ""))
+        return given if row is None else checked_options(row, row.options(), given)
 
     @model_validator(mode="after")
     def _file_is_named(self) -> TargetConfig:

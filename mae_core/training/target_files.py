@@ -32,7 +32,7 @@ def load_target(options: TargetConfig, *, mean: Sequence[float], std: Sequence[f
     """
     known = {"pca": options.pca, "tokenizer": options.tokenizer, "image_size": options.tokenizer_image_size}
     if options.kind not in READERS:
-        return TARGETS[options.kind].named()
+        return TARGETS[options.kind].named(**options.options)
     return READERS[options.kind](**known, mean=mean, std=std)
 
 

@@ -17,7 +17,7 @@ from mae_core.data.images import DEFAULT_STATISTICS, ImageFiles, ImageSource, St
 from mae_core.data.sources import kind_of, open_places
 from mae_core.errors import UserError
 from mae_core.layout import resolve_weights
-from mae_core.masking import MASKERS, Masker, name_of_masker
+from mae_core.masking import MASKERS, Masker, build_masker, describe_masker
 from mae_core.models.mae import MaskedAutoencoder
 from mae_core.targets import TARGETS
 from mae_core.training.pictures import (
@@ -70,9 +70,10 @@ def reconstruct_files(
             f"{weights} predicts {model.target_name}, whose tokenizer has no decoder; there are no pixels to draw"
         )
     display = Display.of(statistics, bands)
+    own = describe_masker(model.masker)
     maskers = [
-        MASKERS[name](ratio)
-        for name in maskings or [name_of_masker(model.masker)]
+        build_masker(name, ratio, own["masking_options"] if name == own["masking"] else None)
+        for name in maskings or [own["masking"]]
         for ratio in ratios or [model.masker.ratio]
     ]
     pixels = read_views(images, model, statistics, most)

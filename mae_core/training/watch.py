@@ -20,6 +20,7 @@ from mae_core.data.reading import ReadAs
 from mae_core.data.sources import Part, open_places
 from mae_core.data.unlabelled import CentreViews, collate_readable
 from mae_core.errors import UserError
+from mae_core.masking import SampleMasks
 from mae_core.measures.knn import knn_accuracy
 from mae_core.models.mae import MaskedAutoencoder
 from mae_core.patches import as_pair
@@ -96,13 +97,14 @@ def some_of(files: LabelledPaths, count: int) -> LabelledPaths:
 def held_out_loss(model: MaskedAutoencoder, source: ImageSource, config: PretrainConfig, run: Run) -> float | None:
     """The loss on centre crops with a mask per image that is always the same, over all ranks; None where no image can
     be read any more."""
-    loader = _loader(CentreViews(source, config.data, config.seed), collate_readable, config, run)
+    views = CentreViews(source, config.data, config.seed, SampleMasks(model.masker, model.encoder.grid))
+    loader = _loader(views, collate_readable, config, run)
     total = torch.zeros(2, dtype=torch.float64)
     for batch in loader:
         run.note_unreadable(batch.unreadable)
         if len(batch):
             with run.autocast():
-                loss = model(batch.pixels.to(run.device), generator=batch.generators()).loss
+                loss = model(batch.pixels.to(run.device), mask=batch.mask).loss
             total += torch.tensor([float(loss) * len(batch), len(batch)])
     total = distributed.sum_over_ranks(total.to(run.device, torch.float32))
     return float(total[0] / total[1]) if total[1] else None

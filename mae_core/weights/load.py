@@ -44,7 +44,7 @@ UNUSED = {
 """Patterns of official names -> why no encoder takes them."""
 OFFICIAL_DECODER_HEADS = 16
 """Of every released model, whatever its size; the tensors do not tell."""
-MAE_OPTIONS = ("masking", "mask_ratio", "mask_tokens_in_encoder")
+MAE_OPTIONS = ("masking", "mask_ratio", "masking_options", "mask_tokens_in_encoder")
 """Options of ``build_mae`` that our metadata names as they are."""
 
 

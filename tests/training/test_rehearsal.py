@@ -12,9 +12,9 @@ from mae_core.data.images import statistics_of
 from mae_core.errors import UserError
 from mae_core.models.sizes import SIZES
 from mae_core.training.loop import FitSettings
+from mae_core.training.plan import available_memory, cost_of, differences_from_paper, memory_of, plan, rehearse
 from mae_core.training.pretrain import build_pretrain_model
 from mae_core.training.pretrain_config import PretrainConfig
-from mae_core.training.rehearsal import available_memory, cost_of, differences_from_paper, memory_of, plan, rehearse
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "pretrain"
 
@@ -113,7 +113,7 @@ def test_a_dry_run_says_all_and_writes_nothing(pretrain_options, tmp_path, write
 
 def test_a_run_that_does_not_fit_is_not_started(pretrain_options, tmp_path, write_images, monkeypatch):
     write_images(tmp_path, 3)
-    monkeypatch.setattr("mae_core.training.rehearsal.available_memory", lambda device: 1000)
+    monkeypatch.setattr("mae_core.training.plan.available_memory", lambda device: 1000)
     said: list[str] = []
     monkeypatch.setattr("builtins.print", lambda *words, **_: said.append(" ".join(map(str, words))))
     rehearse(configured(pretrain_options, f"data.path={tmp_path}"))
@@ -130,7 +130,7 @@ def test_it_refuses_what_the_run_would_refuse(pretrain_options, tmp_path):
 def test_memory_that_only_caches_files_is_available(tmp_path, monkeypatch):
     table = tmp_path / "meminfo"
     table.write_text("MemTotal: 9000 kB\nMemFree: 10 kB\nMemAvailable:    7000 kB\n", encoding="ascii")
-    monkeypatch.setattr("mae_core.training.rehearsal.MEMORY", table)
+    monkeypatch.setattr("mae_core.training.plan.MEMORY", table)
     assert available_memory(torch.device("cpu")) == 7000 * 1024
     table.unlink()
     assert available_memory(torch.device("cpu")) > 0

@@ -25,9 +25,9 @@ from mae_core.weights.writing import Converted, convert_lazily, write_parts
 FOLDERS = ("huggingface", "huggingface_5", "timm")
 """Formats that are written as a folder where --out has no file ending."""
 CARRIED = (
-    "target", "target_options", "masking", "mask_ratio", "mask_tokens_in_encoder", "loss_on_all_patches",
-    "decoder_heads", "mean", "std", "epochs", "step", "classes", "multi_label", "pooling", "test_crop", "licence",
-    "pos_embed_layout", "decoder_pos_embed_layout",
+    "target", "target_options", "masking", "mask_ratio", "masking_options", "mask_tokens_in_encoder",
+    "loss_on_all_patches", "decoder_heads", "mean", "std", "epochs", "step", "classes", "multi_label", "pooling",
+    "test_crop", "licence", "pos_embed_layout", "decoder_pos_embed_layout",
 )  # fmt: skip
 """Metadata that stays true when a file is converted."""
 

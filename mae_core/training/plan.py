@@ -20,6 +20,7 @@ from mae_core.data.images import statistics_of
 from mae_core.data.loading import share_of
 from mae_core.data.sources import damaged_parts, open_source
 from mae_core.data.unlabelled import PretrainBatch, UnlabelledImages, collate
+from mae_core.masking import PatchMask, SampleMasks
 from mae_core.models.block import kernels_as_on
 from mae_core.models.mae import MaskedAutoencoder
 from mae_core.models.sizes import SIZES
@@ -73,6 +74,7 @@ def rehearse(config: PretrainConfig, say: Callable[[str], None] = print) -> None
     settings = FitSettings.of(config.optim, len(images))
     seed_everything(config.seed)
     model = build_pretrain_model(config).train()
+    images.masks = SampleMasks(model.masker, model.encoder.grid)
     place = distributed.join(config.device)
     try:
         run = Run(config, place)
@@ -209,14 +211,15 @@ def measure_speed(
     before = time.perf_counter()
     samples = [images[(0, index * len(images) // count)] for index in range(count)]
     reading = (time.perf_counter() - before) / count
-    batch = collate(samples)
+    batch: Any = collate(samples)
     model.to(run.device)
     optimizer = pretrain_optimizer(model, config)
     precision = run.autocast()
 
     def step(at_once: int) -> float:
         chosen = [index % len(batch) for index in range(at_once)]
-        part: Any = PretrainBatch(batch.pixels[chosen], [batch.mask_seeds[index] for index in chosen], [])
+        mask = PatchMask.cat([batch.mask.samples(index, index + 1) for index in chosen])
+        part: Any = PretrainBatch(batch.pixels[chosen], mask, [])
         if run.device.type == "cuda":
             torch.cuda.synchronize()
         started = time.perf_counter()
