@@ -90,14 +90,14 @@ class FourStagePyramid(nn.Module):
                 ),
                 nn.ConvTranspose2d(widths[1], widths[1], 2, stride=2),
                 nn.Identity(),
-                nn.MaxPool2d(2, stride=2, ceil_mode=True),
+                nn.MaxPool2d(2, stride=2),
             ]
         )
         pairs = enumerate(zip(widths, strides_of(patch), strict=True), start=1)
         self.levels = tuple(Level(f"stage{n}", width, stride) for n, (width, stride) in pairs)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Four (B, D, h, w) -> (B, D, 4h, 4w), (B, D, 2h, 2w), (B, D, h, w), (B, D, ceil(h/2), ceil(w/2))."""
+        """Four (B, D, h, w) -> (B, D, 4h, 4w), (B, D, 2h, 2w), (B, D, h, w), (B, D, h // 2, w // 2)."""
         return [stage(x) for stage, x in zip(self.stages, maps, strict=True)]
 
 
@@ -148,7 +148,7 @@ class SimpleFeaturePyramid(nn.Module):
             ),
             ([nn.ConvTranspose2d(width, half, 2, stride=2)], half),
             ([], width),
-            ([nn.MaxPool2d(2, stride=2, ceil_mode=True)], width),
+            ([nn.MaxPool2d(2, stride=2)], width),
         ]
         self.stages = nn.ModuleList(
             nn.Sequential(*resize, *to_channels(resized, channels, norm)) for resize, resized in scales
@@ -212,7 +212,10 @@ class PyramidBackbone(nn.Module):
         self.anchor_strides: tuple[tuple[int, ...], ...] = tuple((s,) for s in five) if several else (five,)
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
-        """(B, C, H, W) -> {"p2": (B, channels, H / stride, W / stride), ...}, rounded up, for ``levels``."""
+        """(B, C, H, W) -> {"p2": (B, channels, H / stride, W / stride), ...} for ``levels``.
+
+        Of an image that does not fill whole cells, the patches are rounded up, p5 is rounded down, as in detectron2.
+        """
         maps = self.pyramid(self.vit(images))
         if len(self.levels) > len(self.box_levels):
             maps = [*maps, F.max_pool2d(maps[-1], kernel_size=1, stride=2)]

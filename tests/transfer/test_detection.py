@@ -15,8 +15,8 @@ from transfer.backbone import DenseViT, Level
 from transfer.detection.coco import Part, read_coco
 from transfer.detection.config import DetectionConfig, DetectionData, DetectorConfig, InferenceConfig, SamplingConfig
 from transfer.detection.data_sets import locate
+from transfer.detection.engine import assemble as build_mask_rcnn
 from transfer.detection.engine_torchvision import ENGINE
-from transfer.detection.engine_torchvision.network import build_network as build_mask_rcnn
 from transfer.detection.engine_torchvision.regions import LevelPool, mask_targets, paste_mask
 from transfer.detection.engine_torchvision.training import detection_losses, to_original
 from transfer.detection.run import evaluate_detector, train_detector
@@ -297,15 +297,15 @@ def test_one_gpu_may_be_asked_for():
 
 
 def test_a_run_on_cpus_has_no_norm_of_gpus(configure, monkeypatch):
-    from transfer.detection import run
+    from transfer.detection import engine
 
     class Built(Exception):
         pass
 
-    def build(vit, classes, model, sampling, test):
+    def build(vit, model):
         raise Built(model.norm)
 
-    monkeypatch.setattr(run, "load_engine", lambda name: ENGINE._replace(build=build))
+    monkeypatch.setattr(engine, "load_engine", lambda name: ENGINE._replace(backbone=build))
     with pytest.raises(Built, match=r"^bn$"):
         train_detector(configure("model.norm=sync_bn"))
 

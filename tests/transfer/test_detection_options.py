@@ -7,9 +7,9 @@ import torch
 
 from mae_core.errors import UserError
 from mae_core.weights.files import read_weights
+from transfer.detection.engine import assemble as build_mask_rcnn
 from transfer.detection.engine import trunk_of
 from transfer.detection.engine_torchvision import training as core_loop
-from transfer.detection.engine_torchvision.network import build_network as build_mask_rcnn
 from transfer.detection.run import evaluate_detector, train_detector
 from transfer.trunk import parameter_groups
 

@@ -173,3 +173,12 @@ def check_refused(arguments, message, capsys):
         main(arguments)
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and error.count("\n") == 1 and re.search(message, error), error
+
+
+@pytest.mark.parametrize("most", [1, 5, 10, 50])
+def test_as_many_detections_count_as_are_asked_for(coco, most):
+    one = alone(coco, CROWDED)
+    results = coco_results(one, [found_as_annotated(one, 0)])
+    scores = average_precision(one, results, detections=most)["bbox"]
+    assert scores["AR"] == pytest.approx(most / MANY) and scores["AR10"] == pytest.approx(min(most, 10) / MANY)
+    assert scores["AR1"] == pytest.approx(1 / MANY)

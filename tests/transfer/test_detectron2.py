@@ -13,12 +13,13 @@ from torch import nn
 from mae_core.config.schema import ConfigError
 from mae_core.errors import UserError
 from mae_core.models.sizes import SIZES
-from mae_core.training.loop import FitSettings, step_schedule
+from mae_core.training.loop import FitSettings, cosine_schedule, step_schedule
 from mae_core.weights.files import read_weights
 from transfer.backbone import DenseViT
 from transfer.detection.engine import build_network, load_engine
 from transfer.detection.run import evaluate_detector, train_detector
 from transfer.detection.train_net import main
+from transfer.engines import DETECTION
 from transfer.pyramid import NORMS, PYRAMIDS, PyramidBackbone
 from transfer.trunk import parameter_groups
 
@@ -68,7 +69,7 @@ def our_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 # ---- parity
 
 
-@pytest.mark.parametrize("height, width", [(224, 224), (256, 320), (1024, 1024)])
+@pytest.mark.parametrize("height, width", [(224, 224), (240, 208), (256, 320), (1024, 1024)])
 def test_backbone_and_pyramid_are_detectron2s(height, width):
     theirs = their_backbone(1024)
     taps = PYRAMIDS["simple"].taps(NANO)
@@ -89,7 +90,7 @@ def test_backbone_and_pyramid_are_detectron2s(height, width):
 def test_both_engines_share_the_backbone_to_the_bit(configure_detection, pyramid):
     options = (f"model.pyramid={pyramid}", "model.norm=ln", "model.window=3", "model.relative_positions=shared_table")
     networks = []
-    for engine in ("torchvision", "detectron2"):
+    for engine in DETECTION:
         config = configure_detection(f"engine={engine}", *options)
         networks.append(build_network(config, load_engine(config.engine), 3)[1].eval())
     one, other = (
@@ -142,26 +143,33 @@ def test_what_is_decayed_as_published_is_what_vitdets_optimizer_decays(configure
     }
 
 
-@pytest.mark.parametrize(("steps", "warmup", "milestones"), [(200, 20, (0.8, 0.9)), (13, 0, (0.888889, 0.962961))])
+@pytest.mark.parametrize(
+    ("steps", "warmup", "milestones"), [(200, 20, (0.8, 0.9)), (13, 0, (0.888889, 0.962961)), (100, 10, ()), (5, 0, ())]
+)
 def test_the_rate_is_that_of_the_other_engine(steps, warmup, milestones):
-    from transfer.detection.engine_detectron2.training import rate_schedule
+    from transfer.detection.engine_detectron2.training import CoreRate
 
-    settings = FitSettings(steps, warmup, lr=2.0, milestones=milestones)
+    settings = FitSettings(steps, warmup, lr=2.0, min_lr=0.02, milestones=milestones)
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=2.0)
-    schedule, theirs = step_schedule(optimizer, settings), rate_schedule(settings)
+    schedule, theirs = (step_schedule if milestones else cosine_schedule)(optimizer, settings), CoreRate(settings)
     for step in range(steps):
         schedule.step_update(step)
         assert optimizer.param_groups[0]["lr"] == pytest.approx(2.0 * theirs(step / steps), rel=1e-6), step
 
 
-@pytest.mark.parametrize("steps", range(1, 14))
-def test_vitdets_milestones_take_runs_of_any_length(steps):
-    from transfer.detection.engine_detectron2.training import rate_schedule
+def test_the_steps_are_vitdets_own():
+    """Of projects/ViTDet: MultiStepParamScheduler in WarmupParamScheduler."""
+    from detectron2.solver import WarmupParamScheduler
+    from fvcore.common.param_scheduler import MultiStepParamScheduler
 
-    schedule = rate_schedule(FitSettings(steps, 1, lr=1.0, milestones=(0.888889, 0.962961)))
-    rates = [schedule(step / steps) for step in range(1, steps)]
-    assert rates == sorted(rates, reverse=True)
-    assert all(rate in (1.0, 0.1, pytest.approx(0.01)) for rate in rates)
+    from transfer.detection.engine_detectron2.training import CoreRate
+
+    steps = 184_375
+    after = MultiStepParamScheduler([1.0, 0.1, 0.01], milestones=[163_889, 177_546], num_updates=steps)
+    published = WarmupParamScheduler(after, warmup_factor=0.001, warmup_length=250 / steps)
+    ours = CoreRate(FitSettings(steps, 250, lr=1e-4, milestones=(0.888889, 0.962961)))
+    for step in (0, 1, 100, 249, 250, 163_888, 163_889, 177_545, 177_546, 184_374):
+        assert ours(step / steps) == pytest.approx(published(step / steps), rel=1e-5), step
 
 
 # ---- training and scoring
@@ -199,6 +207,23 @@ def test_an_interrupted_run_ends_in_the_same_weights(configure_detection, tmp_pa
     assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
     steps = [json.loads(line)["step"] for line in (tmp_path / "broken" / "log.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4]
+
+
+def test_bf16_is_bf16_on_a_cpu_too(configure_detection, monkeypatch):
+    from transfer.detection.engine_detectron2 import training
+
+    seen = []
+
+    class Watched(training.InPrecision):
+        def forward(self, batch):
+            hook = self.network.backbone.vit.blocks[0].mlp.register_forward_hook(lambda *a: seen.append(a[2].dtype))
+            losses = super().forward(batch)
+            hook.remove()
+            return losses
+
+    monkeypatch.setattr(training, "InPrecision", Watched)
+    metrics = train_detector(configure_detection("engine=detectron2", "precision=bf16", "optim.epochs=1"))
+    assert seen == [torch.bfloat16] and metrics["training"]["loss"] > 0
 
 
 def test_a_cascade_trains_and_scores(configure_detection, tmp_path):
@@ -243,7 +268,7 @@ def test_any_patch_and_canvas_train_and_boxes_are_read_where_the_other_engine_re
 
     options = ("model.patch_size=12", "data.image_size=[48,96]", "optim.epochs=1")
     networks = []
-    for engine in ("torchvision", "detectron2"):
+    for engine in DETECTION:
         config = configure_detection(f"engine={engine}", *options)
         networks.append(build_network(config, load_engine(config.engine), 3)[1].eval())
     ours, theirs = networks

@@ -36,9 +36,9 @@ def test_third_stage_is_the_map_itself_and_fourth_its_maxima():
     assert torch.equal(out[3], maps[3].unflatten(2, (2, 2)).unflatten(4, (3, 2)).amax(dim=(3, 5)))
 
 
-def test_odd_grids_lose_no_row():
+def test_odd_grids_have_the_coarsest_level_of_detectron2():
     out = FourStagePyramid(levels(8))([torch.randn(1, 32, 5, 3) for _ in range(4)])
-    assert out[3].shape == (1, 32, 3, 2)
+    assert out[3].shape == (1, 32, 2, 1)
 
 
 def test_first_stage_is_the_published_stack():

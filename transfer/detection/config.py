@@ -159,7 +159,4 @@ class DetectionConfig(TransferConfig):
             if value:
                 able = " or ".join(name for name, row in DETECTION.items() if option in row.can)
                 raise ValueError(f"{option} needs engine={able}, not {self.engine}")
-        builders = HEADS[self.model.head].builders
-        if self.engine not in builders:
-            raise ValueError(f"model.head={self.model.head} needs engine={' or '.join(builders)}, not {self.engine}")
         return self

@@ -17,7 +17,7 @@ from mae_core.weights.files import WeightsFile, read_file
 from transfer.backbone import DenseViT
 from transfer.detection.annotations import Category
 from transfer.detection.config import DetectionConfig, DetectorConfig
-from transfer.detection.engine import DetectorEngine, build_network, trunk_options
+from transfer.detection.engine import DetectorEngine, assemble, build_network, trunk_options
 from transfer.detection.heads import HEADS, Head
 from transfer.pyramid import PYRAMIDS
 
@@ -116,7 +116,8 @@ def rebuilt_network(config: DetectionConfig, metadata: dict[str, Any], engine: D
         taps=PYRAMIDS[detector.pyramid].taps(size_of(size)),
         **trunk_options(detector, canvas),
     )
-    model = engine.build(vit, len(metadata["categories"]), detector, config.sampling, config.test)
+    classes = len(metadata["categories"])
+    model = assemble(vit, classes, detector, config.sampling, config.test, engine=config.engine)
     engine.adapt(model, Statistics(tuple(metadata["mean"]), tuple(metadata["std"])), canvas)
     return model
 

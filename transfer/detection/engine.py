@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import nn
 
 from mae_core.data.images import Statistics, Unreadable, statistics_of
+from mae_core.errors import UserError
 from mae_core.patches import as_pair
 from mae_core.training.loop import FitSettings, seed_everything
 from mae_core.training.run import Run
@@ -21,7 +22,7 @@ from transfer.detection.config import DetectionConfig, DetectorConfig, Inference
 from transfer.detection.heads import HEADS, BuildNetwork, Detections
 from transfer.detection.samples import WholeImages
 from transfer.engines import DETECTION, find_object, require
-from transfer.pyramid import PYRAMIDS
+from transfer.pyramid import PYRAMIDS, PyramidBackbone
 from transfer.trunk import Trunk, build_trunk
 
 
@@ -70,15 +71,15 @@ class Zoo(NamedTuple):
 class DetectorEngine(NamedTuple):
     """An engine, ``ENGINE`` of its package.
 
-    build  (trunk, number of classes, network, sampling, test) -> a network whose trunk is ``backbone.vit``
-    adapt  (network, statistics, (height, width) of the canvas): what the network has to know of its images
-    fit    trains it
-    detect see ``Detect``
-    score  (network, images, run, configuration, more) -> metrics.json, which it writes with ``more`` in it
-    zoo    reads whole detectors of other projects, where the engine's row says that it can
+    backbone  (trunk, network) -> the pyramid on it, as the engine's heads take it; its trunk is ``vit``
+    adapt     (network, statistics, (height, width) of the canvas): what the network has to know of its images
+    fit       trains it
+    detect    see ``Detect``
+    score     (network, images, run, configuration, more) -> metrics.json, which it writes with ``more`` in it
+    zoo       reads whole detectors of other projects, where the engine's row says that it can
     """
 
-    build: Callable[[DenseViT, int, DetectorConfig, SamplingConfig, InferenceConfig], nn.Module]
+    backbone: Callable[[DenseViT, DetectorConfig], PyramidBackbone]
     adapt: Callable[[nn.Module, Statistics, tuple[int, int]], None]
     fit: Callable[[nn.Module, Job], Fitted]
     detect: Detect
@@ -93,9 +94,26 @@ def load_engine(name: str) -> DetectorEngine:
 
 
 def builder_of(head: str, engine: str) -> BuildNetwork:
-    """What builds the network of a row of ``HEADS`` with an engine; ``DetectionConfig`` has checked that it can."""
-    builder = HEADS[head].builders[engine]
+    """What builds the network of a row of ``HEADS`` with an engine. Raises ``UserError`` where the engine lacks it."""
+    builders = HEADS[head].builders
+    if engine not in builders:
+        raise UserError(f"model.head={head} needs engine={' or '.join(builders)}, not {engine}")
+    builder = builders[engine]
     return find_object(builder) if isinstance(builder, str) else builder
+
+
+def assemble(
+    vit: DenseViT,
+    num_classes: int,
+    config: DetectorConfig,
+    sampling: SamplingConfig,
+    test: InferenceConfig,
+    *,
+    engine: str = "torchvision",
+) -> nn.Module:
+    """The engine's network of the configuration's head on ``vit``, for ``num_classes`` classes without background."""
+    backbone = load_engine(engine).backbone(vit, config)
+    return builder_of(config.head, engine)(backbone, num_classes, config, sampling, test)
 
 
 def trunk_options(model: DetectorConfig, canvas: tuple[int, int]) -> dict[str, Any]:
@@ -149,6 +167,6 @@ def build_network(
     network = config.model
     if network.norm == "sync_bn" and config.device == "cpu":  # SyncBN exists on GPUs only, and there may be some
         network = network.model_copy(update={"norm": "bn"})
-    model = engine.build(trunk.vit, num_classes, network, config.sampling, config.test)
+    model = assemble(trunk.vit, num_classes, network, config.sampling, config.test, engine=config.engine)
     engine.adapt(model, statistics, as_pair(config.data.image_size))
     return Built(trunk, model, statistics)

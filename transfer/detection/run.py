@@ -22,7 +22,7 @@ from transfer.detection.coco import check_same_categories, read_coco
 from transfer.detection.config import DetectionConfig
 from transfer.detection.data_sets import check_images, files_of, locate, read_data
 from transfer.detection.detector_file import describe_detector, head_of, load_detector, read_detector
-from transfer.detection.engine import DetectorEngine, Job, build_network, load_engine
+from transfer.detection.engine import DetectorEngine, Job, build_network, builder_of, load_engine
 from transfer.detection.samples import WholeImages
 
 FILES_OF_RUNS = (METRICS, DETECTOR, CONFIG, LOG, CHECKPOINTS, ENCODER, CLASSIFIER)
@@ -34,6 +34,7 @@ def train_detector(config: DetectionConfig, *, resume: bool = False) -> dict[str
     Raises ``UserError`` for everything a user can get wrong, before any work where that is possible.
     """
     engine = load_engine(config.engine)
+    builder_of(config.model.head, config.engine)
     whole = None if config.weights is None else zoo_detector(engine, config.weights)
     source = None if config.weights is None or whole is not None else read_encoder(config.weights)
     if source is not None:

@@ -12,12 +12,12 @@ from transfer.detection.engine_detectron2.backbone import (
 )
 from transfer.detection.engine_detectron2.launching import launch_processes
 from transfer.detection.engine_detectron2.lazy import run_lazy_config
-from transfer.detection.engine_detectron2.network import adapt_to_images, build_network
+from transfer.detection.engine_detectron2.network import adapt_to_images, build_backbone
 from transfer.detection.engine_detectron2.scoring import detect, score
 from transfer.detection.engine_detectron2.training import fit
 from transfer.detection.engine_detectron2.zoo import is_zoo_file, load_zoo_detector
 
-ENGINE = DetectorEngine(build_network, adapt_to_images, fit, detect, score, Zoo(is_zoo_file, load_zoo_detector))
+ENGINE = DetectorEngine(build_backbone, adapt_to_images, fit, detect, score, Zoo(is_zoo_file, load_zoo_detector))
 
 __all__ = [
     "ENGINE",

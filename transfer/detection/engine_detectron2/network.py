@@ -21,12 +21,10 @@ from detectron2.modeling.roi_heads import (
     StandardROIHeads,
 )
 from detectron2.structures import ImageList
-from torch import nn
 
 from mae_core.data.images import IMAGENET_MEAN, IMAGENET_STD, Statistics
 from transfer.backbone import DenseViT
 from transfer.detection.config import DetectorConfig, InferenceConfig, SamplingConfig
-from transfer.detection.engine import builder_of
 from transfer.detection.engine_detectron2.backbone import MAECoreBackbone
 from transfer.detection.heads import BOX_CELLS, BOX_WEIGHTS, MASK_CELLS
 from transfer.pyramid import CANONICAL_SIDE, CANONICAL_STRIDE, NORMS
@@ -51,12 +49,9 @@ class CanvasRCNN(GeneralizedRCNN):
         return images
 
 
-def build_network(
-    vit: DenseViT, num_classes: int, config: DetectorConfig, sampling: SamplingConfig, test: InferenceConfig
-) -> nn.Module:
-    """The head of the configuration on ``vit``; background is no class."""
-    backbone = MAECoreBackbone(vit, kind=config.pyramid, channels=config.fpn_channels, norm=NORMS[config.norm])
-    return builder_of(config.head, "detectron2")(backbone, num_classes, config, sampling, test)
+def build_backbone(vit: DenseViT, config: DetectorConfig) -> MAECoreBackbone:
+    """The pyramid of the configuration."""
+    return MAECoreBackbone(vit, kind=config.pyramid, channels=config.fpn_channels, norm=NORMS[config.norm])
 
 
 def faster_rcnn(

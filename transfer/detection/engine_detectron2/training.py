@@ -1,37 +1,30 @@
-"""detectron2's trainer on our samples: its loop, AMP and hooks, the core's checkpoints and log."""
+"""detectron2's trainer on our samples: its loop and hooks, the core's precision, rates, checkpoints and log."""
 
 from __future__ import annotations
 
 import time
-from bisect import bisect_right
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from detectron2.engine import AMPTrainer, HookBase, SimpleTrainer, create_ddp_model, hooks
-from detectron2.solver import WarmupParamScheduler
+from detectron2.engine import HookBase, SimpleTrainer, create_ddp_model, hooks
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import CommonMetricPrinter, EventWriter, get_event_storage
 from detectron2.utils.logger import setup_logger
-from fvcore.common.param_scheduler import CosineParamScheduler, ParamScheduler
-from torch import nn
+from fvcore.common.param_scheduler import ParamScheduler
+from torch import Tensor, nn
 
 from mae_core.data.images import Statistics
 from mae_core.data.loading import make_loader
 from mae_core.errors import UserError
 from mae_core.seeds import STEP, derive_seed
-from mae_core.training.loop import FitSettings, seed_everything
+from mae_core.training.loop import FitSettings, cosine_schedule, seed_everything, step_schedule
 from mae_core.training.run import Run
 from transfer.detection.engine import Fitted, Job
 from transfer.detection.engine_detectron2.network import BRIGHTEST
 from transfer.detection.heads import HEADS
 from transfer.detection.samples import DetectionBatch, TrainingSamples, collate
 from transfer.trunk import parameter_groups
-
-WARMUP_START = 0.001
-"""Share of the rate that ViTDet starts from."""
-GAMMA = 0.1
-"""What a milestone multiplies the rate with."""
 
 
 def fit(model: nn.Module, job: Job) -> Fitted:
@@ -55,11 +48,7 @@ def fit(model: nn.Module, job: Job) -> Fitted:
     devices = [run.device.index] if run.device.type == "cuda" else None
     parallel = create_ddp_model(model, device_ids=devices, broadcast_buffers=False)
     batches = Batches(loader, run, start)
-    if run.device.type == "cuda" and run.precision != torch.float32:
-        scaler = torch.amp.GradScaler(enabled=False)  # bf16 needs none, and the trainer would make one
-        trainer: SimpleTrainer = AMPTrainer(parallel, batches, optimizer, grad_scaler=scaler, precision=run.precision)
-    else:
-        trainer = SimpleTrainer(parallel, batches, optimizer)
+    trainer = SimpleTrainer(InPrecision(parallel, run), batches, optimizer)  # AMPTrainer refuses CPUs
     log = config.log
     writers = [Lines(run, log.every, settings.total_steps)]
     if run.is_main:
@@ -67,7 +56,7 @@ def fit(model: nn.Module, job: Job) -> Fitted:
     trainer.register_hooks(
         [
             hooks.IterationTimer(),
-            hooks.LRScheduler(optimizer, rate_schedule(settings)),
+            hooks.LRScheduler(optimizer, CoreRate(settings)),
             Checkpoints(run, model, optimizer, log.checkpoint_every, job.metadata),
             hooks.PeriodicWriter(writers, period=log.every),
         ]
@@ -97,27 +86,33 @@ class ClippedAdamW(torch.optim.AdamW):
         return super().step(closure)
 
 
-class Steps(ParamScheduler):
-    """A tenth from each milestone on. fvcore's own refuses runs so short that two milestones fall on one step, or on
-    the end; here both count, or neither is reached, as in the core's loop."""
+class CoreRate(ParamScheduler):
+    """The multiplier of the rate that the core's loop would set, so that a recipe has one law on both engines: linear
+    warm-up, then half a cosine over the rest (as MAE's own fine-tuning code), or a tenth from each milestone on (as
+    ViTDet)."""
 
     def __init__(self, settings: FitSettings) -> None:
-        self.total = settings.total_steps
-        self.places = [round(share * self.total) for share in settings.milestones]
+        self.settings = settings
+        self.probe = torch.optim.SGD([torch.zeros(1)], lr=settings.lr)
+        self.schedule = (step_schedule if settings.milestones else cosine_schedule)(self.probe, settings)
 
     def __call__(self, where: float) -> float:
         """Share of the run that is done -> multiplier of the rate."""
-        return GAMMA ** bisect_right(self.places, int((where + self.WHERE_EPSILON) * self.total))
+        self.schedule.step_update(round(where * self.settings.total_steps))
+        return self.probe.param_groups[0]["lr"] / self.settings.lr
 
 
-def rate_schedule(settings: FitSettings) -> WarmupParamScheduler:
-    """detectron2's multiplier of the rate: steps at the milestones, else half a cosine, after a linear warm-up."""
-    if settings.milestones:
-        after: Any = Steps(settings)
-    else:
-        after = CosineParamScheduler(1.0, settings.min_lr / settings.lr)
-    warmup = min(settings.warmup_steps, settings.total_steps - 1) / settings.total_steps
-    return WarmupParamScheduler(after, warmup_factor=WARMUP_START, warmup_length=warmup)
+class InPrecision(nn.Module):
+    """A network whose training pass runs in the run's precision, on a GPU or a CPU."""
+
+    def __init__(self, network: nn.Module, run: Run) -> None:
+        super().__init__()
+        self.network, self.run = network, run
+
+    def forward(self, batch: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Records -> losses."""
+        with self.run.autocast():
+            return self.network(batch)
 
 
 def plain_pixels(channels: int) -> Statistics:

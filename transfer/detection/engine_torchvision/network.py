@@ -22,7 +22,6 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from mae_core.data.images import Statistics
 from transfer.backbone import DenseViT
 from transfer.detection.config import DetectorConfig, InferenceConfig, SamplingConfig
-from transfer.detection.engine import builder_of
 from transfer.detection.engine_torchvision.regions import LevelPool, mask_targets
 from transfer.detection.heads import BOX_CELLS, BOX_WEIGHTS, MASK_CELLS
 from transfer.detection.samples import Target
@@ -172,12 +171,9 @@ class ExactAnchors(AnchorGenerator):
         return torch.cat([-half, half], dim=1)
 
 
-def build_network(
-    vit: DenseViT, num_classes: int, config: DetectorConfig, sampling: SamplingConfig, test: InferenceConfig
-) -> nn.Module:
-    """The head of the configuration on ``vit`` for ``num_classes`` classes, background not counted."""
-    backbone = PyramidBackbone(vit, kind=config.pyramid, channels=config.fpn_channels, norm=NORMS[config.norm])
-    return builder_of(config.head, "torchvision")(backbone, num_classes, config, sampling, test)
+def build_backbone(vit: DenseViT, config: DetectorConfig) -> PyramidBackbone:
+    """The pyramid of the configuration."""
+    return PyramidBackbone(vit, kind=config.pyramid, channels=config.fpn_channels, norm=NORMS[config.norm])
 
 
 def faster_rcnn(
@@ -191,13 +187,15 @@ def faster_rcnn(
 def mask_rcnn(
     backbone: PyramidBackbone, num_classes: int, config: DetectorConfig, sampling: SamplingConfig, test: InferenceConfig
 ) -> CanvasRCNN:
-    """Boxes and masks."""
+    """Boxes and masks, the last layer of masks initialised as detectron2's."""
     network = faster_rcnn(backbone, num_classes, config, sampling, test)
     channels, width, rois = config.fpn_channels, config.head_channels, network.roi_heads
     rois.mask_roi_pool = LevelPool(backbone.box_levels, MASK_CELLS)
     rois.mask_head = MaskRCNNHeads(channels, [width] * config.mask_convs, dilation=1, norm_layer=NORMS[config.norm])
     predictor = MaskRCNNPredictor(width if config.mask_convs else channels, width, num_classes + 1)
     nn.init.normal_(predictor.mask_fcn_logits.weight, std=0.001)
+    for layer in (predictor.conv5_mask, predictor.mask_fcn_logits):
+        nn.init.zeros_(layer.bias)
     rois.mask_predictor = predictor
     return network
 
