@@ -84,6 +84,24 @@ def test_imports_point_one_way(path):
             assert layer_of(parts[1]) <= mine, f"{relative[0]} must not import {name}"
 
 
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def test_no_module_imports_itself_through_others():
+    """At module level; what a package's ``__init__`` imports counts for the package alone."""
+    modules = {module_of(path): path for path in SOURCES}
+    edges: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        tree = ast.parse(path.read_text())
+        top = "\n".join(ast.unparse(node) for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom))
+        edges[module] = {name for name in imports_of(top) if name in modules} - {module}
+    while free := [module for module in edges if not edges[module] & edges.keys()]:
+        for module in free:
+            del edges[module]
+    assert not edges, f"these import each other in a circle: {sorted(edges)}"
+
+
 @pytest.mark.parametrize("framework, door", DOORS.items())
 def test_an_engine_has_one_door(framework, door):
     users = [path for path in SOURCES if imports(path.read_text(), framework)]

@@ -20,7 +20,7 @@ from transfer.detection.engine_torchvision import training
 from transfer.detection.engine_torchvision.regions import MASKS_AT_ONCE, mask_targets
 from transfer.detection.heads import HEADS, Head
 from transfer.detection.predict import predict
-from transfer.detection.run import evaluate_detector
+from transfer.detection.run import evaluate_detector, train_detector
 from transfer.detection.train_net import main
 from transfer.engines import DETECTION, Engine, installed
 from transfer.pyramid import NORMS, PyramidBackbone
