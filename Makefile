@@ -1,6 +1,7 @@
 # `make demo` and `make test` do all the set-up they need: Python >= 3.10 and make are enough.
 #   make demo DEMO_ARGS="--help"     options of the demo
 #   make test PYTEST_ARGS="-k mask"  a part of the tests
+#   make quick                       lint, and the tests that take a minute and a half together
 #   make venv PYTHON=python3.12      choose the interpreter
 
 SHELL := /bin/sh
@@ -15,12 +16,18 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/installed
 
-.PHONY: help venv demo test lint clean
+# Tests of the core's parts that train nothing: what to run before each commit. Measured together: see CONTRIBUTING.md.
+QUICK := tests/core tests/data tests/measures tests/test_architecture.py tests/transfer/test_report.py \
+  tests/transfer/test_chain.py
+
+.PHONY: help venv demo test quick lint docs clean
 
 help:
 	@echo "make demo    pre-train, classify, detect, segment; writes runs/demo/report.html"
 	@echo "make test    lint, then all tests"
+	@echo "make quick   lint, then the tests that take a minute and a half together"
 	@echo "make lint    ruff and mypy"
+	@echo "make docs    the site of the pages and the API in build/docs"
 	@echo "make venv    only the virtual environment in $(VENV)"
 	@echo "make clean   remove $(VENV) and caches; runs/ stays"
 
@@ -62,13 +69,20 @@ $(STAMP): setup.py constraints.txt
 demo: $(STAMP)
 	$(PY) examples/demo/run.py $(DEMO_ARGS)
 
-test: $(STAMP)
-	$(PY) -m ruff check .
+test: lint
 	$(PY) -m pytest -q $(PYTEST_ARGS)
+
+quick: lint
+	$(PY) -m pytest -q $(QUICK) $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+docs: $(STAMP)
+	$(PY) -m sphinx -W --keep-going -b html docs build/docs
+	@echo "open build/docs/index.html"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -48,6 +48,8 @@ DATA = ["webdataset>=1.0", "datasets>=3.0"]
 TIFF = ["imagecodecs>=2024.1.1"]
 DEMO = ["scikit-learn>=1.4", *DETECTION, *SEGMENTATION]
 ONNX = ["onnx>=1.16", "onnxscript>=0.3", "onnxruntime>=1.18"]
+# Of Python 3.11 on: what Sphinx needs for 3.10 does not go with rich's markdown-it-py.
+DOCS = [f'{name} ; python_version >= "3.11"' for name in ("sphinx>=8.1", "myst-parser>=5.0", "furo>=2024.8")]
 DEV = [
     "pytest>=8.0",
     "pytest-timeout>=2.3",
@@ -67,6 +69,26 @@ setup(
     long_description=read_description(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    keywords=[
+        "masked autoencoder",
+        "MAE",
+        "vision transformer",
+        "self-supervised learning",
+        "detection",
+        "segmentation",
+    ],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+    ],
     license_files=["LICENSE"],
     packages=find_packages(include=["mae_core", "mae_core.*", "transfer", "transfer.*"]),
     package_data={"mae_core": ["**/*.yaml"], "transfer": ["**/*.yaml", "report/*.html", "report/*.md"]},
@@ -79,8 +101,9 @@ setup(
         "tiff": TIFF,
         "demo": DEMO,
         "onnx": ONNX,
+        "docs": DOCS,
         "dev": DEV,
-        "all": [*DEMO, *DATA, *TIFF, *ONNX, *DEV],
+        "all": [*DEMO, *DATA, *TIFF, *ONNX, *DOCS, *DEV],
     },
     entry_points={
         "console_scripts": ["mae = mae_core.cli.main:main"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -18,7 +19,7 @@ from torchvision.transforms.v2 import functional as F
 from mae_core.config.schema import CropScale
 from mae_core.data.augmentation import BICUBIC, NoDataAsMean, Size, to_normalized
 from mae_core.data.config import FinetuneData, usual_test_crop
-from mae_core.data.decoding import Pixels
+from mae_core.data.decoding import Pixels, UnreadableImage, read_image
 from mae_core.data.images import Statistics
 from mae_core.errors import UserError
 
@@ -146,3 +147,29 @@ def evaluation_view(test_crop: float | None, size: Size, statistics: Statistics)
     resize = v2.Resize(whole[0], interpolation=BICUBIC) if square else ResizeKeepRatio(whole, interpolation="bicubic")
     of_tensors = v2.Compose([NoDataAsMean(statistics), resize, v2.CenterCrop(list(size)), to_normalized(statistics)])
     return PictureOrTensor(of_pictures, of_tensors)
+
+
+class FileView:
+    """Image -> what an encoder was trained on: shorter side resized, centre crop, standardised per channel."""
+
+    def __init__(self, size: Size, channels: int, statistics: Statistics | None) -> None:
+        self.size, self.channels, self.statistics = size, channels, statistics
+
+    def __call__(self, image: Path | str | Pixels) -> Tensor:
+        """A file, a PIL image or a tensor (C, height, width) of 0..1 -> (C, H, W) float32.
+
+        Raises ``UserError`` for a file that cannot be read, and where the mean and std of the channels are not known.
+        """
+        if self.statistics is None:
+            raise UserError(
+                f"the weights do not state the mean and std of their {self.channels} channels; standardise the images "
+                "yourself, with what mae data-stats finds"
+            )
+        if isinstance(image, str | Path):
+            try:
+                image = read_image(Path(image), self.channels)
+            except UnreadableImage as error:
+                raise UserError(f"image {error.unreadable.path} cannot be read ({error.unreadable.reason})") from None
+        elif isinstance(image, Image.Image):
+            image = image.convert("L" if self.channels == 1 else "RGB")
+        return evaluation_view(1.0, self.size, self.statistics)(image)

@@ -7,9 +7,9 @@ conversion need no second ViT.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,10 @@ class ViTEncoder(VisionTransformer):
     Sequence layout: cls token, then patches in raster order. ``pooling="mean"`` averages the patch tokens of the last
     block
     and normalises after (``fc_norm``), as the paper's fine-tuning does; ``"cls"`` takes the normalised cls token.
+    ``load_encoder`` sets ``transform``: a file, PIL image or tensor -> (C, H, W) as the encoder expects it.
     """
+
+    transform: Callable[[Any], Tensor]
 
     def __init__(
         self,

@@ -14,6 +14,8 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from mae_core.config.sections import JobConfig
+from mae_core.data.images import DEFAULT_STATISTICS, Statistics
+from mae_core.data.views import FileView
 from mae_core.errors import UserError
 from mae_core.layout import resolve_weights
 from mae_core.models.encoder import Pooling, ViTEncoder
@@ -283,7 +285,18 @@ def load_encoder(
         in_chans=in_chans or source.in_chans,
     )
     fit_state(encoder, source, grid=encoder.grid[:2], new=(), unused={"head.*": "a classifier's head"})
+    encoder.transform = view_for(encoder, source.metadata)
     return encoder.eval()
+
+
+def view_for(encoder: ViTEncoder, facts: Mapping[str, Any]) -> FileView:
+    """What turns an image into what ``encoder`` was trained on; mean and std as its file says, else ImageNet's."""
+    channels = encoder.in_channels
+    mean, std = facts.get("mean"), facts.get("std")
+    if not (mean and std and len(mean) == len(std) == channels):
+        mean, std = DEFAULT_STATISTICS.get(channels, ((), ()))
+    statistics = Statistics(tuple(mean), tuple(std)) if mean else None
+    return FileView(encoder.grid.image_size, channels, statistics)
 
 
 def classifier_from(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from sklearn.neighbors import KNeighborsClassifier
 
 from mae_core.errors import UserError
 from mae_core.measures import knn
 from mae_core.measures.knn import knn_accuracy, knn_scores
+
+KNeighborsClassifier = pytest.importorskip("sklearn.neighbors", reason="the independent reference").KNeighborsClassifier
 
 
 def problem(queries: int = 37, bank: int = 90, width: int = 6, classes: int = 4):
