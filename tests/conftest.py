@@ -37,6 +37,13 @@ PRETRAIN_OPTIONS = (
 )
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test marked ``extra("package", ...)`` where one of them is not installed."""
+    for marker in item.iter_markers("extra"):
+        for package in marker.args:
+            pytest.importorskip(package, reason=f"{package} comes with an extra of setup.py")
+
+
 def _picture(rng: np.random.Generator, side: tuple[int, int]) -> Image.Image:
     """Smooth random colours: something an autoencoder could learn, and every file another."""
     coarse = rng.integers(0, 256, (5, 4, 3), dtype=np.uint8)

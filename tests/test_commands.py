@@ -299,6 +299,7 @@ def test_inspect_of_a_torn_checkpoint_says_so(tmp_path, pretrained):
     assert "is not complete" in error_of(mae("inspect", torn))
 
 
+@pytest.mark.extra("sklearn")
 def test_digits_into_a_place_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     assert "cannot write" in error_of(mae("digits", tmp_path / "file" / "digits", "--workers", "1"))

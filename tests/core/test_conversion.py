@@ -134,6 +134,7 @@ LOST_BY_BACKBONES = {
 """What detectron2 and the segmenters do not hold, under transformers' names and the official ones."""
 
 
+@pytest.mark.extra("transformers")
 @pytest.mark.parametrize("names", ["huggingface", "huggingface_5"])
 @pytest.mark.parametrize("source", EIGHT)
 def test_transformers_gives_the_same_features(case, source, names):

@@ -182,6 +182,7 @@ def test_timm_opens_its_folder(tmp_path, official_state, channels, grid):
     assert "library_name: timm" in card and f"{channels} channels" in card
 
 
+@pytest.mark.extra("transformers")
 def test_transformers_opens_its_folder(tmp_path, file, official_state):
     from transformers import AutoModelForPreTraining, ViTModel
 
@@ -197,6 +198,7 @@ def test_transformers_opens_its_folder(tmp_path, file, official_state):
     assert torch.equal(vit.embeddings.position_embeddings, state["pos_embed"])
 
 
+@pytest.mark.extra("transformers")
 def test_a_fine_tuned_file_opens_in_timm_and_without_its_head_in_transformers(tmp_path, classifier):
     from transformers import AutoModel
 
@@ -237,6 +239,7 @@ def test_transformers_mae_cannot_hold_every_grid(tmp_path, official_state):
     assert "square number of patches, not 2x3" in text and not (tmp_path / "out").exists()
 
 
+@pytest.mark.extra("transformers")
 def test_what_transformers_saves_comes_back(tmp_path, state):
     """transformers 5 renames the decoder's layers when it saves; the file is read all the same."""
     from transformers import ViTMAEForPreTraining
@@ -267,6 +270,7 @@ def test_onnx_without_its_packages_is_one_sentence(tmp_path, file, monkeypatch):
     assert "ONNX needs onnx_that_nobody_has; install them with pip install 'mae-transfer[onnx]'" in text
 
 
+@pytest.mark.extra("transformers")
 def test_our_reading_is_the_libraries(state):
     """The forward pass that stands in for missing libraries, against timm's and transformers'."""
     geometry = Geometry((32, 32), 8, 3, 4)

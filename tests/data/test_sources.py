@@ -62,6 +62,7 @@ def places(tmp_path, paths) -> dict[str, Path]:
     }
 
 
+@pytest.mark.extra("webdataset", "datasets")
 @pytest.mark.parametrize("kind", ["files", "list", "shards", "huggingface"])
 def test_every_kind_of_place_yields_the_same_samples(places, paths, kind):
     assert kind_of(places[kind]) == kind
@@ -76,6 +77,7 @@ def test_every_kind_of_place_yields_the_same_samples(places, paths, kind):
     assert torch.equal(sample.pixels, reference.pixels) and sample.mask_seed == reference.mask_seed
 
 
+@pytest.mark.extra("webdataset", "datasets")
 def test_a_folder_of_classes_is_an_imagefolder_for_hugging_face(tmp_path, write_classes, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     root = write_classes(tmp_path / "classes") / "train"
@@ -83,6 +85,7 @@ def test_a_folder_of_classes_is_an_imagefolder_for_hugging_face(tmp_path, write_
     assert len(source) == len(open_source(PretrainData(path=root))) and pixels_of(source, 0).shape[0] == 3
 
 
+@pytest.mark.extra("webdataset", "datasets")
 def test_splits_and_columns_are_named(tmp_path, places):
     assert len(open_source(PretrainData(path=places["huggingface"], split="test"))) == 1
     with pytest.raises(UserError, match=r"no split 'val'; set data\.split to one of train, test"):
@@ -94,6 +97,7 @@ def test_splits_and_columns_are_named(tmp_path, places):
         open_source(PretrainData(path=tmp_path / "words"))
 
 
+@pytest.mark.extra("webdataset", "datasets")
 def test_several_places_follow_each_other(places, tmp_path, write_images):
     write_images(tmp_path / "more", 2)
     data = PretrainData(path=(places["shards"], tmp_path / "more"))
@@ -103,12 +107,14 @@ def test_several_places_follow_each_other(places, tmp_path, write_images):
     assert torch.equal(pixels_of(source, 4), pixels_of(open_source(PretrainData(path=places["shards"])), 4))
 
 
+@pytest.mark.extra("webdataset", "datasets")
 def test_shards_may_be_named_by_braces(places):
     assert len(open_source(PretrainData(path=places["shards"] / "part-{0000..0001}.tar"))) == 4
     with pytest.raises(UserError, match=r"part-0003\.tar does not exist"):
         open_source(PretrainData(path=places["shards"] / "part-{0000..0007}.tar"))
 
 
+@pytest.mark.extra("webdataset", "datasets")
 def test_a_shard_cut_short_is_reported_and_what_is_whole_is_used(places):
     shard = places["shards"] / "part-0000.tar"
     with tarfile.open(shard) as archive:
@@ -121,6 +127,7 @@ def test_a_shard_cut_short_is_reported_and_what_is_whole_is_used(places):
     assert damaged_parts(open_source(PretrainData(path=(places["files"], places["shards"])))) == [entry]
 
 
+@pytest.mark.extra("webdataset", "datasets")
 @pytest.mark.parametrize("harm", ["cut before a header", "cut in a header", "a damaged header"])
 def test_a_shard_that_tarfile_takes_for_ended_is_reported(places, harm):
     shard = places["shards"] / "part-0000.tar"
@@ -135,6 +142,7 @@ def test_a_shard_that_tarfile_takes_for_ended_is_reported(places, harm):
     assert 0 < len(source) and entry.reason == f"it is cut or damaged at byte {place}, what follows is not read"
 
 
+@pytest.mark.extra("webdataset", "datasets")
 def test_a_compressed_shard_is_refused(tmp_path, paths):
     with tarfile.open(tmp_path / "x.tar", "w:gz") as archive:
         archive.add(paths[0], "0.png")
@@ -142,6 +150,7 @@ def test_a_compressed_shard_is_refused(tmp_path, paths):
         open_source(PretrainData(path=tmp_path / "x.tar"))
 
 
+@pytest.mark.extra("webdataset", "datasets")
 def test_a_broken_image_in_a_shard_is_unreadable_by_name(tmp_path):
     with tarfile.open(tmp_path / "x.tar", "w") as archive:
         for name, content in (("0.png", b"broken"), ("1.seg.npy", npy(np.zeros((3, 4), "uint8")))):
@@ -161,6 +170,7 @@ def npy(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+@pytest.mark.extra("webdataset", "datasets")
 @pytest.mark.parametrize(
     "path, message",
     [

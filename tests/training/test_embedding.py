@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.decomposition import PCA
-from sklearn.neighbors import KNeighborsClassifier
 
 from mae_core.config.load import load_config
 from mae_core.data.images import statistics_of
@@ -22,6 +20,9 @@ from mae_core.training.embedding import knn, pca, write_features
 from mae_core.training.frozen_config import FeaturesConfig, KnnConfig
 from mae_core.weights.files import read_weights, write_weights
 from mae_core.weights.load import load_encoder
+
+PCA = pytest.importorskip("sklearn.decomposition", reason="the independent reference").PCA
+KNeighborsClassifier = pytest.importorskip("sklearn.neighbors").KNeighborsClassifier
 
 OPTIONS = ("data.workers=0", "device=cpu", "evaluation_batch=4")
 

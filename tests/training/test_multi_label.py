@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from sklearn.metrics import average_precision_score
 from torch import nn
 
 from mae_core.config.load import load_config
@@ -17,6 +16,8 @@ from mae_core.errors import UserError
 from mae_core.measures.average_precision import average_precision
 from mae_core.training.finetune import finetune, multi_label_loss
 from mae_core.training.finetune_config import FinetuneConfig
+
+average_precision_score = pytest.importorskip("sklearn.metrics", reason="the reference").average_precision_score
 
 
 @pytest.fixture

@@ -71,6 +71,7 @@ def test_a_finetuning_reads_every_option(tmp_path, write_classes, pretrained, mo
     assert set.intersection(*unread) <= {"from_scratch", "pictures_every"}
 
 
+@pytest.mark.extra("sklearn")
 @pytest.mark.parametrize(
     "schema, action, folder, more",
     [

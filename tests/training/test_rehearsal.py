@@ -30,6 +30,7 @@ def block_flops(tokens: int, width: int, asking: int | None = None) -> int:
     return 2 * width * width * (2 * tokens + 10 * asking) + 2 * 2 * asking * tokens * width
 
 
+@pytest.mark.extra("fvcore")
 @pytest.mark.parametrize("mask_tokens", [False, True])
 def test_flops_are_those_of_the_matrix_products(pretrain_options, mask_tokens):
     config = configured(pretrain_options, f"masking.mask_tokens_in_encoder={mask_tokens}")
@@ -90,6 +91,7 @@ def test_a_size_that_is_not_the_papers_is_named():
     assert "  model.size: base, large, huge -> tiny" in found and "  model.patch_size: None -> 12" in found
 
 
+@pytest.mark.extra("fvcore")
 def test_a_dry_run_says_all_and_writes_nothing(pretrain_options, tmp_path, write_images, monkeypatch):
     write_images(tmp_path / "images", 9)
     monkeypatch.chdir(tmp_path)
