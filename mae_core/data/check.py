@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from mae_core.atomic import write_json
+from mae_core.data.images import describe_passed_over
 from mae_core.data.orientation import UPRIGHT
 from mae_core.errors import UserError
 
@@ -118,21 +119,11 @@ def turned_photos(found: Iterable[tuple[Path, int]]) -> Iterator[Problem]:
         yield Problem("turned photos", sentence, str(paths[0]), "note")
 
 
-def files_passed_over(folder: Path, endings: Iterable[str]) -> Iterator[Problem]:
-    """A note with the files below ``folder`` whose names have none of ``endings``, counted by ending."""
-    known = set(endings)
-    counts: Counter[str] = Counter()
-    for path in folder.rglob("*"):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if not hidden and path.suffix.lower() not in known and path.is_file():
-            counts[path.suffix or "no ending"] += 1
-    if counts:
-        listed = ", ".join(f"{count} x {ending}" for ending, count in counts.most_common(8))
-        sentence = (
-            f"{counts.total()} files below {folder} are passed over because of their ending: {listed}"
-            f"{', ...' if len(counts) > 8 else ''}; rename those that are images"
-        )
-        yield Problem("files passed over", sentence, str(folder), "note")
+def files_passed_over(place: Path | str, passed_over: Mapping[str, int]) -> Iterator[Problem]:
+    """A note with the files of ``place`` that are no images by their ending."""
+    if passed_over:
+        sentence = f"{place}: {describe_passed_over(passed_over)}; rename those that are images"
+        yield Problem("files passed over", sentence, str(place), "note")
 
 
 def shared_images(train: Sequence[Path], val: Sequence[Path]) -> Iterator[Problem]:

@@ -16,14 +16,16 @@ from mae_core.data.check import Problem, Report, files_passed_over, shared_image
 from mae_core.data.decoding import Pixels, Unreadable, UnreadableImage, read_image, size_of, to_tensor, with_channels
 from mae_core.data.images import (
     DEFAULT_STATISTICS,
-    IMAGE_SUFFIXES,
     ImageFiles,
     ImageSource,
     Statistics,
+    files_below,
     in_threads,
+    passed_over_in,
 )
 from mae_core.data.labelled import LabelledPaths, read_image_folder, read_label_lists
 from mae_core.data.orientation import UPRIGHT, orientation_of
+from mae_core.data.reading import Notes, notes_taken
 from mae_core.data.sources import JoinedSources, damaged_parts, open_places
 from mae_core.errors import UserError
 
@@ -216,11 +218,12 @@ def check_images(
     no image can be read.
     """
     images = open_places(paths, None, kind=source, split=split)
-    found = survey(images, channels=channels, on_progress=on_progress)
+    with notes_taken() as noticed:
+        found = survey(images, channels=channels, on_progress=on_progress)
     chosen = channels or (3 if found.usual_channels in COLOURS else found.usual_channels)
     problems = [*_unreadable(found), *_other_channels(images, found, chosen), *turned_photos(found.orientations)]
-    for path in paths:
-        problems += files_passed_over(path, IMAGE_SUFFIXES) if path.is_dir() and source in ("auto", "files") else ()
+    problems += _noticed(noticed, found)
+    problems += files_passed_over(", ".join(map(str, paths)), passed_over_in(images))
     problems += _settings(found, chosen)
     yield Report(", ".join(map(str, paths)), describe(found, channels).splitlines(), problems, found.as_dict())
 
@@ -243,14 +246,23 @@ def check_folders(root: Path, channels: int = 3, *, on_progress: OnProgress | No
         reports.append(Report(str(place), facts, [p for p in problems if p.path.startswith(str(place))]))
         reports[-1].data = {"images": len(half.paths), "classes": half.classes}
         if half.paths:
-            found = survey(ImageFiles(half.paths, channels, root), channels=channels, on_progress=on_progress)
+            with notes_taken() as noticed:
+                found = survey(ImageFiles(half.paths, channels, root), channels=channels, on_progress=on_progress)
             reports[-1].data |= found.as_dict()
             reports[-1].problems += [*_unreadable(found), *turned_photos(found.orientations)]
+            reports[-1].problems += _noticed(noticed, found)
         reports[-1].problems += _labels_without_images(half, counts, name)
         if not lists:
-            reports[-1].problems += files_passed_over(place, IMAGE_SUFFIXES)
+            others: Counter[str] = Counter()
+            list(files_below(place, passed_over=others))
+            reports[-1].problems += files_passed_over(place, others)
     reports[1].problems += shared_images(halves[0].paths, halves[1].paths)
     yield from reports
+
+
+def _noticed(noticed: Notes, found: Survey) -> Iterator[Problem]:
+    for sentence in noticed.sentences(found.sizes.total()):
+        yield Problem("pixels", sentence, "", "note")
 
 
 def _unreadable(found: Survey) -> Iterator[Problem]:

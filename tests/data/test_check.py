@@ -38,19 +38,21 @@ def test_a_sound_folder_of_images_is_clean(tmp_path, write_images):
 def test_a_note_is_no_fault(tmp_path, write_images):
     paths = write_images(tmp_path, 6)
     turn(paths[0], 6), turn(paths[1], 6), turn(paths[2], 3)
-    for name in ("a.gif", "b.gif", "c.txt"):
+    for name in ("a.xcf", "b.xcf", "c.txt"):
         (tmp_path / name).write_text("x")
     code, said = checked("images", tmp_path)
     assert code == 0 and said.endswith("nothing is wrong\n")
     assert f"note: 2 images with the orientation tag 6, the first is {tmp_path / '000.jpg'}" in said
     assert "note: 1 image with the orientation tag 3" in said
-    assert "passed over because of their ending: 2 x .gif, 1 x .txt" in said
+    assert "3 files are no images by their ending and passed over: 2 x .xcf, 1 x .txt" in said
 
 
 def test_what_a_pre_training_leaves_out_ends_in_exit_code_2(tmp_path, write_images):
     write_images(tmp_path, 3)
     (tmp_path / "cut.png").write_bytes((tmp_path / "000.png").read_bytes()[:60])
-    tifffile.imwrite(tmp_path / "bands.tif", np.zeros((9, 9, 5), np.uint8), photometric="minisblack")
+    tifffile.imwrite(
+        tmp_path / "bands.tif", np.zeros((9, 9, 5), np.uint8), photometric="minisblack", planarconfig="contig"
+    )
     np.save(tmp_path / "nan.npy", np.full((4, 4, 3), np.nan, np.float32))
     code, said = checked("images", tmp_path, "--json", tmp_path / "found.json")
     assert code == 2 and "unreadable images: 2 (training leaves them out" in said

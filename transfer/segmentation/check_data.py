@@ -1,33 +1,35 @@
 """Find what is wrong with images and label maps, in seconds: nothing is trained, nothing is written.
 
-    python transfer/segmentation/check_data.py configs/segmentation/own_data.py --cfg-options data_root=PATH
-    python transfer/segmentation/check_data.py --images PATH --label-maps PATH --num-classes 11 --reduce-zero-label yes
+    mae check labels configs/segmentation/own_data.py data_root=PATH       (a config, and its options)
+    mae check labels PATH num_classes=11 reduce_zero_label=True seg_map_suffix=_L.png
+    mae check labels --images PATH --label-maps PATH --num-classes 11 --reduce-zero-label yes
 
-Finds names without a partner, unreadable files, different sizes, values that are no class, and reduce_zero_label set
-the wrong way round. Ends with exit code 2 where it finds something.
+PATH holds images/{training,validation} and annotations/{training,validation}, and classes.txt where classes have names.
+Images and label maps are read and judged by the functions that training reads and refuses with. Exit code 2 where
+training would refuse to start, leave images out, or learn the wrong thing.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+import ast
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from mae_core.data.check import Report, conclude, files_passed_over, shared_images, turned_photos
+from mae_core.data.images import list_images
+from mae_core.data.orientation import orientation_of
 from mae_core.errors import UserError, user_errors
 from transfer.engines import require
 from transfer.segmentation.config import check_config_exists
-from transfer.segmentation.label_check import (
-    KINDS,
-    MOST_CHECKED,
-    MOST_NAMED,
-    Problem,
-    Survey,
-    stray_maps,
-    survey,
-)
+from transfer.segmentation.label_check import MOST_CHECKED, Survey, stray_maps, survey
 from transfer.segmentation.label_coding import LabelCoding, Names
-from transfer.segmentation.label_maps import possible_pairs, read_classes
+from transfer.segmentation.label_maps import files_below, possible_pairs, read_classes, read_label_map
 from transfer.segmentation.quiet import quietly
 
 
@@ -54,16 +56,33 @@ class LabelledFolders(NamedTuple):
         return self.classes or [f"class {value}" for value in self.coding.values]
 
 
-def check_folders(folders: LabelledFolders, *, most: int = MOST_CHECKED, seed: int = 0) -> tuple[Survey, int]:
-    """Everything that is wrong with ``folders``, names first; pixels are read of ``most`` pairs, names of all.
+def check_folders(folders: LabelledFolders, *, most: int = MOST_CHECKED, seed: int = 0) -> Report:
+    """Everything that a check finds in ``folders``, names first; pixels are read of ``most`` pairs, names of all.
 
-    Also returns how many images there are. Raises ``UserError`` for a missing or empty folder.
+    Raises ``UserError`` for a missing or empty folder.
     """
     pairs = possible_pairs(folders.images, folders.label_maps, map_suffix=folders.map_suffix)
-    strays = list(stray_maps(pairs, folders.images, folders.label_maps, folders.map_suffix))
+    problems = list(stray_maps(pairs, folders.images, folders.label_maps, folders.map_suffix))
     whole = [pair for pair in pairs if pair.label_map.is_file()]
     found = survey(whole, folders.coding, channels=folders.channels, names=folders.origin, most=most, seed=seed)
-    return found._replace(problems=[*strays, *found.problems]), len(pairs)
+    problems += found.problems
+    files = [file for pair in whole[:most] for file in pair]
+    problems += turned_photos((file, orientation_of(file)) for file in files)
+    others: Counter[str] = Counter()
+    list_images(folders.images, others)
+    problems += files_passed_over(folders.images, others)
+    report = Report(folders.part, _facts(folders, found, len(pairs)), problems)
+    report.data = {"images": len(pairs), "checked": found.checked, "pixels": dict(sorted(found.values.items()))}
+    return report
+
+
+def check_parts(parts: Sequence[LabelledFolders], *, most: int = MOST_CHECKED) -> Iterator[Report]:
+    """A report for each part, and in the later ones what they share with the first."""
+    for part in parts:
+        report = check_folders(part, most=most)
+        if part is not parts[0] and part.images != parts[0].images:
+            report.problems += shared_images(files_below(parts[0].images), files_below(part.images))
+        yield report
 
 
 def folders_of_config(config: Path, options: Sequence[str] | Mapping[str, Any]) -> list[LabelledFolders]:
@@ -77,8 +96,8 @@ def folders_of_config(config: Path, options: Sequence[str] | Mapping[str, Any]) 
         return [LabelledFolders(**facts) for facts in engine_mmseg.folders_to_check(config, given)]
 
 
-def describe(folders: LabelledFolders, found: Survey, total: int) -> str:
-    """What was read, the share of each class, and the problems by kind, at most ``MOST_NAMED`` of each."""
+def _facts(folders: LabelledFolders, found: Survey, total: int) -> list[str]:
+    """What was read, and the share of each class and of each other value."""
     counted = max(sum(found.values.values()), 1)
     which = "all" if found.checked == total else f"{found.checked} of"
     lines = [f"{folders.part}: {which} {total} images read, {folders.images} beside {folders.label_maps}"]
@@ -90,51 +109,96 @@ def describe(folders: LabelledFolders, found: Survey, total: int) -> str:
     for value in sorted(set(found.values) - inside):
         meaning = "ignored" if value in folders.coding.ignored else "no class"
         lines.append(f"  {value:>5}  ({meaning}){'':<{22 - len(meaning)}} {found.values[value] / counted:>7.2%}")
-    for kind in KINDS:
-        problems = [problem for problem in found.problems if problem.kind == kind]
-        if problems:
-            lines.append(f"  {kind}: {len(problems)}")
-            lines += [f"    {_sentence(problem)}" for problem in problems[:MOST_NAMED]]
-            lines += ["    ..."] if len(problems) > MOST_NAMED else []
-    return "\n".join(lines)
+    return lines
 
 
-def _sentence(problem: Problem) -> str:
-    return problem.sentence if problem.path in problem.sentence else f"{problem.path}: {problem.sentence}"
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None, prog: str = "check_data.py") -> None:
     """The command; exits with code 2 where something is wrong."""
-    parser = argparse.ArgumentParser(
-        prog="check_data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=layout)
     add = parser.add_argument
-    add("config", type=Path, nargs="?", metavar="CONFIG", help="an mmseg config, such as one of configs/segmentation")
+    add("source", nargs="*", metavar="CONFIG|PATH KEY=VALUE", help="an mmseg config or a data folder, and options")
     add("--cfg-options", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="as for train_net.py")
-    add("--images", type=Path, metavar="DIR", help="folder of images, in place of a config")
+    add("--images", type=Path, metavar="DIR", help="folder of images, in place of CONFIG or PATH")
     add("--label-maps", type=Path, metavar="DIR", help="folder of label maps of the same names")
     add("--num-classes", type=int, metavar="N", help="how many classes; left out where --classes names them")
     add("--classes", type=Path, metavar="FILE", help="their names: a line value<TAB>name for each")
     add("--reduce-zero-label", choices=("yes", "no"), help="yes: 0 is void, classes count from 1; no: 0 is a class")
     add("--map-suffix", default=".png", metavar="SUFFIX", help="what label maps have in place of the image's suffix")
     add("--most", type=int, default=MOST_CHECKED, metavar="N", help="read the pixels of at most this many pairs")
-    given = parser.parse_args(arguments)
+    add("--json", type=Path, metavar="FILE", help="write all that was found to this file")
+    given = parser.parse_intermixed_args(arguments)
     with user_errors():
-        if given.most < 1:
-            raise UserError(f"--most is {given.most}; read at least 1 pair")
-        if given.num_classes is not None and given.num_classes < 1:
-            raise UserError(f"--num-classes is {given.num_classes}; give how many classes there are, 1 or more")
-        typed = (given.images, given.label_maps, given.num_classes, given.classes, given.reduce_zero_label)
-        if given.config and any(value is not None for value in typed):
-            raise UserError("CONFIG names folders and classes; leave out CONFIG, or what describes a pair of folders")
-        count = 0
-        for folders in folders_of_config(given.config, given.cfg_options) if given.config else [_as_typed(given)]:
-            found, total = check_folders(folders, most=given.most)
-            print(describe(folders, found, total), flush=True)
-            count += len(found.problems)
-        if count:
-            raise UserError(f"{count} problem{'s' * (count > 1)} found, listed above")
-    print("nothing is wrong")
+        conclude(check_parts(_asked(given), most=given.most), given.json)
+
+
+def _asked(given: argparse.Namespace) -> list[LabelledFolders]:
+    """The folders that the words of the command line name. Raises ``UserError`` where they do not say enough."""
+    if given.most < 1:
+        raise UserError(f"--most is {given.most}; read at least 1 pair")
+    if given.num_classes is not None and given.num_classes < 1:
+        raise UserError(f"--num-classes is {given.num_classes}; give how many classes there are, 1 or more")
+    words = [word for word in given.source if OPTION.match(word)]
+    places = [Path(word) for word in given.source if word not in words]
+    typed = (given.images, given.label_maps, given.num_classes, given.classes, given.reduce_zero_label)
+    if len(places) > 1:
+        raise UserError(f"{places[1]} is one folder or config too many; give one, and options as key=value")
+    if places and any(value is not None for value in typed):
+        raise UserError("CONFIG names folders and classes; leave out CONFIG, or what describes a pair of folders")
+    if places and places[0].is_dir():
+        return folders_of_set(places[0], [*words, *given.cfg_options])
+    return folders_of_config(places[0], [*words, *given.cfg_options]) if places else [_as_typed(given)]
+
+
+OPTION = re.compile(r"[A-Za-z_][\w.]*=")
+SETTINGS = ("num_classes", "reduce_zero_label", "label_values", "ignored_values", "seg_map_suffix", "classes_file")
+"""Options of a data folder, as mmseg's configs call them."""
+
+
+def folders_of_set(root: Path, options: Sequence[str]) -> list[LabelledFolders]:
+    """The parts of a folder with images/ and annotations/. Raises ``UserError`` where its classes are not described."""
+    settings = dict(_setting(option) for option in options)
+    if unknown := sorted(settings.keys() - set(SETTINGS)):
+        raise UserError(f"a data folder has no option {unknown[0]!r}; known: {', '.join(SETTINGS)}")
+    parts = [part for part in ("training", "validation") if (root / "images" / part).is_dir()]
+    if not parts:
+        raise UserError(f"{root} has no images/training; give a folder with images/ and annotations/, or --images")
+    suffix = settings.get("seg_map_suffix", ".png")
+    meaning: dict[str, Any] = {name: settings.get(name) for name in ("label_values", "ignored_values")}
+    if "reduce_zero_label" not in settings and meaning["label_values"] is None:
+        maps = files_below(root / "annotations" / parts[0])[:20]
+        values = sorted({value for path in maps for value in np.unique(read_label_map(path).values).tolist()})
+        shown = ", ".join(map(str, values[:30])) + (", ..." if len(values) > 30 else "")
+        raise UserError(
+            f"{root} does not say what the values in its label maps mean; the first {len(maps)} hold {shown}: add "
+            "reduce_zero_label=True where 0 is void and classes count from 1, or reduce_zero_label=False, and "
+            "num_classes=N where there is no classes.txt"
+        )
+    reduced = bool(settings.get("reduce_zero_label", False))
+    file, names = root / settings.get("classes_file", "classes.txt"), None
+    number = settings.get("num_classes") or len(meaning["label_values"] or ())
+    if file.is_file():
+        given = meaning["label_values"]
+        coded = LabelCoding.of(len(given), **meaning).values if given is not None else None
+        names = read_classes(file, coded, reduce_zero_label=reduced)
+        if number and number != len(names):
+            raise UserError(f"num_classes is {number}, but {file} names {len(names)} classes; leave one of them out")
+    if not (names or number):
+        raise UserError(f"there is no {file}; add num_classes=N")
+    coding = LabelCoding.of(len(names or ()) or number, reduce_zero_label=reduced, **meaning)
+    origin: Names = "written" if names else "unknown"
+    return [
+        LabelledFolders(part, root / "images" / part, root / "annotations" / part, coding, names, suffix, origin)
+        for part in parts
+    ]
+
+
+def _setting(option: str) -> tuple[str, Any]:
+    name, _, text = option.partition("=")
+    try:
+        return name, ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return name, text
 
 
 def _as_typed(given: argparse.Namespace) -> LabelledFolders:

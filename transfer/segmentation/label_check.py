@@ -11,8 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mae_core.data.check import Problem
 from mae_core.data.decoding import UnreadableImage, size_of
 from mae_core.data.images import Unreadable
+from mae_core.data.orientation import ON_THEIR_SIDE, orientation_of
 from mae_core.errors import UserError
 from transfer.segmentation.label_coding import LabelCoding, Names, coding_mistake
 from transfer.segmentation.label_maps import Colour, LabelledImage, files_below, read_label_map
@@ -21,27 +23,7 @@ from transfer.segmentation.pixels import WrongChannels, read_pixels
 MOST_CHECKED = 2000
 MOST_NAMED = 8
 READERS_ABREAST = 8
-UNREADABLE_IMAGE = "unreadable images"
-KINDS = (
-    "images without a label map",
-    "label maps without an image",
-    UNREADABLE_IMAGE,
-    "images with other channels",
-    "unreadable label maps",
-    "different sizes",
-    "values that are no class",
-    "palettes that differ",
-    "the meaning of the values",
-)
-"""What can be wrong, in the order of the report."""
-
-
-class Problem(NamedTuple):
-    """One thing that is wrong: a kind of ``KINDS``, the file, and a sentence with the remedy."""
-
-    kind: str
-    path: str
-    sentence: str
+MEANING = "the meaning of the values"
 
 
 @dataclass(frozen=True)
@@ -74,20 +56,23 @@ class LabelCheck:
 
 
 class Reading(NamedTuple):
-    """What one pair holds: pixels by label value (none where it is not to be counted), what is wrong with it, and the
-    palette's colours of these values."""
+    """What one pair holds: pixels by label value (none where it is not to be counted), what is wrong with it, the
+    palette's colours of these values, and the image where it cannot be read."""
 
     values: dict[int, int]
     problems: list[Problem]
     colours: dict[int, Colour]
+    unreadable: Unreadable | None = None
 
 
 class Survey(NamedTuple):
-    """What many pairs hold: pixels by label value, everything that is wrong, and how many pairs were read."""
+    """What many pairs hold: pixels by label value, everything that is wrong, how many pairs were read, and the images
+    that cannot be."""
 
     values: Counter[int]
     problems: list[Problem]
     checked: int
+    unreadable: list[Unreadable]
 
 
 def survey(
@@ -110,16 +95,38 @@ def survey(
         chosen = [pairs[index] for index in sorted(picks)]
     values: Counter[int] = Counter()
     problems: list[Problem] = []
+    unreadable: list[Unreadable] = []
     colours: dict[int, tuple[Colour, Path]] = {}
     with ThreadPoolExecutor(READERS_ABREAST) as pool:
         for pair, found in zip(chosen, pool.map(lambda pair: read_pair(pair, coding, channels), chosen), strict=True):
             values.update(found.values)
             problems += found.problems
+            unreadable += [found.unreadable] if found.unreadable is not None else []
             problems += other_palettes(pair.label_map, found.colours, colours)
     mistake = coding_mistake(values, coding, names=names)
     if mistake is not None:
-        problems.append(Problem(KINDS[-1], "", mistake))
-    return Survey(values, problems, len(chosen))
+        problems.append(Problem(MEANING, mistake))
+    if not any(problem.severity == "refused" for problem in problems):
+        problems += _nothing_to_learn(chosen, values, unreadable, coding)
+    return Survey(values, problems, len(chosen), unreadable)
+
+
+def _nothing_to_learn(
+    pairs: Sequence[LabelledImage], values: Counter[int], unreadable: Sequence[Unreadable], coding: LabelCoding
+) -> Iterator[Problem]:
+    """A problem where no image can be read, or every pixel is ignored."""
+    if pairs and len(unreadable) == len(pairs):
+        sentence = (
+            f"none of the {len(pairs)} images can be read, such as {unreadable[0].path} ({unreadable[0].reason}); "
+            "set data_root to a folder of images"
+        )
+        yield Problem("no image", sentence)
+    elif pairs and not any(values[value] for entry in coding.classes for value in entry):
+        sentence = (
+            f"every pixel of the {len(pairs)} label maps beside {pairs[0].label_map} is ignored; "
+            "check reduce_zero_label and the folder"
+        )
+        yield Problem("no labelled pixel", sentence)
 
 
 def other_palettes(
@@ -134,7 +141,7 @@ def other_palettes(
                 f"{expected}: the same value may be another class; write all with one palette, or in grey where the "
                 "values are right"
             )
-            yield Problem("palettes that differ", str(path), told)
+            yield Problem("palettes that differ", told, str(path))
             return
 
 
@@ -143,24 +150,28 @@ def read_pair(pair: LabelledImage, coding: LabelCoding, channels: int) -> Readin
     try:
         label_map = read_label_map(pair.label_map)
     except UserError as error:
-        return Reading({}, [Problem("unreadable label maps", str(pair.label_map), str(error))], {})
-    problems, labels = [], label_map.values
+        return Reading({}, [Problem("unreadable label maps", str(error), str(pair.label_map))], {})
+    problems, labels, unreadable = [], label_map.values, None
     found, counts = np.unique(labels, return_counts=True)
     values = dict(zip(found.tolist(), counts.tolist(), strict=True))
     try:
         height, width = size_of(read_pixels(pair.image, channels))
         if labels.shape != (height, width):
             sizes = f"{height}x{width} pixels and its label map {pair.label_map} {labels.shape[0]}x{labels.shape[1]}"
-            told = f"image {pair.image} has {sizes}; give both the same size"
-            problems.append(Problem("different sizes", str(pair.image), told))
+            turned = labels.shape == (width, height) and orientation_of(pair.image) in ON_THEIR_SIDE
+            remedy = "turn the map as its image's orientation tag says" if turned else "give both the same size"
+            problems.append(Problem("different sizes", f"image {pair.image} has {sizes}; {remedy}", str(pair.image)))
     except WrongChannels as error:
-        problems.append(Problem("images with other channels", str(pair.image), str(error)))
+        problems.append(Problem("images with other channels", str(error), str(pair.image)))
     except UnreadableImage as error:
-        problems.append(Problem(UNREADABLE_IMAGE, str(pair.image), error.unreadable.reason))
+        unreadable = error.unreadable
+        sentence = f"image {pair.image} cannot be read ({unreadable.reason}); repair or remove it"
+        problems.append(Problem("unreadable images", sentence, str(pair.image), "wrong"))
         values = {}
     if wrong := coding.unknown(found.tolist()):
-        problems.append(Problem("values that are no class", str(pair.label_map), coding.refusal(pair.label_map, wrong)))
-    return Reading(values, problems, label_map.colours())
+        refusal = coding.refusal(pair.label_map, wrong)
+        problems.append(Problem("values that are no class", refusal, str(pair.label_map)))
+    return Reading(values, problems, label_map.colours(), unreadable)
 
 
 def stray_maps(pairs: Sequence[LabelledImage], images: Path, label_maps: Path, map_suffix: str) -> Iterator[Problem]:
@@ -179,10 +190,10 @@ def stray_maps(pairs: Sequence[LabelledImage], images: Path, label_maps: Path, m
     remedy = f"set seg_map_suffix={suffix}" if count > len(missing) / 2 else "add it, or take the image out"
     for pair in missing:
         told = f"image {pair.image} has no label map; it would be {pair.label_map}; {remedy}"
-        yield Problem("images without a label map", str(pair.image), told)
+        yield Problem("images without a label map", told, str(pair.image))
     for path in strays:
         told = f"label map {path} has no image of its name below {images}; add it, or take the map out"
-        yield Problem("label maps without an image", str(path), told)
+        yield Problem("label maps without an image", told, str(path), "wrong")
 
 
 def check_label_maps(
@@ -203,32 +214,16 @@ def check_label_maps(
     """
     if on_error not in ("skip", "raise"):
         raise UserError(f"on_error is {on_error!r}; set it to skip or raise")
-    values, problems, checked = survey(pairs, coding, channels=channels, seed=seed, most=most, names=names)
-    unreadable = [
-        Unreadable(problem.path, problem.sentence) for problem in problems if problem.kind == UNREADABLE_IMAGE
-    ]
-    zero = next((problem for problem in problems if problem.kind == KINDS[-1]), None)
-    for problem in problems:
-        if problem.kind == UNREADABLE_IMAGE:
-            if on_error == "raise":
-                raise UserError(
-                    f"image {problem.path} cannot be read ({problem.sentence}); repair or remove it, or set "
-                    "on_error=skip"
-                )
-            continue
-        others = sum(other.kind != UNREADABLE_IMAGE for other in problems) - 1 - (zero is not None)
-        more = f" ({others} more like it; check_data.py lists them)" if others > 0 else ""
-        hint = f"; {zero.sentence}" if zero is not None and problem is not zero else ""
-        raise UserError(problem.sentence + hint + more)
-    if len(unreadable) == checked:
-        raise UserError(
-            f"none of the {checked} images can be read, such as {unreadable[0].path} ({unreadable[0].reason}); "
-            "set data_root to a folder of images"
-        )
+    values, problems, checked, unreadable = survey(pairs, coding, channels=channels, seed=seed, most=most, names=names)
+    if unreadable and on_error == "raise":
+        path, reason = unreadable[0]
+        raise UserError(f"image {path} cannot be read ({reason}); repair or remove it, or set on_error=skip")
+    refused = [problem for problem in problems if problem.severity == "refused"]
+    if refused:
+        meaning = next((problem for problem in refused if problem.kind == MEANING), None)
+        hint = f"; {meaning.sentence}" if meaning is not None and meaning is not refused[0] else ""
+        others = len(refused) - 1 - bool(hint)
+        more = f" ({others} more like it; mae check labels lists them)" if others else ""
+        raise UserError(refused[0].sentence + hint + more)
     classes = np.array([sum(values[value] for value in entry) for entry in coding.classes], dtype=np.int64)
-    if not classes.any():
-        raise UserError(
-            f"every pixel of the {checked} label maps beside {pairs[0].label_map} is ignored; "
-            "check reduce_zero_label and the folder"
-        )
     return LabelCheck(classes, values.total() - int(classes.sum()), checked, len(pairs), tuple(unreadable))

@@ -1,11 +1,15 @@
 """The command that looks at images and label maps before a training; none of it needs mmseg but a config."""
 
+import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from mae_core.cli.main import app
 from transfer.segmentation.check_data import main
 from transfer.segmentation.label_coding import LabelCoding, coding_mistake
 
@@ -58,7 +62,7 @@ def test_every_mistake_is_listed_at_once(scenes, capsys):
         "label maps without an image: 1",
         f"label map {maps / '1.png'} has no image of its name below {images}",
         "unreadable images: 1",
-        f"{images / '2.png'}: ",
+        f"image {images / '2.png'} cannot be read (",
         "unreadable label maps: 2",
         f"label map {maps / '3.png'} cannot be read",
         f"label map {maps / '6.png'} is a colour picture",
@@ -168,3 +172,60 @@ def test_ade20k_with_a_label_of_200(scenes, capsys):
     said = capsys.readouterr()
     assert stopped.value.code == 2 and said.err.count("\n") == 1
     assert "holds the value 200, but num_classes=150 allows 1..150, 0 = ignored and 255 = ignored" in said.out
+
+
+def check_labels(*arguments) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["check", "labels", *map(str, arguments)])
+    assert "Traceback" not in result.output
+    return result.exit_code, result.output
+
+
+def test_a_data_folder_takes_the_options_of_a_config(scenes, tmp_path):
+    code, said = check_labels(scenes)
+    assert code == 2 and "the first 8 hold 0, 1, 2: add reduce_zero_label=True where 0 is void" in said
+    code, said = check_labels(scenes, "reduce_zero_label=False", "--json", tmp_path / "found.json")
+    assert (
+        code == 0 and "training: all 8 images read" in said and "disc" in said and said.endswith("nothing is wrong\n")
+    )
+    assert "8 of 8 validation images are in the training set too" in said
+    first, _ = json.loads((tmp_path / "found.json").read_text())["sets"]
+    assert first["images"] == 8 and set(first["pixels"]) == {"0", "1", "2"} and first["problems"] == []
+    for path in list((scenes / "annotations").rglob("*.png")):
+        path.rename(path.with_name(f"{path.stem}_L.png"))
+    assert "set seg_map_suffix=_L.png" in check_labels(scenes, "reduce_zero_label=False")[1]
+    assert check_labels(scenes, "reduce_zero_label=False", "seg_map_suffix=_L.png")[0] == 0
+    assert (
+        check_labels(scenes, "label_values=[0,[1,2]]", "seg_map_suffix=_L.png", "classes_file=none", "num_classes=2")[0]
+        == 0
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["reduce_zero_label=False", "num_classes=4"], "num_classes is 4, but .*classes.txt names 3 classes"),
+        (["reduce_zero_label=False", "classes_file=no.txt"], "there is no .*no.txt; add num_classes=N"),
+        (["reduce_zero=1"], "has no option 'reduce_zero'"),
+        (["elsewhere", "reduce_zero_label=False"], "elsewhere is one folder or config too many"),
+    ],
+)
+def test_a_data_folder_that_is_not_described_is_one_sentence(scenes, options, message):
+    code, said = check_labels(scenes, *options)
+    assert code == 2 and said.startswith("error: ") and said.count("\n") == 1 and re.search(message, said), said
+
+
+def test_photos_turned_without_their_maps_are_named_with_the_reason(scenes):
+    image = scenes / "images" / "training" / "0.png"
+    exif = Image.Exif()
+    exif[274] = 6
+    with Image.open(image) as opened:
+        opened.crop((0, 0, 32, 20)).save(image, exif=exif)
+    path = scenes / "annotations" / "training" / "0.png"
+    with Image.open(path) as opened:
+        opened.crop((0, 0, 32, 20)).save(path)
+    code, said = check_labels(scenes, "reduce_zero_label=False")
+    assert code == 2 and "turn the map as its image's orientation tag says" in said
+    with Image.open(path) as opened:
+        opened.transpose(Image.Transpose.ROTATE_270).save(path)
+    code, said = check_labels(scenes, "reduce_zero_label=False")
+    assert code == 0 and "note: 1 image with the orientation tag 6" in said
