@@ -44,9 +44,9 @@ def pretrain(
         if not dry_run:
             run(config, resume=resume)
             return
-        from mae_core.training.plan import rehearse
+        from mae_core.training.plan import print_plan
 
-        rehearse(config)
+        print_plan(config)
 
 
 @app.command("fit-pca")

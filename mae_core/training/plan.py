@@ -1,21 +1,21 @@
-"""``mae pretrain --dry-run``: what a run will be and take, with a few of its steps measured; nothing is written."""
+"""The plan of a run: ``mae pretrain --dry-run`` says what a run will be and take, with a few of its steps measured, and
+writes nothing. The lines about batch, rate and steps are those of the detectors' dry run too."""
 
 from __future__ import annotations
 
 import math
-import os
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mae_core.config.load import config_differences
+from mae_core.config.sections import ScheduleConfig
 from mae_core.data.images import statistics_of
 from mae_core.data.loading import share_of
 from mae_core.data.sources import damaged_parts, open_source
@@ -26,6 +26,7 @@ from mae_core.models.mae import MaskedAutoencoder
 from mae_core.models.sizes import SIZES
 from mae_core.training import distributed
 from mae_core.training.loop import FitSettings, backward, seed_everything
+from mae_core.training.memory import BYTES_PER_PARAMETER, GIB, available_memory, fixed_bytes, kept_storages
 from mae_core.training.pretrain import announce, build_pretrain_model, pretrain_loss, pretrain_optimizer
 from mae_core.training.pretrain_config import PretrainConfig
 from mae_core.training.progress import clock
@@ -37,14 +38,11 @@ ALSO_IN_PAPER = {"optim.epochs": ("800.0", "1600.0"), "target.kind": ("pixels", 
 """Leaves of which Table 8 or Table 1's default row has another value than the schema."""
 COMPARED = ("model.", "decoder.", "masking.", "target.", "optim.", "data.", "watch.share")
 NOT_A_RECIPE = ("data.path", "data.source", "data.split", "data.workers", "data.on_error", "optim.micro_batch")
-BYTES_PER_PARAMETER = {"parameters": 4, "gradients": 4, "AdamW's two moments": 8}
 TIMED_STEPS = 3
 IMAGES_READ = 16
 GROWTH = 4
 SECONDS_A_STEP = 5.0
 """A measured step takes fewer images where as many as the run's would take longer than this."""
-GIB = 2**30
-MEMORY = Path("/proc/meminfo")
 
 
 class Cost(NamedTuple):
@@ -63,7 +61,7 @@ class Speed(NamedTuple):
     at_once: int
 
 
-def rehearse(config: PretrainConfig, say: Callable[[str], None] = print) -> None:
+def print_plan(config: PretrainConfig, say: Callable[[str], None] = print) -> None:
     """Print the plan of a run, its cost, and what differs from the paper. Raises ``UserError`` as the run would."""
     source = open_source(config.data)
     for path, reason in damaged_parts(source):
@@ -87,7 +85,7 @@ def rehearse(config: PretrainConfig, say: Callable[[str], None] = print) -> None
         micro = min(config.optim.micro_batch or config.optim.batch_size, share_of(config.optim.batch_size, run.world))
         for line in cost_lines(cost, model, config.optim.batch_size, micro):
             run.say(line)
-        needed, there = memory_of(model, cost, 1), available_memory(run.device)
+        needed, there = fixed_bytes(model) + cost.kept, available_memory(run.device)
         if needed > there:
             run.say(f"time: not measured, one image needs {needed / GIB:.1f} GiB and {there / GIB:.1f} GiB are free")
         else:
@@ -104,21 +102,49 @@ def rehearse(config: PretrainConfig, say: Callable[[str], None] = print) -> None
 def plan(config: PretrainConfig, model: MaskedAutoencoder, settings: FitSettings, length: int, world: int) -> list[str]:
     """Batch, learning rate, steps and tokens."""
     optim = config.optim
-    share = share_of(optim.batch_size, world)
-    micro = min(optim.micro_batch or share, share)
     mask = model.masker(1, model.encoder.grid, torch.Generator().manual_seed(0))
     hidden, visible = mask.hidden_ids.shape[1], mask.visible_ids.shape[1]
     seen = model.encoder.grid.num_patches if model.mask_token is not None else visible
+    dropped = round(length // optim.batch_size * optim.epochs)
     return [
-        f"batch: {optim.batch_size} images a step, on {world} devices {share} each, accumulated in "
-        f"{math.ceil(share / micro)} rounds of at most {micro}",
-        f"learning rate: {optim.base_lr:g} x {optim.batch_size} / 256 = {settings.lr:.6g} at its peak, warm-up "
-        f"{settings.warmup_steps} steps, half-cosine to {settings.min_lr:g}; weight decay {optim.weight_decay:g}, "
-        f"betas {optim.betas[0]:g}, {optim.betas[1]:g}",
-        f"steps: {settings.total_steps} = {optim.epochs:g} epochs of {length / optim.batch_size:.6g} steps",
+        batch_line(optim, world),
+        f"{rate_line(optim, settings)}; weight decay {optim.weight_decay:g}, betas {optim.betas[0]:g}, "
+        f"{optim.betas[1]:g}",
+        steps_line(optim, settings, length)
+        + (f"; {dropped} where the end of an epoch is dropped, as in the official code" if dropped else ""),
         f"tokens: {hidden + visible} patches, {hidden} masked and {visible} visible ({config.masking.kind}, "
         f"{config.masking.ratio:g}); the encoder runs on {seen} + 1, the decoder on {hidden + visible} + 1",
     ]
+
+
+def devices_in_words(number: int) -> str:
+    """1 device, 8 devices."""
+    return f"{number} device{'s' if number > 1 else ''}"
+
+
+def batch_line(optim: ScheduleConfig, devices: int) -> str:
+    """How the images of a step fall to devices and micro-batches."""
+    share = share_of(optim.batch_size, devices)
+    micro = min(optim.micro_batch or share, share)
+    line = f"batch: {optim.batch_size} images per step: {devices_in_words(devices)} x {share}"
+    if micro == share:
+        return line
+    return f"{line}, in {math.ceil(share / micro)} micro-batches of {'at most ' if share % micro else ''}{micro}"
+
+
+def rate_line(optim: ScheduleConfig, settings: FitSettings) -> str:
+    """The learning rate by the linear rule, and its schedule."""
+    drops = ", ".join(f"step {round(share * settings.total_steps)}" for share in settings.milestones)
+    shape = f"a tenth from {drops} on" if drops else f"half-cosine to {settings.min_lr:g}"
+    return (
+        f"learning rate: {optim.base_lr:g} x {optim.batch_size} / 256 = {settings.lr:.6g} at its peak, warm-up "
+        f"{settings.warmup_steps} steps, {shape}"
+    )
+
+
+def steps_line(optim: ScheduleConfig, settings: FitSettings, length: int) -> str:
+    """Steps and epochs of ``length`` images."""
+    return f"steps: {settings.total_steps} = {optim.epochs:g} epochs of {length / optim.batch_size:.6g} steps"
 
 
 def parameter_lines(model: MaskedAutoencoder) -> list[str]:
@@ -152,52 +178,17 @@ def cost_of(model: MaskedAutoencoder, config: PretrainConfig, precision: torch.d
     model.zero_grad(set_to_none=True)
     # The difference of two batches leaves out what is kept once: parameters, and their copies in lower precision.
     with kernels_as_on(device_type):
-        kept = _kept_bytes(lambda: loss(2)) - _kept_bytes(lambda: loss(1))
+        kept = sum(kept_storages(lambda: loss(2), model)) - sum(kept_storages(lambda: loss(1), model))
     return Cost(forward.get_total_flops(), whole.get_total_flops(), kept)
-
-
-def _kept_bytes(forward: Callable[[], Tensor]) -> int:
-    """Bytes of all tensors that a forward pass keeps for its backward pass, each storage once."""
-    kept: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        forward()
-    return sum(kept.values())
-
-
-def memory_of(model: nn.Module, cost: Cost, micro: int) -> int:
-    """Bytes: parameters with gradients and moments, and what the backward pass of ``micro`` images keeps."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(t.numel() for t in [*model.parameters(), *model.buffers()] if not t.requires_grad)
-    return trained * sum(BYTES_PER_PARAMETER.values()) + frozen * 4 + cost.kept * micro
-
-
-def available_memory(device: torch.device) -> int:
-    """Bytes that are free on the device."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:  # what the system can give: pages that only cache files are not among the free ones
-        table = dict(line.split(":", 1) for line in MEMORY.read_text(encoding="ascii").splitlines())
-        return int(table["MemAvailable"].split()[0]) * 1024
-    except (OSError, ValueError, KeyError):
-        pass
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return 2**63
 
 
 def cost_lines(cost: Cost, model: MaskedAutoencoder, batch_size: int, micro: int) -> list[str]:
     """FLOPs and memory."""
-    fixed = memory_of(model, cost, 0)
+    fixed = fixed_bytes(model)
     return [
         f"FLOPs: {cost.total * batch_size:.4g} a step = {batch_size} images x {cost.total:.4g} forward and backward "
         f"({cost.forward:.4g} forward), a multiplication and an addition counted as two",
-        f"memory, estimated: {memory_of(model, cost, micro) / GIB:.2f} GiB = {fixed / GIB:.2f} GiB for "
+        f"memory, estimated: {(fixed + cost.kept * micro) / GIB:.2f} GiB = {fixed / GIB:.2f} GiB for "
         f"{', '.join(BYTES_PER_PARAMETER)}, and {cost.kept * micro / GIB:.2f} GiB for {micro} images at once "
         f"({cost.kept / 2**20:.1f} MiB each)",
     ]
@@ -248,7 +239,8 @@ def time_lines(speed: Speed, config: PretrainConfig, settings: FitSettings, worl
     whole = settings.total_steps * seconds
     days = f" ({whole / 86400:.1f} days)" if whole > 2 * 86400 else ""
     lines = [
-        f"time, from {TIMED_STEPS} measured steps of {speed.at_once} images on each of {world} devices: "
+        f"time, from {TIMED_STEPS} measured steps of {speed.at_once} images on "
+        f"{'each of ' if world > 1 else ''}{devices_in_words(world)}: "
         f"{seconds:.3g} s a step, {clock(whole)}{days} for the run; without pictures, checkpoints and measurements",
         f"  computing {1 / speed.computing:.4g} images/s a device, reading {1 / speed.reading:.4g} images/s a process",
     ]

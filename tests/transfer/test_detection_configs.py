@@ -10,7 +10,7 @@ from mae_core.config.load import load_config
 from mae_core.config.schema import ConfigError
 from mae_core.data.loading import steps_for
 from transfer.detection.config import DetectionConfig, DetectorConfig
-from transfer.detection.rehearsal import rehearse
+from transfer.detection.plan import print_plan
 
 FOLDER = Path(__file__).parents[2] / "configs" / "detection"
 FILES = sorted(FOLDER.glob("*.yaml"))
@@ -110,9 +110,9 @@ def test_a_rehearsal_of_a_recipe_says_its_batch_rate_and_steps(path, detection_r
     said = []
     config = load(path, *TINY, "engine=torchvision", "model.cascade=false", f"data.path={detection_root}",
         f"output={tmp_path / 'run'}")  # fmt: skip
-    rehearse(config, 4, said.append)
+    print_plan(config, 4, said.append)
     planned = config.optim
     text = "\n".join(said)
-    assert f"batch: {planned.batch_size} images a step, on 4 devices" in text
+    assert f"batch: {planned.batch_size} images per step: 4 devices x {planned.batch_size // 4}" in text
     assert f"= {planned.lr:.6g} at its peak" in text and "memory, estimated:" in text
     assert not (tmp_path / "run").exists()

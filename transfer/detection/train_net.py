@@ -11,7 +11,7 @@ from mae_core.config.load import load_config
 from mae_core.errors import UserError, user_errors
 from mae_core.training import distributed
 from transfer.detection.config import DetectionConfig
-from transfer.detection.rehearsal import rehearse
+from transfer.detection.plan import print_plan
 from transfer.detection.run import evaluate_detector, train_detector
 from transfer.engines import DETECTION, find_object, require
 
@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return
         config = load_config(DetectionConfig, given.config_file, given.overrides)
         if given.dry_run:
-            rehearse(config, max(given.num_gpus, 1) * given.num_machines * distributed.world_size())
+            print_plan(config, max(given.num_gpus, 1) * given.num_machines * distributed.world_size())
         else:
             start(config.engine, run_config, (config, given.eval_only, given.resume), given)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 
 import torch
@@ -12,12 +11,13 @@ from torch import Tensor, nn
 from mae_core.data.loading import share_of
 from mae_core.patches import as_pair
 from mae_core.training import distributed
+from mae_core.training.memory import GIB, StepMemory, step_memory
+from mae_core.training.plan import batch_line, rate_line, steps_line
 from mae_core.training.run import Run
 from mae_core.weights.load import read_encoder, with_channels_of
 from transfer.detection.config import DetectionConfig
 from transfer.detection.data_sets import read_data
 from transfer.detection.engine import build_network, load_engine
-from transfer.detection.memory import BYTES, GIB, MOMENTS, peak_of_step
 from transfer.detection.run import settings_of, zoo_detector
 
 CASCADE_STAGES = 3
@@ -25,7 +25,7 @@ POSITIVES = 4
 """One of so many sampled regions is an object, at most."""
 
 
-def rehearse(config: DetectionConfig, devices: int, say: Callable[[str], None] = print) -> None:
+def print_plan(config: DetectionConfig, devices: int, say: Callable[[str], None] = print) -> None:
     """Print the plan of a run on ``devices`` devices, and what a step of it takes.
 
     Raises ``UserError`` as the run would. The memory is that of the torchvision engine's network, whose tensors have
@@ -40,11 +40,6 @@ def rehearse(config: DetectionConfig, devices: int, say: Callable[[str], None] =
     settings, share = settings_of(config, len(train_set.images)), share_of(optim.batch_size, devices)
     micro = min(optim.micro_batch or share, share)
     objects = [len(image.instances) for image in train_set.images]
-    shape = (
-        f"a tenth from {', '.join(f'step {round(m * settings.total_steps)}' for m in settings.milestones)} on"
-        if settings.milestones
-        else f"half-cosine to {settings.min_lr:g}"
-    )
     height, width = as_pair(config.data.image_size)
     torchvision = config.model_copy(
         update={"engine": "torchvision", "model": config.model.model_copy(update={"cascade": False})}
@@ -56,26 +51,43 @@ def rehearse(config: DetectionConfig, devices: int, say: Callable[[str], None] =
     for line in (
         f"data: {len(train_set.images)} training images with {sum(objects)} objects, at most {max(objects)} on one; "
         f"{len(val_set.images)} validation images; {len(train_set.categories)} classes",
-        f"batch: {optim.batch_size} images a step, on {devices} devices {share} each, accumulated in "
-        f"{math.ceil(share / micro)} rounds of at most {micro}",
-        f"learning rate: {optim.base_lr:g} x {optim.batch_size} / 256 = {settings.lr:.6g} at its peak, warm-up "
-        f"{settings.warmup_steps} steps, {shape}; per block x {optim.layer_decay:g}; weight decay "
-        f"{optim.weight_decay:g}",
-        f"steps: {settings.total_steps} = {optim.epochs:g} epochs of {len(objects) / optim.batch_size:.6g} steps",
+        batch_line(optim, devices),
+        f"{rate_line(optim, settings)}; per block x {optim.layer_decay:g}; weight decay {optim.weight_decay:g}",
+        steps_line(optim, settings, len(objects)),
         f"network: {numbers / 1e6:.1f} M parameters, ViT {trunk.vit.size}, patch {trunk.vit.grid.patch}, canvas "
         f"{height}x{width}, engine {config.engine}",
     ):
         say(line)
     precision = Run(config, distributed.join(config.device)).precision
     distributed.leave()
-    needed = peak_of_step(model, lambda: stand_in_loss(model, config, micro), precision)
+    needed = memory_of(model, config, micro, precision)
     kind = str(precision).removeprefix("torch.")
     say(
-        f"memory, estimated: at least {needed / GIB:.1f} GiB at the peak of a step of {micro} images at once in "
-        f"{kind}, {numbers * BYTES * (2 + MOMENTS) / GIB:.1f} GiB of it parameters, gradients and moments; "
-        "a GPU's own libraries take about 1 GiB more"
+        f"memory, estimated: {needed.peak / GIB:.1f} GiB at the peak of a step of {micro} images at once in {kind}, "
+        f"{needed.fixed / GIB:.1f} GiB of it parameters, gradients and moments; a GPU's own libraries take about 1 GiB "
+        "more"
     )
     say("dry run: nothing was written")
+
+
+def memory_of(model: nn.Module, config: DetectionConfig, images: int, precision: torch.dtype) -> StepMemory:
+    """Of a step of ``images`` images at once; ``model`` is moved to the meta device.
+
+    What chooses among boxes (suppression, sampling) is left out, it is small; the heads run on as many regions as the
+    configuration samples. With checkpointing, one block at a time is there in whole.
+    """
+
+    def measured() -> StepMemory:
+        return step_memory(model, lambda: stand_in_loss(model, config, images), precision)
+
+    found = measured()
+    if not config.model.checkpointing:
+        return found
+    vit = model.backbone.vit
+    vit.checkpointing = False
+    a_block = (measured().kept - found.kept) // len(vit.blocks)
+    vit.checkpointing = True
+    return found._replace(kept=found.kept + a_block)
 
 
 def add_cascade(model: nn.Module) -> None:

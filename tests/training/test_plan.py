@@ -12,7 +12,8 @@ from mae_core.data.images import statistics_of
 from mae_core.errors import UserError
 from mae_core.models.sizes import SIZES
 from mae_core.training.loop import FitSettings
-from mae_core.training.plan import available_memory, cost_of, differences_from_paper, memory_of, plan, rehearse
+from mae_core.training.memory import available_memory, fixed_bytes
+from mae_core.training.plan import batch_line, cost_of, differences_from_paper, plan, print_plan
 from mae_core.training.pretrain import build_pretrain_model
 from mae_core.training.pretrain_config import PretrainConfig
 
@@ -50,8 +51,7 @@ def test_memory_grows_with_the_images_at_once_and_counts_the_optimizer(pretrain_
     cost = cost_of(model, config, torch.float32)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    assert memory_of(model, cost, 0) == trained * 16 + frozen * 4
-    assert memory_of(model, cost, 10) - memory_of(model, cost, 0) == 10 * cost.kept
+    assert fixed_bytes(model) == trained * 16 + frozen * 4
     tokens = 5 * SIZES["nano"].depth * SIZES["nano"].width * 4
     assert cost.kept > 10 * tokens  # at least ten activations of each block
     half = cost_of(model, config, torch.bfloat16).kept
@@ -62,12 +62,15 @@ def test_the_plan_is_the_papers_arithmetic():
     config = load_config(PretrainConfig, CONFIGS / "table1" / "baseline.yaml", ["model.size=tiny", "decoder.depth=1"])
     settings = FitSettings.of(config.optim, 1_281_167)
     lines = "\n".join(plan(config, build_pretrain_model(config), settings, 1_281_167, 8))
-    assert "4096 images a step, on 8 devices 512 each, accumulated in 1 rounds" in lines
+    assert "batch: 4096 images per step: 8 devices x 512\n" in lines
     assert "0.00015 x 4096 / 256 = 0.0024" in lines and "warm-up 12511 steps" in lines
-    assert "steps: 250228 = 800 epochs" in lines
+    assert "steps: 250228 = 800 epochs of 312.785 steps; 249600 where the end of an epoch is dropped" in lines
     assert "196 patches, 147 masked and 49 visible (random, 0.75); the encoder runs on 49 + 1" in lines
     small = load_config(PretrainConfig, None, ["optim.micro_batch=100", "model.size=nano", "decoder.depth=1"])
-    assert "accumulated in 6 rounds of at most 100" in plan(small, build_pretrain_model(small), settings, 10, 8)[0]
+    line = plan(small, build_pretrain_model(small), settings, 10, 8)[0]
+    assert line == "batch: 4096 images per step: 8 devices x 512, in 6 micro-batches of at most 100"
+    even = load_config(PretrainConfig, None, ["optim.batch_size=512", "optim.micro_batch=256"])
+    assert batch_line(even.optim, 1) == "batch: 512 images per step: 1 device x 512, in 2 micro-batches of 256"
 
 
 @pytest.mark.parametrize(
@@ -100,7 +103,7 @@ def test_a_dry_run_says_all_and_writes_nothing(pretrain_options, tmp_path, write
     assert result.exit_code == 0, result.output
     for word in (
         "batch: 4",
-        "in 2 rounds",
+        "in 2 micro-batches",
         "learning rate",
         "steps",
         "12 masked and 4 visible",
@@ -118,13 +121,13 @@ def test_a_run_that_does_not_fit_is_not_started(pretrain_options, tmp_path, writ
     monkeypatch.setattr("mae_core.training.plan.available_memory", lambda device: 1000)
     said: list[str] = []
     monkeypatch.setattr("builtins.print", lambda *words, **_: said.append(" ".join(map(str, words))))
-    rehearse(configured(pretrain_options, f"data.path={tmp_path}"))
+    print_plan(configured(pretrain_options, f"data.path={tmp_path}"))
     assert any("time: not measured" in line for line in said)
 
 
 def test_it_refuses_what_the_run_would_refuse(pretrain_options, tmp_path):
     with pytest.raises(UserError, match="does not exist"):
-        rehearse(configured(pretrain_options, f"data.path={tmp_path / 'none'}"))
+        print_plan(configured(pretrain_options, f"data.path={tmp_path / 'none'}"))
     with pytest.raises(UserError, match="no usual mean of 5 channels; run mae data-stats"):
         statistics_of(configured(pretrain_options, "data.channels=5").data)
 
@@ -132,7 +135,7 @@ def test_it_refuses_what_the_run_would_refuse(pretrain_options, tmp_path):
 def test_memory_that_only_caches_files_is_available(tmp_path, monkeypatch):
     table = tmp_path / "meminfo"
     table.write_text("MemTotal: 9000 kB\nMemFree: 10 kB\nMemAvailable:    7000 kB\n", encoding="ascii")
-    monkeypatch.setattr("mae_core.training.plan.MEMORY", table)
+    monkeypatch.setattr("mae_core.training.memory.SYSTEM_MEMORY", table)
     assert available_memory(torch.device("cpu")) == 7000 * 1024
     table.unlink()
     assert available_memory(torch.device("cpu")) > 0
