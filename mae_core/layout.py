@@ -26,7 +26,8 @@ CHECKPOINTS = "checkpoints"
 PICTURES = "pictures"
 MODEL = "model.safetensors"
 EXPORT_CONFIG = "config.json"
-EXPORTED = (MODEL, "pytorch_model.bin")
+PREPROCESSOR_CONFIG = "preprocessor_config.json"
+EXPORTED = (MODEL, f"{MODEL}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 TRAINING_STATE = "training.pt"
 COMPLETE = "COMPLETE"
 LAST_CHECKPOINT = "last_checkpoint"
@@ -68,7 +69,7 @@ def resolve_weights(path: Path | str, *, decoder: bool = False) -> Path:
     if (path / EXPORT_CONFIG).is_file():
         found_weights = [path / name for name in EXPORTED if (path / name).is_file()]
         if not found_weights:
-            raise UserError(f"{path} has a {EXPORT_CONFIG} and no {' or '.join(EXPORTED)}; give the weights file")
+            raise UserError(f"{path} has a {EXPORT_CONFIG} and no {MODEL} or {EXPORTED[2]}; give the weights file")
         return found_weights[0]
     if (path / MODEL).is_file():
         if not is_complete(path):

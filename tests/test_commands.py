@@ -13,8 +13,8 @@ from typer.testing import CliRunner, Result
 
 from mae_core.cli.main import app
 from mae_core.models.encoder import ViTEncoder
+from mae_core.weights.encoder_file import describe_encoder
 from mae_core.weights.files import write_weights
-from mae_core.weights.load import describe_encoder
 
 COMMANDS = (
     *("pretrain", "fit-pca", "train-tokenizer", "finetune", "linprobe", "knn", "features", "evaluate"),

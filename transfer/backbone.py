@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mae_core.errors import UserError
 from mae_core.models.encoder import ViTEncoder
-from mae_core.models.sizes import size_of
+from mae_core.models.sizes import AnySize
 from mae_core.patches import PatchGrid
 from mae_core.pos_embed import resize_pos_embed
 from transfer.attention import RELATIVE_POSITIONS, Grid, SharedTable, merge_windows, partition_windows
@@ -52,7 +52,7 @@ class DenseViT(ViTEncoder):
 
     def __init__(
         self,
-        size: str = "base",
+        size: AnySize = "base",
         *,
         image_size: int | Sequence[int] = 224,
         patch_size: int | None = None,
@@ -76,9 +76,9 @@ class DenseViT(ViTEncoder):
         if cls_token and (window is not None or relative_positions == "decomposed"):
             cause = "window attention" if window is not None else "decomposed relative positions"
             raise UserError(f"{cause} leave no place for a cls token; use cls_token=False, or do without them")
-        quarters = size_of(size).quarter_taps
+        quarters = self.shape.quarter_taps
         self.taps = tuple(quarters if taps is None else taps)
-        if list(self.taps) != sorted(set(self.taps)) or not self.taps or not 0 <= self.taps[0]:
+        if list(self.taps) != sorted(self.taps) or not self.taps or not 0 <= self.taps[0]:
             raise UserError(f"taps {self.taps} must ascend and count blocks from 0")
         if self.taps[-1] >= len(self.blocks):
             raise UserError(f"taps {self.taps} must lie within the {len(self.blocks)} blocks, counted from 0")
@@ -96,7 +96,7 @@ class DenseViT(ViTEncoder):
             if layer_scale is not None:
                 block.ls1, block.ls2 = (LayerScale(self.embed_dim, layer_scale) for _ in range(2))
         if relative_positions == "shared_table":
-            heads, kinds = size_of(size).heads, {self._window(index) for index in range(len(self.blocks))}
+            heads, kinds = self.shape.heads, {self._window(index) for index in range(len(self.blocks))}
             self.shared_tables = nn.ModuleDict(
                 {_kind(w): SharedTable(heads, (w, w) if w else (tables.rows, tables.cols), prefix) for w in kinds}
             )
@@ -129,8 +129,7 @@ class DenseViT(ViTEncoder):
                 x = checkpoint(_run_block, *arguments, use_reentrant=False)
             else:
                 x = _run_block(*arguments)
-            if index in self.taps:
-                maps.append(x[:, prefix:].transpose(1, 2).unflatten(2, grid))
+            maps += [x[:, prefix:].transpose(1, 2).unflatten(2, grid)] * self.taps.count(index)
         return maps
 
     def _window(self, index: int) -> int | None:

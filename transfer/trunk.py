@@ -12,9 +12,12 @@ from typing import Any, Literal, NamedTuple
 from torch import nn
 
 from mae_core.config.schema import Size
-from mae_core.models.sizes import ViTSize, size_of
+from mae_core.errors import UserError
+from mae_core.models.sizes import AnySize, ViTSize, size_of
 from mae_core.training.groups import layer_decay_groups
-from mae_core.weights.load import EncoderFile, LoadReport, fit_state, read_encoder
+from mae_core.weights.encoder_file import EncoderFile
+from mae_core.weights.load import fit_state, opened_once, settled
+from mae_core.weights.report import LoadReport
 from transfer.backbone import DenseViT
 
 NEW = ("*relative_position_bias_table", "*.rel_pos_h", "*.rel_pos_w", "*.ls1.gamma", "*.ls2.gamma")
@@ -37,7 +40,7 @@ class Trunk(NamedTuple):
 def build_trunk(
     source: EncoderFile | None,
     *,
-    size: str | None = None,
+    size: AnySize | None = None,
     patch_size: int | None = None,
     in_chans: int = 3,
     taps: Callable[[ViTSize], Sequence[int]],
@@ -59,13 +62,14 @@ def build_trunk(
             size, image_size=stored, patch_size=patch_size, in_chans=in_chans, taps=taps(size_of(size)), **options
         )
         return Trunk(vit, None)
-    source.check_asked(size=size, patch_size=patch_size, in_chans=in_chans)
+    given = {"size": None if size is None else size_of(size).name, "patch_size": patch_size, "in_chans": in_chans}
+    found = {"size": source.size, "patch_size": source.patch_size, "in_chans": source.in_chans}
+    settled(source.path, given, must=found)
     vit = DenseViT(
-        source.size,
+        source.shape,
         image_size=source.image_size if positions is None else positions,
-        patch_size=source.patch_size,
         in_chans=source.in_chans,
-        taps=taps(size_of(source.size)),
+        taps=taps(source.shape),
         **options,
     )
     return Trunk(vit, load_pretrained(vit, source, allow_missing=allow_missing))
@@ -81,8 +85,8 @@ def load_pretrained(
     and that start anew. Raises ``UserError`` where the file is broken or of another architecture: a backbone never
     starts half loaded.
     """
-    if not isinstance(source, EncoderFile):
-        source = read_encoder(source)
+    source = opened_once(source)
+    check_same_trunk(backbone, source)
     unused = {
         "norm.*": "dense maps take no final norm",
         "fc_norm.*": "a classifier's norm",
@@ -91,6 +95,18 @@ def load_pretrained(
     if backbone.cls_token is None:
         unused["cls_token"] = "this backbone has no cls token"
     return fit_state(backbone, source, grid=backbone.grid[:2], new=NEW, unused=unused, allow_missing=allow_missing)
+
+
+def check_same_trunk(backbone: DenseViT, source: EncoderFile) -> None:
+    """Raise ``UserError`` where the backbone computes other features from the file's tensors than they were trained
+    for: no shape tells heads, epsilon and activation."""
+    for name in ("heads", "norm_eps", "activation"):
+        built, found = getattr(backbone.shape, name), getattr(source.shape, name)
+        if built != found and backbone.embed_dim == source.shape.width:
+            raise UserError(
+                f"{source.path} was trained with {name}={found}, and this backbone has {name}={built}; build it from "
+                "the file's shape, read_encoder(FILE).shape"
+            )
 
 
 def parameter_groups(

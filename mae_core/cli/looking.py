@@ -27,6 +27,10 @@ def reconstruct(
         str | None, typer.Option(help="Channels to show, from 0: one as grey, or three, such as 3,2,1 for a satellite.")
     ] = None,
     target: Annotated[str | None, typer.Option(help="What the decoder predicts, where the file does not say.")] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="Attention heads, where the file does not say.")] = None,
+    decoder_heads: Annotated[
+        int | None, typer.Option(min=1, help="Attention heads of the decoder, where the file does not say.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the masks.")] = 0,
     most: Annotated[int, typer.Option(min=1, help="Draw at most this many images.")] = 12,
 ) -> None:
@@ -50,6 +54,8 @@ def reconstruct(
             masks=masks,
             bands=chosen,
             target=target,
+            heads=heads,
+            decoder_heads=decoder_heads,
             seed=seed,
             most=most,
         )

@@ -54,6 +54,10 @@ def convert(
         ),
     ] = False,
     drop: Annotated[list[str] | None, typer.Option(help="Pattern of tensors to leave out; repeatable.")] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="Attention heads, where the file does not say.")] = None,
+    decoder_heads: Annotated[
+        int | None, typer.Option(min=1, help="Attention heads of the decoder, where the file does not say.")
+    ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Run both ends on the same images; above 1e-4 nothing is written.")
     ] = False,
@@ -66,7 +70,7 @@ def convert(
     with user_errors():
         from mae_core.atomic import write_json
         from mae_core.weights.resize import Adaptation
-        from mae_core.weights.tools.convert import convert_file, summary
+        from mae_core.weights.tools.convert import check_as_json, convert_file, summary
 
         if report is not None and report.exists():
             raise UserError(f"{report} exists; choose another --report")
@@ -81,12 +85,19 @@ def convert(
             reorder=reorder_positions,
         )
         account, comparison = convert_file(
-            source, to, out, from_format=source_format, adaptation=adaptation, drop=drop or (), check=check
+            source,
+            to,
+            out,
+            from_format=source_format,
+            adaptation=adaptation,
+            drop=drop or (),
+            heads=heads,
+            decoder_heads=decoder_heads,
+            check=check,
         )
         account.print(of="the target's")
         if report is not None:
-            proof = None if comparison is None else comparison._asdict()
-            write_json(report, {**account.as_dict(), "check": proof})
+            write_json(report, {**account.as_dict(), "check": check_as_json(comparison)})
         typer.echo(summary(account, comparison, out))
 
 
@@ -97,13 +108,16 @@ def _one_of(option: str, value: str | None, known: tuple[str, ...]) -> str | Non
 
 
 def inspect(
-    file: File, as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False
+    file: File,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
+    heads: Annotated[int | None, typer.Option(min=1, help="Attention heads, where the file does not say.")] = None,
 ) -> None:
     """Say what a weights file holds: format, architecture, sizes, target, what it can be used for and what it lacks."""
     with user_errors():
         from mae_core.weights.tools.inspect import describe_file, inspect_file
 
-        typer.echo(json.dumps(inspect_file(file), indent=2, default=str) if as_json else describe_file(file))
+        found = inspect_file(file, heads=heads) if as_json else describe_file(file, heads=heads)
+        typer.echo(json.dumps(found, indent=2, default=str) if as_json else found)
 
 
 def export(
@@ -115,6 +129,10 @@ def export(
         bool, typer.Option("--huggingface", help="A folder for from_pretrained, with a card.")
     ] = False,
     check: Annotated[bool, typer.Option("--check", help="Run both ends on the same images first.")] = False,
+    heads: Annotated[int | None, typer.Option(min=1, help="Attention heads, where the file does not say.")] = None,
+    decoder_heads: Annotated[
+        int | None, typer.Option(min=1, help="Attention heads of the decoder, where the file does not say.")
+    ] = None,
 ) -> None:
     """Write weights for others: a folder of timm or transformers, or the encoder as ONNX.
 
@@ -127,13 +145,15 @@ def export(
         if onnx:
             from mae_core.weights.tools.export import export_encoder
 
-            typer.echo(export_encoder(file, out))
+            typer.echo(export_encoder(file, out, heads=heads))
             return
         from mae_core.weights.tools.convert import convert_file, summary
 
         if out.suffix:
             raise UserError(f"--out {out} has to be a folder, without a file ending")
-        account, comparison = convert_file(file, chosen[0], out, check=check)
+        account, comparison = convert_file(file, chosen[0], out, heads=heads, decoder_heads=decoder_heads, check=check)
+        for note in account.notes:
+            typer.echo(f"note: {note}")
         typer.echo(summary(account, comparison, out))
 
 

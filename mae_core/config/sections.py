@@ -8,14 +8,39 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from mae_core.config.schema import Beta, Count, Schema, row_of
-from mae_core.models.sizes import SIZES
+from mae_core.models.sizes import SIZES, ViTSize, trunk_of
 
 
-class ModelConfig(Schema):
+class TrunkOptions(Schema):
+    """Numbers that replace those of the named size; with ``weights`` they state what the file does not say."""
+
+    width: Count | None = Field(None, description="channels of a token; the size's when empty")
+    depth: Count | None = Field(None, description="blocks; the size's when empty")
+    heads: Count | None = Field(None, description="attention heads; the size's, or the weights file's, when empty")
+    mlp_ratio: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="hidden units of a block's MLP, in widths; the size's when empty"
+    )
+
+    def trunk_on(self, size: str) -> ViTSize:
+        """The trunk: a named size with the numbers given here. Raises ``UserError`` where they do not make a ViT."""
+        return trunk_of(size, width=self.width, depth=self.depth, heads=self.heads, mlp_ratio=self.mlp_ratio)
+
+
+class ModelConfig(TrunkOptions):
     """The encoder."""
 
     size: Annotated[str, row_of(SIZES)] = Field("base", description="a row of mae_core.models.sizes.SIZES")
     patch_size: Count | None = Field(None, description="pixels; the size's own (14 for huge, else 16) when empty")
+
+    @property
+    def trunk(self) -> ViTSize:
+        """Width, depth, heads and MLP ratio."""
+        return self.trunk_on(self.size)
+
+    @model_validator(mode="after")
+    def _is_a_vit(self) -> ModelConfig:
+        self.trunk_on(self.size)
+        return self
 
 
 class ScheduleConfig(Schema):

@@ -5,13 +5,16 @@ For pre-training only.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
+from timm.layers import get_act_layer
 from torch import Tensor, nn
 
 from mae_core.errors import UserError
 from mae_core.masking import PatchMask
 from mae_core.models.block import Block
-from mae_core.models.encoder import LayerNorm, init_linear_and_norm
+from mae_core.models.encoder import init_linear_and_norm
 from mae_core.patches import PatchGrid
 from mae_core.pos_embed import sincos_2d
 
@@ -29,6 +32,9 @@ class MAEDecoder(nn.Module):
         width: int = 512,
         depth: int = 8,
         heads: int = 16,
+        mlp_ratio: float = 4.0,
+        norm_eps: float = 1e-6,
+        activation: str = "gelu",
         mask_tokens: bool = True,
     ) -> None:
         super().__init__()
@@ -40,8 +46,10 @@ class MAEDecoder(nn.Module):
         self.embed = nn.Linear(encoder_width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width)) if mask_tokens else None
         self.pos_embed = nn.Parameter(sincos_2d(width, grid.rows, grid.cols), requires_grad=False)
-        self.blocks = nn.Sequential(*(Block(width, heads, qkv_bias=True, norm_layer=LayerNorm) for _ in range(depth)))
-        self.norm = LayerNorm(width)
+        norm = partial(nn.LayerNorm, eps=norm_eps)
+        options = {"mlp_ratio": mlp_ratio, "norm_layer": norm, "act_layer": get_act_layer(activation)}
+        self.blocks = nn.Sequential(*(Block(width, heads, qkv_bias=True, **options) for _ in range(depth)))
+        self.norm = norm(width)
         self.pred = nn.Linear(width, target_dim)
         init_linear_and_norm(self)
         if self.mask_token is not None:

@@ -8,23 +8,25 @@ conversion need no second ViT.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from timm.layers import get_act_layer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mae_core.errors import UserError
 from mae_core.masking import PatchMask
 from mae_core.models.block import Block
-from mae_core.models.sizes import size_of
+from mae_core.models.sizes import AnySize, size_of
 from mae_core.patches import PatchGrid, patchify
 from mae_core.pos_embed import sincos_2d
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
-"""The released weights were trained with this epsilon, in encoder and decoder."""
+"""With the epsilon that the released weights were trained with, in encoder and decoder."""
 
 Pooling = Literal["mean", "cls"]
 POOLINGS: dict[str | None, str] = {"mean": "avg", "cls": "token", None: ""}
@@ -32,7 +34,7 @@ POOLINGS: dict[str | None, str] = {"mean": "avg", "cls": "token", None: ""}
 
 
 class ViTEncoder(VisionTransformer):
-    """A ViT of a named size; with ``num_classes`` it is a classifier.
+    """A ViT of a named size or of a ``ViTSize``; with ``num_classes`` it is a classifier.
 
     Sequence layout: cls token, then patches in raster order. ``pooling="mean"`` averages the patch tokens of the last
     block
@@ -44,7 +46,7 @@ class ViTEncoder(VisionTransformer):
 
     def __init__(
         self,
-        size: str = "base",
+        size: AnySize = "base",
         *,
         image_size: int | Sequence[int] = 224,
         patch_size: int | None = None,
@@ -69,12 +71,15 @@ class ViTEncoder(VisionTransformer):
             embed_dim=shape.width,
             depth=shape.depth,
             num_heads=shape.heads,
+            mlp_ratio=shape.mlp_ratio,
             drop_path_rate=drop_path,
-            norm_layer=LayerNorm,
+            norm_layer=partial(nn.LayerNorm, eps=shape.norm_eps),
+            act_layer=get_act_layer(shape.activation),
             block_fn=Block,
             weight_init="skip",
         )
-        self.size = size
+        self.shape = replace(shape, patch_size=patch)
+        self.size = shape.name
         self.grid = grid
         self.initialize()
 

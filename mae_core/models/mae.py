@@ -12,6 +12,7 @@ from mae_core.errors import UserError
 from mae_core.masking import Masker, PatchMask, Randomness, build_masker, describe_masker
 from mae_core.models.decoder import MAEDecoder
 from mae_core.models.encoder import ViTEncoder
+from mae_core.models.sizes import AnySize
 from mae_core.patches import patchify, unpatchify
 from mae_core.targets import TARGETS, Target
 
@@ -153,7 +154,7 @@ PATCH_SIZE = OwnPatchSize(16)
 
 
 def build_mae(
-    size: str = "base",
+    size: AnySize = "base",
     *,
     image_size: int | Sequence[int] = 224,
     patch_size: int | None = PATCH_SIZE,
@@ -181,18 +182,35 @@ def build_mae(
         patch_size=None if isinstance(patch_size, OwnPatchSize) else patch_size,
         in_chans=in_chans,
     )
+    decoder = {"width": decoder_width, "depth": decoder_depth, "heads": decoder_heads}
+    masks: dict[str, Any] = {"masking": masking, "mask_ratio": mask_ratio, "masking_options": masking_options}
+    return assemble_mae(encoder, target, decoder, mask_tokens_in_encoder=mask_tokens_in_encoder, **masks)
+
+
+def assemble_mae(
+    encoder: ViTEncoder,
+    target: str | Target,
+    decoder: Mapping[str, Any],
+    *,
+    masking: str = "random",
+    mask_ratio: float = 0.75,
+    masking_options: Mapping[str, Any] | None = None,
+    mask_tokens_in_encoder: bool = False,
+) -> MaskedAutoencoder:
+    """A masked autoencoder around an encoder; ``decoder``: width, depth, heads and MLP ratio of ``MAEDecoder``, whose
+    norms and activation are the encoder's. Raises ``UserError`` as ``build_mae`` does."""
     if isinstance(target, str) and target not in TARGETS:
         raise UserError(f"unknown name {target!r}; known: {', '.join(TARGETS)}")
     masker = build_masker(masking, mask_ratio, masking_options)
     masker(1, encoder.grid, torch.Generator())
     objective = TARGETS[target].named() if isinstance(target, str) else target
-    decoder = MAEDecoder(
+    decoder_model = MAEDecoder(
         encoder.embed_dim,
         encoder.grid,
-        objective.dim(encoder.grid, in_chans),
-        width=decoder_width,
-        depth=decoder_depth,
-        heads=decoder_heads,
+        objective.dim(encoder.grid, encoder.in_channels),
+        norm_eps=encoder.shape.norm_eps,
+        activation=encoder.shape.activation,
         mask_tokens=not mask_tokens_in_encoder,
+        **decoder,
     )
-    return MaskedAutoencoder(encoder, decoder, masker, objective, mask_tokens_in_encoder=mask_tokens_in_encoder)
+    return MaskedAutoencoder(encoder, decoder_model, masker, objective, mask_tokens_in_encoder=mask_tokens_in_encoder)

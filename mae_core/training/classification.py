@@ -27,8 +27,9 @@ from mae_core.patches import as_pair
 from mae_core.training.predictions import evaluate_classifier, evaluate_multi_label
 from mae_core.training.progress import Counter
 from mae_core.training.run import Run
+from mae_core.weights.encoder_file import EncoderInfo
 from mae_core.weights.files import write_weights
-from mae_core.weights.load import LoadReport, describe_encoder
+from mae_core.weights.report import LoadReport
 
 IMAGES_TRIED = 4
 
@@ -125,15 +126,8 @@ def classifier_metadata(
     test_crop: float | None,
 ) -> dict[str, Any]:
     """What the file of a classifier says about itself; ``test_crop`` None is the usual crop of its image size."""
-    return {
-        **describe_encoder(model),
-        "mean": statistics.mean,
-        "std": statistics.std,
-        "pooling": pooling,
-        "classes": classes,
-        "epochs": epochs,
-        "test_crop": test_crop,
-    }
+    facts = {"mean": statistics.mean, "std": statistics.std, "pooling": pooling, "classes": classes, "epochs": epochs}
+    return EncoderInfo.of(model, **facts, test_crop=test_crop).to_metadata()
 
 
 def conclude(run: Run, state: Mapping[str, Any], metadata: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:

@@ -21,10 +21,12 @@ from mae_core.training import distributed
 from mae_core.training.classification import check_all_if_asked, read_splits, tell_of_weights
 from mae_core.training.features import Rows, Viewer, check_cache, features_of
 from mae_core.training.frozen_config import FeaturesConfig, KnnConfig
+from mae_core.training.frozen_trunk import trunk_from, weights_of
 from mae_core.training.plots import scatter_picture
 from mae_core.training.run import check_output, open_run
-from mae_core.weights.classifiers import as_file_says, trunk_from, weights_of
-from mae_core.weights.load import EncoderFile, LoadReport
+from mae_core.weights.encoder_file import EncoderFile
+from mae_core.weights.load import with_file
+from mae_core.weights.report import LoadReport
 
 
 def frozen_trunk(source: EncoderFile, data: EvaluationData, pooling: Pooling, batch: int) -> tuple[Viewer, LoadReport]:
@@ -37,7 +39,7 @@ def knn(config: KnnConfig) -> dict[str, Any]:
     """Classify val images by their nearest train images; returns what metrics.json holds: the share of right answers,
     in per cent, for each k. Raises ``UserError`` for what a user can get wrong."""
     source = weights_of(config)
-    config = as_file_says(source, config)
+    config = with_file(source, config, frozen=True)
     check_output(config, resume=False)
     check_cache(config.cache)
     splits = read_splits(config.data)
@@ -81,7 +83,7 @@ def write_features(config: FeaturesConfig) -> Path:
     Raises ``UserError`` for what a user can get wrong.
     """
     source = weights_of(config)
-    config = as_file_says(source, config)
+    config = with_file(source, config, frozen=True)
     check_output(config, resume=False)
     check_cache(config.cache)
     paths = list_images(config.data.path)

@@ -22,10 +22,11 @@ from mae_core.training import distributed
 from mae_core.training.classification import IMAGES_TRIED, check_all_if_asked, in_words
 from mae_core.training.features import Rows, Viewer, rows_of
 from mae_core.training.frozen_config import EvaluateConfig
+from mae_core.training.frozen_trunk import classifier_of, weights_of
 from mae_core.training.run import Run, check_output, open_run
 from mae_core.training.tables import PredictionTable, write_logits, write_per_class
-from mae_core.weights.classifiers import as_file_says, classifier_of, weights_of
-from mae_core.weights.load import EncoderFile
+from mae_core.weights.encoder_file import EncoderFile
+from mae_core.weights.load import with_file
 
 IMAGENET_CLASSES = 1000
 
@@ -61,7 +62,7 @@ def classes_of(source: EncoderFile, folder: Path) -> list[str]:
     if not folders:
         found = "holds no class folders" if folder.is_dir() else "is a file" if folder.exists() else "does not exist"
         raise UserError(f"{folder} {found}; set data.path to a folder of <class>/* folders")
-    stated = source.metadata.get("classes")
+    stated = source.info.classes
     if stated is None and source.num_classes == IMAGENET_CLASSES:
         imagenet = ImageNetInfo("imagenet-1k").label_names()
         named_so = set(folders) & set(imagenet)
@@ -87,14 +88,14 @@ def parts_of(source: EncoderFile, kind: Kind, root: Path | None) -> list[Part]:
     """What is measured, one part after another. Raises ``UserError`` where the folder is not of that kind."""
     if root is None:
         raise UserError("no image folder given; set data.path=FOLDER with <class>/* in it")
-    if source.metadata.get("multi_label"):
+    if source.info.multi_label:
         if not kind.has_splits:
             raise UserError(f"{source.path} gives an image several labels; measure it with kind=folder")
         if not (root / "val.csv").is_file():
             raise UserError(
                 f"{source.path} gives an image several labels; list them in {root / 'val.csv'} (file,labels)"
             )
-        return [Part(None, 0, read_label_list(root / "val.csv", source.metadata["classes"]))]
+        return [Part(None, 0, read_label_list(root / "val.csv", source.info.classes))]
     if kind.corrupted:
         return [
             Part(corruption, severity, read_class_folders(place, classes_of(source, place)))
@@ -137,7 +138,7 @@ def as_kind_says(config: EvaluateConfig) -> EvaluateConfig:
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Measure a classifier; returns what metrics.json holds. Raises ``UserError`` for what a user can get wrong."""
     source = weights_of(config)
-    config = as_file_says(source, as_kind_says(config))
+    config = with_file(source, as_kind_says(config), frozen=True)
     check_output(config, resume=False)
     model: nn.Module
     model, _ = classifier_of(source, image_size=config.data.image_size)
@@ -166,7 +167,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 def announce(run: Run, source: EncoderFile, kind: Kind, parts: list[Part], num_images: int) -> None:
     """Print what is about to happen, and what is not as the kind of images has it."""
-    about = "several labels an image" if source.metadata.get("multi_label") else kind.about
+    about = "several labels an image" if source.info.multi_label else kind.about
     run.say(f"{source.path}: ViT-{source.size} of {source.num_classes} classes; {about}; {num_images} images")
     here = len({label for part in parts for label in part.files.labels})
     if kind.classes is not None and here != kind.classes:

@@ -35,24 +35,13 @@ from mae_core.training.finetune_config import FinetuneConfig, scratch_difference
 from mae_core.training.groups import layer_decay_groups
 from mae_core.training.loop import FitSettings, LossOf, fit, seed_everything
 from mae_core.training.run import Run, check_output, open_run
-from mae_core.weights.load import LoadReport, classifier_from, read_encoder, with_channels_of
+from mae_core.weights.encoder_file import EncoderFile
+from mae_core.weights.load import classifier_from, heads_given, read_encoder, with_file
+from mae_core.weights.report import LoadReport
 
 LARGE_RECIPE = "base_lr 1e-3, layer_decay 0.75, drop_path 0.2, 50 epochs"
 RELEASED_RECIPES = {"large": LARGE_RECIPE, "huge": LARGE_RECIPE.replace("0.2,", "0.3,")}
 """FINETUNE.md of the official code, where it differs from the defaults."""
-
-
-def as_weights_say(config: FinetuneConfig) -> FinetuneConfig:
-    """``config`` with the size and the channels of its weights file where the user set none: what config.yaml records.
-
-    Raises ``UserError`` where the file is broken.
-    """
-    if config.weights is None:
-        return config
-    source = read_encoder(config.weights)
-    if "size" not in config.model.model_fields_set:
-        config = config.model_copy(update={"model": config.model.model_copy(update={"size": source.size})})
-    return with_channels_of(source, config)
 
 
 def unfit_recipe(config: FinetuneConfig) -> str | None:
@@ -75,31 +64,27 @@ def scratch_line(config: FinetuneConfig) -> str:
     )
 
 
-def build_model(config: FinetuneConfig, num_classes: int) -> tuple[ViTEncoder, LoadReport | None, Statistics]:
-    """The classifier, the report of its weights (None from scratch), and the pixel statistics its encoder was trained
-    with.
-
-    Raises ``UserError`` where the configuration contradicts the weights file.
-    """
+def build_model(
+    config: FinetuneConfig, num_classes: int, source: EncoderFile | None = None
+) -> tuple[ViTEncoder, LoadReport | None, Statistics]:
+    """The classifier, from ``source`` (the weights, read before) or from scratch, the report of its weights, and the
+    pixel statistics its encoder
+    was trained with. Raises ``UserError`` where the weights do not fit."""
     options: dict[str, Any] = {
         "num_classes": num_classes,
         "pooling": config.model.pooling,
         "image_size": as_pair(config.data.image_size),
         "drop_path": config.model.drop_path,
     }
-    if config.weights is None:
+    if source is None and config.weights is not None:
+        source = read_encoder(config.weights, heads=heads_given(config))
+    if source is None:
         model = ViTEncoder(
-            config.model.size, patch_size=config.model.patch_size, in_chans=config.data.channels, **options
+            config.model.trunk, patch_size=config.model.patch_size, in_chans=config.data.channels, **options
         )
         if config.model.init == "timm":
             initialize_as_timm(model)
         return frozen_as_asked(model, config), None, statistics_of(config.data)
-    source = read_encoder(config.weights)
-    source.check_asked(
-        size=config.model.size if "size" in config.model.model_fields_set else None,
-        patch_size=config.model.patch_size,
-        in_chans=config.data.channels,
-    )
     model, report = classifier_from(source, **options, allow_missing=config.allow_missing)
     return frozen_as_asked(model, config), report, statistics_of(config.data, source.metadata)
 
@@ -162,12 +147,13 @@ def check_pairs(config: FinetuneConfig) -> None:
 
 def finetune(config: FinetuneConfig, *, resume: bool = False) -> dict[str, Any]:
     """Fine-tune and evaluate; returns what metrics.json holds. Raises ``UserError`` for what a user can get wrong."""
-    config = as_weights_say(config)
+    source = None if config.weights is None else read_encoder(config.weights, heads=heads_given(config))
+    config = config if source is None else with_file(source, config)
     check_output(config, resume=resume)
     splits = read_splits(config.data)
     check_pairs(config)
     seed_everything(config.seed)
-    model, report, statistics = build_model(config, len(splits.classes))
+    model, report, statistics = build_model(config, len(splits.classes), source)
     settings = FitSettings.of(config.optim, len(splits.train.paths))
     images = TrainImages(splits.train, config.data, as_pair(config.data.image_size), statistics, config.seed)
 

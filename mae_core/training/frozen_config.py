@@ -30,6 +30,13 @@ class FrozenModel(Schema):
     """The frozen trunk; its size is that of the weights file."""
 
     pooling: Pooling = Field("cls", description="cls: the normalised cls token; mean: of the patch tokens, normalised")
+    heads: Count | None = Field(None, description="attention heads, for a weights file that does not say")
+
+
+class ClassifierModel(Schema):
+    """The classifier, which is the weights file's."""
+
+    heads: Count | None = Field(None, description="attention heads, for a weights file that does not say")
 
 
 class ProbeData(LabelledData):
@@ -100,6 +107,7 @@ class EvaluateConfig(JobConfig):
     output: Path = Path("runs/evaluate")
     weights: Path | None = Field(None, description="a classifier.safetensors, a run, or an official fine-tuned file")
     kind: Annotated[str, row_of(KINDS)] = Field("folder", description="a row of mae_core.measures.robustness.KINDS")
+    model: ClassifierModel = ClassifierModel()
     save_logits: bool = Field(False, description="write logits.npz too: all scores of every image")
     data: EvaluationData = EvaluationData()
     evaluation_batch: Count = 64

@@ -39,10 +39,11 @@ from mae_core.training.classification import (
 )
 from mae_core.training.features import Rows, Viewer, check_cache, features_of
 from mae_core.training.frozen_config import LinprobeConfig, ProbeOptim
+from mae_core.training.frozen_trunk import trunk_from, weights_of
 from mae_core.training.loop import FitSettings, fit, seed_everything
 from mae_core.training.predictions import predict, total_of
 from mae_core.training.run import Run, check_output, open_run
-from mae_core.weights.classifiers import as_file_says, trunk_from, weights_of
+from mae_core.weights.load import with_file
 
 ROWS_AT_ONCE = 4096
 """Cached features in a batch of the evaluation."""
@@ -147,7 +148,7 @@ def linprobe(config: LinprobeConfig, *, resume: bool = False) -> dict[str, Any]:
     """
     source = weights_of(config)
     source.check_pretrained()
-    config = as_file_says(source, config)
+    config = with_file(source, config, frozen=True)
     check_output(config, resume=resume)
     check_cache(config.cache)
     check_batches(config.optim)

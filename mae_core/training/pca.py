@@ -16,7 +16,6 @@ from mae_core.data.loading import StepSampler, make_loader
 from mae_core.data.sources import open_source
 from mae_core.data.unlabelled import UnlabelledImages, collate
 from mae_core.errors import UserError
-from mae_core.models.sizes import size_of
 from mae_core.patches import PatchGrid, patchify
 from mae_core.training.pretrain_config import PretrainConfig
 from mae_core.training.progress import Counter
@@ -69,7 +68,7 @@ def fit_pca(config: PretrainConfig, out: Path | None = None, *, components: int 
     with _writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out.parent).close()  # fails now, not after the fit
-    grid = PatchGrid.of(config.data.image_size, config.model.patch_size or size_of(config.model.size).patch_size)
+    grid = PatchGrid.of(config.data.image_size, config.model.patch_size or config.model.trunk.patch_size)
     values = grid.patch**2 * config.data.channels
     if not 0 < components <= values:
         raise UserError(

@@ -23,8 +23,8 @@ from mae_core.training.progress import Counter
 from mae_core.training.run import check_output, open_run
 from mae_core.training.target_files import load_target
 from mae_core.training.watch import measure, split_images
+from mae_core.weights.encoder_file import EncoderInfo
 from mae_core.weights.files import write_weights
-from mae_core.weights.load import describe_encoder
 
 NUM_PICTURES = 6
 
@@ -32,7 +32,7 @@ NUM_PICTURES = 6
 def build_pretrain_model(config: PretrainConfig) -> MaskedAutoencoder:
     """The masked autoencoder a configuration describes. Raises ``UserError`` where a file of its target is missing."""
     model = build_mae(
-        config.model.size,
+        config.model.trunk,
         image_size=config.data.image_size,
         patch_size=config.model.patch_size,
         in_chans=config.data.channels,
@@ -52,14 +52,9 @@ def build_pretrain_model(config: PretrainConfig) -> MaskedAutoencoder:
 def pretrain_metadata(model: MaskedAutoencoder, config: PretrainConfig) -> dict[str, Any]:
     """What the weights of a run say about themselves."""
     statistics = statistics_of(config.data)
-    return {
-        **describe_encoder(model),
-        **model.describe(),
-        "mean": statistics.mean,
-        "std": statistics.std,
-        "pooling": "cls token and patch tokens, normalised",
-        "epochs": config.optim.epochs,
-    }
+    facts = {"mean": statistics.mean, "std": statistics.std, "epochs": config.optim.epochs}
+    pooling = "cls token and patch tokens, normalised"
+    return EncoderInfo.of(model, **model.describe(), **facts, pooling=pooling).to_metadata()
 
 
 def pretrain_loss(model: nn.Module, batch: PretrainBatch) -> dict[str, Tensor]:
@@ -138,7 +133,8 @@ def announce(
     hidden = fixed_mask(model, 1, 0).hidden_ids.shape[1]
     say(
         f"{num_images} images, {grid.image_size[0]}x{grid.image_size[1]}x{config.data.channels}; "
-        f"ViT-{config.model.size} with {grid.patch}x{grid.patch} patches, {parameters:.1f} M parameters with decoder; "
+        f"ViT-{config.model.trunk.name} with {grid.patch}x{grid.patch} patches, {parameters:.1f} M parameters with "
+        "decoder; "
         f"{hidden} of {grid.num_patches} patches hidden; target {config.target.kind}"
         + ("" if model.target.gives_pixels else ", whose tokenizer has no decoder: no pictures are drawn")
     )

@@ -11,7 +11,6 @@ from mae_core.config.schema import Beta, Count, Schema, Size, checked_options, r
 from mae_core.config.sections import ModelConfig, OptimConfig, RunConfig
 from mae_core.data.config import PretrainData
 from mae_core.masking import MASKERS, masker_options, num_visible
-from mae_core.models.sizes import SIZES
 from mae_core.patches import PatchGrid
 from mae_core.targets import TARGETS
 
@@ -113,6 +112,6 @@ class PretrainConfig(RunConfig):
 
     @model_validator(mode="after")
     def _patches_fit(self) -> PretrainConfig:
-        grid = PatchGrid.of(self.data.image_size, self.model.patch_size or SIZES[self.model.size].patch_size)
+        grid = PatchGrid.of(self.data.image_size, self.model.patch_size or self.model.trunk.patch_size)
         num_visible(grid.num_patches, self.masking.ratio)
         return self

@@ -21,6 +21,7 @@ from mae_core.targets import TARGETS, PCATarget, Target, TokenTarget
 from mae_core.tokenizers import DalleEncoder, DiscreteVAE, rebuild_tokenizer
 from mae_core.training.pretrain_config import TargetConfig
 from mae_core.weights.files import read_weights
+from mae_core.weights.load import load_state
 
 PCA_FORMAT, TOKENIZER_FORMAT = "mae_core pca", "mae_core tokenizer"
 
@@ -99,7 +100,7 @@ def load_tokenizer(path: Path | str) -> DiscreteVAE | DalleEncoder:
     try:
         if metadata.get("format") == TOKENIZER_FORMAT:
             tokenizer: DiscreteVAE | DalleEncoder = rebuild_tokenizer(metadata["tokenizer"])
-            tokenizer.load_state_dict(state)
+            load_state(tokenizer, state, path, remedy="train it again")
         else:
             tokenizer = DalleEncoder.of(state)
     except (UserError, RuntimeError, KeyError) as error:

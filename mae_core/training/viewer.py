@@ -16,7 +16,6 @@ from mae_core.data.decoding import UnreadableImage
 from mae_core.data.images import DEFAULT_STATISTICS, ImageFiles, ImageSource, Statistics
 from mae_core.data.sources import kind_of, open_places
 from mae_core.errors import UserError
-from mae_core.layout import resolve_weights
 from mae_core.masking import MASKERS, Masker, build_masker, describe_masker
 from mae_core.models.mae import MaskedAutoencoder
 from mae_core.targets import TARGETS
@@ -30,8 +29,7 @@ from mae_core.training.pictures import (
     reconstruction_rows,
     tile,
 )
-from mae_core.weights.encoder_file import read_described
-from mae_core.weights.load import load_mae
+from mae_core.weights.load import load_mae, read_encoder
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -46,13 +44,16 @@ def reconstruct_files(
     masks: int = 1,
     bands: Sequence[int] | None = None,
     target: str | None = None,
+    heads: int | None = None,
+    decoder_heads: int | None = None,
     seed: int = 0,
     most: int = 12,
 ) -> Path:
     """Draw reconstruction strips of images (files, or the first of folders, lists, shards) into the picture ``out``: a
     row for each image, strategy, ratio and mask.
 
-    Empty ``ratios`` and ``maskings`` are the checkpoint's own; ``target`` is for files that do not say theirs. Raises
+    Empty ``ratios`` and ``maskings`` are the checkpoint's own; ``target``, ``heads`` and ``decoder_heads`` are
+    for files that do not say theirs. Raises
     ``UserError`` for unreadable images, weights without a decoder, predictions that are no pixels, unknown names, a
     ratio outside (0, 1) and an ``out`` that exists or cannot be written.
     """
@@ -64,7 +65,7 @@ def reconstruct_files(
         check_known(name, MASKERS)
     if target is not None:
         check_known(target, TARGETS)
-    model, statistics = load_with_statistics(weights, target)
+    model, statistics = load_with_statistics(weights, target, heads, decoder_heads)
     if not model.target.gives_pixels:
         raise UserError(
             f"{weights} predicts {model.target_name}, whose tokenizer has no decoder; there are no pixels to draw"
@@ -117,18 +118,20 @@ def all_rows(
     return [rows[index] for index in range(len(pixels)) for rows in blocks]
 
 
-def load_with_statistics(weights: Path, target: str | None) -> tuple[MaskedAutoencoder, Statistics]:
+def load_with_statistics(
+    weights: Path, target: str | None, heads: int | None = None, decoder_heads: int | None = None
+) -> tuple[MaskedAutoencoder, Statistics]:
     """The model, and the mean and std of the pixels it was trained on: the file's, or ImageNet's, as the released
     models'. What is assumed is said. Raises ``UserError`` where nothing usual can be assumed."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        model = load_mae(weights, target=target)
+        source = read_encoder(weights, decoder=True, heads=heads)
+        model = load_mae(source, target=target, decoder_heads=decoder_heads)
     for warning in caught:
         print(f"note: {warning.message}")
-    metadata = read_described(resolve_weights(weights, decoder=True), mapped=True).metadata
-    channels = model.encoder.in_channels
-    if metadata.get("mean") and metadata.get("std"):
-        return model, Statistics(tuple(metadata["mean"]), tuple(metadata["std"]))
+    channels, info = model.encoder.in_channels, source.info
+    if info.mean and info.std:
+        return model, Statistics(tuple(info.mean), tuple(info.std))
     if channels not in DEFAULT_STATISTICS:
         raise UserError(f"{weights} says no mean and std of its {channels} channels, and there are no usual ones")
     print(f"note: {weights} says no mean and std of its pixels; ImageNet's are assumed")

@@ -4,48 +4,47 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import pickle
 import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mae_core.atomic import atomic_path
 from mae_core.errors import UserError
-from mae_core.weights.parts import Joined, Values, as_tensor
 from mae_core.weights.pickles import PICKLE, read_pickle
 from mae_core.weights.unwrapping import arguments_of, unwrap
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 SAFETENSORS = ".safetensors"
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-"""What safetensors calls them."""
 ZIP_START = b"PK\x03\x04"
+LARGEST_HEADER = 1 << 28
+"""Bytes of a safetensors header; more is not one."""
+SHARD_INDEX = ".index.json"
+REMEDIES = {
+    "npz": "holds NumPy arrays without a model around them; save them by name with safetensors.numpy.save_file",
+    "lfs": "is a Git LFS pointer, not the weights; run git lfs pull in its repository, or download the file itself",
+    "html": "is a web page, not weights; download the file itself (on a hub: the link 'download', not the page)",
+    "hdf5": "is an HDF5 file, as Keras writes; save the model's tensors by name as safetensors",
+    "gzip": "is compressed with gzip; unpack it first",
+}
+"""What a file is instead of weights -> what to do."""
 
 
 @dataclass
 class WeightsFile:
     """What a file holds: tensors by name, what it says of them, and what lay around them.
 
-    metadata  the header of a safetensors file of ours, or what a trainer's arguments say in the same words
+    metadata  as the file has it: of a safetensors file its header, of a torch file what was saved as ``metadata``
+    arguments the arguments of the trainer that wrote it, where they lay beside the weights
     notes     wrappers that were taken off
     beside    names of what lay beside the weights, such as a trainer's optimizer
     """
@@ -55,91 +54,35 @@ class WeightsFile:
     metadata: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     beside: tuple[str, ...] = ()
+    arguments: dict[str, Any] = field(default_factory=dict)
 
 
-def write_weights(
-    path: Path | str, state: Mapping[str, Values], metadata: Mapping[str, Any], *, unchanged: bool = False
-) -> None:
-    """Write tensors and metadata (JSON values) as safetensors, atomically, one tensor at a time.
-
-    Equal input makes files of equal bytes. ``unchanged``: no mapped tensor was changed in place, so that its bytes may
-    be taken from its file.
-    """
+def write_weights(path: Path | str, state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write tensors and metadata (JSON values) as safetensors, atomically. Equal input makes files of equal bytes."""
     texts = {key: json.dumps(value) for key, value in metadata.items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     with atomic_path(path) as temporary:
-        save_file(state, temporary, metadata=texts, unchanged=unchanged)
+        save_file(tensors, temporary, metadata=texts)
+        _sort_header(temporary)
 
 
-def save_file(state: Mapping[str, Values], path: Path, metadata: Mapping[str, str], *, unchanged: bool = False) -> None:
-    """A safetensors file with a sorted header. No more than one joined tensor is in memory beside ``state``; the
-    library's own writer copies all of them."""
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    place = 0
-    names = sorted(state)
-    for name in names:
-        values = state[name]
-        length = values.shape.numel() * values.dtype.itemsize
-        header[name] = {
-            "dtype": DTYPES[values.dtype],
-            "shape": list(values.shape),
-            "data_offsets": [place, place + length],
-        }
-        place += length
-    text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-    text = text.ljust(-(-len(text) // 8) * 8)
-    with path.open("wb") as file, Mappings() as mappings:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        for name in names:
-            values = state[name]
-            for part in values.parts if isinstance(values, Joined) else (values,):
-                tensor = part.detach().to("cpu", values.dtype).contiguous()
-                if not (unchanged and mappings.send(tensor, file)):
-                    file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+def _sort_header(path: Path) -> None:
+    """Put the keys of a safetensors header in order, in place: the library writes the metadata in a random one."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
-class Mappings:
-    """Files that are mapped into this process, so that a tensor that was only renamed goes from file to file inside the
-    kernel: not one page of it is touched here. Linux only; elsewhere there are none and tensors are written."""
-
-    def __enter__(self) -> Mappings:
-        """Read the table of this process."""
-        self._open: dict[str, int] = {}
-        self._regions: list[tuple[int, int, int, str]] = []
-        table = Path("/proc/self/maps")
-        for line in table.read_text().splitlines() if table.exists() and hasattr(os, "sendfile") else []:
-            addresses, _, offset, _, inode, *path = line.split(maxsplit=5)
-            if inode != "0" and path and path[0].endswith((SAFETENSORS, *TORCH_SUFFIXES)):
-                start, end = (int(number, 16) for number in addresses.split("-"))
-                self._regions.append((start, end, int(offset, 16), path[0]))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
-
-    def send(self, tensor: Tensor, out: BinaryIO) -> bool:
-        """Append the bytes of a contiguous ``tensor`` to ``out`` if they lie in a mapped file; whether they did."""
-        first, length = tensor.data_ptr(), tensor.nbytes
-        for start, end, offset, path in self._regions:
-            if start <= first and first + length <= end and length:
-                place = offset + first - start
-                if path not in self._open:
-                    self._open[path] = os.open(path, os.O_RDONLY)
-                out.flush()
-                while length:
-                    sent = os.sendfile(out.fileno(), self._open[path], place, length)
-                    if not sent:
-                        raise UserError(f"{path} became shorter while it was read; run the command again")
-                    place, length = place + sent, length - sent
-                return True
-        return False
-
-
-def write_torch(path: Path | str, state: dict[str, Values], metadata: Mapping[str, Any], wrapper: str | None) -> None:
+def write_torch(
+    path: Path | str, state: Mapping[str, Tensor], metadata: Mapping[str, Any], wrapper: str | None
+) -> None:
     """Write a torch file, atomically: the tensors under ``wrapper`` with ``metadata`` beside them, or, with no wrapper,
-    the tensors alone. Empties ``state``, so that joined tensors take the place of their parts."""
-    tensors = {name: as_tensor(state.pop(name)).detach().cpu().contiguous() for name in list(state)}
+    the tensors alone."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     with atomic_path(path) as temporary:
         torch.save({wrapper: tensors, "metadata": dict(metadata)} if wrapper else tensors, temporary)
 
@@ -162,18 +105,60 @@ def read_file(path: Path | str, *, mapped: bool = True) -> WeightsFile:
         raise UserError(f"{path} is a folder; give a weights file, such as the encoder.safetensors of a run")
     if not path.is_file():
         raise UserError(f"weights file {path} does not exist")
-    if path.suffix == SAFETENSORS:
+    if path.name.endswith(SHARD_INDEX):
+        return _read_shards(path, mapped)
+    kind = kind_of_content(path)
+    if kind in REMEDIES:
+        raise UserError(f"{path} {REMEDIES[kind]}")
+    if kind == "safetensors":
         return _read_safetensors(path, mapped)
-    if path.suffix == PICKLE and not _is_of_torch(path):
+    if path.suffix == PICKLE and kind != "torch":
         return _unwrapped(path, read_pickle(path))
     return _read_torch(path, mapped)
 
 
-def _is_of_torch(path: Path) -> bool:
-    """Whether ``torch.save`` wrote a file, now or before it wrote zips, whatever its ending."""
-    starts = (ZIP_START, pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2))
+def kind_of_content(path: Path) -> str:
+    """``torch``, ``safetensors``, a row of ``REMEDIES``, or ``unknown``: by the first bytes, whatever the ending."""
     with path.open("rb") as file:
-        return file.read(max(map(len, starts))).startswith(starts)
+        head = file.read(512)
+    if head.startswith(ZIP_START):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                arrays = all(name.endswith(".npy") for name in archive.namelist())
+        except (zipfile.BadZipFile, OSError, ValueError):
+            return "torch"  # whose reader says that it is truncated
+        return "npz" if arrays else "torch"
+    if head.startswith(pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)):
+        return "torch"
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < LARGEST_HEADER:
+        return "safetensors"
+    text = head.lstrip().lower()
+    if head.startswith(b"version https://git-lfs"):
+        return "lfs"
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        return "html"
+    for kind, start in (("npz", b"\x93NUMPY"), ("hdf5", b"\x89HDF"), ("gzip", b"\x1f\x8b")):
+        if head.startswith(start):
+            return kind
+    return "safetensors" if path.suffix == SAFETENSORS else "unknown"
+
+
+def _read_shards(path: Path, mapped: bool) -> WeightsFile:
+    """The shards that an index of transformers names, as one file. Raises ``UserError`` where they are not whole."""
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted(set(index.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is not an index of weight shards; download the folder again") from None
+    whole = WeightsFile(path, {}, notes=[f"read from {len(shards)} shards"])
+    for name in shards:
+        if not (path.parent / name).is_file():
+            raise UserError(f"{path} names the shard {name}, which is missing; download it into {path.parent}")
+        whole.state.update(read_file(path.parent / name, mapped=mapped).state)
+    missing = sorted(set(index) - whole.state.keys())
+    if missing:
+        raise UserError(f"{path} names {len(missing)} tensors that no shard holds, such as {missing[0]}")
+    return whole
 
 
 def _read_safetensors(path: Path, mapped: bool) -> WeightsFile:
@@ -208,6 +193,8 @@ def _json_or_text(value: str) -> Any:
 
 
 def _read_torch(path: Path, mapped: bool) -> WeightsFile:
+    """With one ``torch.load``: zipped files are mapped, and what they claim to hold is compared with their size before
+    memory is taken for it."""
     broken = f"{path} is truncated or not a weights file; copy or export it again"
     with path.open("rb") as file:
         zipped = file.read(4) == ZIP_START
@@ -217,11 +204,9 @@ def _read_torch(path: Path, mapped: bool) -> WeightsFile:
     try:
         with torch.serialization.safe_globals([*harmless, *names]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if zipped:  # what it claims to hold, before memory is taken for it
-                claimed = torch.load(path, map_location="meta", weights_only=True)
-                if storage_bytes(claimed) > path.stat().st_size:
-                    raise UserError(broken)
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped and mapped)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+            if zipped and storage_bytes(content) > path.stat().st_size:
+                raise UserError(broken)
     except UserError:
         raise
     except Exception as error:  # on foreign bytes the unpickler fails in every way there is
@@ -231,7 +216,10 @@ def _read_torch(path: Path, mapped: bool) -> WeightsFile:
                 "save its state_dict alone, as safetensors"
             ) from None
         raise UserError(broken) from None
-    return _unwrapped(path, content)
+    found = _unwrapped(path, content)
+    if zipped and not mapped:
+        found.state = {name: tensor.clone() for name, tensor in found.state.items()}
+    return found
 
 
 def _unwrapped(path: Path, content: Any) -> WeightsFile:
@@ -243,8 +231,8 @@ def _unwrapped(path: Path, content: Any) -> WeightsFile:
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     stated = beside.get("metadata")
-    metadata = dict(stated) if isinstance(stated, Mapping) else metadata_of_arguments(arguments_of(beside))
-    return WeightsFile(path, state, metadata, notes, tuple(map(str, beside)))
+    metadata = dict(stated) if isinstance(stated, Mapping) else {}
+    return WeightsFile(path, state, metadata, notes, tuple(map(str, beside)), arguments_of(beside))
 
 
 def storage_bytes(content: Any) -> int:
@@ -261,14 +249,3 @@ def storage_bytes(content: Any) -> int:
         elif isinstance(value, list | tuple):
             queue += value
     return sum(found.values())
-
-
-def metadata_of_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """What the arguments of the official trainer say, in the words of our metadata."""
-    metadata: dict[str, Any] = {}
-    if isinstance(arguments.get("norm_pix_loss"), bool):
-        metadata["target"] = "normalized_pixels" if arguments["norm_pix_loss"] else "pixels"
-    for theirs, ours, kind in (("mask_ratio", "mask_ratio", float), ("epochs", "epochs", int)):
-        if isinstance(arguments.get(theirs), kind):
-            metadata[ours] = arguments[theirs]
-    return metadata

@@ -253,7 +253,15 @@ UNILM_BEIT = Layout(
 FORMATS: dict[str, Format] = {
     row.name: row
     for row in (
-        Format("official", "facebookresearch/mae: pre-train, _full, visualize and fine-tuned files", (OWN_BARE,)),
+        Format(
+            "official",
+            "facebookresearch/mae: pre-train, _full, visualize and fine-tuned files",
+            (OWN_BARE,),
+            drops={
+                "head.mlp.*": "DINO's projection head, not the encoder",
+                "head.last_layer.*": "DINO's projection head, not the encoder",
+            },
+        ),
         Format(
             "mae_core",
             "this toolkit's encoder.safetensors, classifier.safetensors and model.safetensors",

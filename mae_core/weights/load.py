@@ -1,11 +1,12 @@
-"""From a weights file to a model, with an account of every tensor. The one loader behind every ``weights`` option."""
+"""From a weights file to a model, with an account of every tensor. The one strict loader behind every ``weights``
+option."""
 
 from __future__ import annotations
 
 import fnmatch
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,30 +14,27 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from mae_core.config.schema import Schema
 from mae_core.config.sections import JobConfig
 from mae_core.data.images import DEFAULT_STATISTICS, Statistics
 from mae_core.data.views import FileView
 from mae_core.errors import UserError
-from mae_core.layout import resolve_weights
 from mae_core.models.encoder import Pooling, ViTEncoder
-from mae_core.models.mae import MaskedAutoencoder, build_mae
-from mae_core.models.sizes import SIZES, ViTSize
-from mae_core.patches import PatchGrid
+from mae_core.models.mae import MaskedAutoencoder, assemble_mae
 from mae_core.pos_embed import resize_pos_embed
 from mae_core.targets import rebuild_target
 from mae_core.weights.catalogue import published_target
-from mae_core.weights.encoder_file import read_described
+from mae_core.weights.encoder_file import EncoderFile, EncoderInfo
 from mae_core.weights.formats import FORMATS, MAE_CORE_FULL, OWN_ONLY
-from mae_core.weights.parts import LACKING, UNKNOWN, as_tensor, describe_refused, read_parts, sizes_of
-from mae_core.weights.rename import is_decoder
+from mae_core.weights.opening import open_weights
+from mae_core.weights.parts import LACKING, UNKNOWN, check_finite, describe_refused, missing_decoder
+from mae_core.weights.rename import is_decoder, their_names
 from mae_core.weights.report import LoadReport
-from mae_core.weights.resize import STEM, STEM_WARNING, ChannelMethod, adapt_channels, grid_of
-from mae_core.weights.writing import convert_lazily, write_parts
+from mae_core.weights.resize import STEM, STEM_WARNING, ChannelMethod, adapt_channels
+from mae_core.weights.writing import write_parts
 
-ENCODER_BLOCK = "encoder.blocks."
-OPTIONS = {"in_chans": "data.channels"}
-"""Attribute of an ``EncoderFile`` -> the option that asks for it, where they differ."""
 AnyRun = TypeVar("AnyRun", bound=JobConfig)
+AnySection = TypeVar("AnySection", bound=Schema)
 DECODER_REASON = "the decoder is for pre-training only"
 UNUSED = {
     "decoder_*": DECODER_REASON,
@@ -46,136 +44,214 @@ UNUSED = {
 """Patterns of official names -> why no encoder takes them."""
 OFFICIAL_DECODER_HEADS = 16
 """Of every released model, whatever its size; the tensors do not tell."""
-MAE_OPTIONS = ("masking", "mask_ratio", "masking_options", "mask_tokens_in_encoder")
-"""Options of ``build_mae`` that our metadata names as they are."""
 
 
-@dataclass(frozen=True)
-class EncoderFile:
-    """An encoder's tensors under the official names, and what is known of them.
-
-    format  name of the format the file is in
-    names   official name -> the names its values have in the file
-    notes   what the reader took off or put right
-    unused  names in the file that no encoder takes -> why
-    """
-
-    path: Path
-    state: dict[str, Tensor]
-    metadata: dict[str, Any]
-    size: str
-    patch_size: int
-    in_chans: int
-    grid: tuple[int, int]
-    format: str
-    names: dict[str, list[str]]
-    notes: list[str]
-    unused: dict[str, str]
-
-    @property
-    def shape(self) -> ViTSize:
-        """Row of the size table."""
-        return SIZES[self.size]
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """(height, width) it was trained at."""
-        return self.grid[0] * self.patch_size, self.grid[1] * self.patch_size
-
-    @property
-    def has_norm(self) -> bool:
-        """Whether it has the norm that follows the last block; classifiers on mean-pooled patches and the backbones of
-        detectors and segmenters have none."""
-        return "norm.weight" in self.state
-
-    @property
-    def num_classes(self) -> int:
-        """Classes of its head; 0 where it has none."""
-        return len(self.state["head.weight"]) if "head.weight" in self.state else 0
-
-    def check_pretrained(self) -> None:
-        """Raise ``UserError`` where the file is a classifier: what trains a new head starts from an encoder."""
-        if self.num_classes:
-            raise UserError(
-                f"{self.path} is a fine-tuned classifier of {self.num_classes} classes, not a pre-trained encoder; "
-                "give the encoder it was fine-tuned from, or evaluate it with mae evaluate"
-            )
-
-    def check_asked(self, **asked: Any) -> None:
-        """Raise ``UserError`` where something asked for (size, patch_size, in_chans; None: not asked) is not the
-        file's."""
-        wrong = [
-            (name, want, getattr(self, name)) for name, want in asked.items() if want not in (None, getattr(self, name))
-        ]
-        if wrong:
-            told = "; ".join(
-                f"{OPTIONS.get(name, name)} {want} was asked for, the file has {found}" for name, want, found in wrong
-            )
-            raise UserError(f"{self.path} is another architecture: {told}; use the file's, or another file")
-
-
-def size_name(width: int, depth: int) -> str:
-    """The size of an encoder. Raises ``UserError`` where it is not a known ViT."""
-    for name, size in SIZES.items():
-        if (size.width, size.depth) == (width, depth):
-            return name
-    raise UserError(f"a ViT of width {width} and depth {depth} is none of {', '.join(SIZES)}")
-
-
-def read_encoder(path: Path | str, *, image_size: int | Sequence[int] | None = None) -> EncoderFile:
+def read_encoder(
+    path: Path | str,
+    *,
+    image_size: int | Sequence[int] | None = None,
+    heads: int | None = None,
+    decoder: bool = False,
+) -> EncoderFile:
     """Read the encoder of a weights file of any known format, a run directory, a checkpoint folder or a folder of timm
-    or transformers; of a full MAE, the encoder alone.
+    or transformers; of a full MAE the decoder's tensors come along.
 
     ``image_size`` of the images it is wanted for tells the grid of a file that is not square and does not say.
+    ``heads``: attention heads of a file that does not say. ``decoder``: of a run directory the full model is meant.
 
-    Raises ``UserError`` where the file is broken or holds no encoder of a known size.
+    Raises ``UserError`` where the file is broken or holds no encoder, and where nothing tells its heads or its grid.
     """
-    path = resolve_weights(path)
-    file = read_described(path)
-    report = LoadReport(str(path), notes=file.notes)
+    opened = open_weights(path, image_size=image_size, heads=heads, decoder=decoder)
+    opened.check_decided()
+    parts, report = opened.parts, opened.report
+    kept = {
+        name: parts.tensors.pop(name) for name in list(parts.tensors) if is_decoder(name) or name.startswith(OWN_ONLY)
+    }
     try:
-        parts = read_parts(file.state, report)
-        sizes = sizes_of(parts.tensors)
-        depth = 1 + max(int(name.split(".")[1]) for name in parts.tensors if name.startswith("blocks."))
-        size = size_name(sizes["D"], depth)
-        decoder = {name: parts.tensors.pop(name) for name in list(parts.tensors) if is_decoder(name)}
-        official = write_parts(parts, FORMATS["official"], report, dict(file.metadata))
-        state = {name: as_tensor(values) for name, values in {**official.tensors, **decoder}.items()}
-        grid = grid_of(state["pos_embed"].shape[1] - 1, sizes["P"], file.metadata, image_size)
+        official = write_parts(parts, FORMATS["official"], replace(report, notes=[]), opened.info)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    metadata = {"format": parts.format, **file.metadata}
-    return EncoderFile(
-        path,
-        state,
-        metadata,
-        size,
-        sizes["P"],
-        sizes["C"],
-        grid,
-        format=metadata["format"],
-        names={name: sources for name, sources in parts.sources.items() if name in state},
-        notes=report.notes,
-        unused=report.unused,
-    )
+        raise UserError(f"{opened.path}: {error}") from None
+    tensors = {**official.tensors, **kept}
+    names = {name: sources for name, sources in parts.sources.items() if name in tensors}
+    full = parts.fit.reading.layout is MAE_CORE_FULL
+    if full and decoder and not opened.info.decoder_heads:
+        raise UserError(f"the metadata of {opened.path} lacks decoder_heads; give the checkpoint as its run wrote it")
+    if decoder and (lost := missing_decoder(kept)):
+        theirs = [name for ours in lost for name in their_names(parts.fit.reading, ours)]
+        if not any(is_decoder(name) for name in kept):
+            raise UserError(
+                f"{opened.path} has no decoder; give a run directory, a checkpoint, or an official _full file"
+            )
+        raise UserError(f"{opened.path} is not a complete MAE; it lacks {', '.join(theirs[:4])}")
+    return EncoderFile(opened.path, opened.info, tensors, names, report, opened.assumptions)
 
 
-def with_channels_of(source: EncoderFile, config: AnyRun) -> AnyRun:
-    """``config`` with the ``data.channels`` of the weights, unless the user set another.
+# What the user said, else what the file says.
 
-    Raises ``UserError`` where the rest of ``data`` does not go with them.
+
+def settled(
+    path: Path, given: Mapping[str, Any], *, must: Mapping[str, Any], may: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Options of a run on a weights file: what the user gave, else what the file says.
+
+    ``given``: option -> value, of those that the user set. ``must``: option -> the file's value, which no option can
+    change. ``may``: option -> the file's value, which holds where the user gave none. Values of None say nothing.
+    Raises ``UserError`` where one of ``must`` was given otherwise.
     """
-    data = config.data  # type: ignore[attr-defined]
-    if "channels" in data.model_fields_set or data.channels == source.in_chans:
-        return config
+    wrong = [
+        f"{name.removeprefix('model.')} {_shown(given[name])} was asked for, the file has {_shown(found)}"
+        for name, found in must.items()
+        if given.get(name) is not None and _shown(given[name]) != _shown(found)
+    ]
+    if wrong:
+        raise UserError(f"{path} is another architecture: {'; '.join(wrong)}; use the file's, or another file")
+    said = {name: value for name, value in {**(may or {}), **must}.items() if value is not None}
+    return {**said, **{name: given[name] for name in said.keys() & given.keys() if given[name] is not None}}
+
+
+def _shown(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def section_with(
+    path: Path,
+    section: AnySection,
+    prefix: str,
+    *,
+    must: Mapping[str, Any],
+    may: Mapping[str, Any] | None = None,
+) -> AnySection:
+    """``settled`` for a section of a configuration, which options ``prefix.name`` set. Raises ``UserError`` where the
+    rest of the section does not go with what the file says."""
+    given = {name: getattr(section, name) for name in section.model_fields_set}
+    named = [{f"{prefix}.{name}": value for name, value in facts.items()} for facts in (given, must, may or {})]
+    found = settled(path, named[0], must=named[1], may=named[2])
+    new = {name.rpartition(".")[2]: value for name, value in found.items()}
+    if all(getattr(section, name) == value for name, value in new.items()):
+        return section
     try:
-        data = type(data).model_validate({**data.model_dump(exclude_unset=True), "channels": source.in_chans})
+        return type(section).model_validate({**section.model_dump(exclude_unset=True), **new})
     except ValidationError as error:
         problem = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise UserError(
-            f"{source.path} has {source.in_chans} channels, which data does not go with: {problem}"
-        ) from None
-    return config.model_copy(update={"data": data})
+        told = ", ".join(f"{prefix}.{name}={value}" for name, value in new.items() if name not in given)
+        raise UserError(f"{path} says {told}, which the rest of {prefix} does not go with: {problem}") from None
+
+
+def with_file(source: EncoderFile, config: AnyRun, *, frozen: bool = False) -> AnyRun:
+    """``config`` as the weights say: their channels, and of a trained model its size; with ``frozen`` also the image
+    size and, of a classifier, the test crop where the user set none, for it is measured as it was trained.
+
+    Raises ``UserError`` where the user set another architecture than the file's.
+    """
+    data, update = config.data, {}  # type: ignore[attr-defined]
+    may = {"image_size": source.image_size, "test_crop": source.info.test_crop} if frozen else {}
+    may = {name: value for name, value in may.items() if name in type(data).model_fields}
+    update["data"] = section_with(source.path, data, "data", must={"channels": source.in_chans}, may=may)
+    model = getattr(config, "model", None)
+    if model is not None and "size" in type(model).model_fields:
+        update["model"] = section_with(source.path, model, "model", must=model_facts(source, model))
+    return config.model_copy(update=update)
+
+
+def model_facts(source: EncoderFile, model: Any) -> dict[str, Any]:
+    """The file's trunk in the words of the ``model`` section: its name where it has one, its numbers otherwise, and
+    what the section gives of them."""
+    trunk = source.shape
+    numbers: dict[str, Any] = {
+        "width": trunk.width,
+        "depth": trunk.depth,
+        "heads": trunk.heads,
+        "mlp_ratio": trunk.mlp_ratio,
+    }
+    given = model.model_fields_set
+    if source.info.size is None:
+        facts = {**numbers}
+        if "size" in given and {"width", "depth"} - given:
+            facts["size"] = trunk.name
+    else:
+        facts = {"size": source.info.size, **{name: value for name, value in numbers.items() if name in given}}
+    if "patch_size" in given:
+        facts["patch_size"] = trunk.patch_size
+    return facts
+
+
+def heads_given(config: Any) -> int | None:
+    """``model.heads`` of a configuration, which states the heads of a file that does not."""
+    return getattr(getattr(config, "model", None), "heads", None)
+
+
+# The strict loader.
+
+
+def load_state(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    path: Path | str,
+    *,
+    new: Iterable[str] = (),
+    unused: Mapping[str, str] | None = None,
+    rename: Mapping[str, str] | None = None,
+    names: Mapping[str, list[str]] | None = None,
+    report: LoadReport | None = None,
+    remedy: str = "use the file with the configuration it was trained with",
+) -> LoadReport:
+    """Copy ``tensors`` into ``model``, all or nothing; returns the account of every tensor on both sides.
+
+    ``new``: patterns of the model's tensors that may be missing and stay as they are. ``unused``: patterns of tensors
+    that the model does not take -> why. ``rename``: name in ``tensors`` -> name in the model, where they differ.
+    ``names``: name in ``tensors`` -> names in the file. ``report``: what was done before, whose ``resized`` names are
+    the model's. Raises ``UserError`` (file, first tensors, ``remedy``) when any other tensor is left over on either
+    side, has another shape, or is not finite: a model never starts half loaded.
+    """
+    report = report or LoadReport(str(path))
+    wanted, unused, rename, names = model.state_dict(), unused or {}, rename or {}, names or {}
+    ready: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        target = rename.get(name, name)
+        theirs = names.get(name) or [name]
+        if target not in wanted:
+            why = matching(name, unused)
+            if why is None:
+                report.refused[theirs[0]] = UNKNOWN
+            else:
+                report.unused.update(dict.fromkeys(theirs, why))
+        elif tensor.shape != wanted[target].shape:
+            report.refused[theirs[0]] = f"file {tuple(tensor.shape)}, model {tuple(wanted[target].shape)}"
+        else:
+            ready[target] = tensor
+            if target in report.resized:
+                pass
+            elif len(theirs) > 1:
+                report.changed[target] = f"joined from {', '.join(theirs)}"
+            elif target != theirs[0]:
+                report.renamed[theirs[0]] = target
+            else:
+                report.loaded.append(target)
+    may_be_new = dict.fromkeys(new, "")
+    for name in wanted.keys() - ready.keys():
+        if matching(name, may_be_new) is not None:
+            report.new.append(name)
+        elif name not in report.refused:
+            report.refused[name] = LACKING
+    report.new.sort()
+    if report.refused:
+        raise UserError(f"{path} does not fit this model: {describe_refused(report.refused)}; {remedy}")
+    try:
+        check_finite(ready)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    learnable = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in ready.items():
+            wanted[name].copy_(tensor)
+    report.total_parameters = sum(parameter.numel() for parameter in learnable.values())
+    report.loaded_parameters = sum(learnable[name].numel() for name in ready if name in learnable)
+    return report
+
+
+def matching(name: str, patterns: Mapping[str, str]) -> str | None:
+    """What the first pattern that fits ``name`` stands for; None where none fits."""
+    return next((why for pattern, why in patterns.items() if fnmatch.fnmatchcase(name, pattern)), None)
 
 
 def fit_state(
@@ -188,115 +264,99 @@ def fit_state(
     rename: Mapping[str, str] | None = None,
     allow_missing: Sequence[str] = (),
 ) -> LoadReport:
-    """Copy an encoder's tensors into ``model``; position embeddings are resized to ``grid``.
+    """``load_state`` for an encoder: positions are resized to ``grid``, a decoder is left out.
 
-    ``new``: patterns of the model's tensors that the file cannot have. ``unused``: patterns of the file's tensors
-    (official names) that the model does not take -> why. ``rename``: official name -> model name where they differ.
-    ``allow_missing``: patterns of tensors that the user allows to start anew. Raises ``UserError`` when any other
-    tensor is left over on either side or has another shape: a model never starts half loaded.
+    ``allow_missing``: patterns of tensors that the user allows to start anew.
     """
-    unused = {**UNUSED, **(unused or {})}
-    rename = rename or {}
-    wanted = model.state_dict()
-    report = LoadReport(str(source.path), unused=dict(source.unused), notes=list(source.notes))
-    ready: dict[str, Tensor] = {}
-    for name, tensor in source.state.items():
-        target = rename.get(name, name)
-        theirs = source.names.get(name) or [name]
-        if target not in wanted:
-            why = matching(name, unused)
-            if why is None:
-                report.refused[theirs[0]] = UNKNOWN
-            else:
-                report.unused.update(dict.fromkeys(theirs, why))
-            continue
-        if target.endswith("pos_embed") and tensor.shape[0] == 1 and source.grid != tuple(grid):
-            prefix = tensor.shape[1] - source.grid[0] * source.grid[1]
-            tensor = resize_pos_embed(tensor, source.grid, grid, prefix=prefix)
-            report.resized[target] = f"{source.grid[0]}x{source.grid[1]} -> {grid[0]}x{grid[1]}"
-        if tensor.shape != wanted[target].shape:
-            report.refused[theirs[0]] = f"file {tuple(tensor.shape)}, model {tuple(wanted[target].shape)}"
-            continue
-        ready[target] = tensor
-        if target in report.resized:
-            pass
-        elif len(theirs) > 1:
-            report.changed[target] = f"joined from {', '.join(theirs)}"
-        elif target != theirs[0]:
-            report.renamed[theirs[0]] = target
-        else:
-            report.loaded.append(target)
-    for name in wanted.keys() - ready.keys():
-        if matching(name, {pattern: "" for pattern in (*new, *allow_missing)}) is not None:
-            report.new.append(name)
-        elif name not in report.refused:
-            report.refused[name] = LACKING
-    report.new.sort()
-    if report.refused:
-        raise UserError(
-            f"{source.path} does not fit this model: {describe_refused(report.refused)}; "
-            f"the file holds a {source.size} encoder with patch {source.patch_size} and {source.in_chans} channels"
-        )
-    copy_into(model, ready, report)
-    return report
+    report = replace(
+        source.report,
+        loaded=[],
+        renamed={},
+        changed={},
+        resized={},
+        new=[],
+        refused={},
+        unused={**source.report.unused},
+    )
+    tensors = dict(source.tensors)
+    if "pos_embed" in tensors and source.grid != tuple(grid):
+        tensors["pos_embed"] = resize_pos_embed(tensors["pos_embed"], source.grid, grid)
+        target = (rename or {}).get("pos_embed", "pos_embed")
+        report.resized[target] = f"{source.grid[0]}x{source.grid[1]} -> {grid[0]}x{grid[1]}"
+    return load_state(
+        model,
+        tensors,
+        source.path,
+        new=(*new, *allow_missing),
+        unused={**UNUSED, **(unused or {})},
+        rename=rename,
+        names=source.names,
+        report=report,
+        remedy=f"the file holds a {source.size} encoder with patch {source.patch_size} and {source.in_chans} channels",
+    )
 
 
-def copy_into(model: nn.Module, ready: Mapping[str, Tensor], report: LoadReport) -> None:
-    """Copy ``ready``, by names of ``model``, into it; ``report`` gets the share of the parameters that they are."""
-    wanted, learnable = model.state_dict(), dict(model.named_parameters())
-    with torch.no_grad():
-        for name, tensor in ready.items():
-            wanted[name].copy_(tensor)
-    report.total_parameters = sum(p.numel() for p in learnable.values())
-    report.loaded_parameters = sum(learnable[name].numel() for name in ready if name in learnable)
+def opened_once(source: EncoderFile | Path | str, **options: Any) -> EncoderFile:
+    """``source``, read where it is still a path."""
+    return source if isinstance(source, EncoderFile) else read_encoder(source, **options)
 
 
-def matching(name: str, patterns: Mapping[str, str]) -> str | None:
-    """What the first pattern that fits ``name`` stands for; None where none fits."""
-    return next((why for pattern, why in patterns.items() if fnmatch.fnmatchcase(name, pattern)), None)
+def warn_of_assumptions(source: EncoderFile) -> None:
+    """Warn of what the file does not say and was assumed."""
+    for sentence in source.assumptions:
+        warnings.warn(f"{source.path}: {sentence}", stacklevel=3)
 
 
 def load_encoder(
-    path: Path | str, *, image_size: int | Sequence[int] | None = None, in_chans: int | None = None
+    path: EncoderFile | Path | str,
+    *,
+    image_size: int | Sequence[int] | None = None,
+    in_chans: int | None = None,
+    heads: int | None = None,
 ) -> ViTEncoder:
     """The encoder of any known weights file, run directory or checkpoint, in eval mode; positions resized to
     ``image_size``, the patch embedding adapted to ``in_chans`` with a warning.
 
-    Raises ``UserError`` where the file does not hold one.
+    ``heads``: attention heads, for a file that does not say. Raises ``UserError`` where the file does not hold one.
     """
-    source = read_encoder(path, image_size=image_size)
+    source = opened_once(path, image_size=image_size, heads=heads)
+    warn_of_assumptions(source)
     if not source.has_norm:
-        kind = "a classifier on mean-pooled patches" if "fc_norm.weight" in source.state else f"a {source.format} file"
+        kind = (
+            "a classifier on mean-pooled patches" if "fc_norm.weight" in source.tensors else f"a {source.format} file"
+        )
         raise UserError(
             f"{source.path} is {kind} and has no final norm of its tokens; load the encoder it was made from"
         )
     if in_chans is not None and in_chans != source.in_chans:
         method: ChannelMethod = "sum" if in_chans == 1 else "mean_tile"
-        source.state[STEM] = adapt_channels(source.state[STEM], in_chans, method)
         warnings.warn(
             f"{source.path} has {source.in_chans} channels; its patch embedding was adapted to {in_chans} ({method}): "
             f"{STEM_WARNING}",
             stacklevel=2,
         )
-    encoder = ViTEncoder(
-        source.size,
-        image_size=source.image_size if image_size is None else image_size,
-        patch_size=source.patch_size,
-        in_chans=in_chans or source.in_chans,
-    )
-    fit_state(encoder, source, grid=encoder.grid[:2], new=(), unused={"head.*": "a classifier's head"})
-    encoder.transform = view_for(encoder, source.metadata)
+        stem = adapt_channels(source.tensors[STEM], in_chans, method)
+        source = replace(source, tensors={**source.tensors, STEM: stem}, info=source.info.with_facts(in_chans=in_chans))
+    encoder = vit_of(source, image_size)
+    fit_state(encoder, source, grid=encoder.grid[:2], unused={"head.*": "a classifier's head"})
+    encoder.transform = view_for(encoder, source.info)
     return encoder.eval()
 
 
-def view_for(encoder: ViTEncoder, facts: Mapping[str, Any]) -> FileView:
+def view_for(encoder: ViTEncoder, info: EncoderInfo) -> FileView:
     """What turns an image into what ``encoder`` was trained on; mean and std as its file says, else ImageNet's."""
     channels = encoder.in_channels
-    mean, std = facts.get("mean"), facts.get("std")
+    mean, std = info.mean, info.std
     if not (mean and std and len(mean) == len(std) == channels):
         mean, std = DEFAULT_STATISTICS.get(channels, ((), ()))
     statistics = Statistics(tuple(mean), tuple(std)) if mean else None
     return FileView(encoder.grid.image_size, channels, statistics)
+
+
+def vit_of(source: EncoderFile, image_size: int | Sequence[int] | None = None, **options: Any) -> ViTEncoder:
+    """An untrained model of a file's architecture, by default at its image size."""
+    size = source.image_size if image_size is None else image_size
+    return ViTEncoder(source.shape, image_size=size, in_chans=source.in_chans, **options)
 
 
 def classifier_from(
@@ -316,15 +376,7 @@ def classifier_from(
     source.check_pretrained()
     if num_classes < 1:
         raise UserError(f"a classifier has one class or more; num_classes={num_classes} was asked for")
-    model = ViTEncoder(
-        source.size,
-        image_size=source.image_size if image_size is None else image_size,
-        patch_size=source.patch_size,
-        in_chans=source.in_chans,
-        num_classes=num_classes,
-        pooling=pooling,
-        drop_path=drop_path,
-    )
+    model = vit_of(source, image_size, num_classes=num_classes, pooling=pooling, drop_path=drop_path)
     unused = {}
     if pooling == "mean":
         unused["norm.*"] = "mean pooling learns a new norm after pooling"
@@ -335,59 +387,102 @@ def classifier_from(
 
 
 def build_classifier(
-    encoder_file: Path | str, num_classes: int, pooling: Pooling = "mean", **options: Any
+    encoder_file: EncoderFile | Path | str,
+    num_classes: int,
+    pooling: Pooling = "mean",
+    *,
+    heads: int | None = None,
+    **options: Any,
 ) -> ViTEncoder:
     """A classifier on the encoder of a weights file, for a loop of one's own (paper, A.1).
 
     ``pooling="mean"`` leaves the pre-trained final norm behind and learns a new one after pooling, as the paper does.
-    ``options``: image_size, drop_path. Raises ``UserError`` where the file does not fit.
+    ``heads``: attention heads of a file that does not say. ``options``: image_size, drop_path. Raises ``UserError``
+    where the file does not fit.
     """
-    return classifier_from(read_encoder(encoder_file), num_classes=num_classes, pooling=pooling, **options)[0]
+    source = opened_once(encoder_file, heads=heads)
+    warn_of_assumptions(source)
+    return classifier_from(source, num_classes=num_classes, pooling=pooling, **options)[0]
 
 
-def load_mae(path: Path | str, *, target: str | None = None) -> MaskedAutoencoder:
+def load_mae(
+    path: EncoderFile | Path | str,
+    *,
+    target: str | None = None,
+    heads: int | None = None,
+    decoder_heads: int | None = None,
+) -> MaskedAutoencoder:
     """Encoder and decoder, in eval mode, of our runs and checkpoints, of official files that have a decoder and of
     transformers' ViTMAE.
 
     ``target`` overrides what the metadata, the trainer's arguments or a config.json name; where none of them names it,
-    a warning says what was assumed. Raises ``UserError`` where the file has no complete decoder.
+    a warning says what was assumed. ``heads`` and ``decoder_heads``: attention heads, for a file that does not say;
+    where nothing states those of the decoder, a warning says that 16 are assumed. Raises ``UserError`` where the file
+    has no complete decoder.
     """
-    path = resolve_weights(path, decoder=True)
-    file = read_described(path)
-    try:
-        converted = convert_lazily(file.state, None, "mae_core", metadata=file.metadata)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    state = {name: as_tensor(values) for name, values in converted.tensors.items()}
-    if "decoder.embed.weight" not in state:
-        raise UserError(f"{path} has no decoder; give a run directory, a checkpoint, or an official _full file")
-    if converted.report.new:
-        raise UserError(f"{path} is not a complete MAE; it lacks {', '.join(converted.report.new[:4])}")
-    metadata = converted.metadata
-    if converted.parts.fit.reading.layout is MAE_CORE_FULL and not metadata.get("decoder_heads"):
-        raise UserError(f"the metadata of {path} lacks decoder_heads; give the checkpoint as its run wrote it")
-    model = build_mae(
-        size_name(state["encoder.cls_token"].shape[2], len({n.split(".")[2] for n in state if ENCODER_BLOCK in n})),
-        image_size=metadata["image_size"],
-        patch_size=metadata["patch_size"],
-        in_chans=metadata["in_chans"],
-        decoder_depth=len({name.split(".")[2] for name in state if name.startswith("decoder.blocks.")}),
-        decoder_width=state["decoder.embed.weight"].shape[0],
-        decoder_heads=int(metadata.get("decoder_heads") or OFFICIAL_DECODER_HEADS),
-        target=rebuild_target(
-            target or metadata.get("target") or _assumed_target(path),
-            metadata.get("target_options") or {},
-            {name.removeprefix("target."): tensor for name, tensor in state.items() if name.startswith("target.")},
-        ),
-        **{name: metadata[name] for name in MAE_OPTIONS if metadata.get(name) is not None},
+    source = opened_once(path, heads=heads, decoder=True)
+    warn_of_assumptions(source)
+    info, tensors = source.info, source.tensors
+    width = tensors["decoder_embed.weight"].shape[0]
+    decoder = {
+        "width": width,
+        "depth": len({name.split(".")[1] for name in tensors if name.startswith("decoder_blocks.")}),
+        "heads": decoder_heads_of(info, decoder_heads, source.path),
+        "mlp_ratio": tensors["decoder_blocks.0.mlp.fc1.bias"].shape[0] / width,
+    }
+    fitted = f"{OWN_ONLY}target."
+    objective = rebuild_target(
+        target or info.target or _assumed_target(source.path),
+        info.target_options or {},
+        {name.removeprefix(fitted): each for name, each in tensors.items() if name.startswith(fitted)},
     )
-    model.loss_on_all_patches = bool(metadata.get("loss_on_all_patches", False))
-    shapes, wanted = ({name: tensor.shape for name, tensor in each.items()} for each in (state, model.state_dict()))
-    differing = sorted(name for name in {**shapes, **wanted} if shapes.get(name) != wanted.get(name))
-    if differing:
-        raise UserError(f"{path} is not a complete MAE; it differs in {', '.join(differing[:4])}")
-    model.load_state_dict(state)
+    model = assemble_mae(vit_of(source), objective, decoder, **masking_of(info))
+    model.loss_on_all_patches = bool(info.loss_on_all_patches)
+    load_state(
+        model, tensors, source.path, rename={name: _name_in_mae(name) for name in tensors}, names=source.names,
+        remedy="it is not a complete MAE",
+    )  # fmt: skip
     return model.eval()
+
+
+def masking_of(info: EncoderInfo) -> dict[str, Any]:
+    """The options of ``build_mae`` about masking that a file states."""
+    stated = {
+        "masking": info.masking,
+        "mask_ratio": info.mask_ratio or None,  # transformers says 0 where features are wanted
+        "masking_options": info.masking_options,
+        "mask_tokens_in_encoder": info.mask_tokens_in_encoder,
+    }
+    return {name: value for name, value in stated.items() if value is not None}
+
+
+def _name_in_mae(name: str) -> str:
+    """Our name in an encoder's file -> the name in a ``MaskedAutoencoder``."""
+    if name.startswith(OWN_ONLY):
+        return name.removeprefix(OWN_ONLY)
+    if name == "mask_token":
+        return "decoder.mask_token"
+    return f"decoder.{name.removeprefix('decoder_')}" if name.startswith("decoder_") else f"encoder.{name}"
+
+
+def decoder_heads_of(info: EncoderInfo, asked: int | None, path: Path) -> int:
+    """Attention heads of the decoder: stated by the file, else asked for, else the released models' 16, with a warning.
+
+    Raises ``UserError`` where file and caller contradict each other.
+    """
+    stated = info.decoder_heads
+    if stated is not None and asked not in (None, stated):
+        raise UserError(f"decoder_heads={asked} was given, but {path} has {stated}; leave it out, or use another file")
+    if stated is not None or asked is not None:
+        return int(stated or asked or 0)
+    warnings.warn(f"{path}: {DECODER_HEADS_ASSUMED}", stacklevel=3)
+    return OFFICIAL_DECODER_HEADS
+
+
+DECODER_HEADS_ASSUMED = (
+    f"the file does not say how many attention heads its decoder has; {OFFICIAL_DECODER_HEADS}, as the released models "
+    "have, are assumed (another number: decoder_heads=N in Python, --decoder-heads N on the command line)"
+)
 
 
 def _assumed_target(path: Path) -> str:
@@ -399,21 +494,3 @@ def _assumed_target(path: Path) -> str:
         stacklevel=3,
     )
     return target
-
-
-def describe_encoder(model: ViTEncoder | MaskedAutoencoder) -> dict[str, Any]:
-    """The metadata every weights file of ours carries about its encoder."""
-    encoder = model.encoder if isinstance(model, MaskedAutoencoder) else model
-    grid: PatchGrid = encoder.grid
-    shape = SIZES[encoder.size]
-    return {
-        "format": "mae_core",
-        "size": encoder.size,
-        "width": shape.width,
-        "depth": shape.depth,
-        "heads": shape.heads,
-        "patch_size": grid.patch,
-        "image_size": list(grid.image_size),
-        "grid": [grid.rows, grid.cols],
-        "in_chans": encoder.in_channels,
-    }

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -31,62 +30,41 @@ from mae_core.weights.report import LoadReport
 
 PRECISIONS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """Of numbers that are weights: no other can be computed with as they are, or say at what scale they are."""
+LEFT_OUT = "left out as asked"
 LACKING = "missing from the file"
 UNKNOWN = "the model has no such tensor"
 
 
-class Joined:
-    """Rows of several tensors, joined when they are written: a converted file never lies in memory twice."""
+def strip_prefixes(
+    state: Mapping[str, Tensor], source: str | None = None, drop: Sequence[str] = ()
+) -> tuple[dict[str, Tensor], list[str], list[str]]:
+    """Take off what wrappers put before every name, as far as no format (or not ``source``) knows the names with it.
 
-    def __init__(self, parts: Sequence[Tensor]) -> None:
-        self.parts = tuple(parts)
-
-    @property
-    def shape(self) -> torch.Size:
-        """As of the joined tensor."""
-        rows = sum(part.shape[0] for part in self.parts)
-        return torch.Size((rows, *self.parts[0].shape[1:]))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the first part."""
-        return self.parts[0].dtype
-
-    def tensor(self) -> Tensor:
-        """The rows in one tensor."""
-        return torch.cat([part.to(self.dtype) for part in self.parts])
-
-
-Values: TypeAlias = "Tensor | Joined"
-
-
-def as_tensor(values: Values) -> Tensor:
-    """A tensor of its own, whatever it was."""
-    return values.tensor() if isinstance(values, Joined) else values
-
-
-def strip_prefixes(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Take off what wrappers put before every name, as far as no format knows the names with it.
-
-    Returns the state and the prefixes taken off. A prefix that is not a known wrapper's goes too, where all names
-    carry it and a format explains every name behind it.
+    Returns the state, the prefixes taken off, and the names in the file of what ``drop`` leaves out: its patterns hold
+    for a name as it is in the file and for what is left of it. A prefix that is not a known wrapper's goes too, where
+    all names carry it and a format explains every name behind it.
     """
     taken: list[str] = []
+    dropped: list[str] = []
     state = dict(state)
-    while state and not any(fit.cost[0] == 0 for fit in map(lambda r: fit_names(list(state), r), readings())):
+    while True:
+        for name in [name for name in state if any(fnmatch.fnmatchcase(name, pattern) for pattern in drop)]:
+            dropped.append("".join(taken) + name)
+            del state[name]
+        if not state or any(fit_names(list(state), reading).cost[0] == 0 for reading in readings(source)):
+            return state, taken, dropped
         first = next(iter(state))
         heads = [first[: match.end()] for match in re.finditer(r"\.", first)]
         for head in heads[:3]:
             if not all(name.startswith(head) for name in state):
                 continue
             behind = [name[len(head) :] for name in state]
-            if head in OUTER_PREFIXES or min(fit_names(behind, r).cost[0] for r in readings()) == 0:
+            if head in OUTER_PREFIXES or min(fit_names(behind, r).cost[0] for r in readings(source)) == 0:
                 break
         else:
-            break
+            return state, taken, dropped
         state = {name[len(head) :]: tensor for name, tensor in state.items()}
         taken.append(head)
-    return state, taken
 
 
 @dataclass
@@ -100,7 +78,7 @@ class Parts:
     state     the file's tensors without outer prefixes
     """
 
-    tensors: dict[str, Values]
+    tensors: dict[str, Tensor]
     sources: dict[str, list[str]]
     fit: Fit
     others: list[str] = field(default_factory=list)
@@ -131,17 +109,15 @@ def read_parts(
     asks has no use for them. Raises ``UserError`` where a tensor is missing, left
     over, or of a shape that contradicts the others.
     """
-    state, taken = strip_prefixes(state)
+    check_not_empty(state)
+    state, taken, dropped = strip_prefixes(state, source, drop)
     if taken:
         report.notes.append(f"took {' and '.join(repr(prefix) for prefix in taken)} off every name")
-    for name in list(state):
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in drop):
-            report.unused[name] = "left out as asked"
-            del state[name]
+    report.unused.update(dict.fromkeys(dropped, LEFT_OUT))
     fit, others = recognise(list(state), source)
     fit.missing = [name for name in fit.missing if not name.startswith(tuple(needless))]
     report.unused.update(fit.dropped)
-    tensors: dict[str, Values] = {}
+    tensors: dict[str, Tensor] = {}
     sources: dict[str, list[str]] = {}
     apart: dict[str, dict[int, Tensor]] = {}
     for name, slot in fit.known.items():
@@ -169,15 +145,16 @@ def read_parts(
             continue
         if only_biases:
             places[1] = torch.zeros_like(places[0])
-        tensors[ours] = Joined([places[0], places[1], places[2]])
+        tensors[ours] = torch.cat([places[place].to(places[0].dtype) for place in (0, 1, 2)])
     if fit.reading.prefix not in ("", fit.reading.layout.prefixes[0]):
         report.notes.append(f"took {fit.reading.prefix!r} off the encoder's names")
     _refuse_unfit(tensors, sources, fit, report)
+    check_finite({sources[name][0]: tensor for name, tensor in tensors.items()})
     return Parts(tensors, sources, fit, others, state)
 
 
 def _refuse_unfit(
-    tensors: Mapping[str, Values], sources: Mapping[str, list[str]], fit: Fit, report: LoadReport
+    tensors: Mapping[str, Tensor], sources: Mapping[str, list[str]], fit: Fit, report: LoadReport
 ) -> None:
     reading = fit.reading
     report.refused.update({name: UNKNOWN for name in fit.unknown})
@@ -193,9 +170,48 @@ def _refuse_unfit(
         report.refused[sources[name][0]] = why
     if report.refused:
         bare = {"pos_embed", "patch_embed.proj.weight"} & set(fit.missing)
+        wanted = [name for name, why in report.refused.items() if why == UNKNOWN]
+        remedy = f"; {leave_out(wanted)}" if len(wanted) == len(report.refused) else "; copy or export the file again"
         raise UserError(
             f"{'no MAE encoder in it: ' if bare else ''}as {reading.format.name} ({reading.layout.about}) "
-            f"{describe_refused(report.refused)}; mend the file, or leave tensors out with --drop"
+            f"{describe_refused(report.refused)}{remedy}"
+        )
+
+
+def leave_out(names: Sequence[str]) -> str:
+    """How to go on without tensors that no encoder takes: advice that works for a caller without ``--drop`` too."""
+    groups = dict.fromkeys(name if "." not in name else f"{name.split('.')[0]}.*" for name in names)
+    if any(group.startswith(("blocks.", "layers.", "backbone.", "encoder.", "vit.")) for group in groups):
+        groups = dict.fromkeys(names)
+    options = " ".join(f"--drop '{pattern}'" for pattern in list(groups)[:6])
+    command = f"mae convert FILE --to mae_core --out encoder.safetensors {options}"
+    return f"leave them out with {command}, and use the file it writes"
+
+
+def check_not_empty(tensors: Mapping[str, Tensor]) -> None:
+    """Raise ``UserError`` where parameters have no numbers, as in a file of one rank of DeepSpeed ZeRO-3."""
+    empty = [name for name, tensor in tensors.items() if not tensor.numel()]
+    if empty:
+        raise UserError(
+            f"{len(empty)} of {len(tensors)} tensors are empty, such as {empty[0]}: DeepSpeed ZeRO-3 saved them "
+            "without gathering them; make a whole file with DeepSpeed's zero_to_fp32.py"
+        )
+
+
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raise ``UserError`` where a tensor holds NaN or infinite numbers; one pass over all of them."""
+    bad = []
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or tensor.sum(dtype=torch.float32).isfinite():
+            continue  # NaN and infinity survive a sum; numbers so large that only their sum is infinite are looked at
+        wrong = tensor.numel() - int(tensor.isfinite().sum())
+        if wrong:
+            bad.append(f"{name} ({wrong} of {tensor.numel()} numbers)")
+    if bad:
+        more = f" and {len(bad) - 3} more tensors" if len(bad) > 3 else ""
+        raise UserError(
+            f"NaN or infinite numbers in {', '.join(bad[:3])}{more}: the training that wrote the file had diverged; "
+            "use an earlier checkpoint"
         )
 
 
@@ -210,7 +226,7 @@ def describe_refused(refused: Mapping[str, str]) -> str:
     return f"{count} ({'; '.join(shown)})"
 
 
-def missing_decoder(tensors: Mapping[str, Values]) -> list[str]:
+def missing_decoder(tensors: Mapping[str, Tensor]) -> list[str]:
     """Our names of what a decoder lacks that has at least one tensor."""
     indices = {name.split(".")[1] for name in tensors if name.startswith("decoder_blocks.")}
     wanted = {part + leaf for part in DECODER_PARTS for leaf in leaves(part)}
@@ -221,7 +237,7 @@ def missing_decoder(tensors: Mapping[str, Values]) -> list[str]:
     return sorted(wanted - tensors.keys(), key=natural)
 
 
-def sizes_of(tensors: Mapping[str, Values]) -> dict[str, int]:
+def sizes_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """Letter of ``SHAPES`` -> its number: what most tensors say, so that one bad tensor cannot speak for the rest."""
     votes: dict[str, Counter[int]] = {}
     for name, values in tensors.items():
@@ -243,7 +259,7 @@ PAIRED = {"N", "K"}
 """Letters of ``SHAPES`` that two tensors tell: encoder and decoder positions, weight and bias of the head."""
 
 
-def wrong_shapes(tensors: Mapping[str, Values]) -> dict[str, str]:
+def wrong_shapes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Our name -> its shape and what the rest of the file asks for, of every tensor that does not go with the rest; a
     letter (N positions, C channels, ...) stands for a number that no other tensor tells. Where two tensors contradict
     each other and no third one decides, it is both."""
@@ -260,7 +276,7 @@ def wrong_shapes(tensors: Mapping[str, Values]) -> dict[str, str]:
     return {name: _told(name, tensors) for name in wrong}
 
 
-def _fits(values: Values, letters: Sequence[str], sizes: Mapping[str, int]) -> bool:
+def _fits(values: Tensor, letters: Sequence[str], sizes: Mapping[str, int]) -> bool:
     return tuple(values.shape) == tuple(_number(letter, sizes) for letter in letters)
 
 
@@ -271,13 +287,13 @@ def _number(letter: str, sizes: Mapping[str, int]) -> int | str:
     return letter if size is None else size * (3 if letter.startswith("3") else 1)
 
 
-def _told(name: str, tensors: Mapping[str, Values]) -> str:
+def _told(name: str, tensors: Mapping[str, Tensor]) -> str:
     others = sizes_of({other: values for other, values in tensors.items() if other != name})
     wanted = (str(_number(letter, others)) for letter in SHAPES[split_index(name)[0]])
     shape = tuple(tensors[name].shape)
     return f"file {shape}, model ({', '.join(wanted)}{',' if len(shape) == 1 else ''})"
 
 
-def num_parameters(tensors: Mapping[str, Values]) -> int:
+def num_parameters(tensors: Mapping[str, Tensor]) -> int:
     """Numbers in all of them."""
     return sum(prod(values.shape) for values in tensors.values())

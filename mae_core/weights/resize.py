@@ -7,9 +7,10 @@ of the image resize (FlexiViT, arXiv 2212.08013, 3.4), which keeps the embedding
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +19,9 @@ from torch import Tensor
 from mae_core.errors import UserError
 from mae_core.patches import PatchGrid, as_pair
 from mae_core.pos_embed import resize_pos_embed, sincos_2d
+from mae_core.weights.encoder_file import EncoderInfo
 from mae_core.weights.formats import SHAPES
-from mae_core.weights.parts import Parts, Values, as_tensor, sizes_of
+from mae_core.weights.parts import Parts, sizes_of
 from mae_core.weights.rename import is_decoder, split_index
 from mae_core.weights.report import LoadReport
 
@@ -57,67 +59,89 @@ class Adaptation:
     seed: int = 0
 
 
-def grid_of(
-    positions: int, patch: int, metadata: Mapping[str, Any], image_size: int | Sequence[int] | None = None
-) -> tuple[int, int]:
-    """(rows, cols) that a file's metadata states, of a square, or of the images (H, W) it is wanted for if they fill
-    the positions exactly. Raises ``UserError`` where they are not clear."""
-    stated = metadata.get("grid")
-    size = metadata.get("image_size")
-    if stated is None and size is not None and metadata.get("patch_size", patch) == patch:
+class UnknownGrid(UserError):
+    """Nothing says how the positions lie."""
+
+
+MOST_PREFIX_TOKENS = 8
+
+
+def positions_of(
+    rows: int,
+    patch: int,
+    info: EncoderInfo,
+    asked: tuple[int, int] | None = None,
+    image_size: int | Sequence[int] | None = None,
+) -> tuple[int, tuple[int, int]]:
+    """How the rows of a position table lie: (1 with a row for the cls token, 0 without one, (rows, cols) of the grid).
+
+    The grid is the one ``asked`` for, or that the file states; else a square; else that of the images (H, W) it is
+    wanted for, if they fill the table exactly. Raises ``UserError`` for tables of more prefix tokens and for a grid
+    that contradicts the table; ``UnknownGrid`` where nothing tells it.
+    """
+    grid = asked or info.grid
+    if grid is None and info.image_size is not None:
         try:
-            stated = list(PatchGrid.of(size, patch)[:2])
+            grid = list(PatchGrid.of(info.image_size, patch)[:2])
         except (TypeError, ValueError):
-            stated = None
-    side = int(positions**0.5)
-    grid = stated or (side, side)
-    if stated is None and side * side != positions and image_size is not None:
-        height, width = as_pair(image_size)
-        grid = (height // patch, width // patch)
-    if not (isinstance(grid, list | tuple) and len(grid) == 2 and all(type(cells) is int for cells in grid)):
-        raise UserError(f"its metadata names the grid {grid!r}, which is not [rows, columns]; the file is damaged")
-    if grid[0] * grid[1] != positions or positions < 1:
+            grid = None
+    if grid is not None:
+        if not (isinstance(grid, list | tuple) and len(grid) == 2 and all(type(cells) is int for cells in grid)):
+            raise UserError(f"its metadata names the grid {grid!r}, which is not [rows, columns]; the file is damaged")
+        prefix = rows - grid[0] * grid[1]
+        if prefix in (0, 1) and rows > prefix:
+            return prefix, (grid[0], grid[1])
+        if 1 < prefix <= MOST_PREFIX_TOKENS:
+            raise UserError(_too_many(rows, prefix, (grid[0], grid[1])))
         raise UserError(
-            f"{positions} positions do not fill a {grid[0]}x{grid[1]} grid; the file is damaged, or its grid is not "
-            "square and has to be named, with mae convert --grid ROWS COLS or by the size of the images"
+            f"{rows - 1} positions do not fill a {grid[0]}x{grid[1]} grid; the file is damaged, or the grid is wrong"
         )
-    return grid[0], grid[1]
+    for prefix in (1, 0, 2):
+        side = math.isqrt(max(rows - prefix, 0))
+        if side > (prefix == 0) and side * side == rows - prefix:
+            if prefix > 1:
+                raise UserError(_too_many(rows, prefix, (side, side)))
+            return prefix, (side, side)
+        if prefix == 1 and image_size is not None:
+            height, width = (length // patch for length in as_pair(image_size))
+            if height * width in (rows - 1, rows):
+                return rows - height * width, (height, width)
+    side = math.isqrt(rows - 1)
+    raise UnknownGrid(
+        f"{rows - 1} positions do not fill a {side}x{side} grid; the file is damaged, or its grid is not square and "
+        "has to be named, with mae convert --grid ROWS COLS or by the size of the images"
+    )
 
 
-def adapt(parts: Parts, wanted: Adaptation, metadata: dict[str, Any], report: LoadReport) -> None:
-    """Resize ``parts`` in place and update ``metadata`` (grid, image_size, patch_size, in_chans) to match.
+def _too_many(rows: int, prefix: int, grid: tuple[int, int]) -> str:
+    return (
+        f"{prefix} prefix tokens: pos_embed has {rows} rows for {grid[0]}x{grid[1]} patches, so that {prefix - 1} more "
+        "tokens than the cls token have a position, such as a distillation token; only encoders with one cls token are "
+        "supported. (If it was trained on images that are not square, its grid has to be given.)"
+    )
+
+
+def adapt(parts: Parts, wanted: Adaptation, info: EncoderInfo, report: LoadReport) -> EncoderInfo:
+    """Resize ``parts`` in place; returns ``info`` with the sizes they have then.
 
     Raises ``UserError`` for sizes that do not fit.
     """
     tensors = parts.tensors
     _, channels, patch, _ = tensors[STEM].shape
-    metadata.update(patch_size=patch, in_chans=channels)
-    changes = wanted != Adaptation()
-    if wanted.grid is not None:
-        metadata["grid"] = list(wanted.grid)
-    old: tuple[int, int] | None = None
-    if "pos_embed" in tensors:
-        try:
-            old = grid_of(tensors["pos_embed"].shape[1] - 1, patch, metadata, wanted.image_size)
-        except UserError as error:
-            if changes:
-                raise
-            metadata.pop("grid", None)
-            report.notes.append(f"the grid is not known: {error}")
+    old = None if info.grid is None else (info.grid[0], info.grid[1])
     if old is not None:
-        _sine_layout(parts, old, wanted, metadata, report)
-        metadata.update(grid=list(old), image_size=[side * patch for side in old])
+        info = _sine_layout(parts, old, wanted, info, report)
     new_patch = wanted.patch_size or patch
     stem_changes = new_patch != patch or wanted.in_chans not in (None, channels)
     if stem_changes:
         _drop_decoder(parts, report)
     if new_patch != patch:
-        tensors[STEM] = resize_patch_embed(as_tensor(tensors[STEM]), new_patch, wanted.patch)
+        tensors[STEM] = resize_patch_embed(tensors[STEM], new_patch, wanted.patch)
         report.resized[STEM] = f"patch {patch} -> {new_patch} ({wanted.patch})"
     if wanted.in_chans not in (None, channels):
         assert wanted.in_chans is not None
         method: ChannelMethod = wanted.channels or ("sum" if wanted.in_chans == 1 else "mean_tile")
-        tensors[STEM] = adapt_channels(as_tensor(tensors[STEM]), wanted.in_chans, method, seed=wanted.seed)
+        tensors[STEM] = adapt_channels(tensors[STEM], wanted.in_chans, method, seed=wanted.seed)
         before = report.resized.get(STEM)
         told = f"channels {channels} -> {wanted.in_chans} ({method})"
         report.resized[STEM] = f"{before}, {told}" if before else told
@@ -127,8 +151,8 @@ def adapt(parts: Parts, wanted: Adaptation, metadata: dict[str, Any], report: Lo
         new = PatchGrid.of(size, new_patch)
         if new[:2] != old:
             _resize_positions(parts, old, new[:2], wanted.antialias, report)
-        metadata.update(grid=list(new[:2]), image_size=list(new.image_size))
-    metadata.update(patch_size=new_patch, in_chans=wanted.in_chans or channels)
+        info = info.with_facts(grid=list(new[:2]), image_size=list(new.image_size))
+    return info.with_facts(patch_size=new_patch, in_chans=wanted.in_chans or channels)
 
 
 def _drop_decoder(parts: Parts, report: LoadReport) -> None:
@@ -149,12 +173,12 @@ def _resize_positions(
     for name in list(parts.tensors):
         values = parts.tensors[name]
         if name in ("pos_embed", "decoder_pos_embed"):
-            parts.tensors[name] = resize_pos_embed(as_tensor(values), old, new, antialias=antialias)
+            parts.tensors[name] = resize_pos_embed(values, old, new, antialias=antialias)
         elif name.endswith("relative_position_bias_table") and values.shape[0] == area + 3:
-            parts.tensors[name] = resize_relative_table(as_tensor(values), old, new)
+            parts.tensors[name] = resize_relative_table(values, old, new)
         elif name.endswith(("rel_pos_h", "rel_pos_w")) and values.shape[0] == 2 * old[name.endswith("w")] - 1:
             length = 2 * new[name.endswith("w")] - 1
-            table = F.interpolate(as_tensor(values).float().t()[None], size=length, mode="linear", align_corners=False)
+            table = F.interpolate(values.float().t()[None], size=length, mode="linear", align_corners=False)
             parts.tensors[name] = table[0].t().contiguous().to(values.dtype)
         else:
             continue
@@ -197,13 +221,13 @@ def adapt_channels(weight: Tensor, in_chans: int, method: ChannelMethod, *, seed
     return fresh.reshape(D, in_chans, patch, patch).to(weight.dtype)
 
 
-def is_row_first(table: Values, grid: tuple[int, int]) -> bool:
+def is_row_first(table: Tensor, grid: tuple[int, int]) -> bool:
     """Whether a position table (1, 1 + rows*cols, D) is the sine-cosine table with rows before columns, which
     mmpretrain and MIMDet make, and not the official one."""
     width = table.shape[2]
     if width % 4 or table.shape[1] != 1 + grid[0] * grid[1]:
         return False
-    values = as_tensor(table)[0, 1:].float()
+    values = table[0, 1:].float()
     official = sincos_2d(width, *grid, prefix=0)[0]
     return bool((values - official.roll(width // 2, dims=1)).abs().max() < 1e-2) and not bool(
         (values - official).abs().max() < 1e-2
@@ -211,28 +235,29 @@ def is_row_first(table: Values, grid: tuple[int, int]) -> bool:
 
 
 def _sine_layout(
-    parts: Parts, grid: tuple[int, int], wanted: Adaptation, metadata: dict[str, Any], report: LoadReport
-) -> None:
+    parts: Parts, grid: tuple[int, int], wanted: Adaptation, info: EncoderInfo, report: LoadReport
+) -> EncoderInfo:
     for table, letter in (("pos_embed", "D"), ("decoder_pos_embed", "E")):
         if table not in parts.tensors or not is_row_first(parts.tensors[table], grid):
             continue
         if wanted.reorder:
             swap_halves(parts.tensors, letter)
-            metadata.pop(f"{table}_layout", None)
+            info = info.with_facts(**{f"{table}_layout": None})
             report.notes.append(
                 f"{table} had the row-first layout of mmpretrain and MIMDet: the two halves of all channels changed "
                 "places, so that it has the official one and the features are the same, their halves exchanged"
             )
         else:
-            metadata[f"{table}_layout"] = "row_first"
+            info = info.with_facts(**{f"{table}_layout": "row_first"})
             report.notes.append(
                 f"{table} has the row-first sine-cosine layout of mmpretrain and MIMDet, not the official one; it is "
                 "kept, because the blocks learned with it (--reorder-positions puts table and blocks into the official "
                 "order)"
             )
+    return info
 
 
-def swap_halves(tensors: dict[str, Values], letter: str) -> None:
+def swap_halves(tensors: dict[str, Tensor], letter: str) -> None:
     """Exchange the two halves of the residual stream's channels (``letter`` of ``SHAPES``: D encoder, E decoder) in
     every tensor that reads or writes it: the same function on reordered channels."""
     half = sizes_of(tensors)[letter] // 2
@@ -242,4 +267,4 @@ def swap_halves(tensors: dict[str, Values], letter: str) -> None:
         if name.endswith("attn.proj.weight"):
             axes = axes[:1]  # its input is the heads' output, not the stream
         if axes:
-            tensors[name] = as_tensor(values).roll([half] * len(axes), axes)
+            tensors[name] = values.roll([half] * len(axes), axes)

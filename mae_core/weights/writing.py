@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mae_core.errors import UserError
-from mae_core.models.sizes import SIZES
+from mae_core.weights.encoder_file import EncoderInfo
+from mae_core.weights.files import WeightsFile
 from mae_core.weights.formats import BLOCK_EXTRAS, KEPT_APART, OWN_ONLY, Format, Layout
-from mae_core.weights.parts import Joined, Parts, Values, as_tensor, missing_decoder, num_parameters, read_parts
+from mae_core.weights.opening import Opened, describe_parts
+from mae_core.weights.parts import Parts, missing_decoder, num_parameters, read_parts
 from mae_core.weights.rename import (
     Reading,
     format_of,
@@ -33,19 +36,19 @@ GAMMAS = {"gamma_1": "attn.proj", "gamma_2": "mlp.fc2"}
 
 @dataclass
 class Converted:
-    """Tensors under the names of a format, not yet joined.
+    """Tensors under the names of a format.
 
     reading   how they are named
     parts     the source under our names, after resizing
-    metadata  what is known of the model, its sizes after resizing
+    info      what is known of the model, its sizes after resizing
     raw       the source as it was read, without outer prefixes; None where it was resized
     """
 
-    tensors: dict[str, Values]
+    tensors: dict[str, Tensor]
     reading: Reading
     parts: Parts
     report: LoadReport
-    metadata: dict[str, Any] = field(default_factory=dict)
+    info: EncoderInfo
     raw: dict[str, Tensor] | None = None
 
 
@@ -56,57 +59,45 @@ def convert(
     *,
     adaptation: Adaptation | None = None,
     drop: Sequence[str] = (),
+    heads: int | None = None,
 ) -> tuple[dict[str, Tensor], LoadReport]:
     """Tensors of one format -> (tensors of another, the account of every tensor on both sides).
 
     ``source``: name of a format, or None to recognise it. ``state`` may be wrapped as trainers do. Encoder and decoder
     are converted where both formats hold a decoder, the encoder alone otherwise. ``adaptation``: sizes to change on the
-    way. ``drop``: patterns of source tensors to leave out. What is only renamed shares its memory with ``state``.
+    way. ``drop``: patterns of source tensors to leave out. ``heads``: attention heads; names and shapes alone are
+    converted without them, but they must divide the width. What is only renamed shares its memory with ``state``.
 
-    Raises ``UserError`` where a tensor is missing, left over, of a wrong shape, or means something that the target
-    cannot hold.
+    Raises ``UserError`` where a tensor is missing, left over, of a wrong shape, not finite, or means something that the
+    target cannot hold.
     """
     plain, notes, _ = unwrap(state)
-    converted = convert_lazily(plain, source, target, adaptation=adaptation, drop=drop, notes=notes)
-    return {name: as_tensor(values) for name, values in converted.tensors.items()}, converted.report
-
-
-def convert_lazily(
-    state: Mapping[str, Tensor],
-    source: str | None,
-    target: str,
-    *,
-    adaptation: Adaptation | None = None,
-    drop: Sequence[str] = (),
-    notes: Sequence[str] = (),
-    metadata: Mapping[str, Any] | None = None,
-) -> Converted:
-    """``convert`` without joining anything: for files that should not lie in memory twice."""
-    wanted = format_of(target)
     report = LoadReport(f"{source or 'unknown'} -> {target}", notes=list(notes))
-    parts = read_parts(state, report, source, drop=drop, needless=tuple(wanted.lacks))
+    parts = read_parts(plain, report, source, drop=drop, needless=tuple(format_of(target).lacks))
+    wanted = adaptation or Adaptation()
+    file = WeightsFile(Path("the tensors"), {})
+    asked: dict[str, Any] = {"grid": wanted.grid, "image_size": wanted.image_size}
+    converted = convert_opened(describe_parts(file, parts, EncoderInfo(), report, heads=heads, **asked), target, wanted)
+    return converted.tensors, converted.report
+
+
+def convert_opened(opened: Opened, target: str, adaptation: Adaptation) -> Converted:
+    """An opened file under the names of another format, resized as asked. Raises ``UserError`` as ``convert`` does."""
+    parts, report = opened.parts, opened.report
     report.path = f"{parts.format} -> {target}"
-    _doubt_depth(parts, report)
-    metadata = dict(metadata or {})
+    if opened.info.grid is None and "pos_embed" in parts.tensors:
+        if adaptation != Adaptation():
+            raise UserError(next(each for each in opened.undecided if "grid" in each))
+        report.notes.append("the grid is not known: its positions fill no square")
     before = dict(parts.tensors)
-    adapt(parts, adaptation or Adaptation(), metadata, report)
+    info = adapt(parts, adaptation, opened.info, report)
     resized = any(parts.tensors.get(name) is not values for name, values in before.items())
-    converted = write_parts(parts, wanted, report, metadata)
+    converted = write_parts(parts, format_of(target), report, info)
     converted.raw = None if resized else parts.state
     return converted
 
 
-def _doubt_depth(parts: Parts, report: LoadReport) -> None:
-    """Blocks that are missing at the end of a trunk leave a shorter trunk, which no name and no shape tells."""
-    width = parts.tensors["patch_embed.proj.weight"].shape[0]
-    depth = len({name.split(".")[1] for name in parts.tensors if name.startswith("blocks.")})
-    near = {name: size.depth for name, size in SIZES.items() if size.width == width}
-    if near and depth not in near.values():
-        told = ", ".join(f"{name} has {blocks}" for name, blocks in near.items())
-        report.notes.append(f"{depth} blocks of width {width} are no ViT of a named size ({told}); are some missing?")
-
-
-def write_parts(parts: Parts, target: Format, report: LoadReport, metadata: dict[str, Any]) -> Converted:
+def write_parts(parts: Parts, target: Format, report: LoadReport, info: EncoderInfo) -> Converted:
     """Name ``parts`` as ``target`` does. Raises ``UserError`` where they mean something that it cannot hold."""
     tensors = _without_what_it_lacks(parts, target, report)
     decoder = any(is_decoder(name) for name in tensors)
@@ -117,7 +108,7 @@ def write_parts(parts: Parts, target: Format, report: LoadReport, metadata: dict
     reading = Reading(target, layout, prefix)
     _fold_extras(tensors, layout, target, report, parts)
     _no_positions(tensors, layout, target, report, parts)
-    written: dict[str, Values] = {}
+    written: dict[str, Tensor] = {}
     names = _names_of(reading)
     for ours, values in tensors.items():
         pattern, index = split_index(ours)
@@ -131,14 +122,13 @@ def write_parts(parts: Parts, target: Format, report: LoadReport, metadata: dict
         written.update(zip(full, _split(values, full, target), strict=True))
         _account(ours, full, values, parts, report)
     _fill(written, reading, tensors, report)
-    written = dict(written)
     report.total_parameters = num_parameters(written)
     filled = {name for name, how in report.changed.items() if how.startswith("filled")}
     report.loaded_parameters = num_parameters({n: v for n, v in written.items() if n not in filled})
-    return Converted(written, reading, parts, report, metadata)
+    return Converted(written, reading, parts, report, info)
 
 
-def _without_what_it_lacks(parts: Parts, target: Format, report: LoadReport) -> dict[str, Values]:
+def _without_what_it_lacks(parts: Parts, target: Format, report: LoadReport) -> dict[str, Tensor]:
     lacks = dict(target.lacks)
     if "fc_norm" in lacks and "fc_norm.weight" in parts.tensors:
         lacks["head"] = lacks["fc_norm"]
@@ -152,7 +142,7 @@ def _without_what_it_lacks(parts: Parts, target: Format, report: LoadReport) -> 
                 f"its decoder is not complete, {lacking} missing from the file ({', '.join(told[:3])}); "
                 f"leave the decoder out with {without_decoder(parts.fit.reading)}"
             )
-    kept: dict[str, Values] = {}
+    kept: dict[str, Tensor] = {}
     for ours, values in parts.tensors.items():
         group = "decoder" if is_decoder(ours) else ours.split(".")[0]
         why = lacks.get(group)
@@ -165,14 +155,14 @@ def _without_what_it_lacks(parts: Parts, target: Format, report: LoadReport) -> 
     return kept
 
 
-def _fold_extras(tensors: dict[str, Values], layout: Layout, target: Format, report: LoadReport, parts: Parts) -> None:
+def _fold_extras(tensors: dict[str, Tensor], layout: Layout, target: Format, report: LoadReport, parts: Parts) -> None:
     """Layer scale and relative positions that ``layout`` does not have: folded into the layer before, or left out
     where they do nothing."""
     for ours in [name for name in tensors if name.endswith(BLOCK_EXTRAS)]:
         block, extra = ".".join(ours.split(".", 2)[:2]), ours.split(".", 2)[2]
         if extra in target.fills or (extra in layout.extras and extra not in GAMMAS):
             continue
-        values = as_tensor(tensors.pop(ours))
+        values = tensors.pop(ours)
         if extra in layout.extras and not bool((values == 1).all()):
             tensors[ours] = values
             continue
@@ -191,14 +181,14 @@ def _fold_extras(tensors: dict[str, Values], layout: Layout, target: Format, rep
             report.unused[theirs] = f"folded into {GAMMAS[extra]}, which gives the same function"
             for leaf in (".weight", ".bias"):
                 name = f"{block}.{GAMMAS[extra]}{leaf}"
-                layer = as_tensor(tensors[name])
+                layer = tensors[name]
                 tensors[name] = layer * values.to(layer.dtype).view(-1, *[1] * (layer.ndim - 1))
 
 
-def _no_positions(tensors: dict[str, Values], layout: Layout, target: Format, report: LoadReport, parts: Parts) -> None:
+def _no_positions(tensors: dict[str, Tensor], layout: Layout, target: Format, report: LoadReport, parts: Parts) -> None:
     """Absolute positions that one of the two ends does not have."""
     if "pos_embed" in tensors and "pos_embed" not in layout.top:
-        values = as_tensor(tensors.pop("pos_embed"))
+        values = tensors.pop("pos_embed")
         if values.count_nonzero():
             raise UserError(
                 f"the format {target.name} has no absolute positions and the features would change without them; "
@@ -226,19 +216,15 @@ def _names_of(reading: Reading) -> dict[str, tuple[str, ...]]:
     return {ours: tuple(name for _, name in sorted(found)) for ours, found in names.items()}
 
 
-def _split(values: Values, names: Sequence[str], target: Format) -> list[Values]:
+def _split(values: Tensor, names: Sequence[str], target: Format) -> list[Tensor]:
     """Values for each of ``names``: all of them, or query, key and value apart."""
     if len(names) == 1:
         return [values]
-    thirds: Sequence[Tensor]
-    if isinstance(values, Joined) and len({part.shape for part in values.parts}) == 1 and len(values.parts) == 3:
-        thirds = values.parts
-    else:
-        thirds = as_tensor(values).chunk(3)
+    thirds = values.chunk(3)
     return [thirds[place] for place in KEPT_APART.values()] if target.separate_bias else list(thirds)
 
 
-def _account(ours: str, names: Sequence[str], values: Values, parts: Parts, report: LoadReport) -> None:
+def _account(ours: str, names: Sequence[str], values: Tensor, parts: Parts, report: LoadReport) -> None:
     sources = parts.sources[ours]
     if not sources:
         report.changed[names[0]] = "filled with zeros: the source has no absolute positions"
@@ -259,12 +245,12 @@ def _account(ours: str, names: Sequence[str], values: Values, parts: Parts, repo
         report.renamed[sources[0]] = names[0]
 
 
-def _fill(written: dict[str, Values], reading: Reading, tensors: Mapping[str, Values], report: LoadReport) -> None:
+def _fill(written: dict[str, Tensor], reading: Reading, tensors: Mapping[str, Tensor], report: LoadReport) -> None:
     """What the target has and the source has not: filled where one value is right, named as new elsewhere."""
     target, layout = reading.format, reading.layout
     trunk = f"{reading.prefix}{layout.blocks}.{{}}"
     depth = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
-    like = as_tensor(tensors["patch_embed.proj.bias"])
+    like = tensors["patch_embed.proj.bias"]
     for extra, value in target.fills.items():
         for index in range(depth):
             name = f"{trunk.format(index)}.{layout.extras[extra]}"

@@ -18,8 +18,8 @@ from mae_core.models.mae import MaskedAutoencoder
 from mae_core.patches import patchify
 from mae_core.targets import PCATarget, TokenTarget
 from mae_core.tokenizers import DalleEncoder, DiscreteVAE
+from mae_core.weights.encoder_file import describe_encoder
 from mae_core.weights.files import write_weights
-from mae_core.weights.load import describe_encoder
 
 SMALL = {"image_size": (24, 40), "patch_size": 8, "decoder_depth": 1, "decoder_width": 32, "decoder_heads": 2}
 

@@ -16,7 +16,6 @@ import mae_core
 from mae_core.errors import UserError
 from mae_core.models.encoder import ViTEncoder
 from mae_core.weights.catalogue import CATALOGUE
-from mae_core.weights.encoder_file import read_described
 from mae_core.weights.files import read_file, write_weights
 from mae_core.weights.formats import SHAPES
 from mae_core.weights.rename import split_index
@@ -324,7 +323,7 @@ def test_a_cut_file_is_refused_before_memory_is_taken(tmp_path, small, seed):
     content = path.read_bytes()
     path.write_bytes(content[: random.Random(seed).randrange(len(content) - 1)])
     with pytest.raises(UserError, match="truncated"):
-        read_described(path)
+        read_file(path, mapped=False)
 
 
 def test_a_header_that_claims_more_than_the_file_is_refused(tmp_path):

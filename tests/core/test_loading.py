@@ -20,15 +20,16 @@ from torch import Tensor, nn
 from mae_core.errors import UserError
 from mae_core.models.encoder import ViTEncoder
 from mae_core.models.mae import build_mae
+from mae_core.weights.encoder_file import describe_encoder
 from mae_core.weights.files import read_weights, write_weights
 from mae_core.weights.load import (
     build_classifier,
     classifier_from,
-    describe_encoder,
     fit_state,
     load_encoder,
     load_mae,
     read_encoder,
+    settled,
 )
 from mae_core.weights.tools.inspect import describe_file
 from transfer.backbone import DenseViT
@@ -177,10 +178,13 @@ def test_a_file_with_anything_missing_or_left_over_is_refused(tmp_path, square_s
 
 def test_another_architecture_is_refused(encoder_file):
     source = read_encoder(encoder_file)
-    source.check_asked(size="nano", patch_size=8, in_chans=None)
-    message = refusal(source.check_asked, size="base", patch_size=16, in_chans=3)
-    assert "size base was asked for, the file has nano" in message and "patch_size 16" in message
-    assert "in_chans" not in message
+    found = {"model.size": source.size, "model.patch_size": source.patch_size, "data.channels": source.in_chans}
+    assert settled(source.path, {"model.size": "nano", "data.channels": None}, must=found) == found
+    given = {"model.size": "base", "model.patch_size": 16, "data.channels": 3}
+    message = refusal(settled, source.path, given, must=found)
+    assert "size base was asked for, the file has nano" in message and "patch_size 16 was asked for" in message
+    assert "channels" not in message
+    assert settled(source.path, {"a": 2}, must={}, may={"a": 1, "b": 3, "c": None}) == {"a": 2, "b": 3}
 
 
 def test_other_channels_are_adapted_with_a_warning(encoder, encoder_file):

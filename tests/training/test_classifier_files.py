@@ -21,8 +21,8 @@ from mae_core.training.finetune import finetune
 from mae_core.training.finetune_config import FinetuneConfig
 from mae_core.training.frozen_config import EvaluateConfig, LinprobeConfig
 from mae_core.training.linprobe import linprobe
+from mae_core.weights.encoder_file import describe_encoder
 from mae_core.weights.files import read_weights, write_weights
-from mae_core.weights.load import describe_encoder
 
 CLASSES = ["ash", "birch", "cedar"]
 

@@ -23,9 +23,10 @@ from mae_core.training.evaluate import as_kind_says, evaluate, mce_in_words
 from mae_core.training.finetune import finetune
 from mae_core.training.finetune_config import FinetuneConfig
 from mae_core.training.frozen_config import EvaluateConfig
-from mae_core.weights.classifiers import as_file_says, weights_of
+from mae_core.training.frozen_trunk import weights_of
+from mae_core.weights.encoder_file import describe_encoder
 from mae_core.weights.files import write_weights
-from mae_core.weights.load import describe_encoder
+from mae_core.weights.load import with_file
 
 OPTIONS = ("data.workers=0", "device=cpu", "evaluation_batch=4")
 CLASSES = ["ash", "birch", "cedar"]
@@ -104,7 +105,7 @@ def test_a_classifier_is_measured_with_the_crop_of_its_training(tmp_path, data, 
     assert not np.array_equal(other, told)
     assert "test_crop: 0.5" in (tmp_path / "silent" / "config.yaml").read_text()
     config = load_config(EvaluateConfig, None, [f"weights={run}", "kind=imagenet-c"])
-    assert as_file_says(weights_of(config), as_kind_says(config)).data.test_crop == 1.0
+    assert with_file(weights_of(config), as_kind_says(config), frozen=True).data.test_crop == 1.0
 
 
 def rows_of(file: Path) -> list[dict[str, str]]:

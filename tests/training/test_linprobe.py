@@ -21,8 +21,8 @@ from mae_core.errors import UserError
 from mae_core.layout import complete_checkpoints
 from mae_core.models.probe import LinearProbe
 from mae_core.training.frozen_config import LinprobeConfig, ProbeOptim
+from mae_core.training.frozen_trunk import classifier_of, trunk_from
 from mae_core.training.linprobe import lars, linprobe, probe_loss
-from mae_core.weights.classifiers import classifier_of, trunk_from
 from mae_core.weights.files import read_weights, write_weights
 from mae_core.weights.load import load_encoder, read_encoder
 

@@ -13,7 +13,8 @@ import mae_core
 from mae_core.models.mae import build_mae
 from mae_core.weights.formats import FORMATS
 from mae_core.weights.resize import Adaptation
-from mae_core.weights.tools.reference import Geometry, OwnReading
+from mae_core.weights.tools.check import Geometry
+from tests.independent_vit import OwnReading
 
 pytestmark = pytest.mark.detectron2
 SOURCES = ("official", "mae_core", "timm", "huggingface", "mmseg", "mmpretrain", "detectron2", "mae_segmentation")

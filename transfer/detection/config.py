@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from mae_core.config.schema import Count, Fraction, Schema, Size, row_of
-from mae_core.config.sections import OptimConfig, TransferConfig
+from mae_core.config.sections import OptimConfig, TransferConfig, TrunkOptions
 from mae_core.data.config import ImagesConfig
 from mae_core.models.sizes import SIZES
 from transfer.attention import RELATIVE_POSITIONS
@@ -25,7 +25,7 @@ Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 
-class DetectorConfig(Schema):
+class DetectorConfig(TrunkOptions):
     """The network: DenseViT, a pyramid, and a head."""
 
     size: Annotated[str, row_of(SIZES)] | None = Field(None, description="the file's when empty; base from scratch")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,9 +12,10 @@ from torch import nn
 from mae_core.data.images import Statistics
 from mae_core.errors import UserError
 from mae_core.layout import DETECTOR
-from mae_core.models.sizes import size_of
+from mae_core.models.sizes import SIZES, ViTSize, size_of
 from mae_core.patches import as_pair
 from mae_core.weights.files import WeightsFile, read_file
+from mae_core.weights.load import load_state
 from transfer.backbone import DenseViT
 from transfer.detection.annotations import Category
 from transfer.detection.config import DetectionConfig, DetectorConfig
@@ -31,7 +33,8 @@ def describe_detector(
     return {
         "format": DETECTOR_FORMAT,
         "engine": config.engine,
-        "detector": {**config.model.model_dump(mode="json"), "size": vit.size, "patch_size": vit.grid.patch},
+        "detector": {**config.model.model_dump(mode="json"), **numbers_of(vit.shape)},
+        "trunk": asdict(vit.shape),
         "sampling": config.sampling.model_dump(mode="json"),
         "test": config.test.model_dump(mode="json"),
         "image_size": list(as_pair(config.data.image_size)),
@@ -41,6 +44,17 @@ def describe_detector(
         "std": statistics.std,
         "categories": [list(category) for category in categories],
         "epochs": config.optim.epochs,
+    }
+
+
+def numbers_of(shape: ViTSize) -> dict[str, Any]:
+    """A trunk in the words of ``DetectorConfig``: its name, or its numbers where it has none."""
+    numbers = {"width": shape.width, "depth": shape.depth, "heads": shape.heads, "mlp_ratio": shape.mlp_ratio}
+    named = shape.name in SIZES
+    return {
+        "size": shape.name if named else None,
+        "patch_size": shape.patch_size,
+        **{name: None if named else value for name, value in numbers.items()},
     }
 
 
@@ -93,13 +107,7 @@ def load_detector(
         raise UserError(f"{file.path} is not a detector of engine {config.engine}; give the {DETECTOR} of such a run")
     config = settings_of_training(config, metadata)
     model = rebuilt_network(config, metadata, engine)
-    try:
-        model.load_state_dict(file.state)
-    except RuntimeError as error:
-        problem = str(error).splitlines()[-1].strip()
-        raise UserError(
-            f"{file.path} does not fit the network its metadata describe ({problem}); export it again"
-        ) from None
+    load_state(model, file.state, file.path, remedy="its metadata describes another network; export it again")
     statistics = Statistics(tuple(metadata["mean"]), tuple(metadata["std"]))
     return Trained(model, tuple(Category(*entry) for entry in metadata["categories"]), statistics, config)
 
@@ -107,13 +115,13 @@ def load_detector(
 def rebuilt_network(config: DetectionConfig, metadata: dict[str, Any], engine: DetectorEngine) -> nn.Module:
     """The network that the metadata of a file describe, with random weights; ``config`` is that of inference."""
     detector, canvas = config.model, as_pair(metadata["image_size"])
-    size = detector.size or "base"
+    size = size_of(metadata["trunk"]) if "trunk" in metadata else detector.trunk_on(detector.size or "base")
     vit = DenseViT(
         size,
         patch_size=detector.patch_size,
         in_chans=metadata["in_chans"],
         image_size=metadata["position_size"],
-        taps=PYRAMIDS[detector.pyramid].taps(size_of(size)),
+        taps=PYRAMIDS[detector.pyramid].taps(size),
         **trunk_options(detector, canvas),
     )
     classes = len(metadata["categories"])

@@ -135,7 +135,7 @@ def trunk_of(config: DetectionConfig, source: EncoderFile | None) -> Trunk:
     model, canvas = config.model, as_pair(config.data.image_size)
     return build_trunk(
         source,
-        size=model.size,
+        size=model.trunk_on(model.size or "base") if source is None else model.size,
         patch_size=model.patch_size,
         in_chans=config.data.channels,
         taps=PYRAMIDS[model.pyramid].taps,

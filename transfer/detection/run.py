@@ -17,7 +17,7 @@ from mae_core.training.classification import tell_of_weights
 from mae_core.training.loop import FitSettings
 from mae_core.training.run import Run, check_output, open_run
 from mae_core.weights.files import SAFETENSORS, WeightsFile, read_file, write_weights
-from mae_core.weights.load import read_encoder, with_channels_of
+from mae_core.weights.load import heads_given, read_encoder, with_file
 from transfer.detection.coco import check_same_categories, read_coco
 from transfer.detection.config import DetectionConfig
 from transfer.detection.data_sets import check_images, files_of, locate, read_data
@@ -36,9 +36,11 @@ def train_detector(config: DetectionConfig, *, resume: bool = False) -> dict[str
     engine = load_engine(config.engine)
     builder_of(config.model.head, config.engine)
     whole = None if config.weights is None else zoo_detector(engine, config.weights)
-    source = None if config.weights is None or whole is not None else read_encoder(config.weights)
+    source = (
+        None if config.weights is None or whole is not None else read_encoder(config.weights, heads=heads_given(config))
+    )
     if source is not None:
-        config = with_channels_of(source, config)
+        config = with_file(source, config)
     check_output(config, resume=resume)
     if resume and all((config.output / name).is_file() for name in (DETECTOR, METRICS)):
         return leave_finished(config)

@@ -8,14 +8,16 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from mae_core.config.schema import hint
 from mae_core.errors import UserError
-from mae_core.models.sizes import size_of
+from mae_core.models.sizes import SIZES, size_of
 from mae_core.texts import read_text
-from mae_core.weights.load import EncoderFile
+from mae_core.weights.encoder_file import EncoderFile
+from mae_core.weights.load import settled
 
 BACKBONE = "MAECoreViT"
 CPU_MIXED = "MAECoreCPUMixed"
@@ -131,15 +133,22 @@ def fit_to_weights(config: MutableMapping[str, Any], source: EncoderFile, option
     backbone = config["model"]["backbone"]
     if backbone["type"] != BACKBONE:
         raise UserError(f"weights go into a {BACKBONE} backbone, and this config builds a {backbone['type']}")
-    facts = {"size": source.size, "patch_size": source.patch_size, "in_chans": source.in_chans}
-    for key, found in facts.items():
-        stated = backbone.get(key)
-        if stated not in (None, found):
-            raise UserError(
-                f"the config builds an encoder with {key}={stated}, and {source.path} holds one with {key}={found}; "
-                f"use weights that fit, or set {key} in the config"
-            )
-        backbone[key] = found
+    trunk = asdict(source.shape)
+    size: Any = source.shape.name if source.shape.name in SIZES else trunk
+    if source.shape.name in SIZES and any(trunk[name] != asdict(size_of(size))[name] for name in UNNAMED):
+        size = trunk
+    stated = backbone.get("size")
+    if stated is not None and size_of(stated).trunk == source.shape.trunk:
+        stated = size  # the same trunk under another description: the file has the last word on epsilon and activation
+    given = {"size": stated, **{name: backbone.get(name) for name in ("patch_size", "in_chans")}}
+    facts = {"size": size, "patch_size": source.patch_size, "in_chans": source.in_chans}
+    place = "model.backbone."
+    settled_facts = settled(
+        source.path,
+        {place + name: value for name, value in given.items()},
+        must={place + name: value for name, value in facts.items()},
+    )
+    backbone.update({name.removeprefix(place): value for name, value in settled_facts.items()})
     backbone["weights"] = str(source.path)
     notes = []
     preprocessor = config["model"].get("data_preprocessor") or config["data_preprocessor"]
@@ -155,6 +164,10 @@ def fit_to_weights(config: MutableMapping[str, Any], source: EncoderFile, option
         preprocessor[key] = found
         notes.append(f"{key} {found} of the weights replaces {stated} of the config")
     return notes
+
+
+UNNAMED = ("norm_eps", "activation")
+"""What the name of a size says nothing of."""
 
 
 def channels_of(config: Mapping[str, Any]) -> int:
@@ -207,6 +220,7 @@ def check_widths(config: Mapping[str, Any]) -> None:
         return
     size = model["backbone"].get("size", "base")
     width = size_of(size).width
+    size = size if isinstance(size, str) else size_of(size).name
     stated = {"model.neck.embed_dim": [model["neck"]["embed_dim"]]} if model.get("neck") else {}
     for head in heads_of(config):
         stated["in_channels"] = stated.get("in_channels", []) + list(_flat(head["in_channels"]))

@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mae_core.errors import UserError
-from mae_core.layout import resolve_weights
-from mae_core.models.sizes import SIZES
+from mae_core.layout import EXPORT_CONFIG, EXPORTED
 from mae_core.weights.catalogue import published_target
-from mae_core.weights.encoder_file import heads_of, read_described
+from mae_core.weights.encoder_file import EncoderInfo, read_json_beside
 from mae_core.weights.files import SAFETENSORS, TORCH_SUFFIXES, write_torch, write_weights
 from mae_core.weights.formats import FORMATS
-from mae_core.weights.parts import Joined, as_tensor
-from mae_core.weights.rename import format_of
+from mae_core.weights.load import DECODER_HEADS_ASSUMED
+from mae_core.weights.opening import Opened, open_weights
+from mae_core.weights.parts import LEFT_OUT
+from mae_core.weights.rename import format_of, is_decoder
 from mae_core.weights.report import LoadReport
 from mae_core.weights.resize import Adaptation
-from mae_core.weights.tools.check import TOLERANCE, Comparison, compare_features
-from mae_core.weights.tools.export import write_folder
-from mae_core.weights.tools.reference import Geometry
-from mae_core.weights.writing import Converted, convert_lazily, write_parts
+from mae_core.weights.tools.check import TOLERANCE, Comparison, Geometry, compare_features
+from mae_core.weights.tools.export import config_of, write_folder
+from mae_core.weights.writing import Converted, convert_opened, write_parts
 
 FOLDERS = ("huggingface", "huggingface_5", "timm")
 """Formats that are written as a folder where --out has no file ending."""
-CARRIED = (
-    "target", "target_options", "masking", "mask_ratio", "masking_options", "mask_tokens_in_encoder",
-    "loss_on_all_patches", "decoder_heads", "mean", "std", "epochs", "step", "classes", "multi_label", "pooling",
-    "test_crop", "licence", "pos_embed_layout", "decoder_pos_embed_layout",
-)  # fmt: skip
-"""Metadata that stays true when a file is converted."""
 
 
 def convert_file(
@@ -40,13 +35,16 @@ def convert_file(
     from_format: str | None = None,
     adaptation: Adaptation | None = None,
     drop: Sequence[str] = (),
+    heads: int | None = None,
+    decoder_heads: int | None = None,
     check: bool = False,
 ) -> tuple[LoadReport, Comparison | None]:
     """Convert the weights file ``source`` (or a run, checkpoint or exported folder) and write ``out``.
 
     A ``.pth`` or ``.bin`` ending writes a torch file, ``.safetensors`` a safetensors file with metadata, no ending the
-    folder that timm or transformers opens. With ``check`` both ends run on the same images first. Raises ``UserError``
-    for what does not fit, an ``out`` that exists, and a difference above 1e-4; then nothing is written.
+    folder that timm or transformers opens. ``heads``, ``decoder_heads``: of a file that does not say. With ``check``
+    both ends run on the same images first. Raises ``UserError`` for what does not fit, an ``out`` that exists, heads
+    that nothing tells, and a difference above 1e-4; then nothing is written.
     """
     format_of(target)
     torch_file = out.suffix in TORCH_SUFFIXES
@@ -54,88 +52,95 @@ def convert_file(
         raise UserError(f"--out {out} has to end in {SAFETENSORS} or {TORCH_SUFFIXES[0]} for the format {target}")
     if out.exists():
         raise UserError(f"{out} exists; choose another --out")
-    path = resolve_weights(source, decoder=True)
-    options = {"adaptation": adaptation, "drop": drop}
-    converted = _read_converted(path, from_format, target, options, mapped=True)
-    if torch_file and any(isinstance(values, Joined) for values in converted.tensors.values()):
-        # torch.save takes all tensors at once: what is joined may not lie in memory beside the map of its parts
-        converted = _read_converted(path, from_format, target, options, mapped=False)
-    converted.report.path = f"{path} ({converted.report.path})"
-    comparison = prove(converted) if check else None
+    wanted = adaptation or Adaptation()
+    opened = open_weights(
+        source,
+        decoder=True,
+        source=from_format,
+        drop=drop,
+        needless=tuple(format_of(target).lacks),
+        heads=heads,
+        grid=wanted.grid,
+        image_size=wanted.image_size,
+        mapped=True,
+    )
+    if opened.info.heads is None:
+        opened.check_decided()
+    _decide_pre_training(opened, decoder_heads)
+    try:
+        converted = convert_opened(opened, target, wanted)
+        info = describe(converted)
+    except UserError as error:
+        raise UserError(str(error) if str(opened.path) in str(error) else f"{opened.path}: {error}") from None
+    converted.report.path = f"{opened.path} ({converted.report.path})"
+    folder = not torch_file and out.suffix != SAFETENSORS
+    comparison = prove(opened, converted, as_folder=folder) if check else None
     if torch_file:
-        metadata = describe(converted)
-        converted.parts.tensors.clear()
-        converted.parts.state.clear()
-        write_torch(out, converted.tensors, metadata, FORMATS[target].wrapper)
-    elif out.suffix == SAFETENSORS:
-        write_weights(out, converted.tensors, describe(converted), unchanged=True)
-    else:
+        write_torch(out, converted.tensors, info.to_metadata(), FORMATS[target].wrapper)
+    elif folder:
         write_folder(converted, out)
+    else:
+        write_weights(out, converted.tensors, info.to_metadata())
     return converted.report, comparison
 
 
-def _read_converted(
-    path: Path, source: str | None, target: str, options: Mapping[str, Any], *, mapped: bool
-) -> Converted:
-    file = read_described(path, mapped=mapped)
-    named = published_target(path.name)
-    if named is not None and not file.metadata.get("target"):
-        file.metadata["target"] = named
-        file.notes.append(f"the published file of that name predicts {named}; this one does not say")
-    try:
-        return convert_lazily(file.state, source, target, notes=file.notes, metadata=file.metadata, **options)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+def _decide_pre_training(opened: Opened, decoder_heads: int | None) -> None:
+    """What the file does not say of its decoder: by the catalogue, by the caller, or assumed and noted."""
+    named, info, report = published_target(opened.path.name), opened.info, opened.report
+    if named is not None and not info.target:
+        info = info.with_facts(target=named)
+        report.notes.append(f"the published file of that name predicts {named}; this one does not say")
+    if decoder_heads is not None:
+        if info.decoder_heads not in (None, decoder_heads):
+            raise UserError(f"--decoder-heads {decoder_heads} was given, but {opened.path} has {info.decoder_heads}")
+        info = info.with_facts(decoder_heads=decoder_heads)
+    elif opened.parts.has_decoder and info.decoder_heads is None:
+        report.notes.append(DECODER_HEADS_ASSUMED)
+    opened.info = info
 
 
-def describe(converted: Converted) -> dict[str, Any]:
-    """Metadata of the file to write."""
-    parts, known = converted.parts.tensors, converted.metadata
-    width = parts["patch_embed.proj.weight"].shape[0]
-    depth = len({name.split(".")[1] for name in parts if name.startswith("blocks.")})
-    size = next((name for name, row in SIZES.items() if (row.width, row.depth) == (width, depth)), None)
-    shape = {name: known[name] for name in ("patch_size", "in_chans", "image_size", "grid") if known.get(name)}
-    return {
-        "format": converted.reading.format.name,
-        "converted_from": converted.parts.format,
-        **({"size": size} if size else {}),
-        "width": width,
-        "depth": depth,
-        "heads": heads_of(width, known),
-        **shape,
-        **{name: known[name] for name in CARRIED if known.get(name) is not None},
-    }
+def describe(converted: Converted) -> EncoderInfo:
+    """What the file to write says of itself."""
+    source = converted.parts.format
+    return converted.info.with_facts(format=converted.reading.format.name, converted_from=source, other={})
 
 
-def prove(converted: Converted) -> Comparison:
-    """Run source and target on the same images. Raises ``UserError`` where their features differ by more than 1e-4.
+def prove(opened: Opened, converted: Converted, *, as_folder: bool) -> Comparison:
+    """Run source and target on the same images, each as its own configuration says. Raises ``UserError`` where their
+    features differ by more than 1e-4.
 
     After a resize the source is compared as it was resized: a ViT of other sizes has other features.
     """
-    known, parts = converted.metadata, converted.parts
-    if known.get("image_size") is None:
+    info, parts = converted.info, converted.parts
+    if info.image_size is None:
         raise UserError("--check needs the grid of the positions, which is not square; name it with --grid ROWS COLS")
-    height, width = known["image_size"]
-    geometry = Geometry(
-        (height, width),
-        known["patch_size"],
-        known["in_chans"],
-        heads_of(parts.tensors["patch_embed.proj.weight"].shape[0], known),
-    )
     if converted.raw is not None:
         source, reading = converted.raw, parts.fit.reading
     else:
-        rewritten = write_parts(parts, parts.fit.reading.format, LoadReport("check"), dict(known))
-        source = {name: as_tensor(values) for name, values in rewritten.tensors.items()}
-        reading = rewritten.reading
-    target = {name: as_tensor(values) for name, values in converted.tensors.items()}
-    comparison = compare_features(source, reading, target, converted.reading, geometry)
+        rewritten = write_parts(parts, parts.fit.reading.format, LoadReport("check"), info)
+        source, reading = rewritten.tensors, rewritten.reading
+    own = read_json_beside(opened.path, EXPORT_CONFIG) if opened.path.name in EXPORTED else None
+    written = config_of(converted) if as_folder else None
+    without = [name for name, why in converted.report.unused.items() if why == LEFT_OUT and _is_of_encoder(name)]
+    comparison = compare_features(
+        (source, reading, Geometry.of(info, own)),
+        (converted.tensors, converted.reading, Geometry.of(describe(converted), written)),
+        without=without,
+    )
     if not comparison.difference <= TOLERANCE:  # not a number is no proof either
         raise UserError(
             f"the features of source and target differ by {comparison.difference:.2e} ({comparison.what}; "
             f"{comparison.source} against {comparison.target}), more than {TOLERANCE:g}; nothing was written"
         )
     return comparison
+
+
+NOT_ENCODER = ("*decoder*", "*mask_token", "*head.*", "*head", "*predictor*", "*momentum*", "*optimizer*", "*queue*")
+"""Names of what features never pass, among those that ``--drop`` may leave out."""
+
+
+def _is_of_encoder(name: str) -> bool:
+    return not is_decoder(name) and not any(fnmatch.fnmatchcase(name, pattern) for pattern in NOT_ENCODER)
 
 
 def summary(report: LoadReport, comparison: Comparison | None, out: Path) -> str:
@@ -146,4 +151,15 @@ def summary(report: LoadReport, comparison: Comparison | None, out: Path) -> str
             f"checked: largest feature difference {comparison.difference:.1e} "
             f"({comparison.what}; {comparison.source} against {comparison.target})"
         )
+        if comparison.without:
+            named = ", ".join(comparison.without[:4]) + (", ..." if len(comparison.without) > 4 else "")
+            lines.append(
+                f"both sides were measured without {len(comparison.without)} tensors that --drop left out ({named}): "
+                "the model that the source was trained as has other features"
+            )
     return "\n".join(lines)
+
+
+def check_as_json(comparison: Comparison | None) -> Mapping[str, Any] | None:
+    """A comparison for a JSON file."""
+    return None if comparison is None else {**comparison._asdict(), "without": list(comparison.without)}

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from mae_core.atomic import atomic_folder, atomic_path
 from mae_core.data.config import usual_test_crop
 from mae_core.errors import UserError
-from mae_core.layout import EXPORT_CONFIG, MODEL
+from mae_core.layout import EXPORT_CONFIG, MODEL, PREPROCESSOR_CONFIG
+from mae_core.models.sizes import ViTSize
 from mae_core.weights.catalogue import LICENCE
-from mae_core.weights.encoder_file import heads_of
 from mae_core.weights.files import write_weights
-from mae_core.weights.parts import Values
+from mae_core.weights.load import OFFICIAL_DECODER_HEADS
+from mae_core.weights.opening import depth_of
 from mae_core.weights.rename import without_decoder
-from mae_core.weights.tools.reference import EPSILON
+from mae_core.weights.tools.check import TRANSFORMERS_NAMES
 from mae_core.weights.writing import Converted
 
 TIMM_NAMES = {
@@ -32,6 +33,8 @@ TIMM_NAMES = {
     1280: "vit_huge_patch14_224",
 }
 """Width -> timm's architecture of that width; every number of it is stated again in ``model_args``."""
+TIMM_WITH_EPSILON = {1e-5: "vit_base_patch16_clip_224"}
+"""Epsilon of the norms other than 1e-6 -> an architecture of timm's that has it: no JSON file can ask for one."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 ONNX_TOLERANCE = 1e-4
@@ -43,34 +46,61 @@ def write_folder(converted: Converted, folder: Path) -> None:
 
     Raises ``UserError`` where the format has no such folder, or its library cannot hold the model.
     """
-    writers = {"huggingface": transformers_config, "huggingface_5": transformers_config, "timm": timm_config}
-    name = converted.reading.format.name
-    if name not in writers:
-        raise UserError(f"{name} is written as a file; end --out in .safetensors or .pth")
     if folder.exists():
         raise UserError(f"{folder} exists; choose another --out")
-    config = writers[name](converted)
+    config = config_of(converted)
     card = model_card(converted, config)
-    tensors: dict[str, Values] = converted.tensors
     with atomic_folder(folder) as temporary:
-        write_weights(temporary / MODEL, tensors, {"format": "pt"}, unchanged=True)
+        write_weights(temporary / MODEL, converted.tensors, {"format": "pt"})
+        for name, content in processor_of(converted).items():
+            (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         (temporary / EXPORT_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (temporary / CARD).write_text(card, encoding="utf-8")
 
 
+def config_of(converted: Converted) -> dict[str, Any]:
+    """config.json of the folder. Raises ``UserError`` where the format has none, or its library cannot hold the
+    model."""
+    writers = {"huggingface": transformers_config, "huggingface_5": transformers_config, "timm": timm_config}
+    name = converted.reading.format.name
+    if name not in writers:
+        raise UserError(f"{name} is written as a file; end --out in .safetensors or .pth")
+    return writers[name](converted)
+
+
+def processor_of(converted: Converted) -> dict[str, dict[str, Any]]:
+    """File name -> content of transformers' image processor, where the statistics of the pixels are known."""
+    info = converted.info
+    if converted.reading.format.name == "timm" or not (info.mean and info.std):
+        return {}
+    height, width = info.image_size
+    processor = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": height, "width": width},
+        "resample": 3,  # bicubic
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(info.mean),
+        "image_std": list(info.std),
+    }
+    return {PREPROCESSOR_CONFIG: processor}
+
+
 def _shapes(converted: Converted) -> dict[str, Any]:
     """Width, depth and the like of a converted encoder."""
-    tensors, metadata = converted.parts.tensors, converted.metadata
+    tensors, info = converted.parts.tensors, converted.info
     width, channels, patch, _ = tensors["patch_embed.proj.weight"].shape
-    if metadata.get("image_size") is None:
+    if info.image_size is None:
         raise UserError("the grid of the positions is not known and not square; name it with --grid ROWS COLS")
     return {
         "width": width,
         "channels": channels,
         "patch": patch,
-        "image_size": list(metadata["image_size"]),
-        "depth": len({name.split(".")[1] for name in tensors if name.startswith("blocks.")}),
-        "heads": heads_of(width, metadata),
+        "image_size": list(info.image_size),
+        "depth": depth_of(tensors),
+        "heads": info.trunk.heads,
         "hidden": tensors["blocks.0.mlp.fc1.bias"].shape[0],
         "classes": tensors["head.bias"].shape[0] if "head.bias" in tensors else 0,
     }
@@ -78,7 +108,7 @@ def _shapes(converted: Converted) -> dict[str, Any]:
 
 def transformers_config(converted: Converted) -> dict[str, Any]:
     """config.json of a ViTMAE (with a decoder) or a ViT. Raises ``UserError`` for what transformers cannot build."""
-    shapes, metadata, tensors = _shapes(converted), converted.metadata, converted.parts.tensors
+    shapes, info, tensors = _shapes(converted), converted.info, converted.parts.tensors
     rows, cols = (side // shapes["patch"] for side in shapes["image_size"])
     config: dict[str, Any] = {
         "hidden_size": shapes["width"],
@@ -88,8 +118,8 @@ def transformers_config(converted: Converted) -> dict[str, Any]:
         "image_size": shapes["image_size"][0] if rows == cols else shapes["image_size"],
         "patch_size": shapes["patch"],
         "num_channels": shapes["channels"],
-        "layer_norm_eps": EPSILON,
-        "hidden_act": "gelu",
+        "layer_norm_eps": info.trunk.norm_eps,
+        "hidden_act": TRANSFORMERS_NAMES.get(info.trunk.activation, info.trunk.activation),
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
         "qkv_bias": True,
@@ -102,25 +132,25 @@ def transformers_config(converted: Converted) -> dict[str, Any]:
                 f"transformers' ViTMAE builds its position tables for a square number of patches, not {rows}x{cols}; "
                 f"leave the decoder out with {without_decoder(converted.parts.fit.reading)}, for its ViT takes any grid"
             )
-        if metadata.get("target") not in (None, "pixels", "normalized_pixels"):
-            raise UserError(f"transformers' ViTMAE predicts pixels; this decoder predicts {metadata['target']}")
-        if metadata.get("target") is None:
+        if info.target not in (None, "pixels", "normalized_pixels"):
+            raise UserError(f"transformers' ViTMAE predicts pixels; this decoder predicts {info.target}")
+        if info.target is None:
             converted.report.notes.append("the file does not say what it predicts; norm_pix_loss is written as true")
         decoder_width = tensors["decoder_embed.bias"].shape[0]
         return {
             **config,
             "model_type": "vit_mae",
             "architectures": ["ViTMAEForPreTraining"],
-            "mask_ratio": metadata.get("mask_ratio", 0.75),
-            "norm_pix_loss": metadata.get("target", "normalized_pixels") == "normalized_pixels",
+            "mask_ratio": 0.75 if info.mask_ratio is None else info.mask_ratio,
+            "norm_pix_loss": info.target in (None, "normalized_pixels"),
             "decoder_hidden_size": decoder_width,
             "decoder_num_hidden_layers": len({n.split(".")[1] for n in tensors if n.startswith("decoder_blocks.")}),
-            "decoder_num_attention_heads": metadata.get("decoder_heads") or 16,
+            "decoder_num_attention_heads": info.decoder_heads or OFFICIAL_DECODER_HEADS,
             "decoder_intermediate_size": tensors["decoder_blocks.0.mlp.fc1.bias"].shape[0],
         }
     headed = "classifier.weight" in converted.tensors  # not the head of a classifier on mean-pooled patches
     if headed:
-        labels = metadata.get("classes") or [f"LABEL_{index}" for index in range(shapes["classes"])]
+        labels = info.classes or [f"LABEL_{index}" for index in range(shapes["classes"])]
         config["id2label"] = {str(index): str(label) for index, label in enumerate(labels)}
         config["label2id"] = {str(label): index for index, label in enumerate(labels)}
     return {**config, "model_type": "vit", "architectures": ["ViTForImageClassification" if headed else "ViTModel"]}
@@ -128,11 +158,11 @@ def transformers_config(converted: Converted) -> dict[str, Any]:
 
 def timm_config(converted: Converted) -> dict[str, Any]:
     """config.json of timm's VisionTransformer."""
-    shapes, metadata, tensors = _shapes(converted), converted.metadata, converted.parts.tensors
+    shapes, info, tensors = _shapes(converted), converted.info, converted.parts.tensors
     channels = shapes["channels"]
     pooled = "fc_norm.weight" in tensors
-    name = TIMM_NAMES.get(shapes["width"], TIMM_NAMES[192])
-    labels = {"label_names": metadata["classes"]} if shapes["classes"] and metadata.get("classes") else {}
+    name = TIMM_WITH_EPSILON.get(info.trunk.norm_eps) or TIMM_NAMES.get(shapes["width"], TIMM_NAMES[192])
+    labels = {"label_names": info.classes} if shapes["classes"] and info.classes else {}
     return {
         "architecture": name,
         "num_classes": shapes["classes"],
@@ -146,6 +176,7 @@ def timm_config(converted: Converted) -> dict[str, Any]:
             "depth": shapes["depth"],
             "num_heads": shapes["heads"],
             "mlp_ratio": shapes["hidden"] / shapes["width"],
+            **timm_layers(converted),
             "global_pool": "avg" if pooled else "token",
         },
         "pretrained_cfg": {
@@ -153,9 +184,9 @@ def timm_config(converted: Converted) -> dict[str, Any]:
             "input_size": [channels, *shapes["image_size"]],
             "fixed_input_size": True,
             "interpolation": "bicubic",
-            "crop_pct": metadata.get("test_crop") or usual_test_crop(shapes["image_size"]),
-            "mean": list(metadata.get("mean") or (IMAGENET_MEAN if channels == 3 else [0.5] * channels)),
-            "std": list(metadata.get("std") or (IMAGENET_STD if channels == 3 else [0.5] * channels)),
+            "crop_pct": info.test_crop or usual_test_crop(shapes["image_size"]),
+            "mean": list(info.mean or (IMAGENET_MEAN if channels == 3 else [0.5] * channels)),
+            "std": list(info.std or (IMAGENET_STD if channels == 3 else [0.5] * channels)),
             "num_classes": shapes["classes"],
             # timm adapts a stem that it finds here to in_chans, and knows only stems of three channels
             "first_conv": "patch_embed.proj" if channels == 3 else None,
@@ -165,18 +196,39 @@ def timm_config(converted: Converted) -> dict[str, Any]:
     }
 
 
+def timm_layers(converted: Converted) -> dict[str, Any]:
+    """``model_args`` for an activation or an epsilon that is not timm's default for a ViT, which is MAE's.
+
+    Raises ``UserError`` for an epsilon that no JSON file can ask timm for: its norms are named without one.
+    """
+    trunk = converted.info.trunk
+    layers: dict[str, Any] = {}
+    if trunk.activation != "gelu":
+        layers["act_layer"] = trunk.activation
+    if trunk.norm_eps != ViTSize.norm_eps:
+        if trunk.norm_eps not in TIMM_WITH_EPSILON:
+            known = ", ".join(f"{eps:g}" for eps in (ViTSize.norm_eps, *TIMM_WITH_EPSILON))
+            raise UserError(
+                f"its norms have the epsilon {trunk.norm_eps:g}, which a timm folder cannot state (only {known}); "
+                "write a file that ends in .safetensors, and build timm's VisionTransformer with "
+                "norm_layer=partial(nn.LayerNorm, eps=...)"
+            )
+        layers["pre_norm"] = False
+    return layers
+
+
 def model_card(converted: Converted, config: Mapping[str, Any]) -> str:
     """README.md of an exported folder: what it is, how it was trained as far as that is known, how to open it."""
-    shapes, metadata = _shapes(converted), converted.metadata
+    shapes, info = _shapes(converted), converted.info
     library = "timm" if converted.reading.format.name == "timm" else "transformers"
     if library == "timm":
         opening = 'timm.create_model("local-dir:FOLDER", pretrained=True)'
     else:
         opening = f'transformers.{config["architectures"][0]}.from_pretrained("FOLDER")'
-    known = {key: metadata[key] for key in ("target", "mask_ratio", "epochs", "mean", "std") if metadata.get(key)}
+    known = {key: getattr(info, key) for key in ("target", "mask_ratio", "epochs", "mean", "std") if getattr(info, key)}
     training = "\n".join(f"- {key}: {value}" for key, value in known.items()) or "- not stated in the source"
     height, width = shapes["image_size"]
-    licence = metadata.get("licence", "other")
+    licence = info.licence or "other"
     return f"""---
 library_name: {library}
 tags: [masked-autoencoder, vit]
@@ -186,7 +238,7 @@ license: {licence.lower().replace(" ", "-")}
 
 Width {shapes["width"]}, depth {shapes["depth"]}, {shapes["heads"]} heads, patches of {shapes["patch"]} pixels,
 images of {height}x{width} pixels and {shapes["channels"]} channels. Converted from the format {converted.parts.format};
-LayerNorm epsilon {EPSILON:g}.
+LayerNorm epsilon {info.trunk.norm_eps:g}, activation {info.trunk.activation}.
 
 Training:
 {training}
@@ -200,14 +252,14 @@ Weights that come from the released MAE files are under {LICENCE}, whatever they
 """
 
 
-def export_encoder(source: Path, out: Path) -> str:
+def export_encoder(source: Path, out: Path, *, heads: int | None = None) -> str:
     """``mae export --onnx``: the encoder of any weights file as ONNX; returns a line to print. Raises ``UserError`` as
     ``export_onnx`` and ``load_encoder`` do."""
     from mae_core.weights.load import load_encoder
 
     if out.suffix != ".onnx":
         raise UserError(f"--out {out} has to end in .onnx")
-    encoder = load_encoder(source)
+    encoder = load_encoder(source, heads=heads)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, encoder.in_channels, *encoder.grid.image_size, generator=generator)
     difference = export_onnx(encoder, images, out)

@@ -6,16 +6,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from mae_core.errors import UserError
-from mae_core.layout import resolve_weights
-from mae_core.models.sizes import SIZES
 from mae_core.weights.catalogue import CATALOGUE
-from mae_core.weights.encoder_file import heads_of, read_described
-from mae_core.weights.formats import FORMATS
-from mae_core.weights.parts import missing_decoder, num_parameters, read_parts, sizes_of
+from mae_core.weights.opening import open_weights
+from mae_core.weights.parts import missing_decoder, num_parameters, sizes_of
 from mae_core.weights.rename import is_decoder
-from mae_core.weights.report import LoadReport
-from mae_core.weights.resize import grid_of, is_row_first
+from mae_core.weights.resize import is_row_first
 
 USES: dict[str, tuple[str, ...]] = {
     "encode": ("norm.weight", "cls_token", "pos_embed"),
@@ -27,30 +22,25 @@ USES: dict[str, tuple[str, ...]] = {
     "evaluate": ("head.weight",),
 }
 """What a file can be used for -> our names that it takes."""
+SHOWN = (
+    "size", "width", "depth", "heads", "mlp_ratio", "norm_eps", "activation", "patch_size", "in_chans", "grid",
+    "image_size",
+)  # fmt: skip
+TRAINING = ("target", "mask_ratio", "epochs", "step")
 
 
-def inspect_file(path: Path | str) -> dict[str, Any]:
+def inspect_file(path: Path | str, *, heads: int | None = None) -> dict[str, Any]:
     """What a weights file, run, checkpoint or exported folder holds, as JSON values.
 
-    Raises ``UserError`` where it is broken or of no known format; then the nearest format is named.
+    Raises ``UserError`` where loading it would: broken, of no known format (then the nearest is named), more prefix
+    tokens than a cls token, NaN or infinite numbers.
     """
-    path = resolve_weights(path)
-    file = read_described(path, mapped=True)
-    report = LoadReport(str(path), notes=list(file.notes))
-    try:
-        parts = read_parts(file.state, report)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    tensors, known = parts.tensors, file.metadata
+    opened = open_weights(path, heads=heads, mapped=True)
+    path, parts, info, report, file = opened.path, opened.parts, opened.info, opened.report, opened.file
+    report.notes += opened.undecided
+    tensors = parts.tensors
     sizes = sizes_of(tensors)
-    width, patch = sizes["D"], sizes["P"]
-    depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
-    grid: tuple[int, int] | None = None
-    if "pos_embed" in tensors:
-        try:
-            grid = grid_of(tensors["pos_embed"].shape[1] - 1, patch, known)
-        except UserError as error:
-            report.notes.append(str(error))
+    grid = None if info.grid is None else (info.grid[0], info.grid[1])
     if grid is not None and is_row_first(tensors["pos_embed"], grid):
         report.notes.append("pos_embed has the row-first sine-cosine layout of mmpretrain and MIMDet")
     lost = missing_decoder(tensors) if parts.has_decoder else []
@@ -59,34 +49,31 @@ def inspect_file(path: Path | str) -> dict[str, Any]:
     if "head.weight" in tensors:  # a classifier's trunk is no pre-trained encoder
         for use in ("finetune", "linprobe"):
             uses[use].append("a trunk that was not fine-tuned")
+    for lacking in uses.values():
+        lacking += [word for word in ("heads", "grid") if getattr(info, word) is None and "pos_embed" not in lacking]
     published = next((row for row in CATALOGUE.values() if row.filename == path.name), None)
-    stated = known.get("format") if known.get("format") in FORMATS else None
     return {
         "file": str(path),
-        "format": stated or parts.format,
+        "format": info.format,
         "kind": kind_of(tensors, file.beside),
         "published": published.name if published else None,
         "layout": parts.fit.reading.layout.about,
-        "same_names": sorted({parts.format, *parts.others} - {stated or parts.format}),
-        "size": next((name for name, row in SIZES.items() if (row.width, row.depth) == (width, depth)), None),
-        "width": width,
-        "depth": depth,
-        "heads": heads_of(width, known),
-        "patch_size": patch,
-        "in_chans": sizes["C"],
-        "grid": list(grid) if grid else None,
-        "image_size": [side * patch for side in grid] if grid else None,
-        "decoder": {"width": sizes["E"], "missing": lost} if parts.has_decoder else None,
+        "same_names": sorted({parts.format, *parts.others} - {info.format}),
+        **{name: getattr(info, name) for name in SHOWN},
+        "decoder": {"width": sizes["E"], "heads": info.decoder_heads, "missing": lost} if parts.has_decoder else None,
         "classes": sizes.get("K", 0),
-        "target": known.get("target") or (published.target if published else None),
+        "target": info.target or (published.target if published else None),
         "dtype": sorted({str(values.dtype).removeprefix("torch.") for values in tensors.values()}),
         "tensors": len(file.state),
         "parameters": num_parameters(tensors),
-        "metadata": dict(known),
+        "metadata": dict(file.metadata),
         "dropped": report.unused,
         "notes": report.notes,
         "missing_for": {use: lacking for use, lacking in uses.items() if lacking},
         "use_for": [use for use, lacking in uses.items() if not lacking],
+        "mean": info.mean,
+        "std": info.std,
+        "training": {name: value for name in TRAINING if (value := getattr(info, name)) is not None},
     }
 
 
@@ -104,13 +91,10 @@ def kind_of(tensors: Mapping[str, Any], beside: Collection[str]) -> str:
     return kind
 
 
-def describe_file(path: Path | str) -> str:
+def describe_file(path: Path | str, *, heads: int | None = None) -> str:
     """``inspect_file`` in lines to read. Raises ``UserError`` as it does."""
-    found = inspect_file(path)
-    known: Mapping[str, Any] = found["metadata"]
-    training = ", ".join(
-        f"{k} {known[k]}" for k in ("target", "mask_ratio", "epochs", "step") if known.get(k) is not None
-    )
+    found = inspect_file(path, heads=heads)
+    training = ", ".join(f"{name} {value}" for name, value in found["training"].items())
     alike = f" ({', '.join(found['same_names'])} has the same names)" if found["same_names"] else ""
     size = f"ViT-{found['size']}" if found["size"] else "a ViT of no named size"
     grid, image = found["grid"], found["image_size"]
@@ -118,22 +102,26 @@ def describe_file(path: Path | str) -> str:
     row = CATALOGUE.get(found["published"])
     named = f"; named as the published {row.name}: {row.content}" if row else ""
     target = found["target"] or "not stated"
-    if row and row.target and not known.get("target"):
+    if row and row.target and "target" not in found["training"]:
         target += " (by the file's name)"
     decoder = "no"
     if found["decoder"]:
         lost = found["decoder"]["missing"]
-        decoder = f"width {found['decoder']['width']}" + (f", {len(lost)} tensors missing" if lost else "")
+        of_decoder = found["decoder"]["heads"] or "not stated"
+        decoder = f"width {found['decoder']['width']}, heads {of_decoder}" + (
+            f", {len(lost)} tensors missing" if lost else ""
+        )
     lines = [
         f"file       {found['file']}",
         f"format     {found['format']}: {found['layout']}{alike}",
         f"kind       {found['kind']}{named}",
-        f"encoder    {size}: width {found['width']}, depth {found['depth']}, heads {found['heads']}",
+        f"encoder    {size}: width {found['width']}, depth {found['depth']}, heads {found['heads'] or 'not stated'}, "
+        f"MLP x {found['mlp_ratio']:g}, {found['activation']}, LayerNorm epsilon {found['norm_eps']:g}",
         f"patches    {found['patch_size']}x{found['patch_size']}, {place}, {found['in_chans']} channels",
         f"decoder    {decoder}",
         f"classes    {found['classes'] or 'none'}",
         f"target     {target}",
-        f"pixels     mean {known.get('mean', 'not stated')}, std {known.get('std', 'not stated')}",
+        f"pixels     mean {found['mean'] or 'not stated'}, std {found['std'] or 'not stated'}",
         f"training   {training or 'not stated'}",
         f"tensors    {found['tensors']}, {found['parameters']:,} numbers, {', '.join(found['dtype'])}",
     ]

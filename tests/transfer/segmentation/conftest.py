@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from mae_core.models.encoder import ViTEncoder
+from mae_core.weights.encoder_file import describe_encoder
 from mae_core.weights.files import write_weights
-from mae_core.weights.load import describe_encoder
 from transfer.engines import installed
 
 DIGITS = Path(__file__).parents[3] / "configs" / "segmentation" / "digits.py"

@@ -343,7 +343,7 @@ def test_unreadable_image_where_it_is_to_stop_the_run(scenes, refused):
 def test_weights_of_another_architecture(tmp_path, tiny, write_encoder, refused):
     weights = write_encoder(tmp_path / "tiny.safetensors", size="tiny")
     error = refused("--weights", str(weights))
-    assert f"the config builds an encoder with size=nano, and {weights} holds one with size=tiny" in error
+    assert f"{weights} is another architecture: backbone.size nano was asked for, the file has tiny" in error
 
 
 def test_weights_that_hold_no_encoder(tmp_path, refused):

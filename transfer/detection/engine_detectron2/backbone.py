@@ -9,7 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 
-from mae_core.models.sizes import size_of
+from mae_core.models.sizes import AnySize, size_of
 from transfer.backbone import DenseViT
 from transfer.pyramid import NORMS, PYRAMIDS, Norm, PyramidBackbone
 from transfer.trunk import load_pretrained
@@ -42,7 +42,7 @@ class MAECoreBackbone(PyramidBackbone, Backbone):
 
 
 def mae_core_backbone(
-    size: str = "base",
+    size: AnySize = "base",
     *,
     image_size: int | Sequence[int] = 1024,
     position_size: int | Sequence[int] | None = None,

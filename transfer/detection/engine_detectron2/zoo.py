@@ -6,10 +6,10 @@ import re
 
 from torch import Tensor, nn
 
-from mae_core.errors import UserError
 from mae_core.pos_embed import resize_pos_embed
 from mae_core.weights.files import WeightsFile
-from mae_core.weights.load import LoadReport, copy_into
+from mae_core.weights.load import load_state
+from mae_core.weights.report import LoadReport
 
 ZOO_PREFIX = "backbone.net."
 CONVOLUTIONS = {2: (4, 5), 3: (1, 2), 4: (0, 1), 5: (1, 2)}
@@ -52,37 +52,25 @@ def load_zoo_detector(network: nn.Module, file: WeightsFile, *, other_classes: b
     """
     given, wanted = file.state, network.state_dict()
     report = LoadReport(str(file.path))
-    ready: dict[str, Tensor] = {}
+    tensors, new = {}, []
     for name, tensor in given.items():
-        if name.startswith(NOT_WEIGHTS):
-            report.unused[name] = "not a weight"
-            continue
         target = our_name(name)
-        if target not in wanted:
-            report.refused[name] = "the network has no such tensor"
-            continue
-        if target.endswith("pos_embed"):
+        if target.endswith("pos_embed") and target in wanted:
             tensor = _resized(network, tensor, target, report)
-        if tensor.shape == wanted[target].shape:
-            ready[target] = tensor
-            if name == target:
-                report.loaded.append(name)
-            else:
-                report.renamed[name] = target
-        elif other_classes and re.match(OF_CLASSES, target):
-            report.new.append(target)
+        if other_classes and re.match(OF_CLASSES, target) and target in wanted and tensor.shape != wanted[target].shape:
+            new.append(target)
         else:
-            report.refused[name] = f"file {tuple(tensor.shape)}, network {tuple(wanted[target].shape)}"
-    known = {*ready, *report.new, *(our_name(name) for name in report.refused)}
-    report.refused |= {name: "missing from the file" for name in wanted.keys() - known}
-    if report.refused:
-        examples = "; ".join(f"{name}: {why}" for name, why in sorted(report.refused.items())[:3])
-        raise UserError(
-            f"{file.path} does not fit this network, {len(report.refused)} tensors are left over ({examples}); "
-            "take the recipe of its size in configs/detection, with as many classes"
-        )
-    copy_into(network, ready, report)
-    return report
+            tensors[name] = tensor
+    return load_state(
+        network,
+        tensors,
+        file.path,
+        new=new,
+        unused={f"{name}*": "not a weight" for name in NOT_WEIGHTS},
+        rename={name: our_name(name) for name in tensors},
+        report=report,
+        remedy="take the recipe of its size in configs/detection, with as many classes",
+    )
 
 
 def _resized(network: nn.Module, table: Tensor, name: str, report: LoadReport) -> Tensor:

@@ -8,7 +8,9 @@ from mmengine.dist import is_main_process
 from mmseg.registry import MODELS
 from torch import Tensor
 
-from mae_core.weights.load import LoadReport
+from mae_core.models.sizes import AnySize, size_of
+from mae_core.weights.encoder_file import EncoderFile
+from mae_core.weights.report import LoadReport
 from transfer.backbone import DenseViT
 from transfer.trunk import load_pretrained
 
@@ -23,7 +25,8 @@ class MAECoreViT(DenseViT):
     taps                0-based blocks whose output is emitted; ``PUBLISHED_TAPS`` or the quarter taps when None
     relative_positions  ``table``: BEiT's biases with entries for the cls token, a table a block, from zero; ``none``
     layer_scale         initial value of LayerScale, None for none; 1.0 starts as the pre-trained trunk is
-    weights             a file, run directory or checkpoint that ``init_weights`` loads; None for a random start
+    weights             a file, run directory or checkpoint that ``init_weights`` loads; None for a random start; the
+                        attribute ``source`` is what was read of it before, so that it is read once
     allow_missing       patterns of tensors that ``weights`` may lack and that start anew
 
     ``image_size`` is the crop that positions and tables are stored for; they are resized for any other size.
@@ -31,7 +34,7 @@ class MAECoreViT(DenseViT):
 
     def __init__(
         self,
-        size: str = "base",
+        size: AnySize = "base",
         *,
         image_size: int | Sequence[int] = 512,
         patch_size: int | None = None,
@@ -49,7 +52,7 @@ class MAECoreViT(DenseViT):
             image_size=image_size,
             patch_size=patch_size,
             in_chans=in_chans or 3,
-            taps=PUBLISHED_TAPS.get(size) if taps is None else taps,
+            taps=PUBLISHED_TAPS.get(size_of(size).name) if taps is None else taps,
             relative_positions=relative_positions,
             layer_scale=layer_scale,
             cls_token=True,
@@ -57,6 +60,7 @@ class MAECoreViT(DenseViT):
             checkpointing=checkpointing,
         )
         self.weights = weights
+        self.source: EncoderFile | None = None
         self.allow_missing = tuple(allow_missing)
         self.loading: LoadReport | None = None
 
@@ -66,7 +70,7 @@ class MAECoreViT(DenseViT):
         timm's method of this name would draw the whole trunk anew. Raises ``UserError`` where the file does not fit.
         """
         if self.weights is not None:
-            self.loading = load_pretrained(self, self.weights, allow_missing=self.allow_missing)
+            self.loading = load_pretrained(self, self.source or self.weights, allow_missing=self.allow_missing)
             if is_main_process():
                 self.loading.print()
 

@@ -17,6 +17,7 @@ from mmseg.utils import register_all_modules
 from torch import nn
 
 from mae_core.errors import UserError, first_line
+from mae_core.weights.encoder_file import EncoderFile
 from transfer.segmentation import config as configs
 from transfer.segmentation.engine_mmseg.backbone import MAECoreViT
 from transfer.segmentation.engine_mmseg.data import LabelledFolder, name_bad_files
@@ -151,9 +152,9 @@ def _shorten(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
-def check_model(config: Mapping[str, Any]) -> nn.Module:
-    """Build the model, pass an image through it and load its weights: what does not fit is found before anything is
-    written."""
+def check_model(config: Mapping[str, Any], source: EncoderFile | None = None) -> nn.Module:
+    """Build the model, pass an image through it and load its weights (``source``, where they were read before): what
+    does not fit is found before anything is written."""
     try:
         set_random_seed(0)
         model = MODELS.build(config["model"])
@@ -165,7 +166,7 @@ def check_model(config: Mapping[str, Any]) -> nn.Module:
         raise UserError(f"the config's model cannot be built: {type(error).__name__}: {first_line(error)}") from None
     backbone = model.backbone
     if isinstance(backbone, MAECoreViT) and backbone.weights is not None:
-        load_pretrained(backbone, backbone.weights, allow_missing=backbone.allow_missing)
+        load_pretrained(backbone, source or backbone.weights, allow_missing=backbone.allow_missing)
     return model
 
 

@@ -19,7 +19,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mae_core import convert
 from mae_core.atomic import atomic_path, write_text
 from mae_core.errors import UserError
-from mae_core.models.sizes import size_of
 from mae_core.weights.tools.export import require_onnx
 from transfer.segmentation.config import BACKBONE, LABEL_READERS, READERS, inference_mode
 from transfer.segmentation.engine_mmseg.segmenter import build_segmenter, load_segmenter
@@ -168,7 +167,7 @@ def mmcv_reader(channels: int) -> dict[str, str]:
 
 def mmseg_backbone(backbone: Any) -> dict[str, Any]:
     """The section of mmseg's ``MAE`` for a ``MAECoreViT`` of the same shape."""
-    shape = size_of(backbone.size)
+    shape = backbone.shape
     return {
         "type": "MAE",
         "img_size": tuple(backbone.grid.image_size),
@@ -179,7 +178,8 @@ def mmseg_backbone(backbone: Any) -> dict[str, Any]:
         "num_heads": shape.heads,
         "out_indices": list(backbone.taps),
         "init_values": 1.0,
-        "norm_cfg": {"type": "LN", "eps": 1e-6},
+        "mlp_ratio": int(shape.mlp_ratio),
+        "norm_cfg": {"type": "LN", "eps": shape.norm_eps},
     }
 
 

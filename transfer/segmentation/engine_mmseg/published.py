@@ -10,12 +10,17 @@ from mmseg.models.backbones import MAE
 from torch import Tensor
 
 from mae_core.errors import UserError
-from mae_core.weights.tools.reference import EPSILON, Geometry, Tokens
+from mae_core.weights.tools.check import Geometry, Tokens
+
+ACTIVATIONS = {"gelu": {"type": "GELU"}, "relu": {"type": "ReLU"}, "silu": {"type": "SiLU"}}
+"""Ours -> mmcv's."""
 
 
 def run_backbone(state: Mapping[str, Tensor], geometry: Geometry, images: Tensor) -> Tokens:
     """(B, C, H, W) -> the patch tokens of the last block. Raises ``UserError`` where a tensor other than the relative
     positions, which start at zero, is missing or left over."""
+    if geometry.activation not in ACTIVATIONS:
+        raise UserError(f"mmseg has no activation {geometry.activation}; convert without --check")
     depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("layers."))
     width = state["patch_embed.projection.bias"].shape[0]
     with warnings.catch_warnings():
@@ -28,7 +33,8 @@ def run_backbone(state: Mapping[str, Tensor], geometry: Geometry, images: Tensor
             num_layers=depth,
             num_heads=geometry.heads,
             mlp_ratio=state["layers.0.ffn.layers.0.0.bias"].shape[0] // width,
-            norm_cfg={"type": "LN", "eps": EPSILON},
+            norm_cfg={"type": "LN", "eps": geometry.norm_eps},
+            act_cfg=ACTIVATIONS[geometry.activation],
             out_indices=[depth - 1],
         )
     wanted = model.state_dict()

@@ -15,8 +15,9 @@ from mmseg.utils import register_all_modules
 from torch import Tensor, nn
 
 from mae_core.errors import UserError, first_line
+from mae_core.weights.encoder_file import describe_encoder
 from mae_core.weights.files import write_weights
-from mae_core.weights.load import describe_encoder
+from mae_core.weights.load import load_state
 from transfer.segmentation.engine_mmseg.backbone import MAECoreViT
 from transfer.segmentation.engine_mmseg.runner import bare_model
 from transfer.segmentation.segmenter_file import FORMAT, SegmenterFile
@@ -60,13 +61,4 @@ def build_segmenter(file: SegmenterFile, device: torch.device | str = "cpu") -> 
 
 def load_segmenter(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """Put all tensors of a trained segmenter into ``model``; ``UserError`` unless names and shapes are the same."""
-    wanted = model.state_dict()
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    missing = sorted(wanted.keys() - shapes.keys())
-    unknown = sorted(shapes.keys() - wanted.keys())
-    other = [name for name, tensor in wanted.items() if shapes.get(name, tuple(tensor.shape)) != tuple(tensor.shape)]
-    if missing or unknown or other:
-        parts = ((missing, "missing"), (unknown, "unknown to the model"), (other, "of another shape"))
-        told = "; ".join(f"{len(names)} tensors {what}, such as {names[0]}" for names, what in parts if names)
-        raise UserError(f"{source} does not fit the model of the config ({told}); use the config it was trained with")
-    model.load_state_dict(state)
+    load_state(model, state, source, remedy="use the config it was trained with")

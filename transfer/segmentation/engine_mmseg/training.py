@@ -23,6 +23,7 @@ from mae_core.errors import UserError
 from mae_core.training.distributed import barrier, world_size
 from mae_core.training.precision import choose_precision, prepare_process
 from mae_core.training.run import environment
+from mae_core.weights.encoder_file import EncoderFile
 from mae_core.weights.load import read_encoder
 from transfer.segmentation import config as configs
 from transfer.segmentation.engine_mmseg.checkpoints import load_safely
@@ -37,7 +38,7 @@ from transfer.segmentation.engine_mmseg.data import name_bad_files
 from transfer.segmentation.engine_mmseg.metric import PerClassIoUMetric
 from transfer.segmentation.engine_mmseg.options import read_config
 from transfer.segmentation.engine_mmseg.record import RunRecord
-from transfer.segmentation.engine_mmseg.runner import SegmentationRunner, trained_model, worker_errors
+from transfer.segmentation.engine_mmseg.runner import SegmentationRunner, bare_model, trained_model, worker_errors
 from transfer.segmentation.engine_mmseg.segmenter import load_segmenter, write_segmenter
 from transfer.segmentation.run_report import write_run_report
 from transfer.segmentation.segmenter_file import SegmenterFile, read_segmenter
@@ -59,13 +60,15 @@ def train(
     config = read_config(config_path, options)
     view = dict(config.items())
     notes: list[str] = []
+    source: EncoderFile | None = None
     if world_size() > 1:
         notes.append(f"ranks: {world_size()}, and the batch size is that of each")
     if checkpoint is not None:
         configs.check_steps_left(checkpoint, view)
         load_safely(str(checkpoint), "cpu")
     if weights is not None and checkpoint is None:
-        notes += configs.fit_to_weights(view, read_encoder(weights), list(options))
+        source = read_encoder(weights)
+        notes += configs.fit_to_weights(view, source, list(options))
     elif checkpoint is not None:
         notes.append(f"weights: those of {checkpoint}")
         view["model"]["backbone"].pop("weights", None)
@@ -77,12 +80,15 @@ def train(
     configs.check_schedule(view)
     notes += [f"{part}: {found}" for part, found in check_data(view).items()]
     check_batches(view, synchronised=world_size() > 1 and torch.cuda.is_available())
-    check_optimizer(check_model(view), view)
+    if source is None and view["model"]["backbone"].get("weights"):
+        source = read_encoder(view["model"]["backbone"]["weights"])
+    check_optimizer(check_model(view, source), view)
     for note in notes if is_main_process() else ():
         print(note, flush=True)
 
     config.resume, config.load_from = checkpoint is not None, str(checkpoint or "") or None
     runner = build_runner(config, Path(config_path).stem, work_dir)
+    bare_model(runner.model).backbone.source = source
     with worker_errors():
         runner.train()
     return finish(runner, runner.val_evaluator, started, write_model=True)

@@ -1,39 +1,18 @@
-"""A ViT's forward pass on the tensors of any layout, with no library's model: what a conversion is compared with where
-the library is not installed. Its names are stated here a second time on purpose, so that the tables of ``formats`` do
-not vouch for themselves.
+"""A ViT's forward pass on the tensors of any layout, with no library's model: what conversions are compared with. Its
+names are stated here a second time on purpose, so that the tables of ``formats`` do not vouch for themselves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mae_core.errors import UserError
-
-EPSILON = 1e-6
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """What the tensors alone do not tell of a ViT."""
-
-    image_size: tuple[int, int]
-    patch_size: int
-    in_chans: int
-    heads: int
-
-
-class Tokens(NamedTuple):
-    """(B, prefix + N, D) after the last block and, where there is one, after the final norm; prefix: cls tokens."""
-
-    raw: Tensor
-    normed: Tensor | None
-    prefix: int
+from mae_core.weights.tools.check import Geometry, Tokens
 
 
 @dataclass(frozen=True)
@@ -108,7 +87,7 @@ class OwnReading:
             x = self._block(x, {n: t for n, t in _below(state, f"{names.blocks}.{index}.")}, names, geometry)
         normed = None
         if f"{names.norm}.weight" in state:
-            normed = F.layer_norm(x, x.shape[-1:], *layer(names.norm), eps=EPSILON)
+            normed = F.layer_norm(x, x.shape[-1:], *layer(names.norm), eps=geometry.norm_eps)
         return Tokens(x, normed, int(self.cls))
 
     def _block(self, x: Tensor, block: Mapping[str, Tensor], names: Names, geometry: Geometry) -> Tensor:
@@ -118,7 +97,7 @@ class OwnReading:
 
         def norm(values: Tensor, name: str) -> Tensor:
             weight, bias = block[f"{name}.weight"].float(), block[f"{name}.bias"].float()
-            return F.layer_norm(values, (D,), weight, bias, EPSILON)
+            return F.layer_norm(values, (D,), weight, bias, geometry.norm_eps)
 
         def linear(values: Tensor, name: str) -> Tensor:
             return F.linear(values, block[f"{name}.weight"].float(), block[f"{name}.bias"].float())

@@ -1,0 +1,215 @@
+"""A weights file opened once: its tensors under our names, and every fact of its encoder decided or refused.
+
+Loading, converting and inspecting start here, so that they cannot disagree.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mae_core.errors import UserError
+from mae_core.layout import EXPORTED, resolve_weights
+from mae_core.models.sizes import SIZES, ViTSize, heads_of_width
+from mae_core.weights.encoder_file import EncoderInfo, info_beside, info_of_arguments
+from mae_core.weights.files import WeightsFile, read_file
+from mae_core.weights.formats import FORMATS
+from mae_core.weights.parts import Parts, read_parts, sizes_of
+from mae_core.weights.report import LoadReport
+from mae_core.weights.resize import UnknownGrid, positions_of
+
+SHARD = re.compile(r"-\d{5}-of-(\d{5})\.")
+HEADS_OPTION = "model.heads=N in a run's configuration, --heads N of mae convert, inspect and export, heads=N in Python"
+
+
+@dataclass
+class Opened:
+    """A weights file under our names.
+
+    info         what the file, what lies beside it, and its shapes say, in this order
+    assumptions  what none of them says and was assumed; also among the report's notes
+    undecided    what none of them says and cannot be assumed: a refusal for whoever needs it
+    """
+
+    file: WeightsFile
+    parts: Parts
+    info: EncoderInfo
+    report: LoadReport
+    assumptions: tuple[str, ...] = ()
+    undecided: tuple[str, ...] = ()
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.file.path
+
+    def check_decided(self) -> None:
+        """Raise ``UserError`` where a fact that changes the features is not known."""
+        if self.undecided:
+            raise UserError(f"{self.path}: {self.undecided[0]}")
+
+
+def open_weights(
+    path: Path | str,
+    *,
+    decoder: bool = False,
+    source: str | None = None,
+    drop: Sequence[str] = (),
+    needless: Sequence[str] = (),
+    heads: int | None = None,
+    grid: tuple[int, int] | None = None,
+    image_size: int | Sequence[int] | None = None,
+    mapped: bool = False,
+) -> Opened:
+    """Open a weights file of any known format, a run, a checkpoint or a folder of timm or transformers.
+
+    ``decoder``: which file of a run is meant, see ``resolve_weights``. ``source``: the format, where it is known;
+    otherwise the one that the file states, or that its names show. ``drop``, ``needless``: see ``read_parts``.
+    ``heads`` and ``grid``: what the file may not say. ``image_size``: of the images it is wanted for, which tells the
+    grid of a file that is not square and does not say.
+
+    Raises ``UserError`` where the file is broken, of no known format, holds NaN or infinite numbers, or contradicts
+    what is asked.
+    """
+    path = resolve_weights(path, decoder=decoder)
+    shard = SHARD.search(path.name)
+    if shard:
+        raise UserError(f"{path} is one of {int(shard[1])} shards; give their folder, {path.parent}")
+    file = read_file(path, mapped=mapped)
+    stated = EncoderInfo.from_metadata(file.metadata).completed(info_of_arguments(file.arguments))
+    report = LoadReport(str(path), notes=list(file.notes))
+    if source is None and stated.format in FORMATS:
+        source = stated.format
+    try:
+        parts = read_parts(file.state, report, source, drop=drop, needless=needless)
+        beside = _of_this_file(info_beside(path), parts, path, report)
+        return describe_parts(
+            file, parts, stated.completed(beside), report, heads=heads, grid=grid, image_size=image_size
+        )
+    except UserError as error:
+        raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+
+
+def _of_this_file(beside: EncoderInfo, parts: Parts, path: Path, report: LoadReport) -> EncoderInfo:
+    """``beside``, where the config.json is of these tensors; a file under another name than an exported one may lie
+    beside the configuration of something else."""
+    width, depth = sizes_of(parts.tensors)["D"], depth_of(parts.tensors)
+    if beside.width in (None, width) and beside.depth in (None, depth):
+        return beside
+    found = f"{beside.width} x {beside.depth} blocks, the tensors {width} x {depth}"
+    if path.name in EXPORTED:
+        raise UserError(f"its config.json says width x depth {found}; give the two that belong together")
+    report.notes.append(f"the config.json beside it is of another model ({found}) and was not used")
+    return EncoderInfo()
+
+
+def depth_of(tensors: Mapping[str, Tensor]) -> int:
+    """Blocks of the encoder."""
+    return len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
+
+
+def describe_parts(
+    file: WeightsFile,
+    parts: Parts,
+    stated: EncoderInfo,
+    report: LoadReport,
+    *,
+    heads: int | None = None,
+    grid: tuple[int, int] | None = None,
+    image_size: int | Sequence[int] | None = None,
+) -> Opened:
+    """The facts of ``parts``: from their shapes, from what is ``stated``, from what is asked.
+
+    A position table without a row for the cls token gets one of zeros, which adds nothing. Raises ``UserError`` where
+    stated and found, or stated and asked, contradict each other.
+    """
+    tensors, undecided, assumptions = parts.tensors, [], []
+    sizes, depth = sizes_of(tensors), depth_of(tensors)
+    width = sizes["D"]
+    number, note = decide_heads(width, depth, stated.heads, heads, tensors)
+    if number is None:
+        undecided.append(note)
+    elif note:
+        assumptions.append(note)
+    facts: dict[str, Any] = {
+        "format": stated.format if stated.format in FORMATS else parts.format,
+        "width": width,
+        "depth": depth,
+        "heads": number,
+        "mlp_ratio": sizes["HD"] / width,
+        "norm_eps": stated.norm_eps or ViTSize.norm_eps,
+        "activation": stated.activation or ViTSize.activation,
+        "patch_size": sizes["P"],
+        "in_chans": sizes["C"],
+    }
+    facts["size"] = None if number is None else _named(EncoderInfo(**{k: facts[k] for k in TRUNK}))
+    info = stated.with_facts(**facts)
+    if "pos_embed" in tensors:
+        table = tensors["pos_embed"]
+        asked_or_stated = info if stated.patch_size in (None, sizes["P"]) else info.with_facts(image_size=None)
+        try:
+            prefix, cells = positions_of(table.shape[1], sizes["P"], asked_or_stated, grid, image_size)
+        except UnknownGrid as error:
+            undecided.append(str(error))
+            info = info.with_facts(grid=None, image_size=None)
+        else:
+            if prefix == 0:
+                tensors["pos_embed"] = torch.cat([torch.zeros_like(table[:, :1]), table], dim=1)
+                report.notes.append(
+                    f"pos_embed has {table.shape[1]} rows for {cells[0]}x{cells[1]} patches and none for the cls token "
+                    "(as DeiT III's); a row of zeros was put before them, which gives the same features. (A grid "
+                    "that is not square, with a row for the cls token, has to be stated.)"
+                )
+            info = info.with_facts(grid=list(cells), image_size=[side * sizes["P"] for side in cells])
+    report.notes += assumptions
+    return Opened(file, parts, info, report, tuple(assumptions), tuple(undecided))
+
+
+TRUNK = ("width", "depth", "heads", "mlp_ratio")
+
+
+def _named(info: EncoderInfo) -> str | None:
+    return info.trunk.name if info.trunk.name in SIZES else None
+
+
+def decide_heads(
+    width: int, depth: int, stated: Any, asked: int | None, tensors: Mapping[str, Tensor]
+) -> tuple[int | None, str]:
+    """(attention heads, what to say): stated by the file or by the shape of a table of relative positions; else asked
+    for; else of the named size of that width, said where the depth is another; else None and a refusal.
+
+    Raises ``UserError`` where they contradict each other or do not divide the width.
+    """
+    for name, tensor in tensors.items():
+        if name.endswith("relative_position_bias_table"):
+            stated = stated or tensor.shape[1]
+        elif name.endswith("rel_pos_h"):
+            stated = stated or width // tensor.shape[1]
+    if stated is not None and asked is not None and stated != asked:
+        raise UserError(f"heads={asked} was given, but the file has {stated}; leave heads out, or use another file")
+    number = stated if stated is not None else asked
+    if number is not None:
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1 or width % number:
+            raise UserError(f"{number!r} attention heads do not divide a width of {width}; give a number that does")
+        return number, ""
+    number = heads_of_width(width)
+    if number is None:
+        return None, (
+            f"the file does not say how many attention heads it has, and no named size is {width} wide; give "
+            f"{HEADS_OPTION}"
+        )
+    known = {name: size.depth for name, size in SIZES.items() if size.width == width}
+    if depth in known.values():
+        return number, ""
+    told = ", ".join(f"{name} has {blocks}" for name, blocks in known.items())
+    return number, (
+        f"{depth} blocks of width {width} are no ViT of a named size ({told}); are some missing? The file does not say "
+        f"how many attention heads it has: {number}, as {next(iter(known))} has, are assumed (another number: "
+        f"{HEADS_OPTION})"
+    )
