@@ -21,8 +21,8 @@ from mae_core.errors import UserError
 Severity = Literal["refused", "wrong", "note"]
 CONSEQUENCES: dict[Severity, str] = {
     "note": "training takes them",
-    "wrong": "training leaves them out or learns the wrong thing",
     "refused": "training refuses to start",
+    "wrong": "training would start, and leave them out or learn the wrong thing",
 }
 MOST_NAMED = 5
 """Problems of one kind that are named; the rest are counted."""
@@ -67,7 +67,7 @@ class Report:
         for severity, consequence in CONSEQUENCES.items():
             of_this = [problem for problem in self.problems if problem.severity == severity]
             for kind, count in Counter(problem.kind for problem in of_this).items():
-                sentences = [problem.sentence for problem in of_this if problem.kind == kind]
+                sentences = [p.sentence.removeprefix(f"{self.name}: ") for p in of_this if p.kind == kind]
                 if severity == "note":
                     lines += [f"  note: {sentence}" for sentence in sentences[:most]]
                 else:

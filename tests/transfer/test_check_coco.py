@@ -5,8 +5,10 @@ import re
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
+from mae_core.data.decoding import UnreadableImage, read_image
 from transfer.detection.check_data import check_part, main
 from transfer.detection.coco import Part
 
@@ -168,6 +170,19 @@ def test_unreadable_and_n_channel_images(copied):
     np.save(part.images / "001.npy", np.zeros((48, 64, 6), np.uint8))
     (mixed,) = wrong(survey(part))
     assert mixed.kind == "different channels" and "5 in 3 files, 6 in 1 files" in mixed.sentence
+
+
+def test_a_tiff_of_four_bands_among_pictures_is_named(copied):
+    def to_tiff(content):
+        content["images"][0]["file_name"] = "bands.tif"
+
+    part = copied(to_tiff)
+    bands = np.random.default_rng(0).integers(0, 200, (48, 64, 4), dtype=np.uint8)
+    tifffile.imwrite(part.images / "bands.tif", bands, photometric="minisblack", planarconfig="contig")
+    with pytest.raises(UnreadableImage):  # so that training leaves it out
+        read_image(part.images / "bands.tif", 3)
+    (problem,) = wrong(survey(part))
+    assert problem.kind == "different channels" and "bands.tif, cannot be read as RGB" in problem.sentence
 
 
 def test_many_objects_and_classes_without_any_are_told(copied):

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 
 from mae_core.data.check import Problem, Report, Tell, conclude, shared_images, turned_photos
-from mae_core.data.decoding import UnreadableImage
+from mae_core.data.decoding import UnreadableImage, read_image
 from mae_core.errors import UserError, user_errors
 from transfer.detection.annotations import Instance
 from transfer.detection.coco import CocoImage, CocoSet, Part, check_same_categories, read_coco
@@ -116,12 +116,33 @@ def _headers(coco: CocoSet, tell: Tell) -> list[Header]:
             f"{stored[0].path}: they are read as stored, so that boxes and masks fit"
         )
         tell(Problem("turned photos", sentence, str(stored[0].path), "note"))
+    _check_channels(path, found, tell)
+    return [header for _, header in found]
+
+
+def _check_channels(path: Path, found: Sequence[tuple[CocoImage, Header]], tell: Tell) -> None:
+    """Tell where not all images can be read with one ``data.channels``."""
     counts = Counter(header.channels for _, header in found)
     if len(counts) > 1 and not counts.keys() <= COLOURS:
         listed = ", ".join(f"{channels} in {count} files" for channels, count in counts.most_common())
         sentence = f"{path}: images have different channels, {listed}; training reads those of data.channels alone"
         tell(Problem("different channels", sentence, str(path), "wrong"))
-    return [header for _, header in found]
+        return
+    other = [image for image, header in found if header.channels in COLOURS - {1, 3} and not _reads_as_rgb(image.path)]
+    if other and len(other) == len(found):
+        tell(Problem("settings", f"set data.channels={found[0][1].channels}", str(path), "note"))
+        return
+    for image in other:
+        sentence = f"{path}: image id {image.id}, {image.path}, cannot be read as RGB; store all with the same channels"
+        tell(Problem("different channels", sentence, str(image.path), "wrong"))
+
+
+def _reads_as_rgb(path: Path) -> bool:
+    try:
+        read_image(path, 3)
+    except UnreadableImage:
+        return False
+    return True
 
 
 def _check_shapes(path: Path, image: CocoImage, tell: Tell) -> None:
