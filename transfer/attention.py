@@ -1,7 +1,7 @@
 """Attention of tokens that lie on a grid: windows of it, and relative positions. No engine in it.
 
-Every kind goes through ``scaled_dot_product_attention``: a table of biases as its mask, ViTDet's decomposed positions
-as extra entries of queries and keys, whose products are the biases (no N x N tensor is ever made for them).
+Every kind goes through ``attend``, which chooses the kernel: a table of biases is added to its logits, ViTDet's
+decomposed positions are extra entries of queries and keys, whose products are the biases.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
+from mae_core.models.block import attend
+
 Grid = tuple[int, int]
 """(rows, cols) of tokens."""
-HEAD_SIZE_MULTIPLE = 8
-"""What fused attention kernels want the size of a head to be a multiple of."""
 
 
 class GridAttention(nn.Module):
@@ -42,8 +42,7 @@ class GridAttention(nn.Module):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, grid: Grid, bias: Tensor | None) -> Tensor:
         """Three (B, heads, N, head_size) -> (B, heads, N, head_size)."""
-        mask = None if bias is None else bias.to(query.dtype)[None]
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return attend(query, key, value, None if bias is None else bias.to(query.dtype)[None])
 
 
 def bias_table(heads: int, size: Grid, prefix: int = 0) -> nn.Parameter:
@@ -104,12 +103,7 @@ class DecomposedAttention(GridAttention):
         place = torch.cat([row, col], dim=-1).flatten(0, 1).expand(*key.shape[:2], -1, -1)
         query = torch.cat([by_place * self.head_size**-0.5, vertical, horizontal], dim=-1).flatten(2, 3)
         key = torch.cat([key, place], dim=-1)
-        room = -query.shape[-1] % HEAD_SIZE_MULTIPLE
-        query, key = F.pad(query, (0, room)), F.pad(key, (0, room))
-        padded = F.pad(value, (0, query.shape[-1] - value.shape[-1]))
-        mask = None if bias is None else bias.to(query.dtype)[None]
-        attended = F.scaled_dot_product_attention(query, key, padded, attn_mask=mask, scale=1.0)
-        return attended[..., : value.shape[-1]]
+        return attend(query, key, value, None if bias is None else bias.to(query.dtype)[None], scale=1.0)
 
 
 def of_offsets(table: Tensor, length: int) -> Tensor:

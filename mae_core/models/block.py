@@ -15,13 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LONGEST_AS_PRODUCTS: dict[tuple[str, torch.dtype], int] = {("cpu", torch.bfloat16): 256}
-"""By device type and dtype, the longest sequence whose attention is computed as batched products; no row: none.
+LONGEST_AS_PRODUCTS: dict[tuple[str, torch.dtype], tuple[int, int]] = {("cpu", torch.bfloat16): (256, 1024)}
+"""By device type and dtype, the longest sequence whose attention is computed as batched products: plain attention, and
+attention with biases or with values that are narrower than the keys. No row: none.
 
-On a CPU with AVX-512 BF16 these take 0.5 to 0.7 of the time of ``scaled_dot_product_attention`` at 37 to 197 tokens,
-backward included; in float32 they are slower (1.1 to 2.3 times), and GPUs have flash attention.
+On a CPU with AVX-512 BF16, products take 0.5 to 0.7 of the time of ``scaled_dot_product_attention`` at 37 to 197 tokens
+in bfloat16, backward included; for biases that learn, torch's own way computes in float32 there. In float32 products
+take 1.1 to 2.3 times as long, with biases 0.9 to 1.2 times. GPUs have flash attention.
 """
-
+MULTIPLE = 8
+"""What fused kernels want the size of a head to be a multiple of."""
 
 _device_type: ContextVar[str | None] = ContextVar("device_type", default=None)
 
@@ -39,40 +42,48 @@ def kernels_as_on(device_type: str) -> Iterator[None]:
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, scale: float | None = None) -> Tensor:
     """softmax(scale * query key^T + bias) value, by the kernel that suits device, dtype and length.
 
-    query (B, heads, M, d), key (B, heads, N, d), value (B, heads, N, e) -> (B, heads, M, e); ``bias`` broadcasts to
-    (B, heads, M, N); ``scale`` is d^-0.5 when None.
+    query (B, heads, M, d), key (B, heads, N, d), value (B, heads, N, e <= d) -> (B, heads, M, e); ``bias`` broadcasts
+    to (B, heads, M, N); ``scale`` is d^-0.5 when None.
     """
-    longest = LONGEST_AS_PRODUCTS.get((_device_type.get() or query.device.type, query.dtype), 0)
-    if bias is None and max(query.shape[2], key.shape[2]) <= longest:
-        attended: Tensor = AttentionProducts.apply(
-            query, key, value, query.shape[-1] ** -0.5 if scale is None else scale
-        )
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    plain, special = LONGEST_AS_PRODUCTS.get((_device_type.get() or query.device.type, query.dtype), (0, 0))
+    width = value.shape[-1]
+    longest = plain if bias is None and width == query.shape[-1] else special
+    if max(query.shape[2], key.shape[2]) <= longest:
+        attended: Tensor = AttentionProducts.apply(query, key, value, bias, scale)
         return attended
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
+    if width != query.shape[-1]:
+        room = -query.shape[-1] % MULTIPLE
+        query, key = F.pad(query, (0, room)), F.pad(key, (0, room))
+        value = F.pad(value, (0, query.shape[-1] - width))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)[..., :width]
 
 
 class AttentionProducts(torch.autograd.Function):
     """Attention that keeps its probabilities for the backward pass: cheap at short lengths, faster than new ones."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """As ``attend`` without a bias; all in the dtype of ``query``."""
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+        """As ``attend``, in the dtype of ``query``."""
         with torch.autocast(query.device.type, enabled=False):
-            probabilities = ((query * scale) @ key.transpose(-2, -1)).softmax(dim=-1)
+            logits = (query * scale) @ key.transpose(-2, -1)
+            probabilities = (logits if bias is None else logits.add_(bias)).softmax(dim=-1)
             attended = probabilities @ value
         ctx.save_for_backward(query, key, value, probabilities)
-        ctx.scale = scale
+        ctx.scale, ctx.bias_shape = scale, None if bias is None else bias.shape
         return attended
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        """Of the attended (B, heads, M, e) -> of query, key and value."""
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Of the attended (B, heads, M, e) -> of query, key, value and bias."""
         query, key, value, probabilities = ctx.saved_tensors
         (gradient,) = gradients
         of_value = probabilities.transpose(-2, -1) @ gradient
         of_probabilities = gradient @ value.transpose(-2, -1)
-        of_logits = torch._softmax_backward_data(of_probabilities, probabilities, -1, probabilities.dtype) * ctx.scale
-        return of_logits @ key, of_logits.transpose(-2, -1) @ query, of_value, None
+        of_logits = torch._softmax_backward_data(of_probabilities, probabilities, -1, probabilities.dtype)
+        of_bias = of_logits.sum_to_size(ctx.bias_shape) if ctx.needs_input_grad[3] else None
+        scaled = of_logits * ctx.scale
+        return scaled @ key, scaled.transpose(-2, -1) @ query, of_value, of_bias, None
 
 
 class Block(timm_vit.Block):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import timm.models.vision_transformer as timm_vit
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -32,28 +31,42 @@ def of_width(kind, **options):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize("scale", [None, 1.0])
-def test_attention_as_products_is_attention(dtype, tolerance, scale):
+@pytest.mark.parametrize("scale, width, bias", [(None, 8, False), (1.0, 8, True), (None, 5, True), (0.5, 5, False)])
+def test_attention_as_products_is_attention(dtype, tolerance, scale, width, bias):
+    """In values and gradients, those of biases that all images share included; values may be narrower than keys."""
     torch.manual_seed(0)
-    exact = [torch.randn(2, HEADS, n, 8, dtype=torch.float64) for n in (5, 9, 9)]
+    exact = [torch.randn(2, HEADS, n, d, dtype=torch.float64) for n, d in ((5, 8), (9, 8), (9, width))]
+    exact += [torch.randn(1, HEADS, 5, 9, dtype=torch.float64)] if bias else []
     plain = [x.clone().requires_grad_() for x in exact]
     ours = [x.to(dtype).requires_grad_() for x in exact]
-    expected = F.scaled_dot_product_attention(*plain, scale=scale)
-    found = AttentionProducts.apply(*ours, 8**-0.5 if scale is None else scale)
+    logits = plain[0] @ plain[1].mT * (8**-0.5 if scale is None else scale)
+    output = (logits + plain[3] if bias else logits).softmax(dim=-1) @ plain[2]
+    expected = [output, *gradients_of(output, plain)]
+    found = AttentionProducts.apply(*ours[:3], ours[3] if bias else None, 8**-0.5 if scale is None else scale)
     assert found.dtype == dtype
-    close([found, *gradients_of(found, ours)], [expected, *gradients_of(expected, plain)], tolerance)
+    close([found, *gradients_of(found, ours)], expected, tolerance)
+    if dtype == torch.float32:
+        fused = attend(*ours[:3], ours[3] if bias else None, scale)
+        close([fused, *gradients_of(fused, ours)], expected, tolerance)
 
 
 def test_the_table_chooses_the_kernel(monkeypatch):
     used = []
-    monkeypatch.setattr(block_module.AttentionProducts, "apply", lambda q, *_: used.append(q.shape[2]) or q)
-    tensors = {(n, d): torch.zeros(1, 1, n, 8, dtype=d) for n in (197, 257) for d in (torch.bfloat16, torch.float32)}
-    for x in tensors.values():
-        attend(x, x, x)
-    short = tensors[197, torch.bfloat16]
-    attend(short, short, short, bias=torch.zeros(1, 1, 197, 197, dtype=torch.bfloat16))
-    attend(short, tensors[257, torch.bfloat16], tensors[257, torch.bfloat16])
-    assert used == [197], "bf16 on a CPU, short, without a bias"
+    monkeypatch.setattr(block_module.AttentionProducts, "apply", lambda q, k, v, b, _: used.append((len(q[0, 0]), b)))
+
+    def of(length, dtype=torch.bfloat16, **more):
+        x = torch.zeros(1, 1, length, 8, dtype=dtype)
+        attend(x, x, more.get("value", x), more.get("bias"))
+
+    of(256)
+    of(257)
+    of(17, torch.float32)
+    assert used == [(256, None)], "bf16 on a CPU, short"
+    bias = torch.zeros(1, 1, 300, 300, dtype=torch.bfloat16)
+    of(300, bias=bias)
+    of(300, value=torch.zeros(1, 1, 300, 5, dtype=torch.bfloat16))
+    of(1025, value=torch.zeros(1, 1, 1025, 5, dtype=torch.bfloat16))
+    assert used[1:] == [(300, bias), (300, None)]
 
 
 @pytest.mark.parametrize("options", [{}, {"init_values": 0.5}, {"drop_path": 0.5}])
