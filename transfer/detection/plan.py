@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mae_core.data.loading import share_of
+from mae_core.models.block import kernels_as_on
 from mae_core.patches import as_pair
 from mae_core.training import distributed
 from mae_core.training.memory import GIB, StepMemory, step_memory
@@ -58,9 +59,11 @@ def print_plan(config: DetectionConfig, devices: int, say: Callable[[str], None]
         f"{height}x{width}, engine {config.engine}",
     ):
         say(line)
-    precision = Run(config, distributed.join(config.device)).precision
+    run = Run(config, distributed.join(config.device))
+    precision = run.precision
     distributed.leave()
-    needed = memory_of(model, config, micro, precision)
+    with kernels_as_on(run.device.type):
+        needed = memory_of(model, config, micro, precision)
     kind = str(precision).removeprefix("torch.")
     say(
         f"memory, estimated: {needed.peak / GIB:.1f} GiB at the peak of a step of {micro} images at once in {kind}, "
