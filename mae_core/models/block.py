@@ -65,10 +65,9 @@ class AttentionProducts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
         """As ``attend``, in the dtype of ``query``."""
-        with torch.autocast(query.device.type, enabled=False):
-            logits = (query * scale) @ key.transpose(-2, -1)
-            probabilities = (logits if bias is None else logits.add_(bias)).softmax(dim=-1)
-            attended = probabilities @ value
+        logits = (query * scale) @ key.transpose(-2, -1)
+        probabilities = (logits if bias is None else logits.add_(bias)).softmax(dim=-1, dtype=query.dtype)
+        attended = probabilities @ value
         ctx.save_for_backward(query, key, value, probabilities)
         ctx.scale, ctx.bias_shape = scale, None if bias is None else bias.shape
         return attended

@@ -163,6 +163,17 @@ def test_the_cost_of_a_step_is_pinned():
     assert activations == pytest.approx(2_338_272, rel=0.02)
 
 
+def test_products_keep_their_dtype_under_autocast():
+    x = torch.randn(1, 1, 9, 8, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        attended = attend(x, x, x)
+    kept = attended.grad_fn.saved_tensors
+    assert attended.dtype == torch.bfloat16 and all(tensor.dtype == torch.bfloat16 for tensor in kept)
+    with block_module.kernels_as_on("cpu"):
+        meta = x.to("meta")
+        assert attend(meta, meta, meta).shape == attended.shape
+
+
 def test_an_estimate_for_a_gpu_keeps_what_a_gpu_keeps():
     x = torch.zeros(1, 1, 9, 8, dtype=torch.bfloat16, requires_grad=True)
     with block_module.kernels_as_on("cuda"):
