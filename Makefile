@@ -19,8 +19,8 @@ STAMP := $(VENV)/installed
 # What to run before each commit: the parts of the core, the report and the rules of the house; no training, and no
 # comparison with another library's large models.
 QUICK := tests/test_architecture.py tests/core tests/data tests/measures tests/transfer/test_report.py \
-  tests/transfer/test_chain.py --ignore=tests/core/test_conversion.py --ignore=tests/core/test_weights_commands.py \
-  --ignore=tests/core/test_transformers_parity.py
+  tests/transfer/test_chain.py $(addprefix --ignore=tests/, core/test_conversion.py core/test_weights_commands.py \
+  core/test_transformers_parity.py core/test_encoder_facts.py core/test_checkpoint_files.py data/test_digits.py)
 
 .PHONY: help venv demo test quick lint docs clean
 
