@@ -14,8 +14,6 @@ DATA = "data.json"
 ENCODER = "encoder.safetensors"
 CLASSIFIER = "classifier.safetensors"
 TOKENIZER = "tokenizer.safetensors"
-SEGMENTER = "segmenter.safetensors"
-DETECTOR = "detector.safetensors"
 LOADING = "loading.json"
 METRICS = "metrics.json"
 FEATURES = "features.npz"
@@ -30,8 +28,10 @@ PREPROCESSOR_CONFIG = "preprocessor_config.json"
 EXPORTED = (MODEL, f"{MODEL}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 TRAINING_STATE = "training.pt"
 COMPLETE = "COMPLETE"
-LAST_CHECKPOINT = "last_checkpoint"
-"""mmengine's file that names the last checkpoint of a run; written after the checkpoint itself."""
+LONGEST_HEADER = 100 * 2**20
+"""Bytes; the limit of the format."""
+WHOLE_NETWORK = "mae_core_"
+"""How the ``format`` of a file begins that holds another network than an encoder's; the rest is the network's name."""
 
 
 def complete_checkpoints(run: Path) -> list[Path]:
@@ -50,22 +50,44 @@ def is_complete(checkpoint: Path) -> bool:
         return False
 
 
+def _refuse_other_networks(path: Path, files: list[Path]) -> None:
+    for file in files:
+        kind = stated_format(file)
+        if kind.startswith(WHOLE_NETWORK):
+            raise UserError(
+                f"{path}: no MAE encoder in it, it is a {kind.removeprefix(WHOLE_NETWORK).replace('_', ' ')}; give the "
+                "encoder it was trained from, or its run"
+            )
+
+
+def stated_format(file: Path) -> str:
+    """What a safetensors file says its format is; empty where it says nothing, or is another kind of file."""
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if length > LONGEST_HEADER:
+                return ""
+            stated = json.loads(stream.read(length)).get("__metadata__", {}).get("format", "")
+            return str(json.loads(stated)) if stated.startswith('"') else str(stated)
+    except (OSError, ValueError, AttributeError):
+        return ""
+
+
 def resolve_weights(path: Path | str, *, decoder: bool = False) -> Path:
     """The weights file meant by a file, a run directory, a checkpoint folder or a folder of timm or transformers.
 
     A run directory means its encoder or its classifier; with ``decoder`` its classifier, or of a pre-training, where
     there is none, the full model of its last complete checkpoint.
-    Raises ``UserError`` where there is none, and for a detector.
+    Raises ``UserError`` where there is none, and for a file that says it is another network.
     """
     path = Path(path)
-    if path.name == DETECTOR or (path / DETECTOR).is_file():
-        raise UserError(
-            f"{path}: no MAE encoder in it, it is a detector; give the encoder it was trained from, or its run"
-        )
     if not path.is_dir():
         if not path.exists():
             raise UserError(f"weights file {path} does not exist")
+        _refuse_other_networks(path, [path])
         return path
+    if not any((path / name).is_file() for name in (EXPORT_CONFIG, ENCODER, CLASSIFIER)):
+        _refuse_other_networks(path, sorted(path.glob("*.safetensors")))
     if (path / EXPORT_CONFIG).is_file():
         found_weights = [path / name for name in EXPORTED if (path / name).is_file()]
         if not found_weights:

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from mae_core.errors import UserError
-from mae_core.layout import ENCODER, ENVIRONMENT, LAST_CHECKPOINT, LOADING, LOG, METRICS, PICTURES, complete_checkpoints
+from mae_core.layout import ENCODER, ENVIRONMENT, LOADING, LOG, METRICS, PICTURES, complete_checkpoints
 from mae_core.training.progress import clock
 from transfer.report import Curve, Picture, Report, TaskResult, write_report
+from transfer.segmentation.segmenter_file import LAST_CHECKPOINT
 
 ROOT = Path(__file__).resolve().parents[1]
 ARMS = SCRATCH, PRETRAINED = ("scratch", "pre-trained")

@@ -155,7 +155,10 @@ def fit(
             done, len(batch) * run.world, losses if finite else {}, max(g["lr"] for g in optimizer.param_groups)
         )
         if bad_steps == MOST_NON_FINITE_STEPS:
-            raise UserError(f"the loss was not finite for {bad_steps} steps, up to step {done}; lower optim.base_lr")
+            raise UserError(
+                f"the loss was not finite for {bad_steps} steps, up to step {done}; start anew with a lower "
+                "optim.base_lr, in another folder with output=FOLDER (--resume keeps the rate of the run)"
+            )
         last = done == settings.total_steps
         for every, hook in hooks:
             if done % every == 0 or last:

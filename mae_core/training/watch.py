@@ -26,10 +26,13 @@ from mae_core.models.mae import MaskedAutoencoder
 from mae_core.patches import as_pair
 from mae_core.seeds import SPLIT, generator_at
 from mae_core.training import distributed
+from mae_core.training.frozen_config import FrozenModel
 from mae_core.training.pretrain_config import PretrainConfig
 from mae_core.training.run import Run
 
 IMAGES_TRIED = 4
+POOLING = FrozenModel().pooling
+"""What k-NN looks at: the default of ``mae knn``, so that both measure the same."""
 
 
 class Watched(NamedTuple):
@@ -114,8 +117,8 @@ def held_out_loss(model: MaskedAutoencoder, source: ImageSource, config: Pretrai
 def knn_top1(
     model: MaskedAutoencoder, labelled: tuple[LabelledPaths, LabelledPaths], config: PretrainConfig, run: Run
 ) -> float | None:
-    """Top-1 accuracy in percent of the validation images by their nearest training images; features are the mean of
-    the patch tokens of the last block, normalised. None where too few images can be read any more."""
+    """Top-1 accuracy in percent of the validation images by their nearest training images; features are those of
+    ``mae knn`` by default. None where too few images can be read any more."""
     (bank, bank_labels), (queries, labels) = (_features(model, files, config, run) for files in labelled)
     if len(bank) < config.watch.neighbours or not len(queries):
         return None
@@ -151,7 +154,8 @@ def _features(
         if len(batch):
             with run.autocast():
                 tokens = model.encoder.encode(batch.pixels.to(run.device))
-            features.append(tokens[:, 1:].float().mean(dim=1).cpu())
+            pooled = tokens[:, 0] if POOLING == "cls" else tokens[:, 1:].float().mean(dim=1)
+            features.append(pooled.float().cpu())
             labels.append(batch.labels)
     parts = distributed.gather((torch.cat(features), torch.cat(labels)))
     return torch.cat([part for part, _ in parts]), torch.cat([part for _, part in parts])

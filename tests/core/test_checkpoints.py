@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from mae_core.errors import UserError
-from mae_core.layout import complete_checkpoints, is_complete, resolve_weights
+from mae_core.layout import complete_checkpoints, is_complete, resolve_weights, stated_format
 from mae_core.training.checkpoints import load_checkpoint, save_checkpoint
+from mae_core.weights.files import write_weights
 
 
 def trained(steps: int) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -160,3 +161,23 @@ def test_the_marker_names_the_size_of_each_file(tmp_path):
 def test_nothing_to_resume_is_said(tmp_path):
     with pytest.raises(UserError, match="nothing to resume"):
         load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["detector", "pose_estimator"])
+def test_a_file_that_says_it_is_another_network_is_named_by_it(tmp_path, kind):
+    file = tmp_path / "run" / f"{kind}.safetensors"
+    file.parent.mkdir()
+    write_weights(file, {"x": torch.zeros(1)}, {"format": f"mae_core_{kind}"})
+    for path in (file, file.parent):
+        with pytest.raises(
+            UserError, match=f"no MAE encoder in it, it is a {kind.replace('_', ' ')}; give the encoder"
+        ):
+            resolve_weights(path)
+    write_weights(file.parent / "encoder.safetensors", {"x": torch.zeros(1)}, {"format": "mae_core"})
+    assert resolve_weights(file.parent).name == "encoder.safetensors"
+
+
+@pytest.mark.parametrize("content", [b"", b"short", b"\xff" * 40, b"\x02" + b"\x00" * 7 + b"[]"])
+def test_what_is_no_safetensors_file_says_nothing_of_itself(tmp_path, content):
+    (tmp_path / "x.bin").write_bytes(content)
+    assert stated_format(tmp_path / "x.bin") == ""

@@ -11,7 +11,6 @@ from torch import nn
 
 from mae_core.data.images import Statistics
 from mae_core.errors import UserError
-from mae_core.layout import DETECTOR
 from mae_core.models.sizes import SIZES, ViTSize, size_of
 from mae_core.patches import as_pair
 from mae_core.weights.files import WeightsFile, read_file
@@ -23,6 +22,7 @@ from transfer.detection.engine import DetectorEngine, assemble, build_network, t
 from transfer.detection.heads import HEADS, Head
 from transfer.pyramid import PYRAMIDS
 
+DETECTOR = "detector.safetensors"
 DETECTOR_FORMAT = "mae_core_detector"
 
 

@@ -23,14 +23,14 @@ from mae_core.atomic import atomic_folder, write_text
 from mae_core.config.load import load_config
 from mae_core.data.decoding import Unreadable, UnreadableImage
 from mae_core.errors import UserError, user_errors
-from mae_core.layout import DETECTOR, PICTURES
+from mae_core.layout import PICTURES
 from mae_core.training import distributed
 from mae_core.training.run import Run
 from mae_core.weights.files import WeightsFile
 from transfer.detection.annotations import Instance, categories_of, instance_of, read_json, typed_image
 from transfer.detection.coco import CocoImage, CocoSet, check_same_categories
 from transfer.detection.config import DetectionConfig, InferenceConfig
-from transfer.detection.detector_file import head_of, is_detector, load_detector, read_detector
+from transfer.detection.detector_file import DETECTOR, head_of, is_detector, load_detector, read_detector
 from transfer.detection.engine import load_engine
 from transfer.detection.headers import header_of
 from transfer.detection.heads import Detections

@@ -11,7 +11,7 @@ from typing import Any
 
 from mae_core.data.images import relative_names
 from mae_core.errors import UserError
-from mae_core.layout import CHECKPOINTS, CLASSIFIER, CONFIG, DETECTOR, ENCODER, LOG, METRICS
+from mae_core.layout import CHECKPOINTS, CLASSIFIER, CONFIG, ENCODER, LOG, METRICS
 from mae_core.training import distributed
 from mae_core.training.classification import tell_of_weights
 from mae_core.training.loop import FitSettings
@@ -21,7 +21,7 @@ from mae_core.weights.load import heads_given, read_encoder, with_file
 from transfer.detection.coco import check_same_categories, read_coco
 from transfer.detection.config import DetectionConfig
 from transfer.detection.data_sets import check_images, files_of, locate, read_data
-from transfer.detection.detector_file import describe_detector, head_of, load_detector, read_detector
+from transfer.detection.detector_file import DETECTOR, describe_detector, head_of, load_detector, read_detector
 from transfer.detection.engine import DetectorEngine, Job, build_network, builder_of, load_engine
 from transfer.detection.samples import WholeImages
 

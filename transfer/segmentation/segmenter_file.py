@@ -11,9 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from mae_core.errors import UserError
-from mae_core.layout import SEGMENTER
 from mae_core.weights.files import read_weights
 
+SEGMENTER = "segmenter.safetensors"
+LAST_CHECKPOINT = "last_checkpoint"
+"""mmengine's file that names the last checkpoint of a run; written after the checkpoint itself."""
 FORMAT = "mae_core segmenter"
 
 

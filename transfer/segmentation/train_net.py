@@ -23,12 +23,12 @@ from types import ModuleType
 from typing import Any
 
 from mae_core.errors import UserError, user_errors
-from mae_core.layout import LAST_CHECKPOINT
 from mae_core.training.distributed import leave
 from transfer.engines import require
 from transfer.segmentation.config import check_config_exists
 from transfer.segmentation.launching import LAUNCHERS, join_launched
 from transfer.segmentation.quiet import quietly
+from transfer.segmentation.segmenter_file import LAST_CHECKPOINT
 
 ENGINE_MODULES = r"(mmcv|mmengine|mmseg)(\.|$)"
 

@@ -68,7 +68,9 @@ def fit(model: nn.Module, job: Job) -> Fitted:
         try:
             trainer.train(start, settings.total_steps)
         except FloatingPointError:
-            raise UserError("the loss is not finite; lower optim.base_lr") from None
+            raise UserError(
+                "the loss is not finite; start anew with a lower optim.base_lr, in another folder with output=FOLDER"
+            ) from None
     loss = writers[0].loss
     return Fitted(model, time.perf_counter() - began if start < settings.total_steps else None, loss)
 

@@ -41,7 +41,7 @@ from transfer.segmentation.engine_mmseg.record import RunRecord
 from transfer.segmentation.engine_mmseg.runner import SegmentationRunner, bare_model, trained_model, worker_errors
 from transfer.segmentation.engine_mmseg.segmenter import load_segmenter, write_segmenter
 from transfer.segmentation.run_report import write_run_report
-from transfer.segmentation.segmenter_file import SegmenterFile, read_segmenter
+from transfer.segmentation.segmenter_file import SEGMENTER, SegmenterFile, read_segmenter
 
 
 def train(
@@ -193,5 +193,5 @@ def finish(runner: Runner, evaluator: Evaluator, started: float, *, write_model:
         write_json(work_dir / layout.METRICS, results)
         write_run_report(work_dir, results)
         if write_model:
-            write_segmenter(work_dir / layout.SEGMENTER, runner)
+            write_segmenter(work_dir / SEGMENTER, runner)
     return results
