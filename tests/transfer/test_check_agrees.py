@@ -26,6 +26,9 @@ from mae_core.data.survey import check_folders, check_images
 from mae_core.errors import UserError
 from transfer.detection.check_data import check_parts, parts_of
 from transfer.detection.coco import check_same_categories, decode_masks, read_coco
+from transfer.detection.config import DetectionData
+from transfer.detection.data_sets import HALVES, locate
+from transfer.detection.data_sets import check_images as check_coco_images
 from transfer.detection.samples import read_checked
 from transfer.segmentation.check_data import LabelledFolders, folders_of_set
 from transfer.segmentation.check_data import check_parts as check_labels
@@ -184,8 +187,10 @@ def json_of(root: Path, half: str) -> Path:
 
 
 def detect_on(root: Path) -> str:
-    sets = [read_coco(part) for part in parts_of(root, None)]
+    data = DetectionData(path=root)
+    sets = [read_coco(locate(data, half)) for half in HALVES]
     check_same_categories(sets[0].categories, sets[0].path, sets[1].categories, sets[1].path)
+    check_coco_images(data, *sets)
     return min(read_all(lambda i, coco=coco: read_object(coco.images[i]), len(coco.images)) for coco in sets)
 
 
@@ -235,6 +240,8 @@ OF_COCO = {
     "a photo stored on its side": Fault(turned_as_stored, "note"),
     "a resized image": Fault(resized, "skips"),
     "a missing file": Fault(lambda root, g: some_image(root, g).unlink(), "refuses"),
+    "no usable image": Fault(lambda root, g: [cut(path) for path in (root / "val").iterdir()], "refuses"),
+    "no val json": Fault(lambda root, g: json_of(root, "val").unlink(), "refuses"),
     "corners": Fault(edit(as_corners), "nonsense"),
     "the whole image as a box": Fault(edit(lambda c, one: one.update(bbox=[0, 0, 40, 32])), "nonsense"),
     "the whole image as an area": Fault(edit(lambda c, one: one.update(area=40 * 32)), "nonsense"),
@@ -350,6 +357,7 @@ OF_LABELS = {
     "all ignored": Fault(relabel(lambda m: np.full_like(m, 255)), "refuses"),
     "a cut map": Fault(lambda root, g: cut(a_map(root, g)), "refuses"),
     "a missing map": Fault(lambda root, g: a_map(root, g).unlink(), "refuses"),
+    "no validation": Fault(lambda root, g: shutil.rmtree(root / "images" / "validation"), "refuses"),
     "another suffix": Fault(other_suffix, "refuses"),
     "a map without its image": Fault(lambda root, g: an_image(root, g).unlink(), "nonsense"),
     "a map of another size": Fault(relabel(lambda m: m[:-1], every=False), "refuses"),

@@ -69,6 +69,10 @@ def check_parts(parts: Sequence[Part], *, masks: bool = True) -> Iterator[Report
     """A report for each half, and in the second what is wrong between them."""
     first: CocoSet | None = None
     for part in parts:
+        if len(parts) > 1 and not part.annotations.is_file():
+            sentence = f"{part.annotations} does not exist; training needs both halves"
+            yield Report(str(part.annotations), [], [Problem("missing halves", sentence, str(part.annotations))])
+            continue
         report, coco = check_part(part, masks=masks)
         if first is None:
             first = coco
@@ -91,6 +95,7 @@ def _headers(coco: CocoSet, tell: Tell) -> list[Header]:
     present = [image for image in coco.images if image.path.is_file()]  # what is missing was told before
     read = header_of_pixels if len(present) <= MOST_DECODED else header_of
     found: list[tuple[CocoImage, Header]] = []
+    usable = 0
     for image in present[:: -(-len(present) // MOST_HEADERS) or 1]:
         where = f"{path}: image id {image.id}, {image.path},"
         try:
@@ -102,11 +107,16 @@ def _headers(coco: CocoSet, tell: Tell) -> list[Header]:
         found.append((image, header))
         try:
             check_size(image, header)
+            usable += 1
         except UnreadableImage:
             swapped = (header.width, header.height) == (image.height, image.width)
             hint = "height and width are exchanged" if swapped else "it was resized, or the json is of another file"
             sentence = f"{where} is {header.width}x{header.height}, the json says {image.width}x{image.height}; {hint}"
             tell(Problem("sizes that differ from the json's", sentence, str(image.path), "wrong"))
+    if present and not usable:
+        tell(
+            Problem("no usable image", f"no image of {path} can be used; correct the images or their sizes", str(path))
+        )
     for problem in turned_photos((image.path, header.orientation) for image, header in found):
         tell(problem)
     stored = [image for image, header in found if header.annotated_as_stored(image.height, image.width)]
@@ -313,10 +323,9 @@ def parts_of(data: Path, images: Path | None) -> list[Part]:
         if images is not None:
             raise UserError(f"{data} is a folder, which brings its own images; give a json with {images}")
         jsons = {name: data / "annotations" / f"instances_{name}.json" for name in ("train", "val")}
-        found = [Part(data / name, json) for name, json in jsons.items() if json.is_file()]
-        if not found:
+        if not any(json.is_file() for json in jsons.values()):
             raise UserError(f"{data} holds no annotations/instances_train.json; give the json itself, and its images")
-        return found
+        return [Part(data / name, json) for name, json in jsons.items()]
     if not data.is_file():
         raise UserError(f"{data} does not exist; give a COCO json, or a folder with annotations/instances_train.json")
     if images is None:

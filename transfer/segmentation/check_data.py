@@ -160,9 +160,9 @@ def folders_of_set(root: Path, options: Sequence[str]) -> list[LabelledFolders]:
     settings = dict(_setting(option) for option in options)
     if unknown := sorted(settings.keys() - set(SETTINGS)):
         raise UserError(f"a data folder has no option {unknown[0]!r}; known: {', '.join(SETTINGS)}")
-    parts = [part for part in ("training", "validation") if (root / "images" / part).is_dir()]
-    if not parts:
-        raise UserError(f"{root} has no images/training; give a folder with images/ and annotations/, or --images")
+    parts = ("training", "validation")
+    if not (root / "images").is_dir():
+        raise UserError(f"{root} has no folder images; give a folder with images/ and annotations/, or --images")
     suffix = settings.get("seg_map_suffix", ".png")
     meaning: dict[str, Any] = {name: settings.get(name) for name in ("label_values", "ignored_values")}
     if "reduce_zero_label" not in settings and meaning["label_values"] is None:
