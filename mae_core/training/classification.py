@@ -124,10 +124,11 @@ def classifier_metadata(
     classes: list[str],
     epochs: float,
     test_crop: float | None,
+    multi_label: bool | None = None,
 ) -> dict[str, Any]:
     """What the file of a classifier says about itself; ``test_crop`` None is the usual crop of its image size."""
     facts = {"mean": statistics.mean, "std": statistics.std, "pooling": pooling, "classes": classes, "epochs": epochs}
-    return EncoderInfo.of(model, **facts, test_crop=test_crop).to_metadata()
+    return EncoderInfo.of(model, **facts, test_crop=test_crop, multi_label=multi_label).to_metadata()
 
 
 def conclude(run: Run, state: Mapping[str, Any], metadata: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:

@@ -187,9 +187,14 @@ def finetune(config: FinetuneConfig, *, resume: bool = False) -> dict[str, Any]:
             run.record({"step": step, **{f"{name}_without_ema": v for name, v in metrics["without_ema"].items()}})
 
     metadata = classifier_metadata(
-        model, statistics, config.model.pooling, splits.classes, config.optim.epochs, config.data.test_crop
+        model,
+        statistics,
+        config.model.pooling,
+        splits.classes,
+        config.optim.epochs,
+        config.data.test_crop,
+        config.data.multi_label,
     )
-    metadata["multi_label"] = config.data.multi_label
     fit(
         model,
         train_batches,

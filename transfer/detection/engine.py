@@ -14,8 +14,9 @@ from mae_core.errors import UserError
 from mae_core.patches import as_pair
 from mae_core.training.loop import FitSettings, seed_everything
 from mae_core.training.run import Run
+from mae_core.weights.encoder_file import EncoderFile
 from mae_core.weights.files import WeightsFile
-from mae_core.weights.load import EncoderFile, LoadReport
+from mae_core.weights.report import LoadReport
 from transfer.backbone import DenseViT
 from transfer.detection.coco import CocoSet
 from transfer.detection.config import DetectionConfig, DetectorConfig, InferenceConfig, SamplingConfig
