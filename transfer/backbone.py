@@ -46,8 +46,8 @@ class DenseViT(ViTEncoder):
     cls_token           keep the cls token in the sequence (it never reaches the maps); needs global attention
     checkpointing       recompute each block in the backward pass: less memory, about a third more time
 
-    No final norm is applied. Images are padded with zeros at the right and the bottom to whole patches. Raises
-    ``UserError`` for options that exclude each other.
+    Blocks behind the last tap do not exist, as nothing would train them. No final norm is applied. Images are padded
+    with zeros at the right and the bottom to whole patches. Raises ``UserError`` for options that exclude each other.
     """
 
     def __init__(
@@ -82,6 +82,7 @@ class DenseViT(ViTEncoder):
             raise UserError(f"taps {self.taps} must ascend and count blocks from 0")
         if self.taps[-1] >= len(self.blocks):
             raise UserError(f"taps {self.taps} must lie within the {len(self.blocks)} blocks, counted from 0")
+        self.blocks: nn.Sequential = self.blocks[: self.taps[-1] + 1]  # a block without gradients stops several ranks
         self.window = window
         self.global_blocks = frozenset(quarters if global_blocks is None else global_blocks)
         self.relative_positions = relative_positions
@@ -122,7 +123,7 @@ class DenseViT(ViTEncoder):
             prefix = 1
         biases = self._shared_biases(grid)
         maps: list[Tensor] = []
-        for index, block in enumerate(self.blocks[: self.taps[-1] + 1]):
+        for index, block in enumerate(self.blocks):
             window = self._window(index)
             arguments = (block, x, grid, window, biases.get(_kind(window)))
             if self.checkpointing and self.training:

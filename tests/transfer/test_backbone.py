@@ -4,6 +4,8 @@ import torch
 from mae_core.errors import UserError
 from mae_core.models.encoder import ViTEncoder
 from mae_core.models.sizes import SIZES
+from mae_core.weights.files import write_weights
+from mae_core.weights.load import describe_encoder
 from transfer.attention import RELATIVE_POSITIONS, merge_windows, of_offsets, partition_windows, table_biases
 from transfer.backbone import DenseViT
 from transfer.trunk import load_pretrained
@@ -228,3 +230,23 @@ def test_a_pretrained_encoder_loads_beside_new_tables(pretrained):
     vit = DenseViT("nano", image_size=64, patch_size=8, relative_positions="table", layer_scale=1.0, window=2)
     report = load_pretrained(vit, pretrained)
     assert len(report.new) == 6 * 3 and not report.refused
+
+
+def test_blocks_behind_the_last_tap_do_not_exist(tmp_path):
+    """They would be parameters without a gradient; the maps are those of the whole trunk."""
+    torch.manual_seed(0)
+    encoder = ViTEncoder("nano", image_size=32, patch_size=8)
+    write_weights(tmp_path / "e.safetensors", encoder.state_dict(), describe_encoder(encoder))
+    whole = DenseViT("nano", image_size=32, patch_size=8, taps=(1, 3, 5))
+    cut = DenseViT("nano", image_size=32, patch_size=8, taps=(1, 3))
+    load_pretrained(whole, tmp_path / "e.safetensors")
+    report = load_pretrained(cut, tmp_path / "e.safetensors")
+    left_out = {name: why for name, why in report.unused.items() if name.startswith("blocks.")}
+    assert set(left_out) == {name for name in encoder.state_dict() if name.startswith(("blocks.4.", "blocks.5."))}
+    assert set(left_out.values()) == {"behind block 3, the last whose output is used"}
+    assert {int(name.split(".")[1]) for name in cut.state_dict() if name.startswith("blocks.")} == {0, 1, 2, 3}
+    images = torch.rand(1, 3, 32, 40)
+    for one, other in zip(cut(images), whole(images), strict=False):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    sum(level.sum() for level in cut(images)).backward()
+    assert all(parameter.grad is not None for parameter in cut.parameters())

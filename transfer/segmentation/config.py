@@ -192,6 +192,12 @@ def fit_channels(config: MutableMapping[str, Any]) -> list[str]:
                 f"set model.data_preprocessor.mean and model.data_preprocessor.std to {channels} numbers each, 255 "
                 "times what mae data-stats finds"
             )
+    if (
+        channels not in (1, 3)
+        and preprocessor.get("mean") is not None
+        and preprocessor["type"] == "SegDataPreProcessor"
+    ):
+        preprocessor["type"] = "ManyChannelPreProcessor"
     left_out = False
     for section in sections(dict(config)):
         for key, steps in section.items():
@@ -203,6 +209,8 @@ def fit_channels(config: MutableMapping[str, Any]) -> list[str]:
             for step in kept:
                 if isinstance(step, MutableMapping) and step.get("type") in READERS:
                     step.update(type="NamedImage", channels=channels)
+                    if len(preprocessor.get("mean") or ()) == channels:
+                        step["no_data"] = list(preprocessor["mean"])
     if channels == 3:
         return []
     how = "as greyscale" if channels == 1 else f"in {channels} channels, as many as the encoder takes"

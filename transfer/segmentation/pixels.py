@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
-from mae_core.data.decoding import Pixels, UnreadableImage, read_image, to_picture, to_tensor, with_channels
+from mae_core.data.decoding import (
+    Pixels,
+    UnreadableImage,
+    fill_no_data,
+    read_image,
+    to_picture,
+    to_tensor,
+    with_channels,
+)
 from mae_core.errors import UserError
 
 TIFF_SUFFIXES = (".tif", ".tiff")
@@ -27,30 +37,48 @@ def read_pixels(path: Path | str, channels: int) -> Pixels:
     for a file that is no image, and ``WrongChannels``.
     """
     path = Path(path)
+    stored = _bands_with_alpha(path) if channels in (1, 3) else None
     try:
-        if channels in (1, 3) and path.suffix.lower() in TIFF_SUFFIXES:
-            return with_channels(_without_opaque(read_image(path, None)), channels)
-        return read_image(path, channels)
-    except (UnreadableImage, ValueError) as error:
+        if stored is None:
+            return read_image(path, channels)
+        bands = to_tensor(read_image(path, stored))
+        if bool((bands[-1] == (OPAQUE if bands.dtype == torch.uint8 else 1)).all()):
+            return with_channels(bands[:-1], channels)
+        found = stored
+    except UnreadableImage:
         found = len(to_tensor(read_image(path, None)))
-        if found == channels or (isinstance(error, UnreadableImage) and channels in (1, 3) and found in (1, 3)):
+        if found == channels or (channels in (1, 3) and found in (1, 3)):
             raise
-        raise WrongChannels(
-            f"image {path} has {found} channel{'s' * (found > 1)}, and the encoder takes {channels}; use weights for "
-            f"{found}, or set model.backbone.in_chans={found} to train from scratch"
-        ) from None
+    raise WrongChannels(
+        f"image {path} has {found} channel{'s' * (found > 1)}, and the encoder takes {channels}; use weights for "
+        f"{found}, or set model.backbone.in_chans={found} to train from scratch"
+    )
 
 
-def _without_opaque(pixels: Pixels) -> Pixels:
-    """Without a last band that is opaque everywhere: what writers of TIFF add to grey and RGB."""
-    if isinstance(pixels, Tensor) and len(pixels) in (2, 4) and bool((pixels[-1] == OPAQUE).all()):
-        return pixels[:-1]
-    return pixels
+def _bands_with_alpha(path: Path) -> int | None:
+    """How many bands a TIFF has, where its header says that the last is transparency: many writers say so of any band
+    after red, green and blue."""
+    if path.suffix.lower() not in TIFF_SUFFIXES:
+        return None
+    import tifffile
+
+    try:
+        with tifffile.TiffFile(path) as tiff:
+            page = tiff.pages[0]
+            assert isinstance(page, tifffile.TiffPage)
+            return page.samplesperpixel if page.extrasamples and page.samplesperpixel in (2, 4) else None
+    except Exception:  # a damaged header ends in errors of any kind, which the decoder names
+        return None
 
 
-def as_mmseg_reads(pixels: Pixels) -> np.ndarray:
+def as_mmseg_reads(pixels: Pixels, no_data: Sequence[float] | None = None) -> np.ndarray:
     """(H, W) or (H, W, C), three channels in the order blue, green, red: uint8 as stored, or float32 where a channel
-    has more than 8 bits, in units of 1/255 like the means and deviations of mmseg's configs."""
+    has more than 8 bits, in units of 1/255 like the means and deviations of mmseg's configs.
+
+    no_data  the value per channel, in the same units, of pixels without data
+    """
+    if no_data is not None:
+        pixels = fill_no_data(pixels, [value / 255 for value in no_data])
     if not isinstance(pixels, Tensor):
         array = np.asarray(pixels)
     else:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from mae_core.errors import UserError
 from mae_core.models.encoder import ViTEncoder
 from mae_core.weights.files import read_weights, write_weights
+from mae_core.weights.load import read_encoder
 from transfer.segmentation.train_net import evaluate_segmenter, train_segmenter
 
 mmseg = pytest.importorskip("mmseg", reason="mmseg is not installed; pip install mae-transfer[segmentation]")
@@ -25,7 +26,8 @@ engine = pytest.importorskip("transfer.segmentation.engine_mmseg", reason="mmseg
 from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
 
-from transfer.segmentation.engine_mmseg import checks
+from transfer import trunk
+from transfer.segmentation.engine_mmseg import checks, training
 from transfer.segmentation.engine_mmseg.checkpoints import history_method, load_safely
 from transfer.segmentation.engine_mmseg.options import read_config
 from transfer.segmentation.label_maps import LabelledImage
@@ -228,6 +230,7 @@ def test_small_data_config_needs_no_class_file(scenes):
 def test_two_ranks_of_torchrun_train_as_one(tmp_path, tiny):
     script = REPOSITORY / "transfer" / "segmentation" / "train_net.py"
     options = {**tiny, "iterations": 3, "custom_hooks.0.interval": 1, "batch_size": 2}
+    options["model.backbone.taps"] = [0, 1, 2, 3]  # of six blocks: the others would get no gradient, which DDP refuses
     options.pop("visualizer.vis_backends")
     settings = [f"{key}={value}".replace(" ", "") for key, value in options.items()]
     command = [str(script), str(DIGITS), "--work-dir", str(tmp_path / "run")]
@@ -260,8 +263,17 @@ def test_mmseg_alone_runs_the_config(scenes, tmp_path, monkeypatch, write_encode
     assert runner.model.backbone.loading.share == 1 and runner.iter == 2
 
 
-def test_the_official_layout_trains_with_a_full_report(tmp_path, tiny):
-    """A released pre-training checkpoint: the encoder's names, the decoder's, arguments, all under ``model``."""
+def test_the_official_layout_trains_with_a_full_report(tmp_path, tiny, monkeypatch):
+    """A released pre-training checkpoint: the encoder's names, the decoder's, arguments, all under ``model``; it is
+    read once."""
+    opened = []
+
+    def counted(path):
+        opened.append(path)
+        return read_encoder(path)
+
+    for module in (training, trunk):
+        monkeypatch.setattr(module, "read_encoder", counted)
     torch.manual_seed(3)
     encoder = ViTEncoder("nano", image_size=24, patch_size=8)
     decoder = {"mask_token": torch.zeros(1, 1, 64), "decoder_embed.weight": torch.zeros(64, 128)}
@@ -269,6 +281,7 @@ def test_the_official_layout_trains_with_a_full_report(tmp_path, tiny):
     torch.save({"model": {**encoder.state_dict(), **decoder}, "epoch": 799}, tmp_path / "mae_pretrain.pth")
     options = {**tiny, "iterations": 3, "lr": 0.0, "model.backbone.relative_positions": "table"}
     train_segmenter(DIGITS, weights=tmp_path / "mae_pretrain.pth", work_dir=tmp_path / "run", cfg_options=options)
+    assert opened == [tmp_path / "mae_pretrain.pth"]
     report = json.loads((tmp_path / "run" / "loading.json").read_text())
     assert len(report["loaded"]) + len(report["resized"]) == 6 * 12 + 4 and report["resized"] == {
         "pos_embed": "3x3 -> 4x4"

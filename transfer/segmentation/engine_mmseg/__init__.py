@@ -5,7 +5,13 @@ A config names this package under ``custom_imports``; then mmseg's own tools can
 
 from transfer.segmentation.engine_mmseg.backbone import MAECoreViT
 from transfer.segmentation.engine_mmseg.checks import folders_to_check
-from transfer.segmentation.engine_mmseg.data import EightBitDistortion, LabelledFolder, NamedImage, NamedLabels
+from transfer.segmentation.engine_mmseg.data import (
+    EightBitDistortion,
+    LabelledFolder,
+    ManyChannelPreProcessor,
+    NamedImage,
+    NamedLabels,
+)
 from transfer.segmentation.engine_mmseg.metric import PerClassIoUMetric
 from transfer.segmentation.engine_mmseg.optimizer import MAECoreLayerDecay
 from transfer.segmentation.engine_mmseg.options import parse_options
@@ -17,6 +23,7 @@ __all__ = [
     "LabelledFolder",
     "MAECoreLayerDecay",
     "MAECoreViT",
+    "ManyChannelPreProcessor",
     "NamedImage",
     "NamedLabels",
     "PerClassIoUMetric",

@@ -65,7 +65,7 @@ class MAECoreViT(DenseViT):
         self.loading: LoadReport | None = None
 
     def init_weights(self) -> None:
-        """Load ``weights`` and print the report; called by mmengine before training.
+        """Load ``weights``, unless that is done, and print the report; called by mmengine before training.
 
         timm's method of this name would draw the whole trunk anew. Raises ``UserError`` where the file does not fit.
         """

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from mmcv.transforms import LoadImageFromFile
 from mmseg.datasets import BaseSegDataset
 from mmseg.datasets.transforms import LoadAnnotations, PhotoMetricDistortion
-from mmseg.registry import DATASETS, TRANSFORMS
+from mmseg.models import SegDataPreProcessor
+from mmseg.registry import DATASETS, MODELS, TRANSFORMS
 
 from mae_core.data.decoding import UnreadableImage
 from mae_core.errors import UserError
@@ -75,11 +77,19 @@ class NamedImage(LoadImageFromFile):
     """The image reader in the place of mmcv's: that of the pre-training, in the encoder's ``channels``.
 
     A file that it cannot read is named and left out (``on_error="skip"``, in training), or raises a ``UserError``; one
-    with other channels raises it in any case.
+    with other channels raises it in any case. ``no_data``: the value per channel of pixels without data.
     """
 
-    def __init__(self, *, on_error: str = "raise", channels: int = 3, **options: Any) -> None:
+    def __init__(
+        self,
+        *,
+        on_error: str = "raise",
+        channels: int = 3,
+        no_data: Sequence[float] | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(**options)
+        self.no_data = no_data
         self.on_error = on_error
         self.channels = channels
         self.skipped: set[str] = set()
@@ -88,7 +98,7 @@ class NamedImage(LoadImageFromFile):
         """As mmcv's; None makes the data set draw another image."""
         path = results["img_path"]
         try:
-            image = as_mmseg_reads(read_pixels(path, self.channels))
+            image = as_mmseg_reads(read_pixels(path, self.channels), self.no_data)
         except UnreadableImage as error:
             reason = error.unreadable.reason
             if self.on_error == "raise":
@@ -160,6 +170,17 @@ class EightBitDistortion(PhotoMetricDistortion):
             self.told = True
             print(f"colour distortion is left out for images of more than 8 bits, such as {results['img_path']}")
         return results
+
+
+@MODELS.register_module()
+class ManyChannelPreProcessor(SegDataPreProcessor):
+    """mmseg's preprocessor for images that are neither grey nor RGB, whose mean and std mmengine refuses."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], **options: Any) -> None:
+        super().__init__(**options)
+        self._enable_normalize = True
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(-1, 1, 1), persistent=False)
 
 
 def read_by_name(pipeline: Any, coding: LabelCoding, on_error: str | None = None, channels: int | None = None) -> None:

@@ -21,6 +21,7 @@ from mae_core.atomic import atomic_path, write_text
 from mae_core.errors import UserError
 from mae_core.weights.tools.export import require_onnx
 from transfer.segmentation.config import BACKBONE, LABEL_READERS, READERS, inference_mode
+from transfer.segmentation.engine_mmseg.data import ManyChannelPreProcessor
 from transfer.segmentation.engine_mmseg.segmenter import build_segmenter, load_segmenter
 from transfer.segmentation.segmenter_file import SegmenterFile
 
@@ -115,8 +116,9 @@ def write_mmseg(file: SegmenterFile, out: Path) -> str:
     """Write a checkpoint (``out``, .pth) and a config beside it (.py) that mmseg runs without this package, with its
     own ``MAE`` backbone -> a line to print, with the parity of the logits on an image of the training's crop.
 
-    mmseg's backbone takes images of that one size, so the config slides windows of it. Raises ``UserError`` where the
-    segmenter has another backbone or the logits differ; nothing is written then.
+    mmseg's backbone takes images of that one size, so the config slides windows of it. mmseg normalises grey and RGB
+    alone: of other channels mean and std go into the first layer, for which the padding below an image is black then.
+    Raises ``UserError`` where the segmenter has another backbone or the logits differ; nothing is written then.
     """
     register_all_modules()
     ours = build_segmenter(file)
@@ -130,14 +132,21 @@ def write_mmseg(file: SegmenterFile, out: Path) -> str:
         "backbone": mmseg_backbone(backbone),
         "test_cfg": inference_mode(file.config, mode="slide", crop_size=backbone.grid.image_size[0]),
     }
+    mean, std = torch.zeros(1), torch.ones(1)
+    if folded := isinstance(ours.data_preprocessor, ManyChannelPreProcessor):
+        mean, std = ours.data_preprocessor.mean, ours.data_preprocessor.std
+        rest = {key: value for key, value in model["data_preprocessor"].items() if key not in ("mean", "std")}
+        model["data_preprocessor"] = {**rest, "type": "SegDataPreProcessor"}
     theirs = MODELS.build(Config({"model": model}).model)
     load_segmenter(theirs, mmseg_state(ours, theirs.state_dict()), str(file.path))
+    if folded:
+        fold_normalisation(theirs.backbone.patch_embed.projection, mean, std)
     theirs.eval()
     generator = torch.Generator().manual_seed(0)
     images = torch.randn((1, backbone.in_channels, *backbone.grid.image_size), generator=generator)
     difference = compare(
         lambda given: ours.decode_head.forward(ours.extract_feat(given)),
-        lambda given: theirs.decode_head.forward(theirs.extract_feat(given)),
+        lambda given: theirs.decode_head.forward(theirs.extract_feat(given * std + mean)),
         images,
     )
     steps = file.config["val_dataloader"]["dataset"]["pipeline"]
@@ -154,6 +163,14 @@ def write_mmseg(file: SegmenterFile, out: Path) -> str:
         torch.save({"meta": meta, "state_dict": theirs.state_dict()}, temporary)
     write_text(out.with_suffix(".py"), config.pretty_text)
     return f"wrote {out} and {out.with_suffix('.py')}; mmseg's logits differ from ours by {difference:.1e} at most"
+
+
+@torch.no_grad()
+def fold_normalisation(projection: nn.Conv2d, mean: Tensor, std: Tensor) -> None:
+    """Make a first layer take pixels as it took ``(pixels - mean) / std``; mean and std are (C, 1, 1)."""
+    projection.weight /= std
+    assert projection.bias is not None
+    projection.bias -= (projection.weight * mean).sum(dim=(1, 2, 3))
 
 
 def mmcv_reader(channels: int) -> dict[str, str]:
