@@ -95,7 +95,7 @@ def load_pretrained(
     if backbone.cls_token is None:
         unused["cls_token"] = "this backbone has no cls token"
     last = backbone.taps[-1]
-    for index in range(last + 1, size_of(backbone.size).depth):
+    for index in range(last + 1, backbone.shape.depth):
         unused[f"blocks.{index}.*"] = f"behind block {last}, the last whose output is used"
     return fit_state(backbone, source, grid=backbone.grid[:2], new=NEW, unused=unused, allow_missing=allow_missing)
 

@@ -75,7 +75,7 @@ OWN_DATA_COMMANDS = (
     (
         "Own data: segment, from images/{training,validation} and annotations/{training,validation}",
         "python transfer/segmentation/train_net.py configs/segmentation/small_data.py "
-        "--weights runs/mine --work-dir runs/segmenter --cfg-options data_root=LABELMAPS",
+        "--weights runs/mine --work-dir runs/segmenter --cfg-options data_root=LABELMAPS num_classes=N",
     ),
 )
 

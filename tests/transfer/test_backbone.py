@@ -4,8 +4,8 @@ import torch
 from mae_core.errors import UserError
 from mae_core.models.encoder import ViTEncoder
 from mae_core.models.sizes import SIZES
+from mae_core.weights.encoder_file import describe_encoder
 from mae_core.weights.files import write_weights
-from mae_core.weights.load import describe_encoder
 from transfer.attention import RELATIVE_POSITIONS, merge_windows, of_offsets, partition_windows, table_biases
 from transfer.backbone import DenseViT
 from transfer.trunk import load_pretrained

@@ -25,6 +25,7 @@ from transfer.segmentation.engine_mmseg.options import accepted_keys, read_confi
 from transfer.segmentation.label_check import check_label_maps
 from transfer.segmentation.label_coding import BYTE, LabelCoding, Names
 from transfer.segmentation.label_maps import LabelledImage, check_maps_exist, read_classes
+from transfer.trunk import load_pretrained
 
 
 def check_data(config: MutableMapping[str, Any], parts: Sequence[str] = ("train", "val")) -> dict[str, str]:
