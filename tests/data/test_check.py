@@ -55,7 +55,7 @@ def test_what_a_pre_training_leaves_out_ends_in_exit_code_2(tmp_path, write_imag
     )
     np.save(tmp_path / "nan.npy", np.full((4, 4, 3), np.nan, np.float32))
     code, said = checked("images", tmp_path, "--json", tmp_path / "found.json")
-    assert code == 2 and "unreadable images: 2 (training leaves them out" in said
+    assert code == 2 and "unreadable images: 2 (training would start, and leave them out" in said
     assert "images with other channels: 1" in said and "bands.tif: it has 5 channels, data.channels is 3" in said
     assert "error: 3 problems found, listed above" in said
     (one,) = json.loads((tmp_path / "found.json").read_text())["sets"]
