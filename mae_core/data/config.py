@@ -19,7 +19,14 @@ class ImagesConfig(Schema):
     channels: Annotated[int, Field(ge=1, le=16)] = Field(
         3, description="1 reads images as greyscale, 3 as RGB, any other number as stored (TIFF, .npy)"
     )
-    mean: tuple[float, ...] | None = Field(None, description="per channel, of pixels in 0..1; ImageNet's when empty")
+    statistics: Literal["auto", "imagenet", "own"] = Field(
+        "auto",
+        description="mean and std where none are set: own are measured on the training images; auto is own from "
+        "scratch, and with weights those of the weights, or ImageNet's where they say nothing",
+    )
+    mean: tuple[float, ...] | None = Field(
+        None, description="per channel, of pixels in 0..1; see statistics when empty"
+    )
     std: tuple[Annotated[float, Field(gt=0)], ...] | None = None
     max_pixels: Count = Field(
         MAX_PIXELS, description="height times width of the largest image that is read; guards against broken headers"

@@ -18,7 +18,6 @@ from mae_core.data.images import (
     DEFAULT_STATISTICS,
     ImageFiles,
     ImageSource,
-    Statistics,
     files_below,
     in_threads,
     passed_over_in,
@@ -27,6 +26,7 @@ from mae_core.data.labelled import LabelledPaths, read_image_folder, read_label_
 from mae_core.data.orientation import UPRIGHT, orientation_of
 from mae_core.data.reading import Notes, notes_taken
 from mae_core.data.sources import JoinedSources, damaged_parts, open_places
+from mae_core.data.statistics import Moments
 from mae_core.errors import UserError
 
 EXAMPLES = 10
@@ -39,40 +39,6 @@ FAR = 1.0
 before the check says so."""
 
 OnProgress = Callable[[int, int], None]
-
-
-@dataclass
-class Moments:
-    """Number, mean and sum of squared deviations of a channel's pixels, over any number of images (Chan's update)."""
-
-    count: int = 0
-    mean: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
-    squares: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
-
-    @classmethod
-    def of(cls, pixels: Pixels) -> Moments:
-        """Of one image, its pixels in 0..1 where it holds unsigned integers."""
-        values = to_tensor(pixels)
-        scale = 1.0 if values.is_floating_point() else 255.0
-        flat = values.flatten(1).double() / scale
-        mean = flat.mean(dim=1)
-        return cls(flat.shape[1], mean, (flat - mean[:, None]).square().sum(dim=1))
-
-    def add(self, other: Moments) -> None:
-        """Take in other pixels."""
-        if not self.count:
-            self.count, self.mean, self.squares = other.count, other.mean, other.squares
-            return
-        total = self.count + other.count
-        difference = other.mean - self.mean
-        self.squares = self.squares + other.squares + difference.square() * self.count * other.count / total
-        self.mean = self.mean + difference * other.count / total
-        self.count = total
-
-    def statistics(self) -> Statistics:
-        """Mean and (population) standard deviation per channel."""
-        std = (self.squares / max(self.count, 1)).sqrt()
-        return Statistics(tuple(self.mean.tolist()), tuple(std.tolist()))
 
 
 @dataclass

@@ -10,7 +10,7 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 from mae_core.data.config import FinetuneData
-from mae_core.data.images import Statistics, statistics_of
+from mae_core.data.images import ImageFiles, Statistics, statistics_of
 from mae_core.data.labelled import LabelledBatch, TrainImages, collate
 from mae_core.data.loading import make_loader, share_of
 from mae_core.errors import UserError
@@ -35,6 +35,7 @@ from mae_core.training.finetune_config import FinetuneConfig, scratch_difference
 from mae_core.training.groups import layer_decay_groups
 from mae_core.training.loop import FitSettings, LossOf, fit, seed_everything
 from mae_core.training.run import Run, check_output, open_run
+from mae_core.training.statistics import with_statistics
 from mae_core.weights.encoder_file import EncoderFile
 from mae_core.weights.load import classifier_from, heads_given, read_encoder, with_file
 from mae_core.weights.report import LoadReport
@@ -152,6 +153,9 @@ def finetune(config: FinetuneConfig, *, resume: bool = False) -> dict[str, Any]:
     check_output(config, resume=resume)
     splits = read_splits(config.data)
     check_pairs(config)
+    weights = None if source is None else source.metadata
+    training = ImageFiles(splits.train.paths, config.data.reading)
+    config = with_statistics(config, training, resume=resume, weights=weights)
     seed_everything(config.seed)
     model, report, statistics = build_model(config, len(splits.classes), source)
     settings = FitSettings.of(config.optim, len(splits.train.paths))

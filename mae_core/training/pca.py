@@ -19,6 +19,7 @@ from mae_core.errors import UserError
 from mae_core.patches import PatchGrid, patchify
 from mae_core.training.pretrain_config import PretrainConfig
 from mae_core.training.progress import Counter
+from mae_core.training.statistics import with_statistics
 from mae_core.training.target_files import PCA_FORMAT
 from mae_core.training.watch import split_images
 from mae_core.weights.files import write_weights
@@ -75,6 +76,7 @@ def fit_pca(config: PretrainConfig, out: Path | None = None, *, components: int 
             f"{components} components were asked for, patches of {grid.patch}x{grid.patch} pixels and "
             f"{config.data.channels} channels have {values}"
         )
+    config = with_statistics(config, open_source(config.data), resume=False)
     moments = moments_of(config, grid, images, least=components)
     rows, mean, variances = moments.components(components)
     explained = (variances[:components].sum() / variances.sum().clamp(min=1e-12)).item()

@@ -31,13 +31,17 @@ from mae_core.training.pretrain import announce, build_pretrain_model, pretrain_
 from mae_core.training.pretrain_config import PretrainConfig
 from mae_core.training.progress import clock
 from mae_core.training.run import Run
+from mae_core.training.statistics import with_statistics
 from mae_core.training.watch import split_images
 
 PAPER_SIZES = ("base", "large", "huge")
 ALSO_IN_PAPER = {"optim.epochs": ("800.0", "1600.0"), "target.kind": ("pixels", "normalized_pixels")}
 """Leaves of which Table 8 or Table 1's default row has another value than the schema."""
 COMPARED = ("model.", "decoder.", "masking.", "target.", "optim.", "data.", "watch.share")
-NOT_A_RECIPE = ("data.path", "data.source", "data.split", "data.workers", "data.on_error", "optim.micro_batch")
+NOT_A_RECIPE = (
+    *("data.path", "data.source", "data.split", "data.workers", "data.on_error", "data.max_pixels"),
+    *("data.statistics", "optim.micro_batch"),  # the mean and std themselves are compared
+)
 TIMED_STEPS = 3
 IMAGES_READ = 16
 GROWTH = 4
@@ -66,6 +70,7 @@ def print_plan(config: PretrainConfig, say: Callable[[str], None] = print) -> No
     source = open_source(config.data)
     for path, reason in damaged_parts(source):
         say(f"damaged: {path} ({reason})")
+    config = with_statistics(config, source, resume=False)
     watched = split_images(config, source)
     images = UnlabelledImages(watched.training, config.data, config.seed)
     images.fixed_views(1)

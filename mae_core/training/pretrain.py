@@ -21,6 +21,7 @@ from mae_core.training.pictures import fixed_mask, reconstruction_strip
 from mae_core.training.pretrain_config import PretrainConfig
 from mae_core.training.progress import Counter
 from mae_core.training.run import check_output, open_run
+from mae_core.training.statistics import with_statistics
 from mae_core.training.target_files import load_target
 from mae_core.training.watch import measure, split_images
 from mae_core.weights.encoder_file import EncoderInfo
@@ -73,6 +74,7 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> FitResult:
     """Run a pre-training; writes the run directory. Raises ``UserError`` for everything a user can get wrong."""
     check_output(config, resume=resume)
     source = open_source(config.data)
+    config = with_statistics(config, source, resume=resume)
     watched = split_images(config, source)
     if config.data.on_error == "raise":
         refuse_unreadable(damaged_parts(source))

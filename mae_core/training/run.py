@@ -36,8 +36,18 @@ from mae_core.training import distributed
 from mae_core.training.checkpoints import load_checkpoint, save_checkpoint
 from mae_core.training.precision import choose_precision, prepare_process
 from mae_core.training.pretrain_config import PretrainConfig
+from mae_core.training.statistics import with_stored_statistics
 
-MAY_CHANGE = ("data.workers", "data.on_error", "log.", "device", "output", "data.path", "data.max_pixels")
+MAY_CHANGE = (
+    "data.workers",
+    "data.on_error",
+    "log.",
+    "device",
+    "output",
+    "data.path",
+    "data.max_pixels",
+    "data.statistics",
+)
 """Options a resumed run may change: they say where and how fast, not what is computed. Data may move, see
 ``check_data``."""
 PRETRAIN_MAY_CHANGE = (
@@ -67,6 +77,8 @@ def check_output(config: JobConfig, *, resume: bool) -> None:
             f"nothing to resume: {folder} has no complete checkpoint; start without --resume in a new folder"
         )
     stored = load_config(type(config), folder / CONFIG)
+    if hasattr(config, "data"):
+        config, stored = with_stored_statistics(config, stored), with_stored_statistics(stored, stored)
     may_change = (*MAY_CHANGE, *PRETRAIN_MAY_CHANGE) if isinstance(config, PretrainConfig) else MAY_CHANGE
     changed = [line for line in config_differences(stored, config) if not line.startswith(may_change)]
     if changed:

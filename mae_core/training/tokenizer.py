@@ -21,6 +21,7 @@ from mae_core.training.loop import FitResult, FitSettings, fit, seed_everything
 from mae_core.training.pictures import Display, Strip, tile
 from mae_core.training.progress import Counter
 from mae_core.training.run import check_output, open_run
+from mae_core.training.statistics import with_statistics
 from mae_core.training.target_files import TOKENIZER_FORMAT
 from mae_core.training.tokenizer_config import TokenizerConfig
 from mae_core.weights.files import write_weights
@@ -63,6 +64,7 @@ def train_tokenizer(config: TokenizerConfig, *, resume: bool = False) -> FitResu
     if config.data.on_error == "raise":
         refuse_unreadable(damaged_parts(source))
         check_all(source, on_progress=Counter("checking images"))
+    config = with_statistics(config, source, resume=resume)
     dataset = UnlabelledImages(source, config.data, config.seed)
     views, statistics = dataset.fixed_views(NUM_PICTURES), statistics_of(config.data)
     settings = FitSettings.of(config.optim, len(dataset))

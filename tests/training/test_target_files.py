@@ -115,7 +115,7 @@ def test_a_pca_file_that_does_not_serve_is_refused_before_the_run_starts(tmp_pat
     fit_pca(config_of(options, *asked), components=4)
     with pytest.raises(UserError, match=r"patches of 192 numbers, this model's have 768 \(16x16 pixels, 3 ch"):
         pretrain(config_of(options, *asked, "model.patch_size=16"))
-    with pytest.raises(UserError, match=r"fitted on pixels of mean \[0.485.*this run's have \[0.1, 0.1, 0.1\]"):
+    with pytest.raises(UserError, match=r"fitted on pixels of mean \[0.4.*this run's have \[0.1, 0.1, 0.1\]"):
         pretrain(config_of(options, *asked, "data.mean=[0.1,0.1,0.1]"))
     encoder_only = config_of(options, "output=" + str(tmp_path / "other"))
     pretrain(encoder_only)
@@ -146,7 +146,8 @@ def test_a_trained_tokenizer_is_trained_on_and_travels_in_the_checkpoint(tmp_pat
     (run / "tokenizer.safetensors").unlink()
     model = load_mae(tmp_path / "run")
     pixels = torch.rand(2, 3, 32, 32)
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    stored = load_config(PretrainConfig, tmp_path / "run" / "config.yaml").data
+    mean, std = torch.tensor(stored.mean), torch.tensor(stored.std)
     normalised = (pixels - mean[:, None, None]) / std[:, None, None]
     assert (model.target(normalised, 8) == tokenizer(pixels)).float().mean() > 0.9  # rounding moves a token at times
     assert model.decoder.pred.out_features == 16

@@ -78,7 +78,7 @@ def check_images(data: DetectionData, *sets: CocoSet) -> None:
     """
     if data.on_error == "raise":
         paths = [image.path for coco in sets for image in coco.images]
-        check_all(ImageFiles(paths, data.channels), on_progress=Counter("checking images"))
+        check_all(ImageFiles(paths, data.reading), on_progress=Counter("checking images"))
     for coco in sets:
         if len(coco.images) > MOST_LOOKED_AT:
             continue
@@ -86,7 +86,7 @@ def check_images(data: DetectionData, *sets: CocoSet) -> None:
         for image in coco.images:
             try:
                 if data.on_error == "skip":
-                    read_checked(image, data.channels)
+                    read_checked(image, data.reading)
                 else:  # every file was decoded above
                     check_size(image, header_of(image.path, data.channels))
             except UnreadableImage as error:

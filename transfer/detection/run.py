@@ -9,13 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mae_core.data.images import relative_names
+from mae_core.data.images import ImageFiles, relative_names
 from mae_core.errors import UserError
 from mae_core.layout import CHECKPOINTS, CLASSIFIER, CONFIG, ENCODER, LOG, METRICS
 from mae_core.training import distributed
 from mae_core.training.classification import tell_of_weights
 from mae_core.training.loop import FitSettings
 from mae_core.training.run import Run, check_output, open_run
+from mae_core.training.statistics import with_statistics
 from mae_core.weights.files import SAFETENSORS, WeightsFile, read_file, write_weights
 from mae_core.weights.load import heads_given, read_encoder, with_file
 from transfer.detection.coco import check_same_categories, read_coco
@@ -47,6 +48,9 @@ def train_detector(config: DetectionConfig, *, resume: bool = False) -> dict[str
     train_set, val_set = read_data(config)
     if not any(image.instances for image in val_set.images):
         raise UserError(f"{val_set.path} has no annotations; there is nothing to score against")
+    said = {} if whole is not None else None if source is None else source.metadata
+    training = ImageFiles([image.path for image in train_set.images], config.data.reading)
+    config = with_statistics(config, training, resume=resume, weights=said)
     trunk, model, statistics = build_network(config, engine, len(train_set.categories), source)
     report = trunk.report
     if engine.zoo is not None and whole is not None:

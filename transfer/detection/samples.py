@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
 
-from mae_core.data.decoding import Pixels, Unreadable, UnreadableImage, read_image, size_of, to_tensor
+from mae_core.data.decoding import Pixels, Unreadable, UnreadableImage, fill_no_data, read_image, size_of, to_tensor
 from mae_core.data.images import Statistics, check_found, next_readable
 from mae_core.data.loading import Place
 from mae_core.data.orientation import as_stored, orientation_of
+from mae_core.data.reading import ReadAs
 from mae_core.patches import as_pair
 from mae_core.seeds import AUGMENT, generator_at
 from transfer.detection.annotations import Instance
@@ -50,7 +51,7 @@ class Placement(NamedTuple):
     def image(self, image: Pixels, statistics: Statistics) -> Tensor:
         """The canvas (C, H, W) float32, standardised; padding is zero, which is the mean colour."""
         rows, cols = self.visible
-        pixels = F.resize(to_tensor(image), [self.height, self.width], antialias=True)
+        pixels = F.resize(to_tensor(fill_no_data(image, statistics.mean)), [self.height, self.width], antialias=True)
         pixels = pixels[:, self.top : self.top + rows, self.left : self.left + cols]
         pixels = pixels.flip(self._flipped) if self._flipped else pixels
         pixels = F.normalize(F.to_dtype(pixels, torch.float32, scale=True), list(statistics.mean), list(statistics.std))
@@ -207,7 +208,7 @@ class TrainingSamples(Dataset[Sample]):
     def __getitem__(self, place: Place) -> Sample:
         epoch, index = place
         chosen, image, unreadable = next_readable(
-            index, len(self), lambda place: read_checked(self.coco.images[place], self.data.channels)
+            index, len(self), lambda place: read_checked(self.coco.images[place], self.data.reading)
         )
         if image is None:
             return Sample(None, self.canvas, {}, index, unreadable)
@@ -235,7 +236,7 @@ class WholeImages(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         try:
-            image = read_checked(self.coco.images[index], self.data.channels)
+            image = read_checked(self.coco.images[index], self.data.reading)
         except UnreadableImage as error:
             return Sample(None, self.canvas, {}, index, [error.unreadable])
         placement = self.placement(index)
@@ -267,15 +268,15 @@ def target_on(record: CocoImage, placement: Placement, *, masks: bool = True) ->
     return {"boxes": boxes[kept], "labels": labels[kept], "masks": moved[kept]}
 
 
-def read_checked(record: CocoImage, channels: int) -> Pixels:
+def read_checked(record: CocoImage, read_as: ReadAs) -> Pixels:
     """The image of a record: upright, as its boxes were drawn, or as stored where only those sides are the json's.
 
     Raises ``UnreadableImage`` where it cannot be read or has not the size in the json.
     """
-    image = read_image(record.path, channels)
+    image = read_image(record.path, read_as)
     if size_of(image) == (record.height, record.width):
         return image
-    header = Header(*size_of(image), channels, orientation_of(record.path))
+    header = Header(*size_of(image), len(to_tensor(image)), orientation_of(record.path))
     check_size(record, header)
     return as_stored(image, header.orientation)
 
