@@ -32,6 +32,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def announced_rank() -> int:
+    """Which rank ``torchrun`` announces that this process is; known before they join."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def join(device: str) -> Place:
     """Join the process group that ``torchrun`` announces (NCCL on GPUs, gloo on CPUs), or stay alone.
 

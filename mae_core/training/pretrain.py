@@ -74,15 +74,15 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> FitResult:
     """Run a pre-training; writes the run directory. Raises ``UserError`` for everything a user can get wrong."""
     check_output(config, resume=resume)
     source = open_source(config.data)
-    config = with_statistics(config, source, resume=resume)
     watched = split_images(config, source)
     if config.data.on_error == "raise":
         refuse_unreadable(damaged_parts(source))
         for images_read in (source, *watched.only_looked_at(config.data.reading)):
             check_all(images_read, on_progress=Counter("checking images"))
+    settings = FitSettings.of(config.optim, len(watched.training))
+    config = with_statistics(config, source, resume=resume)
     images = UnlabelledImages(watched.training, config.data, config.seed)
     views = images.fixed_views(NUM_PICTURES)
-    settings = FitSettings.of(config.optim, len(images))
     seed_everything(config.seed)
     model = build_pretrain_model(config)
     images.masks = SampleMasks(model.masker, model.encoder.grid)

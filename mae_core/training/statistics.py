@@ -44,10 +44,10 @@ def with_statistics(
         where = "ImageNet's, as asked for" if data.statistics == "imagenet" else "ImageNet's: the weights do not say"
     statistics = statistics_of(config.data, weights)  # type: ignore[attr-defined]
     passed_over = describe_passed_over(passed_over_in(source))
-    _say(config, f"pixels are standardised with {describe_statistics(statistics)} ({where})")
+    _say(f"pixels are standardised with {describe_statistics(statistics)} ({where})")
     for text in (*notes, passed_over):
         if text:
-            _say(config, f"note: {text}")
+            _say(f"note: {text}")
     return config
 
 
@@ -85,6 +85,6 @@ def _measured_by_rank_0(config: JobConfig, source: ImageSource) -> Any:
     return found
 
 
-def _say(config: JobConfig, text: str) -> None:
-    if distributed.join(config.device).is_main:
+def _say(text: str) -> None:
+    if distributed.announced_rank() == 0:
         print(text, flush=True)

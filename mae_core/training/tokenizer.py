@@ -64,10 +64,10 @@ def train_tokenizer(config: TokenizerConfig, *, resume: bool = False) -> FitResu
     if config.data.on_error == "raise":
         refuse_unreadable(damaged_parts(source))
         check_all(source, on_progress=Counter("checking images"))
+    settings = FitSettings.of(config.optim, len(source))
     config = with_statistics(config, source, resume=resume)
     dataset = UnlabelledImages(source, config.data, config.seed)
     views, statistics = dataset.fixed_views(NUM_PICTURES), statistics_of(config.data)
-    settings = FitSettings.of(config.optim, len(dataset))
     seed_everything(config.seed)
     tokenizer = DiscreteVAE(
         vocabulary=config.model.vocabulary,

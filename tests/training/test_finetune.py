@@ -103,7 +103,13 @@ class _Second:
 def test_it_learns_and_the_saved_classifier_is_the_evaluated_one(tmp_path, data):
     """Without augmentation, on three classes of a few colours: the training images are learnt by heart."""
     plain = ["data.auto_augment=null", "data.crop_scale=[1,1]", "data.hflip=0", "data.random_erasing=0"]
-    plain += ["data.mixup=0", "data.cutmix=0", "data.label_smoothing=0", "model.drop_path=0"]
+    plain += [
+        "data.statistics=imagenet",
+        "data.mixup=0",
+        "data.cutmix=0",
+        "data.label_smoothing=0",
+        "model.drop_path=0",
+    ]
     plain += ["optim.base_lr=0.08", "optim.weight_decay=0.05", "optim.betas=[0.9,0.999]"]
     root = tmp_path / "data"
     root.mkdir()

@@ -48,6 +48,7 @@ def train_detector(config: DetectionConfig, *, resume: bool = False) -> dict[str
     train_set, val_set = read_data(config)
     if not any(image.instances for image in val_set.images):
         raise UserError(f"{val_set.path} has no annotations; there is nothing to score against")
+    settings = settings_of(config, len(train_set.images))
     said = {} if whole is not None else None if source is None else source.metadata
     training = ImageFiles([image.path for image in train_set.images], config.data.reading)
     config = with_statistics(config, training, resume=resume, weights=said)
@@ -55,7 +56,6 @@ def train_detector(config: DetectionConfig, *, resume: bool = False) -> dict[str
     report = trunk.report
     if engine.zoo is not None and whole is not None:
         report = engine.zoo.load(model, whole, other_classes=True)
-    settings = settings_of(config, len(train_set.images))
 
     run = open_run(config, resume=resume, names=relative_names(files_of(config, train_set, val_set), config.data.path))
     tell_of_weights(run, report)
