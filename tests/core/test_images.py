@@ -30,6 +30,8 @@ from mae_core.data.loading import make_loader
 from mae_core.data.sources import open_places
 from mae_core.data.unlabelled import UnlabelledImages
 from mae_core.errors import UserError
+from mae_core.masking import RandomMasking, SampleMasks
+from mae_core.patches import PatchGrid
 
 
 def noise(side: tuple[int, int] = (40, 30), seed: int = 0) -> Image.Image:
@@ -169,7 +171,8 @@ def test_statistics_follow_the_channels_and_the_configuration():
 
 
 def pretrain_set(paths: list[Path], seed: int = 0) -> UnlabelledImages:
-    return UnlabelledImages(ImageFiles(paths, 3), PretrainData(image_size=16), seed)
+    masks = SampleMasks(RandomMasking(0.5), PatchGrid(4, 4, 4))
+    return UnlabelledImages(ImageFiles(paths, 3), PretrainData(image_size=16), seed, masks)
 
 
 def test_a_sample_depends_on_seed_epoch_and_index_alone(tmp_path, write_images):
@@ -179,10 +182,11 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(tmp_path, write_images):
     torch.manual_seed(99), np.random.seed(99)
     images[(0, 0)], images[(1, 2)]
     again = pretrain_set(paths)[(2, 3)]
-    assert torch.equal(first.pixels, again.pixels) and first.mask_seed == again.mask_seed
+    assert torch.equal(first.pixels, again.pixels) and torch.equal(first.mask.hidden, again.mask.hidden)
     assert first.pixels.shape == (3, 16, 16) and first.pixels.dtype == torch.float32
     for other in (images[(3, 3)], images[(2, 1)], pretrain_set(paths, seed=1)[(2, 3)]):
-        assert not torch.equal(first.pixels, other.pixels) and first.mask_seed != other.mask_seed
+        assert not torch.equal(first.pixels, other.pixels)
+        assert not torch.equal(first.mask.hidden, other.mask.hidden)
 
 
 def test_a_labelled_sample_depends_on_seed_epoch_and_index_alone(tmp_path, write_classes):
