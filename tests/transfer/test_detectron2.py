@@ -193,8 +193,8 @@ def test_it_overfits_eight_images_and_both_evaluators_agree(configure_detection,
     )
     assert again["bbox"] == metrics["bbox"]
     assert {path.name for path in (run / "pictures").iterdir()} == {"val_000.png"}
-    with pytest.raises(UserError, match="is not a detector of engine torchvision"):
-        evaluate_detector(configure_detection(f"weights={run}", f"output={tmp_path / 'other'}", scratch=False))
+    other = configure_detection(f"weights={run}", f"output={tmp_path / 'other'}", f"data.path={root}", scratch=False)
+    assert evaluate_detector(other)["segm"]["AP"] == pytest.approx(metrics["segm"]["AP"], abs=0.01)
 
 
 def test_an_interrupted_run_ends_in_the_same_weights(configure_detection, tmp_path, break_off_and_resume):
@@ -231,6 +231,10 @@ def test_a_cascade_trains_and_scores(configure_detection, tmp_path):
     state, metadata = read_weights(tmp_path / "run" / "detector.safetensors")
     assert metadata["detector"]["cascade"] and metrics["images"] == 3
     assert state["roi_heads.box_predictor.2.bbox_pred.weight"].shape[0] == 4
+    with pytest.raises(UserError, match="is a cascade of engine detectron2, which engine torchvision cannot run"):
+        evaluate_detector(
+            configure_detection(f"weights={tmp_path / 'run'}", f"output={tmp_path / 'other'}", scratch=False)
+        )
 
 
 def test_an_encoder_is_loaded_with_its_report(configure_detection, pretrained, tmp_path):

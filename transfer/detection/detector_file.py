@@ -19,6 +19,7 @@ from transfer.backbone import DenseViT
 from transfer.detection.annotations import Category
 from transfer.detection.config import DetectionConfig, DetectorConfig
 from transfer.detection.engine import DetectorEngine, assemble, build_network, trunk_options
+from transfer.detection.engine_names import translated
 from transfer.detection.heads import HEADS, Head
 from transfer.pyramid import PYRAMIDS
 
@@ -90,24 +91,33 @@ def head_of(file: WeightsFile, config: DetectionConfig) -> Head:
     return HEADS[name]
 
 
+def engines_note(file: WeightsFile, engine: str) -> str:
+    """What is said where ``engine`` runs a detector of another; nothing where it is its own."""
+    trained = file.metadata.get("engine", engine)
+    return "" if trained == engine else f"{file.path} was trained with engine {trained}; it runs with engine {engine}"
+
+
 def load_detector(
     file: WeightsFile, config: DetectionConfig, engine: DetectorEngine, categories: Sequence[Category] = ()
 ) -> Trained:
     """The trained detector in a file.
 
-    A file of the engine's zoo has no metadata: it is read into the network of the configuration, for ``categories``.
-    Raises ``UserError`` where the file is broken, or holds something else.
+    A file of the engine's zoo has no metadata: it is read into the network of the configuration, for ``categories``. A
+    detector of another engine is translated where both engines have its network. Raises ``UserError`` where the file
+    is broken, or holds something else.
     """
     if engine.zoo is not None and engine.zoo.holds(file):
         built = build_network(config, engine, len(categories))
         engine.zoo.load(built.network, file).print()
         return Trained(built.network, tuple(categories), built.statistics, config)
-    metadata = file.metadata
-    if not is_detector(file) or metadata.get("engine") != config.engine:
+    metadata, state = file.metadata, file.state
+    if not is_detector(file):
         raise UserError(f"{file.path} is not a detector of engine {config.engine}; give the {DETECTOR} of such a run")
     config = settings_of_training(config, metadata)
+    if metadata["engine"] != config.engine:
+        state = translated(state, config.model, source=metadata["engine"], engine=config.engine, path=file.path)
     model = rebuilt_network(config, metadata, engine)
-    load_state(model, file.state, file.path, remedy="its metadata describes another network; export it again")
+    load_state(model, state, file.path, remedy="its metadata describes another network; export it again")
     statistics = Statistics(tuple(metadata["mean"]), tuple(metadata["std"]))
     return Trained(model, tuple(Category(*entry) for entry in metadata["categories"]), statistics, config)
 

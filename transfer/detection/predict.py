@@ -30,7 +30,14 @@ from mae_core.weights.files import WeightsFile
 from transfer.detection.annotations import Instance, categories_of, instance_of, read_json, typed_image
 from transfer.detection.coco import CocoImage, CocoSet, check_same_categories
 from transfer.detection.config import DetectionConfig, InferenceConfig
-from transfer.detection.detector_file import DETECTOR, head_of, is_detector, load_detector, read_detector
+from transfer.detection.detector_file import (
+    DETECTOR,
+    engines_note,
+    head_of,
+    is_detector,
+    load_detector,
+    read_detector,
+)
 from transfer.detection.engine import load_engine
 from transfer.detection.headers import header_of
 from transfer.detection.heads import Detections
@@ -91,6 +98,8 @@ def predict(
     known = () if truth is None else categories_of(Path(truth), read_json(Path(truth))["categories"])
     masks = head_of(file, config).learns_masks
     model, categories, statistics, config = load_detector(file, config, engine, known)
+    if note := engines_note(file, config.engine):
+        say(note)
     readable, unreadable = _sizes(files, config.data.channels)
     refuse = on_error == "raise" or len(files) == 1
     _tell_unreadable(unreadable, refuse, say)

@@ -22,7 +22,14 @@ from mae_core.weights.load import heads_given, read_encoder, with_file
 from transfer.detection.coco import check_same_categories, read_coco
 from transfer.detection.config import DetectionConfig
 from transfer.detection.data_sets import check_images, files_of, locate, read_data
-from transfer.detection.detector_file import DETECTOR, describe_detector, head_of, load_detector, read_detector
+from transfer.detection.detector_file import (
+    DETECTOR,
+    describe_detector,
+    engines_note,
+    head_of,
+    load_detector,
+    read_detector,
+)
 from transfer.detection.engine import DetectorEngine, Job, build_network, builder_of, load_engine
 from transfer.detection.samples import WholeImages
 
@@ -137,6 +144,8 @@ def evaluate_detector(config: DetectionConfig) -> dict[str, Any]:
             run.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot write to output folder {run.folder}: {error.strerror}") from None
+    if note := engines_note(file, config.engine):
+        run.say(note)
     model.to(run.device)
     metrics = engine.score(model, WholeImages(val_set, config.data, statistics), run, config, {})
     distributed.leave()
