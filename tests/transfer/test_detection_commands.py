@@ -1,0 +1,120 @@
+"""A command reads its weights once, and its messages name options that exist."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from mae_core.config.load import load_config
+from mae_core.config.schema import leaf_names
+from mae_core.errors import UserError
+from mae_core.weights import files
+from transfer.detection import predict as predicting
+from transfer.detection.config import DetectionConfig
+from transfer.detection.predict import predict
+from transfer.detection.rehearsal import rehearse
+from transfer.detection.run import evaluate_detector, train_detector
+from transfer.detection.train_net import parse_arguments
+
+SOURCES = sorted((Path(__file__).parents[2] / "transfer" / "detection").rglob("*.py"))
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """Paths of safetensors files, once for each time that one is opened."""
+    paths: list[Path] = []
+    real = files.safe_open
+
+    def counted(path, *arguments, **options):
+        paths.append(Path(path))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(files, "safe_open", counted)
+    return paths
+
+
+def test_each_command_reads_its_weights_once(configure_detection, pretrained, tmp_path, opened, detection_root):
+    encoder, run = pretrained / "encoder.safetensors", tmp_path / "run"
+    config = configure_detection(f"weights={pretrained}", "optim.epochs=1", scratch=False)
+    rehearse(config, 1, lambda _: None)
+    assert opened.count(encoder) == 1
+    opened.clear()
+    train_detector(config)
+    assert opened.count(encoder) == 1
+    detector = run / "detector.safetensors"
+    opened.clear()
+    evaluate_detector(configure_detection(f"weights={run}", f"output={tmp_path / 'again'}", scratch=False))
+    assert opened.count(detector) == 1
+    opened.clear()
+    predict(run, [detection_root / "val" / "000.png"], tmp_path / "out", overrides=["device=cpu"])
+    assert opened.count(detector) == 1
+
+
+def sentences() -> dict[str, str]:
+    """Every text of the package that is no docstring -> where it stands."""
+    found = {}
+    for path in SOURCES:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Raise | ast.Call):
+                for part in ast.walk(node):
+                    if isinstance(part, ast.Constant) and isinstance(part.value, str):
+                        found[part.value] = f"{path.name}:{part.lineno}"
+    return found
+
+
+def test_options_that_messages_name_exist():
+    options = set(leaf_names(DetectionConfig))
+    sections = {name.partition(".")[0] for name in options if "." in name}
+    named = {
+        (word, where)
+        for text, where in sentences().items()
+        for word in re.findall(rf"\b(?:{'|'.join(sections)})\.[a-z_]+(?=[ =,;)]|$)", text)
+        if not word.endswith((".safetensors", ".yaml", ".json"))
+    }
+    assert len(named) > 8
+    assert not {(word, where) for word, where in named if word not in options and not word.endswith("_")}
+
+
+def test_flags_that_messages_name_exist(monkeypatch):
+    flags: set[str] = set()
+    real = argparse.ArgumentParser.parse_known_intermixed_args
+
+    def noted(parser, *arguments):
+        flags.update(flag for action in parser._actions for flag in action.option_strings)
+        return real(parser, *arguments)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_intermixed_args", noted)
+    parse_arguments(["from_scratch=true"])
+    with pytest.raises(SystemExit):
+        predicting.main([])
+    torchruns = {"--nnodes", "--node_rank", "--master_addr", "--nproc_per_node"}
+    known = flags | torchruns | {"--boxes-only", "--json"}  # the last two of mae check coco
+    found = {(flag, where) for text, where in sentences().items() for flag in re.findall(r"--[a-z][a-z_-]+", text)}
+    assert len(found) > 8
+    assert not {(flag, where) for flag, where in found if flag not in known}
+
+
+def test_advice_about_images_without_objects_is_followed(configure_detection, write_coco, tmp_path):
+    import json
+
+    root = write_coco(tmp_path / "empty", val_seed=0)
+    path = root / "annotations" / "instances_train.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "annotations": []}))
+    config = configure_detection(f"data.path={root}", "optim.epochs=1")
+    with pytest.raises(UserError, match=r"has an object to learn; annotate some, or set data\.filter_empty=false"):
+        train_detector(config)
+    assert train_detector(configure_detection(f"data.path={root}", "optim.epochs=1", "data.filter_empty=false"))
+
+
+def test_a_recipe_from_scratch_is_the_same_recipe():
+    folder = Path(__file__).parents[2] / "configs" / "detection"
+    for path in folder.glob("*.yaml"):
+        with_weights = load_config(DetectionConfig, path, ["weights=x"]).model_dump()
+        scratch = load_config(DetectionConfig, path, ["from_scratch=true"]).model_dump()
+        assert {k for k in scratch if scratch[k] != with_weights[k]} == {"weights", "from_scratch"}
