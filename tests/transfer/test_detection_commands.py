@@ -15,8 +15,8 @@ from mae_core.errors import UserError
 from mae_core.weights import files
 from transfer.detection import predict as predicting
 from transfer.detection.config import DetectionConfig
+from transfer.detection.plan import print_plan
 from transfer.detection.predict import predict
-from transfer.detection.rehearsal import rehearse
 from transfer.detection.run import evaluate_detector, train_detector
 from transfer.detection.train_net import parse_arguments
 
@@ -40,7 +40,7 @@ def opened(monkeypatch):
 def test_each_command_reads_its_weights_once(configure_detection, pretrained, tmp_path, opened, detection_root):
     encoder, run = pretrained / "encoder.safetensors", tmp_path / "run"
     config = configure_detection(f"weights={pretrained}", "optim.epochs=1", scratch=False)
-    rehearse(config, 1, lambda _: None)
+    print_plan(config, 1, lambda _: None)
     assert opened.count(encoder) == 1
     opened.clear()
     train_detector(config)

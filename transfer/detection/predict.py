@@ -15,9 +15,11 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from torch import nn
 
 from mae_core.atomic import atomic_folder, write_text
 from mae_core.config.load import load_config
@@ -38,7 +40,7 @@ from transfer.detection.detector_file import (
     load_detector,
     read_detector,
 )
-from transfer.detection.engine import load_engine
+from transfer.detection.engine import DetectorEngine, load_engine
 from transfer.detection.headers import header_of
 from transfer.detection.heads import Detections
 from transfer.detection.results import PREDICTIONS, coco_results, truth_and_prediction
@@ -86,11 +88,7 @@ def predict(
     Everything is checked before ``out`` is made. Raises ``UserError``, also where no image could be read.
     """
     out = Path(out)
-    _check_out(out)
-    if score is not None and not 0 <= score <= 1:
-        raise UserError(f"--score is {score}; give a number from 0 to 1")
-    if distributed.world_size() > 1:
-        raise UserError("predict.py runs in one process; start it without torchrun")
+    _check_request(out, score)
     files = dict(named_images(images))
     file = read_detector(Path(weights))
     config = _configuration(file, None if config_file is None else Path(config_file), out, overrides)
@@ -110,20 +108,17 @@ def predict(
     run = Run(config, distributed.join(config.device))
     model.to(run.device)
     whole, names, found = WholeImages(coco, config.data, statistics), list(readable), list[Detections]()
+    title = "image" if truth is None else "truth"
     with atomic_folder(out) as folder:
-        for first in range(0, len(names), MOST_AT_ONCE):
-            indices = range(first, min(first + MOST_AT_ONCE, len(names)))
-            workers = config.data.workers if len(indices) == MOST_AT_ONCE else 0  # they take seconds to start
-            part, cut = engine.detect(model, whole, run, indices, batch_size=config.test.test_batch, workers=workers)
+        for part, cut in _detections(engine, model, whole, run, config):
             _tell_unreadable(cut, refuse, say)
             for detections in part:
                 name = names[detections.image_index]
                 say(f"{name}: {counted(coco, detections, least)}")
-                title = "image" if truth is None else "truth"
                 picture = truth_and_prediction(coco, detections, config, least=least, title=title)
-                drawn = folder / PICTURES / f"{name}.png"
-                drawn.parent.mkdir(parents=True, exist_ok=True)
                 if picture is not None:
+                    drawn = folder / PICTURES / f"{name}.png"
+                    drawn.parent.mkdir(parents=True, exist_ok=True)
                     picture.save(drawn)
             found += part
             unreadable += cut
@@ -141,8 +136,22 @@ def predict(
     return Predicted(coco, found, unreadable)
 
 
-def _check_out(out: Path) -> None:
-    """Raise ``UserError`` where ``out`` is not empty, or cannot be made."""
+def _detections(
+    engine: DetectorEngine, model: nn.Module, images: WholeImages, run: Run, config: DetectionConfig
+) -> Iterator[tuple[list[Detections], list[Unreadable]]]:
+    """What is found in the images, ``MOST_AT_ONCE`` at a time, and those that could not be decoded."""
+    for first in range(0, len(images), MOST_AT_ONCE):
+        indices = range(first, min(first + MOST_AT_ONCE, len(images)))
+        workers = config.data.workers if len(indices) == MOST_AT_ONCE else 0  # they take seconds to start
+        yield engine.detect(model, images, run, indices, batch_size=config.test.test_batch, workers=workers)
+
+
+def _check_request(out: Path, score: float | None) -> None:
+    """Raise ``UserError`` where ``out`` is not empty or cannot be made, for a score out of range, under torchrun."""
+    if score is not None and not 0 <= score <= 1:
+        raise UserError(f"--score is {score}; give a number from 0 to 1")
+    if distributed.world_size() > 1:
+        raise UserError("predict.py runs in one process; start it without torchrun")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not empty; give another --out")
     try:
