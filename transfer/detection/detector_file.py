@@ -19,8 +19,8 @@ from transfer.backbone import DenseViT
 from transfer.detection.annotations import Category
 from transfer.detection.config import DetectionConfig, DetectorConfig
 from transfer.detection.engine import DetectorEngine, assemble, build_network, trunk_options
-from transfer.detection.engine_names import translated
 from transfer.detection.heads import HEADS, Head
+from transfer.detection.translation import translated
 from transfer.pyramid import PYRAMIDS
 
 DETECTOR = "detector.safetensors"

@@ -9,8 +9,8 @@ from mae_core.errors import UserError
 from mae_core.weights.files import read_weights
 from transfer.detection.config import DetectorConfig
 from transfer.detection.engine import build_network, load_engine
-from transfer.detection.engine_names import names_of, to_detectron2, to_torchvision, translated
 from transfer.detection.run import evaluate_detector, train_detector
+from transfer.detection.translation import names_of, to_detectron2, to_torchvision, translated
 from transfer.engines import installed
 
 detectron2 = [
