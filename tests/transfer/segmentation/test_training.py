@@ -433,3 +433,19 @@ def test_script_run_by_path_names_a_missing_config(tmp_path, monkeypatch, capsys
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(str(script), run_name="__main__")
     assert stopped.value.code == 2 and "did you mean 'digits.py'" in capsys.readouterr().err
+
+
+def test_a_cpu_that_has_bf16_trains_in_it():
+    from mmseg.registry import OPTIM_WRAPPERS
+
+    import transfer.segmentation.engine_mmseg.optimizer  # noqa: F401, registers it
+
+    model = torch.nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    wrapper = OPTIM_WRAPPERS.build({"type": "MAECoreCPUMixed", "optimizer": optimizer})
+    before = model.weight.detach().clone()
+    with wrapper.optim_context(model):
+        output = model(torch.ones(2, 4))
+    wrapper.update_params(output.float().square().mean())
+    assert output.dtype == torch.bfloat16 and model.weight.dtype == torch.float32
+    assert not torch.equal(model.weight, before)
