@@ -169,7 +169,8 @@ def _read_safetensors(path: Path, mapped: bool) -> WeightsFile:
         if not mapped:
             _read_into_memory(path, state)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is truncated or not a safetensors file ({error}); copy or export it again") from None
+        kind = "safetensors" if path.suffix == SAFETENSORS else "weights"
+        raise UserError(f"{path} is truncated or not a {kind} file ({error}); copy or export it again") from None
     return WeightsFile(path, state, metadata)
 
 

@@ -163,7 +163,8 @@ def model_facts(source: EncoderFile, model: Any) -> dict[str, Any]:
         "heads": trunk.heads,
         "mlp_ratio": trunk.mlp_ratio,
     }
-    given = model.model_fields_set
+    # a recorded config.yaml names every option, those without a value too
+    given = {name for name in model.model_fields_set if getattr(model, name) is not None}
     if source.info.size is None:
         facts = {**numbers}
         if "size" in given and {"width", "depth"} - given:
