@@ -23,11 +23,11 @@ from mae_core.errors import user_errors
 from mae_core.patches import as_pair
 from mae_core.training import distributed
 from mae_core.training.loop import seed_everything
+from mae_core.training.memory import GIB
 from mae_core.training.run import Run
 from transfer.detection.config import DetectionConfig
 from transfer.detection.engine import build_network, load_engine
-from transfer.detection.memory import GIB, peak_of_step
-from transfer.detection.rehearsal import stand_in_loss
+from transfer.detection.plan import memory_of
 
 CLASSES, STEPS = 80, 2
 RSS_UNIT = 1 if sys.platform == "darwin" else 2**10
@@ -90,7 +90,7 @@ def main() -> None:
         run = Run(config, distributed.join(config.device))
         measured, seconds = measure(config, run, given.images, given.objects)
         model = build_network(config, load_engine(config.engine), CLASSES)[1]
-        estimated = peak_of_step(model, lambda: stand_in_loss(model, config, given.images), run.precision)
+        estimated = memory_of(model, config, given.images, run.precision).peak
         print(
             f"{given.images} images of {config.data.image_size} at once, {given.objects} objects on each, on "
             f"{run.device} in {str(run.precision).removeprefix('torch.')}, checkpointing "

@@ -19,6 +19,7 @@ from transfer.detection.engine import DetectorEngine, assemble, build_network, l
 from transfer.detection.engine_torchvision import training
 from transfer.detection.engine_torchvision.regions import MASKS_AT_ONCE, mask_targets
 from transfer.detection.heads import HEADS, Head
+from transfer.detection.plan import print_plan
 from transfer.detection.predict import predict
 from transfer.detection.run import evaluate_detector, train_detector
 from transfer.detection.train_net import main
@@ -76,6 +77,12 @@ def test_boxes_alone_train_score_predict_and_are_drawn(
     found = predict(run, [boxes_alone / "val"], tmp_path / "found", truth=truth, overrides=["device=cpu"])
     assert len(found.found) == 3 and all(detections.codes is None for detections in found.found)
     assert (tmp_path / "found" / "pictures" / "000.png").is_file()
+
+
+def test_boxes_alone_are_planned_by_the_dry_run(configure_detection, boxes_alone):
+    said: list[str] = []
+    print_plan(configure_detection(*BOXES, f"data.path={boxes_alone}"), 1, said.append)
+    assert said[-1] == "dry run: nothing was written" and any("memory, estimated" in line for line in said)
 
 
 def test_the_losses_of_boxes_alone_are_those_of_mask_rcnn_without_masks(configure_detection):
@@ -163,10 +170,10 @@ def test_what_an_engine_lacks_is_named_with_the_engines_that_have_it(toy_engine,
         load_config(DetectionConfig, None, ["from_scratch=true", "engine=detectron2", "ema=0.9"])
 
 
-def test_no_file_but_its_own_package_and_the_tables_knows_an_engine_by_name(pytestconfig):
+def test_no_file_but_its_own_package_and_two_tables_knows_an_engine_by_name(pytestconfig):
     folder = pytestconfig.rootpath / "transfer" / "detection"
     for path in folder.glob("*.py"):
-        if path.name not in ("heads.py", "config.py"):
+        if path.name not in ("heads.py", "translation.py"):
             code = path.read_text()
             assert "engine == " not in code and '"detectron2"' not in code, path.name
 
