@@ -21,6 +21,7 @@ from mae_core.data.views import FileView
 from mae_core.errors import UserError
 from mae_core.models.encoder import Pooling, ViTEncoder
 from mae_core.models.mae import MaskedAutoencoder, assemble_mae
+from mae_core.models.sizes import size_of
 from mae_core.pos_embed import resize_pos_embed
 from mae_core.targets import rebuild_target
 from mae_core.weights.catalogue import published_target
@@ -110,6 +111,9 @@ def settled(
 
 
 def _shown(value: Any) -> Any:
+    """A value as messages show it and as it is compared: a described trunk by its name."""
+    if isinstance(value, Mapping) and "depth" in value:
+        return size_of(value).name
     return list(value) if isinstance(value, tuple) else value
 
 
