@@ -207,6 +207,10 @@ class AugmentedImages(Dataset[LabelledSample]):
     def __len__(self) -> int:
         return len(self.files.paths)
 
+    def name_of(self, index: int) -> str:
+        """What identifies an image."""
+        return str(self.files.paths[index])
+
     def __getitem__(self, place: Place) -> LabelledSample:
         epoch, index = place
         chosen, image, unreadable = next_readable(

@@ -75,16 +75,22 @@ class StepSampler(Sampler[list[Place]]):
     def __iter__(self) -> Iterator[list[Place]]:
         orders: dict[int, list[int]] = {}
         for step in range(self.start_step, self.total_steps):
-            first = step * self.batch_size + self.rank * self.share
-            places = []
-            for position in range(first, first + self.share):
-                epoch, cursor = divmod(position, self.length)
-                if epoch not in orders:
-                    orders = {kept: order for kept, order in orders.items() if kept == epoch - 1}
-                    generator = generator_at(self.seed, SHUFFLE, epoch)
-                    orders[epoch] = torch.randperm(self.length, generator=generator).tolist()
-                places.append((epoch, orders[epoch][cursor]))
-            yield places
+            yield self.places(step, orders)
+
+    def places(self, step: int, orders: dict[int, list[int]] | None = None) -> list[Place]:
+        """(epoch, index) of this rank's share of a step; ``orders`` keeps the permutations of the last two epochs."""
+        orders = {} if orders is None else orders
+        first = step * self.batch_size + self.rank * self.share
+        places = []
+        for position in range(first, first + self.share):
+            epoch, cursor = divmod(position, self.length)
+            if epoch not in orders:
+                for old in [kept for kept in orders if kept != epoch - 1]:
+                    del orders[old]
+                generator = generator_at(self.seed, SHUFFLE, epoch)
+                orders[epoch] = torch.randperm(self.length, generator=generator).tolist()
+            places.append((epoch, orders[epoch][cursor]))
+        return places
 
 
 def make_loader(

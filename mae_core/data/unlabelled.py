@@ -73,6 +73,10 @@ class UnlabelledImages(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.source)
 
+    def name_of(self, index: int) -> str:
+        """What identifies an image."""
+        return self.source.names[index]
+
     def __getitem__(self, place: Place) -> Sample:
         epoch, index = place
         _, image, unreadable = next_readable(index, len(self), self.source.read)

@@ -28,7 +28,6 @@ from mae_core.training.predictions import evaluate_classifier, evaluate_multi_la
 from mae_core.training.progress import Counter
 from mae_core.training.run import Run
 from mae_core.weights.encoder_file import EncoderInfo
-from mae_core.weights.files import write_weights
 from mae_core.weights.report import LoadReport
 
 IMAGES_TRIED = 4
@@ -133,7 +132,7 @@ def classifier_metadata(
 
 def conclude(run: Run, state: Mapping[str, Any], metadata: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
     """Write the classifier and its metrics, on rank 0, and close the run."""
+    run.write_weights(CLASSIFIER, state, metadata)
     if run.is_main:
-        write_weights(run.folder / CLASSIFIER, state, metadata)
         write_json(run.folder / METRICS, metrics)
     run.close()

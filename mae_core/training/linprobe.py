@@ -87,7 +87,24 @@ def lars(probe: LinearProbe, optim: ProbeOptim, lr: float) -> Lars:
         # timm's own decay divides by |g| + decay |w| in place of |g + decay w|, which is another rate
         weights = [head.weight for head in probe.heads]
         optimizer.register_step_pre_hook(lambda *_: _add_decay(weights, optim.weight_decay))
+    if len(probe.heads) > 1:
+        _contain_divergence(probe, optimizer)
     return optimizer
+
+
+def _contain_divergence(probe: LinearProbe, optimizer: torch.optim.Optimizer) -> None:
+    """Let a head whose rate is too high stand still at finite numbers: neither its gradient, which is NaN though its
+    loss is left out, nor its weights then stop the others or their checkpoints."""
+    parameters = list(probe.heads.parameters())
+    for parameter in parameters:
+        parameter.register_hook(lambda gradient: torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0))
+
+    def hold(*_: Any) -> None:
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter.nan_to_num_(nan=torch.finfo(parameter.dtype).max)
+
+    optimizer.register_step_post_hook(hold)
 
 
 def _add_decay(weights: Sequence[Tensor], decay: float) -> None:

@@ -23,14 +23,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mae_core.config.sections import ScheduleConfig
-from mae_core.data.loading import Batch, share_of, steps_for
-from mae_core.errors import UserError
+from mae_core.data.loading import Batch, StepSampler, share_of, steps_for
 from mae_core.seeds import STEP, derive_seed
-from mae_core.training.distributed import mean_over_ranks, world_size
+from mae_core.training.distributed import gather, mean_over_ranks, world_size
+from mae_core.training.finite import RunningStatistics, SkippedSteps, bad_samples, gradient_norm
 from mae_core.training.progress import Progress
 from mae_core.training.run import Run
 
-MOST_NON_FINITE_STEPS = 10
 LossOf = Callable[[nn.Module, Any], dict[str, Tensor]]
 """(model, batch) -> named scalars; "loss" is what is minimised, the mean over the batch."""
 Hook = tuple[int, Callable[[int], None]]
@@ -123,16 +122,16 @@ def fit(
 ) -> FitResult:
     """Train from ``start_step`` to ``settings.total_steps``; ``batches`` yields one batch (this rank's share) per step.
 
-    Logs, checkpoints and calls the hooks as the run's configuration says. A step whose loss is not finite on any rank
-    is
-    skipped on all and recorded; ten in a row end the run with a ``UserError``.
+    Logs, checkpoints and calls the hooks as the run's configuration says. A step whose loss or gradient is not finite
+    on any rank is skipped on all and recorded; too many of them end the run with a ``UserError``.
     """
     log = run.config.log
     schedule: Scheduler = (step_schedule if settings.milestones else cosine_schedule)(optimizer, settings)
     parallel = DistributedDataParallel(model) if run.world > 1 else model
     precision = run.autocast()
     progress = Progress(run, start_step, settings.total_steps, log.every)
-    stream, bad_steps = iter(batches), 0
+    skipped, statistics = SkippedSteps(run.record, run.say), RunningStatistics(model)
+    stream = iter(batches)
     model.train()
     for step in range(start_step, settings.total_steps):
         schedule.step_update(step)
@@ -141,24 +140,21 @@ def fit(
         seed_everything(derive_seed(run.config.seed, STEP, step, run.rank))  # a starting loader draws
         run.note_unreadable(batch.unreadable)
         optimizer.zero_grad(set_to_none=True)
+        statistics.keep()
         losses = backward(parallel, batch, loss_of, run.device, precision, settings.micro_batch)
-        if finite := bool(torch.isfinite(losses["loss"])):
-            if settings.clip_grad is not None:
-                nn.utils.clip_grad_norm_(model.parameters(), settings.clip_grad)
-            optimizer.step()
-        bad_steps = 0 if finite else bad_steps + 1
+        norm = gradient_norm(model.parameters())
         done = step + 1
-        if not finite:
-            run.record({"event": "non-finite loss, step skipped", "step": done})
-            run.say(f"step {done}: the loss is not finite; the step is skipped")
+        if finite := bool(torch.isfinite(losses["loss"]) & torch.isfinite(norm)):
+            if settings.clip_grad is not None:
+                nn.utils.clip_grads_with_norm_(model.parameters(), settings.clip_grad, norm)
+            optimizer.step()
+            skipped.taken()
+        else:
+            statistics.put_back()
+            skipped.skip(done, float(losses["loss"]), float(norm), bad_files(batches, batch, step))
         progress.step(
             done, len(batch) * run.world, losses if finite else {}, max(g["lr"] for g in optimizer.param_groups)
         )
-        if bad_steps == MOST_NON_FINITE_STEPS:
-            raise UserError(
-                f"the loss was not finite for {bad_steps} steps, up to step {done}; start anew with a lower "
-                "optim.base_lr, in another folder with output=FOLDER (--resume keeps the rate of the run)"
-            )
         last = done == settings.total_steps
         for every, hook in hooks:
             if done % every == 0 or last:
@@ -168,7 +164,25 @@ def fit(
         if done % log.checkpoint_every == 0 or last:
             with progress.paused():
                 run.checkpoint(done, model, optimizer, metadata or {})
+    skipped.summary()
     return FitResult(progress.loss, progress.seconds, progress.images_per_second)
+
+
+def bad_files(batches: Iterable[Batch], batch: Batch, step: int) -> list[str]:
+    """Names of the images, on all ranks, whose pixels are not finite or far from any picture's; all ranks must call it.
+
+    A loader says which images they are by ``batch_sampler.places`` and ``dataset.name_of``.
+    """
+    pixels = getattr(batch, "pixels", None)
+    sampler, name_of = (
+        getattr(batches, "batch_sampler", None),
+        getattr(getattr(batches, "dataset", None), "name_of", None),
+    )
+    mine: list[str] = []
+    if pixels is not None and isinstance(sampler, StepSampler) and name_of is not None:
+        places = sampler.places(step)
+        mine = [name_of(places[position][1]) for position in bad_samples(pixels)]
+    return list(dict.fromkeys(name for names in gather(mine) for name in names))
 
 
 def backward(

@@ -25,7 +25,6 @@ from mae_core.training.statistics import with_statistics
 from mae_core.training.target_files import load_target
 from mae_core.training.watch import measure, split_images
 from mae_core.weights.encoder_file import EncoderInfo
-from mae_core.weights.files import write_weights
 
 NUM_PICTURES = 6
 
@@ -118,8 +117,7 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> FitResult:
         hooks=[(config.log.pictures_every, draw), (look_every, look)],
         metadata=metadata,
     )
-    if run.is_main:
-        write_weights(run.folder / ENCODER, model.encoder.state_dict(), metadata)
+    run.write_weights(ENCODER, model.encoder.state_dict(), metadata)
     run.say(f"wrote {run.folder / ENCODER}")
     run.close()
     distributed.leave()

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from mae_core import __version__
 from mae_core.atomic import atomic_path, write_text
@@ -34,9 +34,11 @@ from mae_core.layout import (
 )
 from mae_core.training import distributed
 from mae_core.training.checkpoints import load_checkpoint, save_checkpoint
+from mae_core.training.finite import refuse_non_finite
 from mae_core.training.precision import choose_precision, prepare_process
 from mae_core.training.pretrain_config import PretrainConfig
 from mae_core.training.statistics import with_stored_statistics
+from mae_core.weights.files import write_weights
 
 MAY_CHANGE = (
     "data.workers",
@@ -55,6 +57,8 @@ PRETRAIN_MAY_CHANGE = (
     *(f"watch.{name}" for name in ("every_epochs", "path", "labelled", "neighbours", "most_images", "batch")),
 )
 """Of a pre-training these too: its samples do not depend on their neighbours, and to watch it changes nothing."""
+MAY_FALL = ("optim.base_lr", "optim.min_lr", "optim.clip_grad")
+"""Numbers that a resumed run may lower, or set where there was none: what helps against losses that are not finite."""
 
 
 def check_output(config: JobConfig, *, resume: bool) -> None:
@@ -81,11 +85,24 @@ def check_output(config: JobConfig, *, resume: bool) -> None:
         config, stored = with_stored_statistics(config, stored), with_stored_statistics(stored, stored)
     may_change = (*MAY_CHANGE, *PRETRAIN_MAY_CHANGE) if isinstance(config, PretrainConfig) else MAY_CHANGE
     changed = [line for line in config_differences(stored, config) if not line.startswith(may_change)]
+    changed = [line for line in changed if line not in lowered(stored, config)]
     if changed:
         raise UserError(
             f"{folder} was started with another configuration ({'; '.join(changed[:5])}); "
-            "resume with the one in its config.yaml, or start a new run with output=FOLDER"
+            "resume with the one in its config.yaml, or start a new run with output=FOLDER; on a resume "
+            f"{', '.join(may_change)} may change, and {', '.join(MAY_FALL)} may be lowered"
         )
+
+
+def lowered(stored: JobConfig, config: JobConfig) -> list[str]:
+    """The lines of ``config_differences`` that lower an option of ``MAY_FALL``."""
+    found = []
+    for line in config_differences(stored, config):
+        key, _, change = line.partition(": ")
+        before, _, after = change.partition(" -> ")
+        falls = after != "None" and (before == "None" or float(after) < float(before)) if key in MAY_FALL else False
+        found += [line] if falls else []
+    return found
 
 
 def fingerprint(names: Sequence[str]) -> dict[str, Any]:
@@ -220,8 +237,15 @@ class Run:
         """Save what a resume needs; all ranks wait until it is on disk."""
         if self.is_main:
             keep = self.config.log.keep_checkpoints
+            refuse_non_finite(model.state_dict(), f"the checkpoint of step {step}")
             save_checkpoint(self.folder, step, model.state_dict(), optimizer.state_dict(), metadata, keep=keep)
         distributed.barrier()
+
+    def write_weights(self, name: str, state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+        """Write a file of trained weights into the folder, on rank 0; refused where they are not finite."""
+        if self.is_main:
+            refuse_non_finite(state, name)
+            write_weights(self.folder / name, state, metadata)
 
     def close(self) -> None:
         """Say how many files were skipped on all ranks, all of which must call it; flush the writers."""

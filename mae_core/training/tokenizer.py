@@ -24,7 +24,6 @@ from mae_core.training.run import check_output, open_run
 from mae_core.training.statistics import with_statistics
 from mae_core.training.target_files import TOKENIZER_FORMAT
 from mae_core.training.tokenizer_config import TokenizerConfig
-from mae_core.weights.files import write_weights
 
 NUM_PICTURES = 6
 
@@ -110,8 +109,7 @@ def train_tokenizer(config: TokenizerConfig, *, resume: bool = False) -> FitResu
     hooks = [(1, cool), (config.log.pictures_every, draw)]
     parts = (training, loader, tokenizer_loss, optimizer)
     result = fit(*parts, run=run, settings=settings, start_step=start, hooks=hooks, metadata=metadata)
-    if run.is_main:
-        write_weights(run.folder / TOKENIZER, tokenizer.state_dict(), metadata)
+    run.write_weights(TOKENIZER, tokenizer.state_dict(), metadata)
     run.say(f"wrote {run.folder / TOKENIZER}")
     run.close()
     distributed.leave()

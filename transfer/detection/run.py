@@ -17,7 +17,7 @@ from mae_core.training.classification import tell_of_weights
 from mae_core.training.loop import FitSettings
 from mae_core.training.run import Run, check_output, open_run
 from mae_core.training.statistics import with_statistics
-from mae_core.weights.files import SAFETENSORS, WeightsFile, read_file, write_weights
+from mae_core.weights.files import SAFETENSORS, WeightsFile, read_file
 from mae_core.weights.load import heads_given, read_encoder, with_file
 from transfer.detection.coco import check_same_categories, read_coco
 from transfer.detection.config import DetectionConfig
@@ -93,8 +93,7 @@ def zoo_detector(engine: DetectorEngine, path: Path) -> WeightsFile | None:
 def fit_and_score(engine: DetectorEngine, model: Any, job: Job) -> dict[str, Any]:
     """Train ``model``, write the detector's file, score it; the metrics, on rank 0."""
     fitted = engine.fit(model, job)
-    if job.run.is_main:
-        write_weights(job.run.folder / DETECTOR, fitted.model.state_dict(), job.metadata)
+    job.run.write_weights(DETECTOR, fitted.model.state_dict(), job.metadata)
     training = {
         "steps": job.settings.total_steps,
         "seconds": None if fitted.seconds is None else round(fitted.seconds, 2),

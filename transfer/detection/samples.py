@@ -205,6 +205,10 @@ class TrainingSamples(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.coco.images)
 
+    def name_of(self, index: int) -> str:
+        """What identifies an image."""
+        return str(self.coco.images[index].path)
+
     def __getitem__(self, place: Place) -> Sample:
         epoch, index = place
         chosen, image, unreadable = next_readable(

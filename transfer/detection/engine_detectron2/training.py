@@ -18,6 +18,7 @@ from mae_core.data.images import Statistics
 from mae_core.data.loading import make_loader
 from mae_core.errors import UserError
 from mae_core.seeds import STEP, derive_seed
+from mae_core.training.finite import ADVICE, SkippedSteps, gradient_norm
 from mae_core.training.loop import FitSettings, cosine_schedule, seed_everything, step_schedule
 from mae_core.training.run import Run
 from transfer.detection.engine import Fitted, Job
@@ -37,7 +38,7 @@ def fit(model: nn.Module, job: Job) -> Fitted:
     for group in groups:
         group["lr"] = group["initial_lr"] = settings.lr * group["lr_scale"]
     optimizer = ClippedAdamW(groups, lr=settings.lr, betas=config.optim.betas)
-    optimizer.largest_norm = settings.clip_grad
+    optimizer.largest_norm, optimizer.skipped = settings.clip_grad, SkippedSteps(run.record, run.say)
     start = run.restore(model, optimizer) if job.resume else 0
     sampler = run.sampler(
         len(job.train_set.images), config.optim.batch_size, total_steps=settings.total_steps, start_step=start
@@ -68,23 +69,29 @@ def fit(model: nn.Module, job: Job) -> Fitted:
         try:
             trainer.train(start, settings.total_steps)
         except FloatingPointError:
-            raise UserError(
-                "the loss is not finite; start anew with a lower optim.base_lr, in another folder with output=FOLDER"
-            ) from None
+            raise UserError(f"the loss is not finite; {ADVICE}") from None
+        optimizer.skipped.summary()
     loss = writers[0].loss
     return Fitted(model, time.perf_counter() - began if start < settings.total_steps else None, loss)
 
 
 class ClippedAdamW(torch.optim.AdamW):
-    """AdamW that clips the norm of all gradients, where ``largest_norm`` is set, before a step."""
+    """AdamW that clips the norm of all gradients, where ``largest_norm`` is set, before a step, and takes none where
+    it is not finite."""
 
     largest_norm: float | None = None
+    skipped: SkippedSteps
 
     def step(self, closure: Any = None) -> Any:
         """One step."""
+        every = [parameter for group in self.param_groups for parameter in group["params"]]
+        norm = gradient_norm(every)
+        if not bool(torch.isfinite(norm)):
+            self.skipped.skip(get_event_storage().iter + 1, None, float(norm))
+            return None
         if self.largest_norm is not None:
-            every = [parameter for group in self.param_groups for parameter in group["params"]]
-            nn.utils.clip_grad_norm_(every, self.largest_norm)
+            nn.utils.clip_grads_with_norm_(every, self.largest_norm, norm)
+        self.skipped.taken()
         return super().step(closure)
 
 

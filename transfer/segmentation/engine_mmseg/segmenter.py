@@ -15,10 +15,12 @@ from mmseg.utils import register_all_modules
 from torch import Tensor, nn
 
 from mae_core.errors import UserError, first_line
+from mae_core.training.finite import refuse_non_finite
 from mae_core.weights.encoder_file import describe_encoder
 from mae_core.weights.files import write_weights
 from mae_core.weights.load import load_state
 from transfer.segmentation.engine_mmseg.backbone import MAECoreViT
+from transfer.segmentation.engine_mmseg.faults import ADVICE
 from transfer.segmentation.engine_mmseg.runner import bare_model
 from transfer.segmentation.segmenter_file import FORMAT, SegmenterFile
 
@@ -36,6 +38,7 @@ def write_segmenter(path: Path, runner: Runner) -> None:
     if isinstance(model.backbone, MAECoreViT):
         facts["encoder"] = describe_encoder(model.backbone)
     facts["config"] = runner.cfg.pretty_text
+    refuse_non_finite(model.state_dict(), path.name, ADVICE)
     write_weights(path, model.state_dict(), facts)
 
 

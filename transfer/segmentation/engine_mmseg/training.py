@@ -35,6 +35,7 @@ from transfer.segmentation.engine_mmseg.checks import (
     labelled_images,
 )
 from transfer.segmentation.engine_mmseg.data import name_bad_files
+from transfer.segmentation.engine_mmseg.faults import Faults
 from transfer.segmentation.engine_mmseg.metric import PerClassIoUMetric
 from transfer.segmentation.engine_mmseg.options import read_config
 from transfer.segmentation.engine_mmseg.record import RunRecord
@@ -88,6 +89,7 @@ def train(
 
     config.resume, config.load_from = checkpoint is not None, str(checkpoint or "") or None
     runner = build_runner(config, Path(config_path).stem, work_dir)
+    runner.register_hook(Faults())
     bare_model(runner.model).backbone.source = source
     with worker_errors():
         runner.train()
