@@ -163,17 +163,16 @@ def build_mae(
     decoder_width: int = 512,
     decoder_heads: int = 16,
     target: str | Target = "normalized_pixels",
-    masking: str = "random",
+    masking: str | Masker = "random",
     mask_ratio: float = 0.75,
-    masking_options: Mapping[str, Any] | None = None,
     mask_tokens_in_encoder: bool = False,
 ) -> MaskedAutoencoder:
     """A masked autoencoder with the paper's defaults.
 
     ``patch_size``: left out, 16, but 14 for ``huge``, which the paper has at 14; ``patch_size=16`` is honoured for
     every size. ``target``: a row of ``TARGETS``, or a target object: those that are fitted have no name to build them
-    by, see ``mae_core.load_pca`` and ``mae_core.load_tokenizer``. ``masking``: a row of ``MASKERS``, with its options
-    beside the ratio. Raises ``UserError`` for unknown names and what does
+    by, see ``mae_core.load_pca`` and ``mae_core.load_tokenizer``. ``masking``: a row of ``MASKERS``, or a strategy
+    with its own ratio and options, as ``build_masker`` makes it. Raises ``UserError`` for unknown names and what does
     not fit.
     """
     encoder = ViTEncoder(
@@ -183,7 +182,7 @@ def build_mae(
         in_chans=in_chans,
     )
     decoder = {"width": decoder_width, "depth": decoder_depth, "heads": decoder_heads}
-    masks: dict[str, Any] = {"masking": masking, "mask_ratio": mask_ratio, "masking_options": masking_options}
+    masks: dict[str, Any] = {"masking": masking, "mask_ratio": mask_ratio}
     return assemble_mae(encoder, target, decoder, mask_tokens_in_encoder=mask_tokens_in_encoder, **masks)
 
 
@@ -192,7 +191,7 @@ def assemble_mae(
     target: str | Target,
     decoder: Mapping[str, Any],
     *,
-    masking: str = "random",
+    masking: str | Masker = "random",
     mask_ratio: float = 0.75,
     masking_options: Mapping[str, Any] | None = None,
     mask_tokens_in_encoder: bool = False,
@@ -201,7 +200,7 @@ def assemble_mae(
     norms and activation are the encoder's. Raises ``UserError`` as ``build_mae`` does."""
     if isinstance(target, str) and target not in TARGETS:
         raise UserError(f"unknown name {target!r}; known: {', '.join(TARGETS)}")
-    masker = build_masker(masking, mask_ratio, masking_options)
+    masker = build_masker(masking, mask_ratio, masking_options) if isinstance(masking, str) else masking
     masker(1, encoder.grid, torch.Generator())
     objective = TARGETS[target].named() if isinstance(target, str) else target
     decoder_model = MAEDecoder(

@@ -13,7 +13,7 @@ from mae_core.data.loading import make_loader, steps_for
 from mae_core.data.sources import damaged_parts, open_source
 from mae_core.data.unlabelled import PretrainBatch, UnlabelledImages, collate
 from mae_core.layout import ENCODER
-from mae_core.masking import SampleMasks
+from mae_core.masking import SampleMasks, build_masker
 from mae_core.models.mae import MaskedAutoencoder, build_mae
 from mae_core.training import distributed
 from mae_core.training.loop import FitResult, FitSettings, fit, seed_everything
@@ -40,9 +40,7 @@ def build_pretrain_model(config: PretrainConfig) -> MaskedAutoencoder:
         decoder_width=config.decoder.width,
         decoder_heads=config.decoder.heads,
         target=load_target(config.target, **statistics_of(config.data)._asdict()),
-        masking=config.masking.kind,
-        mask_ratio=config.masking.ratio,
-        masking_options=config.masking.options,
+        masking=build_masker(config.masking.kind, config.masking.ratio, config.masking.options),
         mask_tokens_in_encoder=config.masking.mask_tokens_in_encoder,
     )
     model.loss_on_all_patches = config.target.loss_on_all_patches

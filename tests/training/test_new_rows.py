@@ -12,7 +12,7 @@ from mae_core.cli.main import app
 from mae_core.config.load import load_config
 from mae_core.config.schema import ConfigError
 from mae_core.errors import UserError
-from mae_core.masking import MASKERS, RandomMasking, keep_lowest, num_visible
+from mae_core.masking import MASKERS, RandomMasking, build_masker, keep_lowest, num_visible
 from mae_core.targets import TARGETS, PixelTarget
 from mae_core.training.plan import differences_from_paper
 from mae_core.training.pretrain import pretrain
@@ -108,7 +108,7 @@ def test_a_masking_of_a_file_with_other_options_is_refused(monkeypatch):
     from mae_core.models.mae import build_mae
 
     small = {"image_size": 32, "patch_size": 8, "decoder_depth": 1, "decoder_width": 32, "decoder_heads": 2}
-    model = build_mae("nano", masking="stripes", masking_options={"period": 4}, **small)
+    model = build_mae("nano", masking=build_masker("stripes", 0.75, {"period": 4}), **small)
     assert model.masker == StripeMasking(0.75, 4)
     with pytest.raises(UserError, match=r"masking 'stripes' does not take the options .*; it has period, phase"):
-        build_mae("nano", masking="stripes", masking_options={"step": 4}, **small)
+        build_masker("stripes", 0.75, {"step": 4})
