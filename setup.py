@@ -46,6 +46,8 @@ SEGMENTATION = ["onedl-mmcv>=2.3.6", "onedl-mmengine>=0.10.12", "onedl-mmsegment
 DATA = ["webdataset>=1.0", "datasets>=3.0"]
 # TIFF and JPEG 2000 that neither Pillow nor tifffile decodes alone: LZW of 16-bit colours, 12 bits, predictors.
 TIFF = ["imagecodecs>=2024.1.1"]
+# Adapters of low rank for pre-training that starts from weights: adapt.mode=lora.
+LORA = ["peft>=0.15"]
 DEMO = ["scikit-learn>=1.4", *DETECTION, *SEGMENTATION]
 ONNX = ["onnx>=1.16", "onnxscript>=0.3", "onnxruntime>=1.18"]
 # Of Python 3.11 on: what Sphinx needs for 3.10 does not go with rich's markdown-it-py.
@@ -99,11 +101,12 @@ setup(
         "segmentation": SEGMENTATION,
         "data": DATA,
         "tiff": TIFF,
+        "lora": LORA,
         "demo": DEMO,
         "onnx": ONNX,
         "docs": DOCS,
         "dev": DEV,
-        "all": [*DEMO, *DATA, *TIFF, *ONNX, *DOCS, *DEV],
+        "all": [*DEMO, *DATA, *TIFF, *LORA, *ONNX, *DOCS, *DEV],
     },
     entry_points={
         "console_scripts": ["mae = mae_core.cli.main:main"],

@@ -10,7 +10,7 @@ optimizer, step.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -118,6 +118,7 @@ def fit(
     settings: FitSettings,
     start_step: int = 0,
     hooks: Sequence[Hook] = (),
+    changes: Mapping[int, Callable[[], None]] | None = None,
     metadata: dict[str, Any] | None = None,
 ) -> FitResult:
     """Train from ``start_step`` to ``settings.total_steps``; ``batches`` yields one batch (this rank's share) per step.
@@ -127,13 +128,16 @@ def fit(
     """
     log = run.config.log
     schedule: Scheduler = (step_schedule if settings.milestones else cosine_schedule)(optimizer, settings)
-    parallel = DistributedDataParallel(model) if run.world > 1 else model
+    parallel = over_ranks(model, run)
     precision = run.autocast()
     progress = Progress(run, start_step, settings.total_steps, log.every)
     skipped, statistics = SkippedSteps(run.record, run.say), RunningStatistics(model)
     stream = iter(batches)
     model.train()
     for step in range(start_step, settings.total_steps):
+        if changes and step in changes:
+            changes[step]()
+            parallel = over_ranks(model, run)  # it gathers the gradients of what learnt when it was made
         schedule.step_update(step)
         with progress.waiting():
             batch = next(stream)
@@ -183,6 +187,11 @@ def bad_files(batches: Iterable[Batch], batch: Batch, step: int) -> list[str]:
         places = sampler.places(step)
         mine = [name_of(places[position][1]) for position in bad_samples(pixels)]
     return list(dict.fromkeys(name for names in gather(mine) for name in names))
+
+
+def over_ranks(model: nn.Module, run: Run) -> nn.Module:
+    """``model``, with gradients averaged over all ranks where there are several."""
+    return DistributedDataParallel(model) if run.world > 1 else model
 
 
 def backward(

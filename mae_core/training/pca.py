@@ -21,6 +21,7 @@ from mae_core.training.pretrain_config import PretrainConfig
 from mae_core.training.progress import Counter
 from mae_core.training.statistics import with_statistics
 from mae_core.training.target_files import PCA_FORMAT
+from mae_core.training.warm_start import started_from, weights_facts
 from mae_core.training.watch import split_images
 from mae_core.weights.files import write_weights
 
@@ -69,6 +70,7 @@ def fit_pca(config: PretrainConfig, out: Path | None = None, *, components: int 
     with _writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out.parent).close()  # fails now, not after the fit
+    config, start = started_from(config, resume=False)
     grid = PatchGrid.of(config.data.image_size, config.model.patch_size or config.model.trunk.patch_size)
     values = grid.patch**2 * config.data.channels
     if not 0 < components <= values:
@@ -76,7 +78,7 @@ def fit_pca(config: PretrainConfig, out: Path | None = None, *, components: int 
             f"{components} components were asked for, patches of {grid.patch}x{grid.patch} pixels and "
             f"{config.data.channels} channels have {values}"
         )
-    config = with_statistics(config, open_source(config.data), resume=False)
+    config = with_statistics(config, open_source(config.data), resume=False, weights=weights_facts(start))
     moments = moments_of(config, grid, images, least=components)
     rows, mean, variances = moments.components(components)
     explained = (variances[:components].sum() / variances.sum().clamp(min=1e-12)).item()

@@ -25,6 +25,7 @@ from mae_core.models.block import kernels_as_on
 from mae_core.models.mae import MaskedAutoencoder
 from mae_core.models.sizes import SIZES
 from mae_core.training import distributed
+from mae_core.training.adapting import Adapted
 from mae_core.training.loop import FitSettings, backward, seed_everything
 from mae_core.training.memory import BYTES_PER_PARAMETER, GIB, available_memory, fixed_bytes, kept_storages
 from mae_core.training.pretrain import announce, build_pretrain_model, pretrain_loss, pretrain_optimizer
@@ -32,12 +33,13 @@ from mae_core.training.pretrain_config import PretrainConfig
 from mae_core.training.progress import clock
 from mae_core.training.run import Run
 from mae_core.training.statistics import with_statistics
+from mae_core.training.warm_start import load_start, started_from, weights_facts
 from mae_core.training.watch import split_images
 
 PAPER_SIZES = ("base", "large", "huge")
 ALSO_IN_PAPER = {"optim.epochs": ("800.0", "1600.0"), "target.kind": ("pixels", "normalized_pixels")}
 """Leaves of which Table 8 or Table 1's default row has another value than the schema."""
-COMPARED = ("model.", "decoder.", "masking.", "target.", "optim.", "data.", "watch.share")
+COMPARED = ("model.", "decoder.", "masking.", "target.", "optim.", "data.", "watch.share", "weights", "adapt.")
 NOT_A_RECIPE = (
     *("data.path", "data.source", "data.split", "data.workers", "data.on_error", "data.max_pixels"),
     *("data.statistics", "optim.micro_batch"),  # the mean and std themselves are compared
@@ -67,16 +69,20 @@ class Speed(NamedTuple):
 
 def print_plan(config: PretrainConfig, say: Callable[[str], None] = print) -> None:
     """Print the plan of a run, its cost, and what differs from the paper. Raises ``UserError`` as the run would."""
+    config, start = started_from(config, resume=False)
     source = open_source(config.data)
     for path, reason in damaged_parts(source):
         say(f"damaged: {path} ({reason})")
-    config = with_statistics(config, source, resume=False)
+    config = with_statistics(config, source, resume=False, weights=weights_facts(start))
     watched = split_images(config, source)
     images = UnlabelledImages(watched.training, config.data, config.seed)
     images.fixed_views(1)
     settings = FitSettings.of(config.optim, len(images))
     seed_everything(config.seed)
-    model = build_pretrain_model(config).train()
+    model = build_pretrain_model(config, start).train()
+    if start is not None:
+        load_start(model, start).print()
+    Adapted(model, config.adapt)
     images.masks = SampleMasks(model.masker, model.encoder.grid)
     place = distributed.join(config.device)
     try:

@@ -12,10 +12,13 @@ from mae_core.data.images import check_all, refuse_unreadable, statistics_of
 from mae_core.data.loading import make_loader, steps_for
 from mae_core.data.sources import damaged_parts, open_source
 from mae_core.data.unlabelled import PretrainBatch, UnlabelledImages, collate
+from mae_core.errors import UserError
 from mae_core.layout import ENCODER
 from mae_core.masking import SampleMasks, build_masker
 from mae_core.models.mae import MaskedAutoencoder, build_mae
 from mae_core.training import distributed
+from mae_core.training.adapting import Adapted
+from mae_core.training.classification import tell_of_weights
 from mae_core.training.loop import FitResult, FitSettings, fit, seed_everything
 from mae_core.training.pictures import fixed_mask, reconstruction_strip
 from mae_core.training.pretrain_config import PretrainConfig
@@ -23,16 +26,20 @@ from mae_core.training.progress import Counter
 from mae_core.training.run import check_output, open_run
 from mae_core.training.statistics import with_statistics
 from mae_core.training.target_files import load_target
+from mae_core.training.warm_start import load_start, started_from, weights_facts
 from mae_core.training.watch import measure, split_images
-from mae_core.weights.encoder_file import EncoderInfo
+from mae_core.weights.encoder_file import EncoderFile, EncoderInfo
 
 NUM_PICTURES = 6
 
 
-def build_pretrain_model(config: PretrainConfig) -> MaskedAutoencoder:
-    """The masked autoencoder a configuration describes. Raises ``UserError`` where a file of its target is missing."""
+def build_pretrain_model(config: PretrainConfig, start: EncoderFile | None = None) -> MaskedAutoencoder:
+    """The masked autoencoder a configuration describes, untrained, around the trunk of ``start`` where that is given.
+
+    Raises ``UserError`` where a file of its target is missing.
+    """
     model = build_mae(
-        config.model.trunk,
+        config.model.trunk if start is None else start.shape,
         image_size=config.data.image_size,
         patch_size=config.model.patch_size,
         in_chans=config.data.channels,
@@ -69,7 +76,10 @@ def pretrain_optimizer(model: nn.Module, config: PretrainConfig) -> torch.optim.
 
 def pretrain(config: PretrainConfig, *, resume: bool = False) -> FitResult:
     """Run a pre-training; writes the run directory. Raises ``UserError`` for everything a user can get wrong."""
+    config, start = started_from(config, resume=resume)
     check_output(config, resume=resume)
+    if resume and config.adapt.mode == "lora" and (config.output / ENCODER).is_file():
+        raise UserError(f"{config.output} is a finished run whose adapters are merged; nothing is left to resume")
     source = open_source(config.data)
     watched = split_images(config, source)
     if config.data.on_error == "raise":
@@ -77,21 +87,28 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> FitResult:
         for images_read in (source, *watched.only_looked_at(config.data.reading)):
             check_all(images_read, on_progress=Counter("checking images"))
     settings = FitSettings.of(config.optim, len(watched.training))
-    config = with_statistics(config, source, resume=resume)
+    config = with_statistics(config, source, resume=resume, weights=weights_facts(start))
     images = UnlabelledImages(watched.training, config.data, config.seed)
     views = images.fixed_views(NUM_PICTURES)
     seed_everything(config.seed)
-    model = build_pretrain_model(config)
+    model = build_pretrain_model(config, start)
+    report = None if start is None else load_start(model, start)
+    adapted = Adapted(model, config.adapt)
     images.masks = SampleMasks(model.masker, model.encoder.grid)
     metadata = pretrain_metadata(model, config)
 
     run = open_run(config, resume=resume, names=source.names)
     run.note_unreadable(damaged_parts(source))
+    if report is not None:
+        tell_of_weights(run, report)
     model.to(run.device)
     optimizer = pretrain_optimizer(model, config)
-    start = run.restore(model, optimizer) if resume else 0
+    first_step = run.restore(model, optimizer) if resume else 0
+    frozen = config.adapt.frozen_epochs
+    frozen_steps = steps_for(len(images), config.optim.batch_size, frozen) if frozen else 0
+    adapted.set_frozen(first_step < frozen_steps)
     announce(run.say, config, model, len(images), settings)
-    sampler = run.sampler(len(images), config.optim.batch_size, total_steps=settings.total_steps, start_step=start)
+    sampler = run.sampler(len(images), config.optim.batch_size, total_steps=settings.total_steps, start_step=first_step)
     loader = make_loader(images, sampler, collate, workers=config.data.workers, pin=run.device.type == "cuda")
     mask = fixed_mask(model, len(views), config.seed)
 
@@ -111,11 +128,16 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> FitResult:
         optimizer,
         run=run,
         settings=settings,
-        start_step=start,
+        start_step=first_step,
         hooks=[(config.log.pictures_every, draw), (look_every, look)],
+        changes={frozen_steps: lambda: adapted.set_frozen(False)} if frozen_steps else {},
         metadata=metadata,
     )
+    merging = adapted.lora is not None
+    adapted.merge()
     run.write_weights(ENCODER, model.encoder.state_dict(), metadata)
+    if merging:  # the last checkpoint becomes one that every command reads
+        run.checkpoint(settings.total_steps, model, optimizer, metadata)
     run.say(f"wrote {run.folder / ENCODER}")
     run.close()
     distributed.leave()
@@ -136,6 +158,10 @@ def announce(
         f"{hidden} of {grid.num_patches} patches hidden; target {config.target.kind}"
         + ("" if model.target.gives_pixels else ", whose tokenizer has no decoder: no pictures are drawn")
     )
+    if config.weights is not None:
+        learning = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+        first = f" for the first {config.adapt.frozen_epochs:g} epochs" if config.adapt.frozen_epochs else ""
+        say(f"adapt.mode={config.adapt.mode}: {learning:.1f} M parameters learn{first}")
     say(
         f"{settings.total_steps} steps of {config.optim.batch_size} images = {config.optim.epochs:g} epochs, "
         f"warm-up {settings.warmup_steps} steps, peak lr {settings.lr:.3g}; writing to {config.output}"

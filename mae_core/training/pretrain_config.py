@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -98,10 +98,41 @@ class WatchConfig(Schema):
         return self
 
 
+class AdaptConfig(Schema):
+    """What of the encoder learns in a pre-training that starts from weights."""
+
+    mode: Literal["full", "decoder", "lora"] = Field(
+        "full", description="full: all; decoder: the decoder alone; lora: adapters of low rank, merged at the end"
+    )
+    frozen_epochs: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="of mode full: epochs at the start in which the decoder learns alone"
+    )
+    rank: Count = Field(8, description="of mode lora: of the adapters")
+    layers: Annotated[tuple[Literal["qkv", "proj", "fc1", "fc2"], ...], Field(min_length=1)] = Field(
+        ("qkv",), description="of mode lora: the linear layers of a block that have adapters"
+    )
+    blocks: Annotated[int, Field(ge=0)] = Field(
+        0, description="of mode lora: the last so many blocks learn in whole, without adapters (ExPLoRA)"
+    )
+
+    @model_validator(mode="after")
+    def _of_the_mode(self) -> AdaptConfig:
+        owners = {"frozen_epochs": "full", "rank": "lora", "layers": "lora", "blocks": "lora"}
+        for name, mode in owners.items():
+            value = getattr(self, name)
+            if self.mode != mode and value != type(self).model_fields[name].default:
+                raise ValueError(f"{name}={value} belongs to adapt.mode={mode}, and the mode is {self.mode}")
+        return self
+
+
 class PretrainConfig(RunConfig):
     """``mae pretrain``."""
 
     output: Path = Path("runs/pretrain")
+    weights: Path | None = Field(
+        None, description="start from these: an encoder, alone or with its decoder, of any known format; a new schedule"
+    )
+    adapt: AdaptConfig = AdaptConfig()
     model: ModelConfig = ModelConfig()
     decoder: DecoderConfig = DecoderConfig()
     masking: MaskingConfig = MaskingConfig()
@@ -111,7 +142,20 @@ class PretrainConfig(RunConfig):
     watch: WatchConfig = WatchConfig()
 
     @model_validator(mode="after")
+    def _adapts_weights(self) -> PretrainConfig:
+        if self.weights is None and self.adapt != AdaptConfig():
+            raise ValueError("adapt says what of given weights learns; give weights=FILE, or leave adapt out")
+        if self.adapt.frozen_epochs >= self.optim.epochs:
+            raise ValueError(
+                f"adapt.frozen_epochs={self.adapt.frozen_epochs:g} is the whole of optim.epochs={self.optim.epochs:g}; "
+                "give fewer, or adapt.mode=decoder, which keeps the encoder as it is"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _patches_fit(self) -> PretrainConfig:
+        if self.weights is not None:  # which may say patch and image size: looked at once they are read
+            return self
         grid = PatchGrid.of(self.data.image_size, self.model.patch_size or self.model.trunk.patch_size)
         num_visible(grid.num_patches, self.masking.ratio)
         return self

@@ -31,7 +31,7 @@ from mae_core.weights.opening import open_weights
 from mae_core.weights.parts import LACKING, UNKNOWN, check_finite, describe_refused, missing_decoder
 from mae_core.weights.rename import is_decoder, their_names
 from mae_core.weights.report import LoadReport
-from mae_core.weights.resize import STEM, STEM_WARNING, ChannelMethod, adapt_channels
+from mae_core.weights.resize import STEM_WARNING, Adaptation, ChannelMethod, adapt_stem
 from mae_core.weights.writing import write_parts
 
 AnyRun = TypeVar("AnyRun", bound=JobConfig)
@@ -269,25 +269,28 @@ def fit_state(
     rename: Mapping[str, str] | None = None,
     allow_missing: Sequence[str] = (),
 ) -> LoadReport:
-    """``load_state`` for an encoder: positions are resized to ``grid``, a decoder is left out.
+    """``load_state`` for an encoder: positions are resized to ``grid``, a decoder is left out unless ``rename`` says
+    where it goes.
 
     ``allow_missing``: patterns of tensors that the user allows to start anew.
     """
+    rename = rename or {}
     report = replace(
         source.report,
         loaded=[],
         renamed={},
         changed={},
-        resized={},
+        resized={rename.get(name, name): how for name, how in source.report.resized.items()},
         new=[],
         refused={},
         unused={**source.report.unused},
+        notes=[*source.report.notes],
     )
     tensors = dict(source.tensors)
-    if "pos_embed" in tensors and source.grid != tuple(grid):
-        tensors["pos_embed"] = resize_pos_embed(tensors["pos_embed"], source.grid, grid)
-        target = (rename or {}).get("pos_embed", "pos_embed")
-        report.resized[target] = f"{source.grid[0]}x{source.grid[1]} -> {grid[0]}x{grid[1]}"
+    for name in {"pos_embed", "decoder_pos_embed"} & tensors.keys() if source.grid != tuple(grid) else ():
+        if name == "pos_embed" or name in rename:
+            tensors[name] = resize_pos_embed(tensors[name], source.grid, grid)
+            report.resized[rename.get(name, name)] = f"{source.grid[0]}x{source.grid[1]} -> {grid[0]}x{grid[1]}"
     return load_state(
         model,
         tensors,
@@ -340,12 +343,26 @@ def load_encoder(
             f"{STEM_WARNING}",
             stacklevel=2,
         )
-        stem = adapt_channels(source.tensors[STEM], in_chans, method)
-        source = replace(source, tensors={**source.tensors, STEM: stem}, info=source.info.with_facts(in_chans=in_chans))
+        source = with_stem(source, in_chans=in_chans)
     encoder = vit_of(source, image_size)
     fit_state(encoder, source, grid=encoder.grid[:2], unused={"head.*": "a classifier's head"})
     encoder.transform = view_for(encoder, source.info)
     return encoder.eval()
+
+
+def with_stem(source: EncoderFile, *, patch_size: int | None = None, in_chans: int | None = None) -> EncoderFile:
+    """``source`` with its patch embedding adapted to another patch size and other channels, and without its decoder
+    where they differ, as ``mae convert`` does; its own mean and std are of its own channels."""
+    patch_size, in_chans = patch_size or source.patch_size, in_chans or source.in_chans
+    if (patch_size, in_chans) == (source.patch_size, source.in_chans):
+        return source
+    tensors, old = dict(source.tensors), source.report
+    report = replace(old, resized={**old.resized}, unused={**old.unused}, notes=[*old.notes])
+    adapt_stem(tensors, source.names, Adaptation(patch_size=patch_size, in_chans=in_chans), report)
+    info = source.info.with_facts(patch_size=patch_size, in_chans=in_chans, image_size=None)
+    if in_chans != source.in_chans:
+        info = info.with_facts(mean=None, std=None)
+    return replace(source, tensors=tensors, info=info, report=report)
 
 
 def view_for(encoder: ViTEncoder, info: EncoderInfo) -> FileView:
@@ -444,7 +461,7 @@ def load_mae(
     model = assemble_mae(vit_of(source), objective, decoder, **masking_of(info))
     model.loss_on_all_patches = bool(info.loss_on_all_patches)
     load_state(
-        model, tensors, source.path, rename={name: _name_in_mae(name) for name in tensors}, names=source.names,
+        model, tensors, source.path, rename={name: name_in_mae(name) for name in tensors}, names=source.names,
         remedy="it is not a complete MAE",
     )  # fmt: skip
     return model.eval()
@@ -461,7 +478,7 @@ def masking_of(info: EncoderInfo) -> dict[str, Any]:
     return {name: value for name, value in stated.items() if value is not None}
 
 
-def _name_in_mae(name: str) -> str:
+def name_in_mae(name: str) -> str:
     """Our name in an encoder's file -> the name in a ``MaskedAutoencoder``."""
     if name.startswith(OWN_ONLY):
         return name.removeprefix(OWN_ONLY)

@@ -8,7 +8,7 @@ of the image resize (FlexiViT, arXiv 2212.08013, 3.4), which keeps the embedding
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -132,20 +132,7 @@ def adapt(parts: Parts, wanted: Adaptation, info: EncoderInfo, report: LoadRepor
     if old is not None:
         info = _sine_layout(parts, old, wanted, info, report)
     new_patch = wanted.patch_size or patch
-    stem_changes = new_patch != patch or wanted.in_chans not in (None, channels)
-    if stem_changes:
-        _drop_decoder(parts, report)
-    if new_patch != patch:
-        tensors[STEM] = resize_patch_embed(tensors[STEM], new_patch, wanted.patch)
-        report.resized[STEM] = f"patch {patch} -> {new_patch} ({wanted.patch})"
-    if wanted.in_chans not in (None, channels):
-        assert wanted.in_chans is not None
-        method: ChannelMethod = wanted.channels or ("sum" if wanted.in_chans == 1 else "mean_tile")
-        tensors[STEM] = adapt_channels(tensors[STEM], wanted.in_chans, method, seed=wanted.seed)
-        before = report.resized.get(STEM)
-        told = f"channels {channels} -> {wanted.in_chans} ({method})"
-        report.resized[STEM] = f"{before}, {told}" if before else told
-        report.notes.append(f"the patch embedding was adapted to {wanted.in_chans} channels: {STEM_WARNING}")
+    adapt_stem(tensors, parts.sources, wanted, report)
     if old is not None:
         size = as_pair(wanted.image_size) if wanted.image_size is not None else (old[0] * patch, old[1] * patch)
         new = PatchGrid.of(size, new_patch)
@@ -155,12 +142,30 @@ def adapt(parts: Parts, wanted: Adaptation, info: EncoderInfo, report: LoadRepor
     return info.with_facts(patch_size=new_patch, in_chans=wanted.in_chans or channels)
 
 
-def _drop_decoder(parts: Parts, report: LoadReport) -> None:
-    """A decoder predicts the pixels of one patch: it does not survive another patch or other channels."""
-    gone = [name for name in parts.tensors if is_decoder(name)]
+def adapt_stem(
+    tensors: dict[str, Tensor], sources: Mapping[str, list[str]], wanted: Adaptation, report: LoadReport
+) -> None:
+    """Give the patch embedding among ``tensors`` the patch size and the channels that are ``wanted``, in place, and
+    drop a decoder: it predicts the pixels of one patch, and does not survive another patch or other channels."""
+    _, channels, patch, _ = tensors[STEM].shape
+    told = []
+    if wanted.patch_size not in (None, patch):
+        assert wanted.patch_size is not None
+        tensors[STEM] = resize_patch_embed(tensors[STEM], wanted.patch_size, wanted.patch)
+        told.append(f"patch {patch} -> {wanted.patch_size} ({wanted.patch})")
+    if wanted.in_chans not in (None, channels):
+        assert wanted.in_chans is not None
+        method: ChannelMethod = wanted.channels or ("sum" if wanted.in_chans == 1 else "mean_tile")
+        tensors[STEM] = adapt_channels(tensors[STEM], wanted.in_chans, method, seed=wanted.seed)
+        told.append(f"channels {channels} -> {wanted.in_chans} ({method})")
+        report.notes.append(f"the patch embedding was adapted to {wanted.in_chans} channels: {STEM_WARNING}")
+    if not told:
+        return
+    report.resized[STEM] = ", ".join(told)
+    gone = [name for name in tensors if is_decoder(name)]
     for name in gone:
-        report.unused.update(dict.fromkeys(parts.sources[name], "the decoder predicts patches of the old size"))
-        del parts.tensors[name]
+        report.unused.update(dict.fromkeys(sources[name], "the decoder predicts patches of the old size"))
+        del tensors[name]
     if gone:
         report.notes.append("the decoder was dropped: it predicts patches of the old size or channels")
 

@@ -11,7 +11,7 @@ import sys
 
 EXTRAS = {
     *("pycocotools", "mmcv", "mmengine", "mmseg", "detectron2", "fvcore", "webdataset", "datasets", "sklearn"),
-    *("onnx", "onnxscript", "onnxruntime", "transformers", "websocket", "imagecodecs"),
+    *("onnx", "onnxscript", "onnxruntime", "transformers", "websocket", "imagecodecs", "peft"),
 }
 """Import names of what ``pip install .`` does not bring."""
 
