@@ -42,12 +42,16 @@ def options_not_read(config: RunConfig, run, monkeypatch) -> list[str]:
     return sorted(name for _, name in wanted - read)
 
 
-def test_a_pretraining_reads_every_option(tmp_path, write_images, write_classes, pretrain_options, monkeypatch):
+@pytest.mark.extra("peft")
+def test_a_pretraining_reads_every_option(
+    tmp_path, write_images, write_classes, pretrain_options, pretrained, monkeypatch
+):
     write_images(tmp_path / "images", 6)
     labelled = write_classes(tmp_path / "labelled", train=2, val=1)
     watched = ["watch.share=0.3", f"watch.labelled={labelled}", "watch.neighbours=3"]
     unread = []
-    for name, more in {"plain": [], "watched": watched}.items():
+    warm = [f"weights={pretrained}", "adapt.mode=lora"]
+    for name, more in {"plain": [], "watched": watched, "warm": warm}.items():
         places = [f"data.path={tmp_path / 'images'}", f"output={tmp_path / name}"]
         config = load_config(PretrainConfig, None, [*pretrain_options, *places, "optim.epochs=1", *more])
         unread.append(set(options_not_read(config, pretrain, monkeypatch)))
