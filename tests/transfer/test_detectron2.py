@@ -384,7 +384,8 @@ def test_a_lazy_config_is_trained(tmp_path, monkeypatch, capsys):
 def test_a_vitdet_detector_of_the_zoo_is_scored_and_taken_further(configure_detection, tmp_path, monkeypatch):
     from transfer.detection.engine_detectron2.zoo import RENAMED
 
-    config = configure_detection(*VITDET, "optim.epochs=1", "model.patch_size=16")
+    # files of the zoo do not state their statistics, which are ImageNet's
+    config = configure_detection(*VITDET, "optim.epochs=1", "model.patch_size=16", "data.statistics=imagenet")
     metrics = train_detector(config)
     state, _ = read_weights(tmp_path / "run" / "detector.safetensors")
     back = {ours: theirs for theirs, ours in RENAMED.items()}
