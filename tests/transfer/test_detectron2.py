@@ -404,7 +404,7 @@ def test_a_vitdet_detector_of_the_zoo_is_scored_and_taken_further(configure_dete
     train_detector(configure_detection(*recipe, f"output={tmp_path / 'further'}", scratch=False))
     loading = json.loads((tmp_path / "further" / "loading.json").read_text())
     assert loading["share"] == 1.0 and not loading["refused"]
-    with pytest.raises(UserError, match="does not fit this network"):
+    with pytest.raises(UserError, match=r"does not fit this model: .*take the recipe of its size"):
         evaluate_detector(
             configure_detection(*recipe, "model.head_channels=48", f"output={tmp_path / 'no'}", scratch=False)
         )
