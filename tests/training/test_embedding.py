@@ -19,7 +19,7 @@ from mae_core.errors import UserError
 from mae_core.training.embedding import knn, pca, write_features
 from mae_core.training.frozen_config import FeaturesConfig, KnnConfig
 from mae_core.weights.files import read_weights, write_weights
-from mae_core.weights.load import load_encoder
+from mae_core.weights.load import load_encoder, read_encoder
 
 PCA = pytest.importorskip("sklearn.decomposition", reason="the independent reference").PCA
 KNeighborsClassifier = pytest.importorskip("sklearn.neighbors").KNeighborsClassifier
@@ -36,8 +36,9 @@ def embed(data: Path, pretrained: Path) -> tuple[np.ndarray, list[int], np.ndarr
     """cls features of train and val, image by image."""
     encoder, found = load_encoder(pretrained), []
     config = load_config(KnnConfig, None, ["data.image_size=32"])
+    statistics = statistics_of(config.data, read_encoder(pretrained).metadata)
     for files in read_image_folder(data):
-        images = TestImages(files, config.data, (32, 32), statistics_of(config.data))
+        images = TestImages(files, config.data, (32, 32), statistics)
         with torch.no_grad():
             rows = [encoder.encode(images[index].pixels[None])[0, 0] for index in range(len(images))]
         found += [torch.stack(rows).numpy(), list(files.labels)]
