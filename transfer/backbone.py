@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mae_core.errors import UserError
+from mae_core.models.classifier import freeze_below
 from mae_core.models.encoder import ViTEncoder
 from mae_core.models.sizes import AnySize
 from mae_core.patches import PatchGrid
@@ -46,6 +47,7 @@ class DenseViT(ViTEncoder):
     cls_token           keep the cls token in the sequence (it never reaches the maps); needs global attention
     checkpointing       recompute each block in the backward pass: less memory, about a third more time
 
+    ``freeze`` keeps the blocks below as they are, and runs them without gradients.
     Blocks behind the last tap do not exist, as nothing would train them. No final norm is applied. Images are padded
     with zeros at the right and the bottom to whole patches. Raises ``UserError`` for options that exclude each other.
     """
@@ -87,6 +89,7 @@ class DenseViT(ViTEncoder):
         self.global_blocks = frozenset(quarters if global_blocks is None else global_blocks)
         self.relative_positions = relative_positions
         self.checkpointing = checkpointing
+        self.frozen_blocks = 0
         if not cls_token:
             self.cls_token = None
         self.norm = nn.Identity()
@@ -126,12 +129,24 @@ class DenseViT(ViTEncoder):
         for index, block in enumerate(self.blocks):
             window = self._window(index)
             arguments = (block, x, grid, window, biases.get(_kind(window)))
-            if self.checkpointing and self.training:
+            if self.training and index < self.frozen_blocks:
+                with torch.no_grad():  # a bias that other blocks learn must keep nothing of these
+                    x = _run_block(*arguments)
+            elif self.checkpointing and self.training:
                 x = checkpoint(_run_block, *arguments, use_reentrant=False)
             else:
                 x = _run_block(*arguments)
             maps += [x[:, prefix:].transpose(1, 2).unflatten(2, grid)] * self.taps.count(index)
         return maps
+
+    def freeze(self, trainable_blocks: int) -> None:
+        """Let the last ``trainable_blocks`` blocks alone learn; 0 freezes all. Biases that blocks share learn where a
+        learning block has them. Raises ``UserError`` where there are not so many blocks."""
+        self.frozen_blocks = freeze_below(self, trainable_blocks)
+        if self.relative_positions == "shared_table":
+            learning = {_kind(self._window(index)) for index in range(self.frozen_blocks, len(self.blocks))}
+            for kind, table in self.shared_tables.items():
+                table.requires_grad_(kind in learning)
 
     def _window(self, index: int) -> int | None:
         return None if index in self.global_blocks else self.window

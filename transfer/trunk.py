@@ -46,13 +46,14 @@ def build_trunk(
     taps: Callable[[ViTSize], Sequence[int]],
     positions: Size | None = None,
     allow_missing: Sequence[str] = (),
+    trainable_blocks: int | None = None,
     **options: Any,
 ) -> Trunk:
     """A ``DenseViT`` that holds the encoder of ``source``, or a random one where that is None.
 
     ``size``, ``patch_size`` and ``in_chans`` must be those of ``source``; without one, size is base when None.
     ``taps``: from a size to the blocks that are read. ``positions``: image size that the learned positions are stored
-    for, that of ``source`` when None. ``options``: what else ``DenseViT`` takes. Raises ``UserError`` where these
+    for, that of ``source`` when None. ``trainable_blocks``: the last so many learn alone, all when None. ``options``: what else ``DenseViT`` takes. Raises ``UserError`` where these
     contradict ``source``.
     """
     if source is None:
@@ -61,7 +62,7 @@ def build_trunk(
         vit = DenseViT(
             size, image_size=stored, patch_size=patch_size, in_chans=in_chans, taps=taps(size_of(size)), **options
         )
-        return Trunk(vit, None)
+        return Trunk(frozen_as_asked(vit, trainable_blocks), None)
     given = {"size": None if size is None else size_of(size).name, "patch_size": patch_size, "in_chans": in_chans}
     found = {"size": source.size, "patch_size": source.patch_size, "in_chans": source.in_chans}
     settled(source.path, given, must=found)
@@ -72,7 +73,25 @@ def build_trunk(
         taps=taps(source.shape),
         **options,
     )
-    return Trunk(vit, load_pretrained(vit, source, allow_missing=allow_missing))
+    report = load_pretrained(vit, source, allow_missing=allow_missing)
+    return Trunk(frozen_as_asked(vit, trainable_blocks), report)
+
+
+def frozen_as_asked(vit: DenseViT, trainable_blocks: int | None) -> DenseViT:
+    """``vit``, with what ``trainable_blocks`` leaves out frozen."""
+    if trainable_blocks is not None:
+        vit.freeze(trainable_blocks)
+    return vit
+
+
+def learning_line(model: nn.Module, trainable_blocks: int | None) -> str:
+    """How much of ``model`` learns, for the start of a run; empty where all does."""
+    if trainable_blocks is None:
+        return ""
+    learning, whole = (
+        sum(p.numel() for p in model.parameters() if p.requires_grad or everything) for everything in (False, True)
+    )
+    return f"trainable_blocks={trainable_blocks}: {learning:,} parameters learn, {learning / whole:.1%} of the model"
 
 
 def load_pretrained(

@@ -11,8 +11,9 @@ HALF_BLOCK = 0.5
 """The MLP sub-block of the last block alone."""
 
 
-def freeze_below(model: ViTEncoder, trainable_blocks: float) -> None:
+def freeze_below(model: ViTEncoder, trainable_blocks: float) -> int:
     """Freeze all of ``model`` below its last ``trainable_blocks`` blocks; the head and the norm before it always learn.
+    Returns the number of blocks that are frozen in whole.
 
     ``HALF_BLOCK`` leaves the MLP of the last block with the norm before it; all blocks are full fine-tuning, embeddings
     included (the paper's right-most point). What is frozen needs no gradients, so that nothing is kept for a backward
@@ -23,17 +24,19 @@ def freeze_below(model: ViTEncoder, trainable_blocks: float) -> None:
     if trainable_blocks > depth:
         raise UserError(f"trainable_blocks={trainable_blocks:g} was asked for, but ViT-{model.size} has {depth} blocks")
     if trainable_blocks == depth:
-        return
-    whole = int(trainable_blocks)  # 0 for half a block
-    frozen: list[nn.Module] = [model.patch_embed, *model.blocks[: depth - max(whole, 1)]]
-    for block in model.blocks[: depth - max(whole, 1)]:
+        return 0
+    below = depth - (1 if trainable_blocks == HALF_BLOCK else int(trainable_blocks))
+    frozen: list[nn.Module] = [model.patch_embed, *model.blocks[:below]]
+    for block in model.blocks[:below]:
         block.drop_path1, block.drop_path2 = nn.Identity(), nn.Identity()
-    if whole == 0:
+    if trainable_blocks == HALF_BLOCK:
         last = model.blocks[-1]
         frozen += [last.norm1, last.attn]
         last.drop_path1 = nn.Identity()
-    for parameter in (model.cls_token, model.pos_embed, *(p for module in frozen for p in module.parameters())):
+    tokens = [token for token in (model.cls_token, model.pos_embed) if token is not None]
+    for parameter in (*tokens, *(p for module in frozen for p in module.parameters())):
         parameter.requires_grad_(False)
+    return below
 
 
 def initialize_as_timm(model: ViTEncoder) -> None:

@@ -41,6 +41,10 @@ class DetectorConfig(TrunkOptions):
     head: Annotated[str, row_of(HEADS)] = Field("mask_rcnn", description="faster_rcnn: boxes alone, no masks needed")
     cascade: bool = Field(False, description="three box heads, one after another (Cascade R-CNN); engine detectron2")
     drop_path: Fraction = 0.1
+    trainable_blocks: Annotated[int, Field(ge=0)] | None = Field(
+        None,
+        description="the last so many blocks of the trunk learn, the others stay as the weights have them; 0: none",
+    )
     checkpointing: bool = Field(False, description="recompute blocks in the backward pass: less memory, more time")
     norm: Annotated[str, row_of(NORMS)] = Field("sync_bn", description="in FPN and heads; gn or ln for small batches")
     fpn_channels: Count = 256
@@ -148,6 +152,15 @@ class DetectionConfig(TransferConfig):
     data: DetectionData = DetectionData()
     optim: DetectionOptim = DetectionOptim()
     test: InferenceConfig = InferenceConfig()
+
+    @model_validator(mode="after")
+    def _frozen_blocks_come_from_weights(self) -> DetectionConfig:
+        if self.from_scratch and self.model.trainable_blocks is not None:
+            raise ValueError(
+                "model.trainable_blocks keeps the other blocks as weights=FILE has them, and from_scratch=true would "
+                "leave them random; give weights, or drop model.trainable_blocks"
+            )
+        return self
 
     @model_validator(mode="after")
     def _engine_can(self) -> DetectionConfig:

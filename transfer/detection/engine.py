@@ -142,6 +142,7 @@ def trunk_of(config: DetectionConfig, source: EncoderFile | None) -> Trunk:
         taps=PYRAMIDS[model.pyramid].taps,
         positions=canvas if model.positions == "canvas" else None,
         allow_missing=config.allow_missing,
+        trainable_blocks=model.trainable_blocks,
         **trunk_options(model, canvas),
     )
 

@@ -20,6 +20,7 @@ from transfer.detection.config import DetectionConfig
 from transfer.detection.data_sets import read_data
 from transfer.detection.engine import build_network, load_engine
 from transfer.detection.run import settings_of, zoo_detector
+from transfer.trunk import learning_line
 
 CASCADE_STAGES = 3
 POSITIVES = 4
@@ -57,8 +58,10 @@ def print_plan(config: DetectionConfig, devices: int, say: Callable[[str], None]
         steps_line(optim, settings, len(objects)),
         f"network: {numbers / 1e6:.1f} M parameters, ViT {trunk.vit.size}, patch {trunk.vit.grid.patch}, canvas "
         f"{height}x{width}, engine {config.engine}",
+        learning_line(model, config.model.trainable_blocks),
     ):
-        say(line)
+        if line:
+            say(line)
     run = Run(config, distributed.join(config.device))
     precision = run.precision
     distributed.leave()
@@ -88,7 +91,7 @@ def memory_of(model: nn.Module, config: DetectionConfig, images: int, precision:
         return found
     vit = model.backbone.vit
     vit.checkpointing = False
-    a_block = (measured().kept - found.kept) // len(vit.blocks)
+    a_block = (measured().kept - found.kept) // max(len(vit.blocks) - vit.frozen_blocks, 1)
     vit.checkpointing = True
     return found._replace(kept=found.kept + a_block)
 

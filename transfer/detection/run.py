@@ -32,6 +32,7 @@ from transfer.detection.detector_file import (
 )
 from transfer.detection.engine import DetectorEngine, Job, build_network, builder_of, load_engine
 from transfer.detection.samples import WholeImages
+from transfer.trunk import learning_line
 
 FILES_OF_RUNS = (METRICS, DETECTOR, CONFIG, LOG, CHECKPOINTS, ENCODER, CLASSIFIER)
 
@@ -73,6 +74,8 @@ def train_detector(config: DetectionConfig, *, resume: bool = False) -> dict[str
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; "
         f"{settings.total_steps} steps of {config.optim.batch_size}, peak lr {settings.lr:.3g}; writing to {run.folder}"
     )
+    if learning := learning_line(model, config.model.trainable_blocks):
+        run.say(learning)
     metadata = describe_detector(config, trunk.vit, statistics, train_set.categories)
     images = WholeImages(val_set, config.data, statistics)
     job = Job(config, train_set, images, statistics, settings, run, resume, metadata)

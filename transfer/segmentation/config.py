@@ -166,6 +166,15 @@ def fit_to_weights(config: MutableMapping[str, Any], source: EncoderFile, option
     return notes
 
 
+def check_frozen_blocks_have_weights(config: Mapping[str, Any]) -> None:
+    """Raise ``UserError`` where a training from scratch would freeze blocks that are random."""
+    if config["model"]["backbone"].get("trainable_blocks") is not None:
+        raise UserError(
+            "model.backbone.trainable_blocks keeps the other blocks as the weights have them, and there are none; give "
+            "--weights FILE, or leave it out"
+        )
+
+
 UNNAMED = ("norm_eps", "activation")
 """What the name of a size says nothing of."""
 

@@ -108,6 +108,27 @@ def test_training_writes_a_whole_run_directory_twice_in_one_process(tmp_path, ca
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.parametrize("blocks", [0, 2])
+def test_frozen_blocks_stay_as_the_weights_have_them(tmp_path, tiny, write_encoder, blocks):
+    weights = write_encoder(tmp_path / "encoder.safetensors")
+    run, options = tmp_path / "run", {**tiny, "iterations": 4, "model.backbone.trainable_blocks": blocks}
+    train_segmenter(DIGITS, weights=weights, work_dir=run, cfg_options={**options, "train_cfg.max_iters": 2})
+    train_segmenter(DIGITS, work_dir=run, cfg_options=options, resume=True)
+    trained = load_file(run / "segmenter.safetensors")
+    found = {name: trained.get(f"backbone.{name}") for name in load_file(weights)}
+    changed = {n for n, t in load_file(weights).items() if found[n] is not None and not torch.equal(t, found[n])}
+    assert {name.split(".")[1] for name in changed} == {str(index) for index in range(6 - blocks, 6)}
+    assert all(name.startswith("blocks.") for name in changed)
+    assert evaluate_segmenter(DIGITS, run, work_dir=tmp_path / "eval", cfg_options=tiny)["mIoU"] >= 0
+
+
+def test_blocks_without_weights_are_not_frozen(refused, tmp_path, write_encoder):
+    assert "give --weights FILE, or leave it out" in refused(**{"model.backbone.trainable_blocks": 2})
+    weights = ("--weights", str(write_encoder(tmp_path / "encoder.safetensors")))
+    told = refused(*weights, **{"model.backbone.trainable_blocks": -1})
+    assert "trainable_blocks is -1; give a number of blocks" in told
+
+
 def test_overfits_eight_images(tmp_path, tiny):
     options = {**tiny, "iterations": 100, "lr": 2e-3, "head_width": 32, "batch_size": 8}
     options["train_dataloader.dataset.pipeline.2.ratio_range"] = [1.0, 1.0]

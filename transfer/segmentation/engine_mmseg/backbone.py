@@ -8,6 +8,7 @@ from mmengine.dist import is_main_process
 from mmseg.registry import MODELS
 from torch import Tensor
 
+from mae_core.errors import UserError
 from mae_core.models.sizes import AnySize, size_of
 from mae_core.weights.encoder_file import EncoderFile
 from mae_core.weights.report import LoadReport
@@ -27,6 +28,7 @@ class MAECoreViT(DenseViT):
     layer_scale         initial value of LayerScale, None for none; 1.0 starts as the pre-trained trunk is
     weights             a file, run directory or checkpoint that ``init_weights`` loads; None for a random start; the
                         attribute ``source`` is what was read of it before, so that it is read once
+    trainable_blocks    the last so many blocks learn, the others stay as ``weights`` has them; 0: none, None: all
     allow_missing       patterns of tensors that ``weights`` may lack and that start anew
 
     ``image_size`` is the crop that positions and tables are stored for; they are resized for any other size.
@@ -44,6 +46,7 @@ class MAECoreViT(DenseViT):
         layer_scale: float | None = None,
         drop_path: float = 0.0,
         checkpointing: bool = False,
+        trainable_blocks: int | None = None,
         weights: str | None = None,
         allow_missing: Sequence[str] = (),
     ) -> None:
@@ -59,6 +62,10 @@ class MAECoreViT(DenseViT):
             drop_path=drop_path,
             checkpointing=checkpointing,
         )
+        if trainable_blocks is not None:
+            if isinstance(trainable_blocks, bool) or not isinstance(trainable_blocks, int) or trainable_blocks < 0:
+                raise UserError(f"trainable_blocks is {trainable_blocks!r}; give a number of blocks, 0 for none")
+            self.freeze(trainable_blocks)
         self.weights = weights
         self.source: EncoderFile | None = None
         self.allow_missing = tuple(allow_missing)

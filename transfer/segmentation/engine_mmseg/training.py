@@ -74,6 +74,7 @@ def train(
         notes.append(f"weights: those of {checkpoint}")
         view["model"]["backbone"].pop("weights", None)
     elif not view["model"]["backbone"].get("weights"):
+        configs.check_frozen_blocks_have_weights(view)
         notes.append("weights: none, training from scratch; --weights FILE starts from a pre-trained encoder")
     notes += configs.fit_channels(view)
     notes += fit_to_machine(view, amp)
