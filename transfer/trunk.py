@@ -53,8 +53,8 @@ def build_trunk(
 
     ``size``, ``patch_size`` and ``in_chans`` must be those of ``source``; without one, size is base when None.
     ``taps``: from a size to the blocks that are read. ``positions``: image size that the learned positions are stored
-    for, that of ``source`` when None. ``trainable_blocks``: the last so many learn alone, all when None. ``options``: what else ``DenseViT`` takes. Raises ``UserError`` where these
-    contradict ``source``.
+    for, that of ``source`` when None. ``trainable_blocks``: the last so many learn alone, all when None. ``options``:
+    what else ``DenseViT`` takes. Raises ``UserError`` where these contradict ``source``.
     """
     if source is None:
         size = size or "base"

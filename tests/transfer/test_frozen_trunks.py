@@ -1,4 +1,4 @@
-"""``trainable_blocks`` in dense tasks: what is frozen stays, costs no memory of a backward pass, and confuses nobody."""
+"""``trainable_blocks`` in dense tasks: what is frozen stays, and keeps nothing for a backward pass."""
 
 from __future__ import annotations
 
