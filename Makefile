@@ -2,6 +2,7 @@
 #   make demo DEMO_ARGS="--help"     options of the demo
 #   make test PYTEST_ARGS="-k mask"  a part of the tests
 #   make quick                       lint, and the tests that take a minute and a half together
+#   make test WORKERS=0              the tests in one process, such as for a debugger; as many as cores by default
 #   make venv PYTHON=python3.12      choose the interpreter
 
 SHELL := /bin/sh
@@ -11,6 +12,7 @@ SHELL := /bin/sh
 PYTHON ?=
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+WORKERS ?= auto
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -72,10 +74,10 @@ demo: $(STAMP)
 	$(PY) examples/demo/run.py $(DEMO_ARGS)
 
 test: lint
-	$(PY) -m pytest -q $(PYTEST_ARGS)
+	$(PY) -m pytest -q -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 quick: lint
-	$(PY) -m pytest -q $(QUICK) $(PYTEST_ARGS)
+	$(PY) -m pytest -q -n $(WORKERS) --dist loadfile $(QUICK) $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

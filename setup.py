@@ -55,6 +55,7 @@ DOCS = [f'{name} ; python_version >= "3.11"' for name in ("sphinx>=8.1", "myst-p
 DEV = [
     "pytest>=8.0",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
     "hypothesis>=6.100",
     "websocket-client>=1.7",
     "transformers>=5.0",
