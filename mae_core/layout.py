@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
+from mae_core.atomic import checksum
 from mae_core.errors import UserError
 
 CONFIG = "config.yaml"
@@ -28,26 +30,57 @@ PREPROCESSOR_CONFIG = "preprocessor_config.json"
 EXPORTED = (MODEL, f"{MODEL}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 TRAINING_STATE = "training.pt"
 COMPLETE = "COMPLETE"
+CHECKPOINT_FORMAT = 1
+"""Of the checkpoints that this version writes; it reads older ones, and refuses newer ones. 0 had no checksums."""
 LONGEST_HEADER = 100 * 2**20
 """Bytes; the limit of the format."""
 WHOLE_NETWORK = "mae_core_"
 """How the ``format`` of a file begins that holds another network than an encoder's; the rest is the network's name."""
 
 
+class Marker(NamedTuple):
+    """What the COMPLETE file of a checkpoint says: its format, and of each file the bytes and the checksum, which
+    format 0 does not have."""
+
+    format: int
+    files: dict[str, tuple[int, str | None]]
+
+
+def checkpoint_folders(run: Path) -> list[Path]:
+    """Checkpoint folders of a run, whole or not, oldest first."""
+    named = [(folder.name.removeprefix("step_"), folder) for folder in (run / CHECKPOINTS).glob("step_*")]
+    folders = sorted((int(step), folder) for step, folder in named if step.isdecimal() and folder.is_dir())
+    return [folder for _, folder in folders]
+
+
 def complete_checkpoints(run: Path) -> list[Path]:
     """Checkpoint folders of a run that were written to the end, oldest first."""
-    named = [(folder.name.removeprefix("step_"), folder) for folder in (run / CHECKPOINTS).glob("step_*")]
-    folders = sorted((int(step), folder) for step, folder in named if step.isdecimal())
-    return [folder for _, folder in folders if is_complete(folder)]
+    return [folder for folder in checkpoint_folders(run) if is_complete(folder)]
+
+
+def marker_of(checkpoint: Path) -> Marker:
+    """What the COMPLETE file says. Raises ``OSError``, ``ValueError`` and the like where there is none that can be
+    read."""
+    content = json.loads((checkpoint / COMPLETE).read_text())
+    if "files" not in content:
+        return Marker(0, {name: (size, None) for name, size in content.items()})
+    files = {name: (entry["bytes"], entry["crc32"]) for name, entry in content["files"].items()}
+    return Marker(int(content["format"]), files)
 
 
 def is_complete(checkpoint: Path) -> bool:
     """Whether a checkpoint has its COMPLETE marker and every file in it has the size the marker names."""
     try:
-        sizes = json.loads((checkpoint / COMPLETE).read_text())
-        return bool(sizes) and all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, AttributeError):
+        files = marker_of(checkpoint).files
+        return bool(files) and all((checkpoint / name).stat().st_size == size for name, (size, _) in files.items())
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
         return False
+
+
+def _is_undamaged(file: Path) -> bool:
+    """Whether a file of a complete checkpoint has the checksum that was written with it, where there is one."""
+    crc = marker_of(file.parent).files.get(file.name, (0, None))[1]
+    return crc is None or checksum(file) == crc
 
 
 def _refuse_other_networks(path: Path, files: list[Path]) -> None:
@@ -94,13 +127,14 @@ def resolve_weights(path: Path | str, *, decoder: bool = False) -> Path:
             raise UserError(f"{path} has a {EXPORT_CONFIG} and no {MODEL} or {EXPORTED[2]}; give the weights file")
         return found_weights[0]
     if (path / MODEL).is_file():
-        if not is_complete(path):
-            raise UserError(f"checkpoint {path} is not complete; use an earlier one")
+        if not is_complete(path) or not _is_undamaged(path / MODEL):
+            raise UserError(f"checkpoint {path} is not complete, or damaged; use an earlier one")
         return path / MODEL
     for name in (CLASSIFIER,) if decoder else (ENCODER, CLASSIFIER):
         if (path / name).is_file():
             return path / name
-    found = complete_checkpoints(path)
+    found = [folder for folder in complete_checkpoints(path)[-1:] if _is_undamaged(folder / MODEL)]
+    found = found or [folder for folder in complete_checkpoints(path)[:-1] if _is_undamaged(folder / MODEL)]
     if not found:
         raise UserError(f"{path} holds no weights and no complete checkpoint; give a run directory or a weights file")
     return found[-1] / MODEL

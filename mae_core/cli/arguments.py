@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperCommand
 
 from mae_core.errors import UserError
+from mae_core.resuming import HELP, meaning, one_word
 
 ConfigAndOverrides = Annotated[
     list[str] | None,
@@ -16,9 +18,23 @@ ConfigAndOverrides = Annotated[
         show_default=False,
     ),
 ]
-Resume = Annotated[
-    bool, typer.Option("--resume", help="Continue the run in the output folder from its last checkpoint.")
-]
+Resume = Annotated[str, typer.Option("--resume", metavar="[auto]", help=HELP, show_default=False)]
+
+
+class Resumable(TyperCommand):
+    """A command that takes ``--resume`` and ``--resume auto``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the command line."""
+        return super().parse_args(ctx, one_word(args))
+
+
+def read_resume(value: str) -> bool | Literal["auto"]:
+    """What ``--resume`` asks for."""
+    try:
+        return meaning(value)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def read_arguments(schema: Any, arguments: list[str] | None) -> Any:

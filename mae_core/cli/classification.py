@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from mae_core.cli.arguments import ConfigAndOverrides, Resume, read_arguments
+from mae_core.cli.arguments import ConfigAndOverrides, Resume, read_arguments, read_resume
 from mae_core.errors import user_errors
 
 
-def linprobe(arguments: ConfigAndOverrides = None, resume: Resume = False) -> None:
+def linprobe(arguments: ConfigAndOverrides = None, resume: Resume = "no") -> None:
     """Train one linear layer on a frozen encoder, on train/<class>/*, and measure it on val/<class>/*. Writes
     classifier.safetensors, metrics.json.
 
@@ -16,7 +16,7 @@ def linprobe(arguments: ConfigAndOverrides = None, resume: Resume = False) -> No
         from mae_core.training.frozen_config import LinprobeConfig
         from mae_core.training.linprobe import linprobe as run
 
-        run(read_arguments(LinprobeConfig, arguments), resume=resume)
+        run(read_arguments(LinprobeConfig, arguments), resume=read_resume(resume))
 
 
 def knn(arguments: ConfigAndOverrides = None) -> None:

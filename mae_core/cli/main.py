@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mae_core.cli.arguments import ConfigAndOverrides, Resume, read_arguments
+from mae_core.cli.arguments import ConfigAndOverrides, Resumable, Resume, read_arguments, read_resume
 from mae_core.cli.checking import check, data_stats
 from mae_core.cli.classification import evaluate, features, knn, linprobe
 from mae_core.cli.looking import reconstruct
@@ -24,10 +24,10 @@ app = typer.Typer(
 )
 
 
-@app.command()
+@app.command(cls=Resumable)
 def pretrain(
     arguments: ConfigAndOverrides = None,
-    resume: Resume = False,
+    resume: Resume = "no",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what the run will be, cost and take, and write nothing.")
     ] = False,
@@ -42,7 +42,7 @@ def pretrain(
 
         config = read_arguments(PretrainConfig, arguments)
         if not dry_run:
-            run(config, resume=resume)
+            run(config, resume=read_resume(resume))
             return
         from mae_core.training.plan import print_plan
 
@@ -68,8 +68,8 @@ def fit_pca(
         run(read_arguments(PretrainConfig, arguments), out, components=components, images=images)
 
 
-@app.command("train-tokenizer")
-def train_tokenizer(arguments: ConfigAndOverrides = None, resume: Resume = False) -> None:
+@app.command("train-tokenizer", cls=Resumable)
+def train_tokenizer(arguments: ConfigAndOverrides = None, resume: Resume = "no") -> None:
     """Train a small discrete VAE, whose tokens target.kind=tokens predicts. Writes tokenizer.safetensors.
 
     Example: mae train-tokenizer data.path=images model.patch_size=16 output=runs/tokens, then
@@ -79,11 +79,11 @@ def train_tokenizer(arguments: ConfigAndOverrides = None, resume: Resume = False
         from mae_core.training.tokenizer import train_tokenizer as run
         from mae_core.training.tokenizer_config import TokenizerConfig
 
-        run(read_arguments(TokenizerConfig, arguments), resume=resume)
+        run(read_arguments(TokenizerConfig, arguments), resume=read_resume(resume))
 
 
-@app.command()
-def finetune(arguments: ConfigAndOverrides = None, resume: Resume = False) -> None:
+@app.command(cls=Resumable)
+def finetune(arguments: ConfigAndOverrides = None, resume: Resume = "no") -> None:
     """Fine-tune an encoder on train/<class>/* and evaluate on val/<class>/*. Writes classifier.safetensors,
     metrics.json.
 
@@ -93,7 +93,7 @@ def finetune(arguments: ConfigAndOverrides = None, resume: Resume = False) -> No
         from mae_core.training.finetune import finetune as run
         from mae_core.training.finetune_config import FinetuneConfig
 
-        run(read_arguments(FinetuneConfig, arguments), resume=resume)
+        run(read_arguments(FinetuneConfig, arguments), resume=read_resume(resume))
 
 
 @app.command()
@@ -127,7 +127,8 @@ def digits(
 
 app.command()(reconstruct)
 app.command("data-stats")(data_stats)
-for command in (linprobe, knn, features, evaluate, inspect, convert, export):
+app.command(cls=Resumable)(linprobe)
+for command in (knn, features, evaluate, inspect, convert, export):
     app.command()(command)
 app.add_typer(check, name="check")
 app.add_typer(catalogue, name="weights")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -85,6 +86,20 @@ def share_buffers(model: nn.Module) -> None:
     if dist.is_initialized():
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
+
+
+def on_main(work: Callable[[], object], *, is_main: bool) -> None:
+    """Do ``work`` on rank 0 while the others wait; a ``UserError`` of it is raised on all ranks, which must all call
+    it."""
+    problem = ""
+    if is_main:
+        try:
+            work()
+        except UserError as error:
+            problem = str(error)
+    for found in gather(problem):
+        if found:
+            raise UserError(found)
 
 
 def gather(value: Value) -> list[Value]:

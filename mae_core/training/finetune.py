@@ -17,6 +17,7 @@ from mae_core.errors import UserError
 from mae_core.models.classifier import freeze_below, initialize_as_timm
 from mae_core.models.encoder import ViTEncoder
 from mae_core.patches import as_pair
+from mae_core.resuming import Resume
 from mae_core.training import distributed
 from mae_core.training.averaging import attach_average, steps_averaged
 from mae_core.training.classification import (
@@ -146,11 +147,11 @@ def check_pairs(config: FinetuneConfig) -> None:
         )
 
 
-def finetune(config: FinetuneConfig, *, resume: bool = False) -> dict[str, Any]:
+def finetune(config: FinetuneConfig, *, resume: Resume = False) -> dict[str, Any]:
     """Fine-tune and evaluate; returns what metrics.json holds. Raises ``UserError`` for what a user can get wrong."""
     source = None if config.weights is None else read_encoder(config.weights, heads=heads_given(config))
     config = config if source is None else with_file(source, config)
-    check_output(config, resume=resume)
+    resume = check_output(config, resume=resume)
     splits = read_splits(config.data)
     check_pairs(config)
     weights = None if source is None else source.metadata
@@ -173,7 +174,7 @@ def finetune(config: FinetuneConfig, *, resume: bool = False) -> dict[str, Any]:
     )
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=config.optim.betas, fused=True)
     average = None if config.ema is None else attach_average(optimizer, model, config.ema)
-    start = run.restore(model, optimizer) if resume else 0
+    start = run.restore(model, optimizer)
     on_gpu = run.device.type == "cuda"
     sampler = run.sampler(len(images), config.optim.batch_size, total_steps=settings.total_steps, start_step=start)
     train_batches = make_loader(images, sampler, collate, workers=config.data.workers, pin=on_gpu)

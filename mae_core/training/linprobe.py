@@ -25,6 +25,7 @@ from mae_core.errors import UserError
 from mae_core.measures.accuracy import Tally
 from mae_core.models.probe import LinearProbe
 from mae_core.patches import as_pair
+from mae_core.resuming import Resume
 from mae_core.training import distributed
 from mae_core.training.classification import (
     Splits,
@@ -157,7 +158,7 @@ def check_batches(optim: ProbeOptim) -> None:
         )
 
 
-def linprobe(config: LinprobeConfig, *, resume: bool = False) -> dict[str, Any]:
+def linprobe(config: LinprobeConfig, *, resume: Resume = False) -> dict[str, Any]:
     """Train and measure; returns what metrics.json holds: the best head's numbers, and every learning rate's.
 
     classifier.safetensors holds the trunk, as it was, and the best head with its batch norm folded in. Raises
@@ -166,7 +167,7 @@ def linprobe(config: LinprobeConfig, *, resume: bool = False) -> dict[str, Any]:
     source = weights_of(config)
     source.check_pretrained()
     config = with_file(source, config, frozen=True)
-    check_output(config, resume=resume)
+    resume = check_output(config, resume=resume)
     check_cache(config.cache)
     check_batches(config.optim)
     splits = read_splits(config.data)
@@ -182,7 +183,7 @@ def linprobe(config: LinprobeConfig, *, resume: bool = False) -> dict[str, Any]:
     data = probe_data(config, splits, frozen, run)
     settings = FitSettings.of(config.optim, data.num_images)
     optimizer = lars(probe.to(run.device), config.optim, settings.lr)
-    start = run.restore(probe, optimizer) if resume else 0
+    start = run.restore(probe, optimizer)
     sampler = run.sampler(data.num_images, config.optim.batch_size, total_steps=settings.total_steps, start_step=start)
     workers = 0 if cached else config.data.workers
     train_batches = make_loader(data.images, sampler, collate, workers=workers, pin=run.device.type == "cuda")

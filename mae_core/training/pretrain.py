@@ -16,6 +16,7 @@ from mae_core.errors import UserError
 from mae_core.layout import ENCODER
 from mae_core.masking import SampleMasks, build_masker
 from mae_core.models.mae import MaskedAutoencoder, build_mae
+from mae_core.resuming import Resume
 from mae_core.training import distributed
 from mae_core.training.adapting import Adapted
 from mae_core.training.classification import tell_of_weights
@@ -23,7 +24,7 @@ from mae_core.training.loop import FitResult, FitSettings, fit, seed_everything
 from mae_core.training.pictures import fixed_mask, reconstruction_strip
 from mae_core.training.pretrain_config import PretrainConfig
 from mae_core.training.progress import Counter
-from mae_core.training.run import check_output, open_run
+from mae_core.training.run import check_output, open_run, will_resume
 from mae_core.training.statistics import with_statistics
 from mae_core.training.target_files import load_target
 from mae_core.training.warm_start import load_start, started_from, weights_facts
@@ -74,10 +75,10 @@ def pretrain_optimizer(model: nn.Module, config: PretrainConfig) -> torch.optim.
     return torch.optim.AdamW(groups, lr=config.optim.lr, betas=config.optim.betas, fused=True)
 
 
-def pretrain(config: PretrainConfig, *, resume: bool = False) -> FitResult:
+def pretrain(config: PretrainConfig, *, resume: Resume = False) -> FitResult:
     """Run a pre-training; writes the run directory. Raises ``UserError`` for everything a user can get wrong."""
-    config, start = started_from(config, resume=resume)
-    check_output(config, resume=resume)
+    config, start = started_from(config, resume=will_resume(config.output, resume))
+    resume = check_output(config, resume=resume)
     if resume and config.adapt.mode == "lora" and (config.output / ENCODER).is_file():
         raise UserError(f"{config.output} is a finished run whose adapters are merged; nothing is left to resume")
     source = open_source(config.data)
@@ -103,7 +104,7 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> FitResult:
         tell_of_weights(run, report)
     model.to(run.device)
     optimizer = pretrain_optimizer(model, config)
-    first_step = run.restore(model, optimizer) if resume else 0
+    first_step = run.restore(model, optimizer)
     frozen = config.adapt.frozen_epochs
     frozen_steps = steps_for(len(images), config.optim.batch_size, frozen) if frozen else 0
     adapted.set_frozen(first_step < frozen_steps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mae_core import __version__
-from mae_core.atomic import atomic_path, write_text
+from mae_core.atomic import atomic_path, said_plainly, write_text
 from mae_core.config.load import config_differences, dump_config, load_config
 from mae_core.config.sections import JobConfig, RunConfig
 from mae_core.data.images import Unreadable, refuse_unreadable
@@ -30,16 +31,20 @@ from mae_core.layout import (
     ENVIRONMENT,
     LOG,
     PICTURES,
-    complete_checkpoints,
+    checkpoint_folders,
 )
+from mae_core.resuming import Resume
 from mae_core.training import distributed
 from mae_core.training.checkpoints import load_checkpoint, save_checkpoint
 from mae_core.training.finite import refuse_non_finite
+from mae_core.training.lock import claim, release
 from mae_core.training.precision import choose_precision, prepare_process
 from mae_core.training.pretrain_config import PretrainConfig
 from mae_core.training.statistics import with_stored_statistics
 from mae_core.weights.files import write_weights
 
+ROOM = "make room or give it back its rights; what was saved before is whole, and --resume continues from it"
+RESULTS = (ENCODER, CLASSIFIER)
 MAY_CHANGE = (
     "data.workers",
     "data.on_error",
@@ -61,25 +66,64 @@ MAY_FALL = ("optim.base_lr", "optim.min_lr", "optim.clip_grad")
 """Numbers that a resumed run may lower, or set where there was none: what helps against losses that are not finite."""
 
 
-def check_output(config: JobConfig, *, resume: bool) -> None:
+def will_resume(folder: Path, resume: Resume) -> bool:
+    """Whether a run with this ``--resume`` continues what is in its folder."""
+    return (folder / CONFIG).is_file() and bool(checkpoint_folders(folder)) if resume == "auto" else resume
+
+
+def check_output(config: JobConfig, *, resume: Resume) -> bool:
     """Refuse, before any work, a folder that holds a run, or a resume that has nothing to resume or another
-    configuration."""
+    configuration -> whether the run is one to resume.
+
+    ``resume="auto"`` resumes where there is a checkpoint, and else starts, in a folder of a run that was killed before
+    its first checkpoint too, whose few lines are removed.
+    """
     folder = config.output
-    marks = [name for name in (CONFIG, LOG, CHECKPOINTS, ENCODER, CLASSIFIER) if (folder / name).exists()]
+    marks = [name for name in (CONFIG, LOG, CHECKPOINTS, *RESULTS) if (folder / name).exists()]
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output {folder} is a file; choose a folder with output=FOLDER")
+    resumable = will_resume(folder, "auto")
+    if resume == "auto":
+        if not resumable and marks and not any(name in RESULTS for name in marks):
+            check_configuration(config)
+            _clear_unstarted(folder)
+            marks = []
+        resume = resumable
     if not resume:
         if marks:
-            way = "add --resume to continue it, or " if isinstance(config, RunConfig) else ""
+            add = "--resume" if resumable else "--resume auto"
+            way = f"add {add} to continue it, or " if isinstance(config, RunConfig) else ""
             raise UserError(
                 f"output folder {folder} already holds a run ({', '.join(marks)}); "
                 f"{way}choose another with output=FOLDER"
             )
-        return
-    if not (folder / CONFIG).is_file() or not complete_checkpoints(folder):
+        return False
+    if not resumable:
         raise UserError(
-            f"nothing to resume: {folder} has no complete checkpoint; start without --resume in a new folder"
+            f"nothing to resume: {folder} has no complete checkpoint; --resume auto starts a run there, and "
+            "continues it where there is one"
         )
+    check_configuration(config)
+    return True
+
+
+def _clear_unstarted(folder: Path) -> None:
+    """Remove what a run has left that was killed before its first checkpoint, on the rank that will write."""
+    if distributed.announced_rank() != 0:
+        return
+    claim(folder)
+    for name in (CHECKPOINTS, PICTURES, "tensorboard"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in (LOG, DATA, CONFIG):
+        (folder / name).unlink(missing_ok=True)
+    release(folder)
+
+
+def check_configuration(config: JobConfig) -> None:
+    """Refuse a resume with another configuration than the one in the folder's config.yaml, where there is one."""
+    folder = config.output
+    if not (folder / CONFIG).is_file():
+        return
     stored = load_config(type(config), folder / CONFIG)
     if hasattr(config, "data"):
         config, stored = with_stored_statistics(config, stored), with_stored_statistics(stored, stored)
@@ -114,8 +158,14 @@ def fingerprint(names: Sequence[str]) -> dict[str, Any]:
 def check_data(config: JobConfig, found: Mapping[str, Any]) -> None:
     """Refuse a resume on another data set than the one the run started on, as its data.json describes it."""
     file = config.output / DATA
-    started = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else found
-    if dict(started) != dict(found):
+    try:
+        started = json.loads(file.read_text(encoding="utf-8"))
+        known = isinstance(started, dict) and started.keys() == found.keys()
+    except (OSError, ValueError):
+        known = False
+    if not known:
+        print(f"{file} is missing or damaged: whether the images are those the run was started on cannot be checked")
+    elif started != dict(found):
         counts = f"{started['images']} images then, {found['images']} now"
         raise UserError(
             f"{config.output} was started on other images ({counts}, or other names); set data.path to the same files, "
@@ -137,6 +187,7 @@ class Run:
         self._untold: list[Unreadable] = []
         self._board: Any = None
         self._restored: int | None = None
+        self.resumed = False
 
     @property
     def precision(self) -> torch.dtype:
@@ -156,12 +207,13 @@ class Run:
         """Append a line to log.jsonl, and numbers that have a step to TensorBoard."""
         if not self.is_main:
             return
-        with (self.folder / LOG).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**entry, "time": round(time.time(), 3)}) + "\n")
-        if "step" in entry:
-            for name, value in entry.items():
-                if name != "step" and isinstance(value, int | float):
-                    self.board.add_scalar(name, value, entry["step"])
+        with said_plainly(self.folder, ROOM):
+            with (self.folder / LOG).open("a", encoding="utf-8") as file:
+                file.write(json.dumps({**entry, "time": round(time.time(), 3)}) + "\n")
+            if "step" in entry:
+                for name, value in entry.items():
+                    if name != "step" and isinstance(value, int | float):
+                        self.board.add_scalar(name, value, entry["step"])
 
     @property
     def board(self) -> Any:
@@ -177,7 +229,7 @@ class Run:
         """Write ``pictures/<name>.png``, and show it in TensorBoard where it has a step."""
         path = self.folder / PICTURES / f"{name}.png"
         if self.is_main:
-            with atomic_path(path) as temporary:
+            with said_plainly(self.folder, ROOM), atomic_path(path) as temporary:
                 image.save(temporary)
             if step is not None:
                 import numpy as np
@@ -219,13 +271,16 @@ class Run:
         )
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-        """Load the last complete checkpoint -> steps done; the log forgets what came after it."""
-        checkpoint = load_checkpoint(self.folder)
+        """Load the last whole checkpoint -> steps done, 0 where the run is not a resumed one; the log forgets what came
+        after it."""
+        if not self.resumed:
+            return 0
+        checkpoint = load_checkpoint(self.folder, model, optimizer, say=self.say)
         model.load_state_dict(checkpoint.model)
         optimizer.load_state_dict(checkpoint.optimizer)
         if self.is_main and (self.folder / LOG).is_file():
-            lines = (self.folder / LOG).read_text(encoding="utf-8").splitlines(keepends=True)
-            write_text(self.folder / LOG, "".join(line for line in lines if _until(line, checkpoint.step)))
+            lines = (self.folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            write_text(self.folder / LOG, "".join(line for line in lines if logged_by(line, checkpoint.step)))
         self._restored = checkpoint.step
         distributed.barrier()
         self.say(f"resuming {self.folder} after step {checkpoint.step}")
@@ -235,17 +290,21 @@ class Run:
         self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, metadata: Mapping[str, Any]
     ) -> None:
         """Save what a resume needs; all ranks wait until it is on disk."""
-        if self.is_main:
-            keep = self.config.log.keep_checkpoints
+
+        def save() -> None:
             refuse_non_finite(model.state_dict(), f"the checkpoint of step {step}")
-            save_checkpoint(self.folder, step, model.state_dict(), optimizer.state_dict(), metadata, keep=keep)
-        distributed.barrier()
+            keep = self.config.log.keep_checkpoints
+            with said_plainly(self.folder, ROOM):
+                save_checkpoint(self.folder, step, model.state_dict(), optimizer.state_dict(), metadata, keep=keep)
+
+        distributed.on_main(save, is_main=self.is_main)
 
     def write_weights(self, name: str, state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
         """Write a file of trained weights into the folder, on rank 0; refused where they are not finite."""
         if self.is_main:
             refuse_non_finite(state, name)
-            write_weights(self.folder / name, state, metadata)
+            with said_plainly(self.folder, ROOM):
+                write_weights(self.folder / name, state, metadata)
 
     def close(self) -> None:
         """Say how many files were skipped on all ranks, all of which must call it; flush the writers."""
@@ -253,7 +312,10 @@ class Run:
         if self.unreadable:
             self.say(f"{len(self.unreadable)} unreadable images were skipped; {self.folder / LOG} names them")
         if self._board is not None:
-            self._board.close()
+            with said_plainly(self.folder, ROOM):
+                self._board.close()
+        if self.is_main:
+            release(self.folder)
 
 
 def open_run(config: JobConfig, *, resume: bool, names: Sequence[str] | None = None) -> Run:
@@ -264,20 +326,29 @@ def open_run(config: JobConfig, *, resume: bool, names: Sequence[str] | None = N
         check_data(config, data)
     place = distributed.join(config.device)
     run = Run(config, place)
-    if place.is_main:
-        check_output(config, resume=resume)
-        try:
-            config.output.mkdir(parents=True, exist_ok=True)
-            write_text(config.output / CONFIG, dump_config(config))
-        except OSError as error:
-            raise UserError(f"cannot write to output folder {config.output}: {error.strerror}") from None
-        if data is not None:
-            write_text(config.output / DATA, json.dumps(data, indent=2) + "\n")
-        surroundings = {**environment(run.device), "precision": str(run.computes_in)}
-        write_text(config.output / ENVIRONMENT, json.dumps(surroundings, indent=2) + "\n")
+    run.resumed = resume
+    distributed.on_main(lambda: _claim_folder(run, data), is_main=place.is_main)
     run.say(f"precision: {run.computes_in}")
-    distributed.barrier()
     return run
+
+
+def _claim_folder(run: Run, data: Mapping[str, Any] | None) -> None:
+    """Make the folder, lock it, and write what the run is."""
+    folder = run.folder
+    check_output(run.config, resume=run.resumed)
+    with said_plainly(folder, "choose another with output=FOLDER, or make room"):
+        folder.mkdir(parents=True, exist_ok=True)
+        claim(folder)
+        try:
+            check_output(run.config, resume=run.resumed)  # another process may have been faster
+        except UserError:
+            release(folder)
+            raise
+        write_text(folder / CONFIG, dump_config(run.config))
+        if data is not None:
+            write_text(folder / DATA, json.dumps(data, indent=2) + "\n")
+        surroundings = {**environment(run.device), "precision": str(run.computes_in)}
+        write_text(folder / ENVIRONMENT, json.dumps(surroundings, indent=2) + "\n")
 
 
 def environment(device: torch.device) -> dict[str, str]:
@@ -310,8 +381,9 @@ def processor_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def _until(line: str, step: int) -> bool:
+def logged_by(line: str, step: int) -> bool:
+    """Whether a line of a log was written by the end of ``step``, as far as it is one at all."""
     try:
         return json.loads(line).get("step", 0) <= step
-    except json.JSONDecodeError:
-        return False
+    except (ValueError, AttributeError, TypeError):
+        return False  # the line of a run that was killed while it wrote, or damage

@@ -15,6 +15,7 @@ from mae_core.data.loading import make_loader
 from mae_core.data.sources import damaged_parts, open_source
 from mae_core.data.unlabelled import PretrainBatch, UnlabelledImages, collate
 from mae_core.layout import TOKENIZER
+from mae_core.resuming import Resume
 from mae_core.tokenizers import DiscreteVAE
 from mae_core.training import distributed
 from mae_core.training.loop import FitResult, FitSettings, fit, seed_everything
@@ -56,9 +57,9 @@ def tokenizer_loss(model: nn.Module, batch: PretrainBatch) -> dict[str, Tensor]:
     return model(batch.pixels)
 
 
-def train_tokenizer(config: TokenizerConfig, *, resume: bool = False) -> FitResult:
+def train_tokenizer(config: TokenizerConfig, *, resume: Resume = False) -> FitResult:
     """Train a tokenizer; writes the run directory. Raises ``UserError`` for everything a user can get wrong."""
-    check_output(config, resume=resume)
+    resume = check_output(config, resume=resume)
     source = open_source(config.data)
     if config.data.on_error == "raise":
         refuse_unreadable(damaged_parts(source))
@@ -89,7 +90,7 @@ def train_tokenizer(config: TokenizerConfig, *, resume: bool = False) -> FitResu
         betas=config.optim.betas,
         weight_decay=config.optim.weight_decay,
     )
-    start = run.restore(training, optimizer) if resume else 0
+    start = run.restore(training, optimizer)
     run.say(
         f"{len(dataset)} images; {sum(p.numel() for p in tokenizer.parameters()) / 1e6:.1f} M parameters, a token of "
         f"{tokenizer.vocabulary} for each {tokenizer.stride}x{tokenizer.stride} pixels; {settings.total_steps} steps "

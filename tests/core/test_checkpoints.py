@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+import zlib
 
 import pytest
 import torch
@@ -152,10 +153,135 @@ def test_a_failure_while_saving_leaves_the_previous_checkpoint(tmp_path, monkeyp
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000003"]
 
 
-def test_the_marker_names_the_size_of_each_file(tmp_path):
+def test_the_marker_names_the_size_and_the_checksum_of_each_file(tmp_path):
     folder = save(tmp_path, 1)
-    sizes = json.loads((folder / "COMPLETE").read_text())
-    assert sizes == {name: (folder / name).stat().st_size for name in ("model.safetensors", "training.pt")}
+    files = {}
+    for name in ("model.safetensors", "training.pt"):
+        content = (folder / name).read_bytes()
+        files[name] = {"bytes": len(content), "crc32": f"{zlib.crc32(content):08x}"}
+    assert json.loads((folder / "COMPLETE").read_text()) == {"format": 1, "step": 1, "files": files}
+
+
+def without_checksums(folder):
+    """As earlier versions wrote the marker: sizes alone."""
+    sizes = {name: (folder / name).stat().st_size for name in ("model.safetensors", "training.pt")}
+    (folder / "COMPLETE").write_text(json.dumps(sizes))
+
+
+def flip(path, place: float):
+    content = bytearray(path.read_bytes())
+    content[int(place * len(content))] ^= 1
+    path.write_bytes(content)
+
+
+def edit_state(folder, change):
+    state = torch.load(folder / "training.pt", weights_only=True)
+    change(state)
+    torch.save(state, folder / "training.pt")
+    without_checksums(folder)
+
+
+def set_moment(state, value):
+    state["optimizer"]["state"][0]["exp_avg"] = value
+
+
+@pytest.mark.parametrize(
+    "damage, reason",
+    [
+        *(((lambda folder, x=x: flip(folder / "training.pt", x)), "checksum") for x in (0.1, 0.5, 0.9)),
+        *(((lambda folder, x=x: flip(folder / "model.safetensors", x)), "checksum") for x in (0.1, 0.9)),
+        (lambda folder: (folder / "COMPLETE").unlink(), "not written to the end"),
+        (lambda folder: edit_state(folder, lambda state: state.update(step=3)), "holds the state of steps 3 and 2"),
+        (lambda folder: edit_state(folder, lambda state: state.pop("optimizer")), "cannot be read"),
+        (lambda folder: edit_state(folder, lambda s: set_moment(s, torch.zeros(3, 5))), "another shape"),
+        (lambda folder: edit_state(folder, lambda s: set_moment(s, torch.zeros(0))), "another shape"),
+        (
+            lambda folder: edit_state(folder, lambda state: set_moment(state, torch.zeros(1).expand(3, 4))),
+            "claims more",
+        ),
+        (
+            lambda folder: edit_state(folder, lambda state: set_moment(state, torch.full((3, 4), torch.nan))),
+            "not finite",
+        ),
+        (lambda folder: edit_state(folder, lambda state: set_moment(state, "text")), "no tensor"),
+        (lambda folder: edit_state(folder, lambda s: s["optimizer"]["state"].pop(0)["step"]), None),
+        (lambda folder: edit_state(folder, lambda s: s["optimizer"]["state"][1].pop("exp_avg")), "other parameters"),
+        (
+            lambda folder: edit_state(folder, lambda s: s["optimizer"]["state"][0].update(step=1e9)),
+            "number of its steps",
+        ),
+        (lambda folder: edit_state(folder, lambda s: s["optimizer"]["param_groups"].clear()), "other parameter groups"),
+        (lambda folder: edit_state(folder, lambda s: s["optimizer"]["param_groups"][0].update(eps=1.0)), "eps=1.0"),
+        (lambda folder: edit_state(folder, lambda s: s.update(optimizer=[1])), "another optimizer"),
+        (lambda folder: (folder / "training.pt").write_bytes(b"x") and without_checksums(folder), "cannot be read"),
+    ],
+)
+def test_a_damaged_or_edited_checkpoint_is_passed_over_with_its_reason(tmp_path, damage, reason, capsys):
+    save(tmp_path, 1)
+    damage(save(tmp_path, 2))
+    model, optimizer = trained(0)
+    optimizer_of_two_steps = load_checkpoint(tmp_path, model, optimizer)
+    said = capsys.readouterr().out
+    if reason is None:  # a parameter that never had a gradient has no state
+        assert optimizer_of_two_steps.step == 2 and not said
+        return
+    assert same_as(optimizer_of_two_steps, 1)
+    assert "step_00000002 is passed over" in said and reason in said
+
+
+def test_weights_that_are_not_finite_or_of_another_model_are_passed_over(tmp_path, capsys):
+    save(tmp_path, 1)
+    model, optimizer = trained(2)
+    state = {**model.state_dict(), "bias": torch.full((3,), torch.nan)}
+    save_checkpoint(tmp_path, 2, state, optimizer.state_dict(), {}, keep=9)
+    save_checkpoint(tmp_path, 3, {"weight": torch.zeros(3, 4)}, optimizer.state_dict(), {}, keep=9)
+    save_checkpoint(tmp_path, 4, {**state, "bias": torch.zeros(4)}, optimizer.state_dict(), {}, keep=9)
+    assert same_as(load_checkpoint(tmp_path, model, optimizer), 1)
+    said = capsys.readouterr().out
+    assert "NaN or infinity in 1 tensors, such as bias" in said
+    assert "other tensors than the model has, such as bias" in said and "bias in another shape" in said
+
+
+def test_a_renamed_folder_is_passed_over(tmp_path):
+    save(tmp_path, 1)
+    save(tmp_path, 2).rename(tmp_path / "checkpoints" / "step_00000009")
+    assert same_as(load_checkpoint(tmp_path), 1)
+
+
+def test_checkpoints_without_checksums_load_and_newer_formats_are_refused(tmp_path):
+    folder = save(tmp_path, 2)
+    without_checksums(folder)
+    assert same_as(load_checkpoint(tmp_path, *trained(0)), 2)
+    folder = save(tmp_path, 3)
+    marker = json.loads((folder / "COMPLETE").read_text())
+    (folder / "COMPLETE").write_text(json.dumps({**marker, "format": 99}))
+    with pytest.raises(UserError, match=r"has format 99, and this version .* reads formats up to 1"):
+        load_checkpoint(tmp_path)
+
+
+def test_weights_of_a_damaged_checkpoint_are_not_resolved(tmp_path):
+    save(tmp_path, 1)
+    folder = save(tmp_path, 2)
+    flip(folder / "model.safetensors", 0.9)
+    assert resolve_weights(tmp_path).parent.name == "step_00000001"
+    with pytest.raises(UserError, match="not complete, or damaged"):
+        resolve_weights(folder)
+
+
+class Malice:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def test_nothing_in_a_checkpoint_is_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path, 1)
+    edit_state(save(tmp_path, 2), lambda state: state.update(more=1))
+    folder = tmp_path / "checkpoints" / "step_00000002"
+    torch.save({"step": 2, "optimizer": Malice()}, folder / "training.pt")
+    without_checksums(folder)
+    assert same_as(load_checkpoint(tmp_path), 1)
+    assert not (tmp_path / "executed").exists()
 
 
 def test_nothing_to_resume_is_said(tmp_path):

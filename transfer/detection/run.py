@@ -12,6 +12,7 @@ from typing import Any
 from mae_core.data.images import ImageFiles, relative_names
 from mae_core.errors import UserError
 from mae_core.layout import CHECKPOINTS, CLASSIFIER, CONFIG, ENCODER, LOG, METRICS
+from mae_core.resuming import Resume
 from mae_core.training import distributed
 from mae_core.training.classification import tell_of_weights
 from mae_core.training.loop import FitSettings
@@ -37,7 +38,7 @@ from transfer.trunk import learning_line
 FILES_OF_RUNS = (METRICS, DETECTOR, CONFIG, LOG, CHECKPOINTS, ENCODER, CLASSIFIER)
 
 
-def train_detector(config: DetectionConfig, *, resume: bool = False) -> dict[str, Any]:
+def train_detector(config: DetectionConfig, *, resume: Resume = False) -> dict[str, Any]:
     """Train, write the run directory, score on the validation set; returns what metrics.json holds.
 
     Raises ``UserError`` for everything a user can get wrong, before any work where that is possible.
@@ -50,7 +51,7 @@ def train_detector(config: DetectionConfig, *, resume: bool = False) -> dict[str
     )
     if source is not None:
         config = with_file(source, config)
-    check_output(config, resume=resume)
+    resume = check_output(config, resume=resume)
     if resume and all((config.output / name).is_file() for name in (DETECTOR, METRICS)):
         return leave_finished(config)
     train_set, val_set = read_data(config)

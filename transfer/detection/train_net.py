@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from mae_core.config.load import load_config
 from mae_core.errors import UserError, user_errors
+from mae_core.resuming import AUTO, HELP, Resume, meaning, one_word
 from mae_core.training import distributed
 from transfer.detection.config import DetectionConfig
 from transfer.detection.plan import print_plan
@@ -27,7 +29,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--config-file", type=Path, help="yaml, such as those in configs/detection, or a LazyConfig .py"
     )
     parser.add_argument("--eval-only", action="store_true", help="score weights=detector.safetensors, or its run")
-    parser.add_argument("--resume", action="store_true", help="continue from the last complete checkpoint in output")
+    parser.add_argument("--resume", type=meaning, default=False, metavar="[auto]", help=HELP)
     parser.add_argument("--dry-run", action="store_true", help="say what the run will be and take, and write nothing")
     many = parser.add_argument_group("many processes", "of engine detectron2; torchrun starts those of torchvision")
     many.add_argument("--num-gpus", type=int, default=1, metavar="N", help="processes of this machine")
@@ -35,7 +37,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     many.add_argument("--machine-rank", type=int, default=0, metavar="N", help="which of them this is, from 0")
     many.add_argument("--dist-url", default="auto", metavar="URL", help="tcp://HOST:PORT of the first; auto for one")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options, such as optim.epochs=50")
-    known, rest = parser.parse_known_intermixed_args(arguments)
+    known, rest = parser.parse_known_intermixed_args(one_word(sys.argv[1:] if arguments is None else arguments))
     flags = [word for word in rest if word.startswith("-")]
     if flags:
         parser.error(f"unknown option {flags[0]}; options of the run are written key=value")
@@ -59,7 +61,7 @@ def check_one_process(given: argparse.Namespace, engine: str) -> None:
     )
 
 
-def run_config(config: DetectionConfig, eval_only: bool, resume: bool) -> None:
+def run_config(config: DetectionConfig, eval_only: bool, resume: Resume) -> None:
     """Train or score."""
     if eval_only:
         evaluate_detector(config)
@@ -83,6 +85,8 @@ def run_own_config(given: argparse.Namespace) -> None:
     """Run a Python configuration of an engine's own kind."""
     if given.dry_run:
         raise UserError("--dry-run reads yaml recipes; it cannot plan a LazyConfig")
+    if given.resume == AUTO:
+        raise UserError("--resume auto reads yaml recipes; a LazyConfig takes --resume, once it has a checkpoint")
     name = next(name for name, engine in DETECTION.items() if engine.own_config)
     require(name)
     start(name, find_object(DETECTION[name].own_config), (given,), given)

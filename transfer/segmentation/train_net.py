@@ -15,6 +15,7 @@ evaluated on the config's validation data instead.
 from __future__ import annotations
 
 import argparse
+import sys
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -23,12 +24,13 @@ from types import ModuleType
 from typing import Any
 
 from mae_core.errors import UserError, user_errors
+from mae_core.resuming import AUTO, HELP, Resume, meaning, one_word
 from mae_core.training.distributed import leave
 from transfer.engines import require
 from transfer.segmentation.config import check_config_exists
 from transfer.segmentation.launching import LAUNCHERS, join_launched
 from transfer.segmentation.quiet import quietly
-from transfer.segmentation.segmenter_file import LAST_CHECKPOINT
+from transfer.segmentation.segmenter_file import LAST_CHECKPOINT, SEGMENTER
 
 ENGINE_MODULES = r"(mmcv|mmengine|mmseg)(\.|$)"
 
@@ -39,14 +41,14 @@ def train_segmenter(
     weights: Path | str | None = None,
     work_dir: Path | str,
     cfg_options: Mapping[str, Any] | Sequence[str] | None = None,
-    resume: bool = False,
+    resume: Resume = False,
     amp: bool | None = None,
     launcher: str | None = None,
 ) -> dict[str, Any]:
     """Train what an mmseg config describes and return its last evaluation, which is also written to metrics.json.
 
     weights      any file the loader takes; None trains from scratch
-    work_dir     the run directory, new or empty unless ``resume``
+    work_dir     the run directory, new or empty unless ``resume``; "auto" continues where there is a checkpoint
     cfg_options  ``key=value`` texts or a mapping, keys as in ``model.backbone.drop_path``; variables of the config too
     amp          mixed precision, whatever the config says; None: what it says
     launcher     ``pytorch``, ``slurm`` or ``none``; None: torchrun's ranks if it started this process
@@ -98,7 +100,7 @@ def prepare(config_path: Path, launcher: str | None) -> ModuleType:
     return engine_mmseg
 
 
-def find_checkpoint(work_dir: Path, *, resume: bool) -> Path | None:
+def find_checkpoint(work_dir: Path, *, resume: Resume) -> Path | None:
     """The checkpoint to resume from, or None for a new run.
 
     Raises ``UserError`` where a new run meets a folder in use, or a resumed one finds nothing whole.
@@ -106,12 +108,14 @@ def find_checkpoint(work_dir: Path, *, resume: bool) -> Path | None:
     if not resume:
         if work_dir.exists() and (not work_dir.is_dir() or any(work_dir.iterdir())):
             raise UserError(
-                f"{work_dir} is not empty; give another --work-dir, or --resume to go on with the run in it"
+                f"{work_dir} is not empty; give another --work-dir, or --resume auto to go on with the run in it"
             )
         return None
     pointer = work_dir / LAST_CHECKPOINT
+    if resume == AUTO and not pointer.is_file() and not (work_dir / SEGMENTER).exists():
+        return None
     if not pointer.is_file():
-        raise UserError(f"{work_dir} holds no checkpoint to resume from; leave --resume out to start a run there")
+        raise UserError(f"{work_dir} holds no checkpoint to resume from; --resume auto starts a run there")
     checkpoint = work_dir / Path(pointer.read_text().strip()).name
     if not zipfile.is_zipfile(checkpoint):
         raise UserError(f"checkpoint {checkpoint} is missing or truncated; name an earlier one in {pointer}")
@@ -127,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("config", type=Path, metavar="CONFIG", help="an mmseg config, such as one of configs/segmentation")
     add("--weights", type=Path, metavar="FILE", help="encoder.safetensors, a run directory or an official file")
     add("--work-dir", type=Path, metavar="DIR", help="run directory; runs/segmentation/<config> when left out")
-    add("--resume", action="store_true", help="go on from the last checkpoint in the work dir")
+    add("--resume", type=meaning, default=False, metavar="[auto]", help=HELP)
     add(
         "--amp",
         action=argparse.BooleanOptionalAction,
@@ -143,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metavar="KEY=VALUE",
         help="change the config: its variables (data_root=PATH crop_size=256) or its keys (train_cfg.max_iters=2000)",
     )
-    given = parser.parse_args(arguments)
+    given = parser.parse_args(one_word(sys.argv[1:] if arguments is None else arguments))
     stem = f"{given.config.stem}_eval" if given.eval_only else given.config.stem
     work_dir = given.work_dir or Path("runs/segmentation") / stem
     with user_errors():

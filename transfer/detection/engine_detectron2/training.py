@@ -39,7 +39,7 @@ def fit(model: nn.Module, job: Job) -> Fitted:
         group["lr"] = group["initial_lr"] = settings.lr * group["lr_scale"]
     optimizer = ClippedAdamW(groups, lr=settings.lr, betas=config.optim.betas)
     optimizer.largest_norm, optimizer.skipped = settings.clip_grad, SkippedSteps(run.record, run.say)
-    start = run.restore(model, optimizer) if job.resume else 0
+    start = run.restore(model, optimizer)
     sampler = run.sampler(
         len(job.train_set.images), config.optim.batch_size, total_steps=settings.total_steps, start_step=start
     )

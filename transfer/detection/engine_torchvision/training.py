@@ -82,7 +82,7 @@ def fit_in_core_loop(model: nn.Module, job: Job) -> Fitted:
     )
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=config.optim.betas, fused=True)
     scored = model if config.ema is None else attach_average(optimizer, model, config.ema)
-    start = run.restore(model, optimizer) if job.resume else 0
+    start = run.restore(model, optimizer)
     sampler = run.sampler(
         len(job.train_set.images), config.optim.batch_size, total_steps=settings.total_steps, start_step=start
     )

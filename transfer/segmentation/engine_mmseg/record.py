@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from mae_core import layout
 from mae_core.atomic import write_json, write_text
+from mae_core.training.run import logged_by
 from transfer.segmentation.drawing import Example, draw_examples
 from transfer.segmentation.engine_mmseg.runner import bare_model
 from transfer.segmentation.pixels import picture_of
@@ -45,8 +46,8 @@ class RunRecord(Hook):
             write_json(Path(runner.work_dir, layout.LOADING), loading.as_dict())
         log = Path(runner.work_dir, layout.LOG)
         if log.exists():
-            lines = log.read_text().splitlines()
-            write_text(log, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= runner.iter))
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+            write_text(log, "".join(f"{line}\n" for line in lines if logged_by(line, runner.iter)))
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """A line of losses, learning rate and seconds."""
