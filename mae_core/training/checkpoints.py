@@ -142,12 +142,12 @@ def _read(folder: Path, model: nn.Module | None, optimizer: torch.optim.Optimize
         if crc is not None and checksum(folder / name) != crc:
             raise Damaged(f"has a {name} whose checksum is not the one written with it")
     try:
-        tensors, metadata = read_weights(folder / MODEL)
+        tensors, stated = read_weights(folder / MODEL)
         state = torch.load(folder / TRAINING_STATE, map_location="cpu", weights_only=True)
         step, optimizer_state = state["step"], state["optimizer"]
     except Exception as error:  # on foreign bytes the unpickler fails in every way there is
         raise Damaged(f"cannot be read ({first_line(error)[:200]})") from None
-    if not isinstance(step, int) or folder.name != f"step_{step:08d}" or metadata.get("step") != step:
+    if not isinstance(step, int) or folder.name != f"step_{step:08d}" or stated.get("step") != step:
         raise Damaged(f"is named {folder.name} and holds the state of steps {step} and {metadata.get('step')}")
     fault = model_fault(tensors, model) or (optimizer_fault(optimizer_state, optimizer, step) if optimizer else None)
     if fault:
