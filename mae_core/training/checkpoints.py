@@ -148,7 +148,7 @@ def _read(folder: Path, model: nn.Module | None, optimizer: torch.optim.Optimize
     except Exception as error:  # on foreign bytes the unpickler fails in every way there is
         raise Damaged(f"cannot be read ({first_line(error)[:200]})") from None
     if not isinstance(step, int) or folder.name != f"step_{step:08d}" or stated.get("step") != step:
-        raise Damaged(f"is named {folder.name} and holds the state of steps {step} and {metadata.get('step')}")
+        raise Damaged(f"is named {folder.name} and holds the state of steps {step} and {stated.get('step')}")
     fault = model_fault(tensors, model) or (optimizer_fault(optimizer_state, optimizer, step) if optimizer else None)
     if fault:
         raise Damaged(fault)
