@@ -19,6 +19,15 @@ def first_line(error: Exception) -> str:
 
 
 @contextmanager
+def naming(path: object) -> Iterator[None]:
+    """A ``UserError`` inside begins with the file that it is about, where it does not name it already."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+
+
+@contextmanager
 def user_errors() -> Iterator[None]:
     """Around the body of a command: a ``UserError`` becomes ``error: ...`` on stderr and exit code 2, without a
     traceback."""

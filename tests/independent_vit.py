@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mae_core.errors import UserError
-from mae_core.weights.tools.check import Geometry, Tokens
+from mae_core.weights.features import Geometry, Tokens
 
 
 @dataclass(frozen=True)

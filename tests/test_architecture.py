@@ -229,14 +229,10 @@ def test_the_keys_of_an_encoders_metadata_have_one_home(path):
         )
 
 
-RUN_BY_TOOLS = ("published.py", "exporting.py")
-"""mmseg's backbone as ``mae convert --check`` runs it; the export of segmenters, which needs the same packages."""
-
-
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_only_commands_import_the_tools_on_weights(path):
     inside = path.is_relative_to(ROOT / "mae_core/weights/tools") or path.is_relative_to(ROOT / "mae_core/cli")
-    assert inside or path.name in RUN_BY_TOOLS or not imports(path.read_text(), "mae_core.weights.tools")
+    assert inside or not imports(path.read_text(), "mae_core.weights.tools")
 
 
 def test_no_file_is_named_after_nothing():

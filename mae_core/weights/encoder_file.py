@@ -23,23 +23,21 @@ TRANSFORMERS_WORDS = {
     "num_hidden_layers": "depth",
     "num_attention_heads": "heads",
     "layer_norm_eps": "norm_eps",
+    "hidden_act": "activation",
     "image_size": "image_size",
     "patch_size": "patch_size",
     "num_channels": "in_chans",
     "decoder_num_attention_heads": "decoder_heads",
     "mask_ratio": "mask_ratio",
+    "norm_pix_loss": "target",
 }
 """A key of transformers' configuration -> ours."""
+TRAINER_WORDS = {"norm_pix_loss": "target", "mask_ratio": "mask_ratio", "epochs": "epochs"}
+"""An argument of the official trainer -> ours."""
 TRANSFORMERS_ACTIVATIONS = {
-    "gelu": "gelu",
-    "gelu_python": "gelu",
-    "relu": "relu",
-    "silu": "silu",
-    "swish": "silu",
-    "quick_gelu": "quick_gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
+    **{name: name for name in ("gelu", "relu", "silu", "quick_gelu")},
+    **{"gelu_python": "gelu", "swish": "silu"},
+    **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), "gelu_tanh"),
 }
 """``hidden_act`` of transformers -> a row of ``ACTIVATIONS``."""
 
@@ -95,15 +93,26 @@ class EncoderInfo:
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> EncoderInfo:
         """The record in a file of ours; ``format: pt``, which other libraries write, says nothing."""
-        known = {name: value for name, value in metadata.items() if name in KEYS and value is not None}
-        if known.get("format") == "pt":
-            del known["format"]
+        known = {name: value for name, value in metadata.items() if name in KEYS and (name, value) != ("format", "pt")}
         return cls(**known, other={name: value for name, value in metadata.items() if name not in KEYS})
+
+    @classmethod
+    def from_foreign(cls, config: Mapping[str, Any], words: Mapping[str, str]) -> EncoderInfo:
+        """What another program's configuration says; ``words``: its key -> ours. Raises ``UserError`` for an activation
+        that is not supported."""
+        facts = {ours: config[theirs] for theirs, ours in words.items() if config.get(theirs) is not None}
+        if "target" in facts:
+            facts["target"] = "normalized_pixels" if facts["target"] else "pixels"
+        if "activation" in facts:
+            if facts["activation"] not in TRANSFORMERS_ACTIVATIONS:
+                known = ", ".join(TRANSFORMERS_ACTIVATIONS)
+                raise UserError(f"hidden_act is {facts['activation']!r}, which is not supported; supported: {known}")
+            facts["activation"] = TRANSFORMERS_ACTIVATIONS[facts["activation"]]
+        return cls(**facts)
 
     def to_metadata(self) -> dict[str, Any]:
         """JSON values of all that is stated."""
-        stated = {name: getattr(self, name) for name in KEYS if getattr(self, name) is not None}
-        return {**stated, **self.other}
+        return {name: value for name in KEYS if (value := getattr(self, name)) is not None} | dict(self.other)
 
     def completed(self, other: EncoderInfo) -> EncoderInfo:
         """This record, and what ``other`` states where this one does not."""
@@ -117,39 +126,29 @@ class EncoderInfo:
     @property
     def trunk(self) -> ViTSize:
         """The trunk, where every number of it is known. Raises ``UserError`` otherwise."""
-        numbers = (self.width, self.depth, self.heads)
-        if None in numbers:
+        known = {name: value for name in TRUNK if (value := getattr(self, name))}
+        if {"width", "depth", "heads"} - known.keys():
+            numbers = (self.width, self.depth, self.heads)
             raise UserError(f"width, depth and heads of the encoder are not all known, but {numbers}")
-        return ViTSize(
-            *numbers,  # type: ignore[arg-type]
-            mlp_ratio=self.mlp_ratio or ViTSize.mlp_ratio,
-            patch_size=self.patch_size or ViTSize.patch_size,
-            norm_eps=self.norm_eps or ViTSize.norm_eps,
-            activation=self.activation or ViTSize.activation,
-        )
-
-    @classmethod
-    def of_trunk(cls, trunk: ViTSize) -> EncoderInfo:
-        """The facts of a trunk."""
-        named = trunk.name if trunk.name in SIZES else None
-        facts = {**dataclasses.asdict(trunk), "size": named}
-        return cls(**facts)
+        return ViTSize(**known)
 
     @classmethod
     def of(cls, model: ViTEncoder | MaskedAutoencoder, **more: Any) -> EncoderInfo:
         """The record of a model of ours; ``more``: further facts."""
         encoder = model.encoder if isinstance(model, MaskedAutoencoder) else model
-        grid = encoder.grid
-        facts: dict[str, Any] = {
-            "format": "mae_core",
-            "image_size": list(grid.image_size),
-            "grid": [grid.rows, grid.cols],
-            "in_chans": encoder.in_channels,
-        }
-        return cls.of_trunk(encoder.shape).with_facts(**facts, **more)
+        grid, trunk = encoder.grid, encoder.shape
+        return cls(
+            format="mae_core",
+            size=trunk.name if trunk.name in SIZES else None,
+            image_size=list(grid.image_size),
+            grid=[grid.rows, grid.cols],
+            in_chans=encoder.in_channels,
+            **dataclasses.asdict(trunk),
+        ).with_facts(**more)
 
 
 KEYS = tuple(each.name for each in dataclasses.fields(EncoderInfo) if each.name != "other")
+TRUNK = tuple(each.name for each in dataclasses.fields(ViTSize))
 
 
 def describe_encoder(model: ViTEncoder | MaskedAutoencoder) -> dict[str, Any]:
@@ -207,19 +206,9 @@ class EncoderFile:
         return self.grid[0] * self.patch_size, self.grid[1] * self.patch_size
 
     @property
-    def state(self) -> dict[str, Tensor]:
-        """``tensors``."""
-        return self.tensors
-
-    @property
     def metadata(self) -> dict[str, Any]:
         """``info`` as JSON values."""
         return self.info.to_metadata()
-
-    @property
-    def format(self) -> str:
-        """Name of the format the file is in."""
-        return str(self.info.format)
 
     @property
     def has_norm(self) -> bool:
@@ -239,17 +228,6 @@ class EncoderFile:
                 f"{self.path} is a fine-tuned classifier of {self.num_classes} classes, not a pre-trained encoder; "
                 "give the encoder it was fine-tuned from, or evaluate it with mae evaluate"
             )
-
-
-def info_of_arguments(arguments: Mapping[str, Any]) -> EncoderInfo:
-    """What the arguments of the official trainer say."""
-    facts: dict[str, Any] = {}
-    if isinstance(arguments.get("norm_pix_loss"), bool):
-        facts["target"] = "normalized_pixels" if arguments["norm_pix_loss"] else "pixels"
-    for name, kind in (("mask_ratio", float), ("epochs", int)):
-        if isinstance(arguments.get(name), kind):
-            facts[name] = arguments[name]
-    return EncoderInfo(**facts)
 
 
 # What lies beside a weights file: the configuration of a folder of transformers or timm.
@@ -274,37 +252,23 @@ def info_beside(path: Path) -> EncoderInfo:
         return EncoderInfo()
     try:
         if "num_attention_heads" in config:
-            return info_of_transformers(config, read_json_beside(path, PREPROCESSOR_CONFIG) or {})
+            pixels = _pixels_of_processor(read_json_beside(path, PREPROCESSOR_CONFIG) or {}, config)
+            return EncoderInfo.from_foreign(config, TRANSFORMERS_WORDS).with_facts(**pixels)
         return info_of_timm(config) if "architecture" in config else EncoderInfo()
     except UserError as error:
         raise UserError(f"{path.parent / EXPORT_CONFIG}: {error}") from None
 
 
-def info_of_transformers(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> EncoderInfo:
-    """What transformers' configuration of a ViT, and that of its image processor, say."""
-    facts = {ours: config[theirs] for theirs, ours in TRANSFORMERS_WORDS.items() if config.get(theirs) is not None}
-    activation = config.get("hidden_act")
-    if activation is not None:
-        if activation not in TRANSFORMERS_ACTIVATIONS:
-            known = ", ".join(TRANSFORMERS_ACTIVATIONS)
-            raise UserError(f"hidden_act is {activation!r}, which is not supported; supported: {known}")
-        facts["activation"] = TRANSFORMERS_ACTIVATIONS[activation]
-    if "norm_pix_loss" in config:
-        facts["target"] = "normalized_pixels" if config["norm_pix_loss"] else "pixels"
-    return EncoderInfo(**facts, **_statistics_of_processor(preprocessor, config.get("num_channels", 3)))
-
-
-def _statistics_of_processor(preprocessor: Mapping[str, Any], channels: int) -> dict[str, Any]:
+def _pixels_of_processor(processor: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """Mean and std in units of pixels in [0, 1], of transformers' ``(pixels * rescale_factor - mean) / std``."""
-    mean, std = preprocessor.get("image_mean"), preprocessor.get("image_std")
-    if preprocessor.get("do_normalize") is False:
-        mean, std = [0.0] * channels, [1.0] * channels
-    if mean is None or std is None:
+    channels = config.get("num_channels", 3)
+    stated: dict[str, Any] = {"mean": processor.get("image_mean"), "std": processor.get("image_std")}
+    if processor.get("do_normalize") is False:
+        stated = {"mean": 0.0, "std": 1.0}
+    if None in stated.values():
         return {}
-    factor = preprocessor.get("rescale_factor", 1 / 255) if preprocessor.get("do_rescale", True) else 1.0
-    scale = 255 * factor
-    columns = {"mean": mean, "std": std}
-    lists = {name: [each] * channels if isinstance(each, int | float) else each for name, each in columns.items()}
+    scale = 255 * (processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1.0)
+    lists = {name: [each] * channels if isinstance(each, int | float) else each for name, each in stated.items()}
     return {name: [round(value / scale, 9) for value in values] for name, values in lists.items()}
 
 

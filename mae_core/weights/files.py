@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import _codecs
 import argparse
 import json
 import pickle
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,12 +21,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mae_core.atomic import atomic_path
-from mae_core.errors import UserError
-from mae_core.weights.pickles import PICKLE, read_pickle
-from mae_core.weights.unwrapping import arguments_of, unwrap
+from mae_core.errors import UserError, naming
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 SAFETENSORS = ".safetensors"
+PICKLE = ".pkl"
 ZIP_START = b"PK\x03\x04"
 LARGEST_HEADER = 1 << 28
 """Bytes of a safetensors header; more is not one."""
@@ -37,6 +38,26 @@ REMEDIES = {
     "gzip": "is compressed with gzip; unpack it first",
 }
 """What a file is instead of weights -> what to do."""
+
+WRAPPERS = (
+    "model", "state_dict", "model_state_dict", "module", "net", "network", "model_ema", "state_dict_ema",
+    "ema_state_dict", "ema", "teacher", "student",
+)  # fmt: skip
+"""Keys under which trainers put the weights; where a file has several, the first of them is meant."""
+
+_ARRAY = np.zeros(1)
+_REBUILD, _REBUILD_SCALAR = _ARRAY.__reduce__()[0], np.float64(0).__reduce__()[0]
+_OF_BUFFER = _ARRAY.__reduce_ex__(5)[0]
+HARMLESS: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("_codecs", "encode"): _codecs.encode,
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    **{(f"numpy.{core}.multiarray", "_reconstruct"): _REBUILD for core in ("core", "_core")},
+    **{(f"numpy.{core}.multiarray", "scalar"): _REBUILD_SCALAR for core in ("core", "_core")},
+    **{(f"numpy.{core}.numeric", "_frombuffer"): _OF_BUFFER for core in ("core", "_core")},
+}
+"""All that a pickle may name: what builds arrays, and nothing that does anything else."""
 
 
 @dataclass
@@ -113,7 +134,7 @@ def read_file(path: Path | str, *, mapped: bool = True) -> WeightsFile:
     if kind == "safetensors":
         return _read_safetensors(path, mapped)
     if path.suffix == PICKLE and kind != "torch":
-        return _unwrapped(path, read_pickle(path))
+        return _read_pickle(path)
     return _read_torch(path, mapped)
 
 
@@ -227,13 +248,13 @@ def _unwrapped(path: Path, content: Any) -> WeightsFile:
     """The weights in what a file holds, with what it says of them."""
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, not named tensors")
-    try:
+    with naming(path):
         state, notes, beside = unwrap(content)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    stated = beside.get("metadata")
-    metadata = dict(stated) if isinstance(stated, Mapping) else {}
-    return WeightsFile(path, state, metadata, notes, tuple(map(str, beside)), arguments_of(beside))
+    arguments, stated = beside.get("args"), beside.get("metadata")
+    if isinstance(arguments, argparse.Namespace):
+        arguments = vars(arguments)
+    metadata, arguments = (dict(each) if isinstance(each, Mapping) else {} for each in (stated, arguments))
+    return WeightsFile(path, state, metadata, notes, tuple(map(str, beside)), arguments)
 
 
 def storage_bytes(content: Any) -> int:
@@ -250,3 +271,58 @@ def storage_bytes(content: Any) -> int:
         elif isinstance(value, list | tuple):
             queue += value
     return sum(found.values())
+
+
+class _Arrays(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in HARMLESS:
+            raise pickle.UnpicklingError(f"{module}.{name}")
+        return HARMLESS[module, name]
+
+
+def _read_pickle(path: Path) -> WeightsFile:
+    """A pickle of numpy arrays, as detectron2's model zoo publishes its weights. One that names anything else is
+    refused and never executed."""
+    try:
+        with path.open("rb") as file:
+            content = _Arrays(file).load()
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} holds other objects than arrays, or is truncated ({error}), and loading it could execute code; "
+            "save its arrays alone"
+        ) from None
+    except Exception as error:  # on foreign bytes the unpickler fails in every way there is
+        raise UserError(f"{path} is truncated or no pickle of arrays ({type(error).__name__}); copy it again") from None
+    return _unwrapped(path, _as_tensors(content))
+
+
+def _as_tensors(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _as_tensors(inner) for name, inner in value.items()}
+    if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
+        return torch.from_numpy(value.copy())
+    return value
+
+
+def unwrap(content: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str], dict[str, Any]]:
+    """What a torch file holds -> (named tensors, what was unwrapped, what lay beside them).
+
+    Raises ``UserError`` where it holds no named tensors.
+    """
+    notes: list[str] = []
+    beside: dict[str, Any] = {}
+    while not any(isinstance(value, Tensor) for value in content.values()) or isinstance(
+        content.get(WRAPPERS[0]), Mapping
+    ):
+        found = [key for key in WRAPPERS if isinstance(content.get(key), Mapping)]
+        if not found:
+            raise UserError(f"it holds no tensors under {', '.join(WRAPPERS)} or at its top level")
+        notes.append(f"unwrapped {found[0]!r}")
+        notes += [f"{key!r} lies beside it and is not used" for key in found[1:]]
+        beside.update({key: value for key, value in content.items() if key != found[0] and key not in WRAPPERS})
+        content = content[found[0]]
+    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    others = sorted(str(name) for name, value in content.items() if not isinstance(value, Tensor))
+    if others:
+        notes.append(f"passed over what is no tensor: {', '.join(others[:4])}")
+    return tensors, notes, beside

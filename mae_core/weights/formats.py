@@ -120,14 +120,7 @@ class Format:
 
 
 OWN_BARE = Layout(
-    "encoder",
-    OWN_TOP,
-    "blocks",
-    OWN_BLOCK,
-    OWN_DECODER,
-    "decoder_blocks",
-    head="head",
-    prefixes=("", "backbone."),
+    "encoder", OWN_TOP, "blocks", OWN_BLOCK, OWN_DECODER, "decoder_blocks", head="head", prefixes=("", "backbone.")
 )
 MAE_CORE_FULL = Layout(
     "encoder and decoder of a run",
@@ -201,11 +194,7 @@ def _openmmlab(about: str, top: Mapping[str, str], **more: Any) -> Layout:
 
 
 MMSEG_MAE = _openmmlab(
-    "backbone MAE",
-    OPENMMLAB_TOP,
-    extras=SEGMENTATION_EXTRAS,
-    prefixes=("", "backbone."),
-    aliases={"norm": "norm"},
+    "backbone MAE", OPENMMLAB_TOP, extras=SEGMENTATION_EXTRAS, prefixes=("", "backbone."), aliases={"norm": "norm"}
 )
 MMSEG_BEIT = _openmmlab(
     "backbone BEiT",
@@ -286,10 +275,7 @@ FORMATS: dict[str, Format] = {
             wrapper=None,
         ),
         Format(
-            "mmpretrain",
-            "mmpretrain's MAE and its VisionTransformer classifier",
-            (MMPRETRAIN,),
-            wrapper="state_dict",
+            "mmpretrain", "mmpretrain's MAE and its VisionTransformer classifier", (MMPRETRAIN,), wrapper="state_dict"
         ),
         Format(
             "mmseg",

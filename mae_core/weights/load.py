@@ -18,7 +18,7 @@ from mae_core.config.schema import Schema
 from mae_core.config.sections import JobConfig
 from mae_core.data.images import DEFAULT_STATISTICS, Statistics
 from mae_core.data.views import FileView
-from mae_core.errors import UserError
+from mae_core.errors import UserError, naming
 from mae_core.models.encoder import Pooling, ViTEncoder
 from mae_core.models.mae import MaskedAutoencoder, assemble_mae
 from mae_core.models.sizes import size_of
@@ -28,31 +28,23 @@ from mae_core.weights.catalogue import published_target
 from mae_core.weights.encoder_file import EncoderFile, EncoderInfo
 from mae_core.weights.formats import FORMATS, MAE_CORE_FULL, OWN_ONLY
 from mae_core.weights.opening import open_weights
-from mae_core.weights.parts import LACKING, UNKNOWN, check_finite, describe_refused, missing_decoder
-from mae_core.weights.rename import is_decoder, their_names
+from mae_core.weights.parts import LACKING, UNKNOWN, Parts, check_finite, describe_refused, missing_decoder
+from mae_core.weights.rename import is_decoder
 from mae_core.weights.report import LoadReport
-from mae_core.weights.resize import STEM_WARNING, Adaptation, ChannelMethod, adapt_stem
+from mae_core.weights.resize import STEM_WARNING, Adaptation, adapt_stem, usual_method
 from mae_core.weights.writing import write_parts
 
 AnyRun = TypeVar("AnyRun", bound=JobConfig)
 AnySection = TypeVar("AnySection", bound=Schema)
 DECODER_REASON = "the decoder is for pre-training only"
-UNUSED = {
-    "decoder_*": DECODER_REASON,
-    "mask_token": DECODER_REASON,
-    f"{OWN_ONLY}*": "for pre-training only",
-}
+UNUSED = {"decoder_*": DECODER_REASON, "mask_token": DECODER_REASON, f"{OWN_ONLY}*": "for pre-training only"}
 """Patterns of official names -> why no encoder takes them."""
 OFFICIAL_DECODER_HEADS = 16
 """Of every released model, whatever its size; the tensors do not tell."""
 
 
 def read_encoder(
-    path: Path | str,
-    *,
-    image_size: int | Sequence[int] | None = None,
-    heads: int | None = None,
-    decoder: bool = False,
+    path: Path | str, *, image_size: int | Sequence[int] | None = None, heads: int | None = None, decoder: bool = False
 ) -> EncoderFile:
     """Read the encoder of a weights file of any known format, a run directory, a checkpoint folder or a folder of timm
     or transformers; of a full MAE the decoder's tensors come along.
@@ -62,29 +54,28 @@ def read_encoder(
 
     Raises ``UserError`` where the file is broken or holds no encoder, and where nothing tells its heads or its grid.
     """
-    opened = open_weights(path, image_size=image_size, heads=heads, decoder=decoder)
-    opened.check_decided()
-    parts, report = opened.parts, opened.report
-    kept = {
-        name: parts.tensors.pop(name) for name in list(parts.tensors) if is_decoder(name) or name.startswith(OWN_ONLY)
-    }
-    try:
-        official = write_parts(parts, FORMATS["official"], replace(report, notes=[]), opened.info)
-    except UserError as error:
-        raise UserError(f"{opened.path}: {error}") from None
+    parts = open_weights(path, image_size=image_size, heads=heads, decoder=decoder)
+    parts.check_decided()
+    apart = [name for name in parts.tensors if is_decoder(name) or name.startswith(OWN_ONLY)]
+    kept = {name: parts.tensors.pop(name) for name in apart}
+    with naming(parts.path):
+        official = write_parts(replace(parts, report=replace(parts.report, notes=[])), FORMATS["official"])
+    if decoder:
+        _check_decoder(parts, kept)
     tensors = {**official.tensors, **kept}
     names = {name: sources for name, sources in parts.sources.items() if name in tensors}
-    full = parts.fit.reading.layout is MAE_CORE_FULL
-    if full and decoder and not opened.info.decoder_heads:
-        raise UserError(f"the metadata of {opened.path} lacks decoder_heads; give the checkpoint as its run wrote it")
-    if decoder and (lost := missing_decoder(kept)):
-        theirs = [name for ours in lost for name in their_names(parts.fit.reading, ours)]
-        if not any(is_decoder(name) for name in kept):
-            raise UserError(
-                f"{opened.path} has no decoder; give a run directory, a checkpoint, or an official _full file"
-            )
-        raise UserError(f"{opened.path} is not a complete MAE; it lacks {', '.join(theirs[:4])}")
-    return EncoderFile(opened.path, opened.info, tensors, names, report, opened.assumptions)
+    return EncoderFile(parts.path, parts.info, tensors, names, parts.report, parts.assumptions)
+
+
+def _check_decoder(parts: Parts, decoder: Mapping[str, Tensor]) -> None:
+    path, reading = parts.path, parts.fit.reading
+    if reading.layout is MAE_CORE_FULL and not parts.info.decoder_heads:
+        raise UserError(f"the metadata of {path} lacks decoder_heads; give the checkpoint as its run wrote it")
+    if not any(is_decoder(name) for name in decoder):
+        raise UserError(f"{path} has no decoder; give a run directory, a checkpoint, or an official _full file")
+    lost = [name for ours in missing_decoder(decoder) for name in reading.names(ours)]
+    if lost:
+        raise UserError(f"{path} is not a complete MAE; it lacks {', '.join(lost[:4])}")
 
 
 # What the user said, else what the file says.
@@ -118,12 +109,7 @@ def _shown(value: Any) -> Any:
 
 
 def section_with(
-    path: Path,
-    section: AnySection,
-    prefix: str,
-    *,
-    must: Mapping[str, Any],
-    may: Mapping[str, Any] | None = None,
+    path: Path, section: AnySection, prefix: str, *, must: Mapping[str, Any], may: Mapping[str, Any] | None = None
 ) -> AnySection:
     """``settled`` for a section of a configuration, which options ``prefix.name`` set. Raises ``UserError`` where the
     rest of the section does not go with what the file says."""
@@ -161,23 +147,16 @@ def model_facts(source: EncoderFile, model: Any) -> dict[str, Any]:
     """The file's trunk in the words of the ``model`` section: its name where it has one, its numbers otherwise, and
     what the section gives of them."""
     trunk = source.shape
-    numbers: dict[str, Any] = {
-        "width": trunk.width,
-        "depth": trunk.depth,
-        "heads": trunk.heads,
-        "mlp_ratio": trunk.mlp_ratio,
-    }
+    numbers = {name: getattr(trunk, name) for name in ("width", "depth", "heads", "mlp_ratio")}
     # a recorded config.yaml names every option, those without a value too
     given = {name for name in model.model_fields_set if getattr(model, name) is not None}
-    if source.info.size is None:
-        facts = {**numbers}
-        if "size" in given and {"width", "depth"} - given:
-            facts["size"] = trunk.name
-    else:
+    if source.info.size is not None:
         facts = {"size": source.info.size, **{name: value for name, value in numbers.items() if name in given}}
-    if "patch_size" in given:
-        facts["patch_size"] = trunk.patch_size
-    return facts
+    elif "size" in given and {"width", "depth"} - given:
+        facts = {**numbers, "size": trunk.name}
+    else:
+        facts = numbers
+    return {**facts, **({"patch_size": trunk.patch_size} if "patch_size" in given else {})}
 
 
 def heads_given(config: Any) -> int | None:
@@ -209,48 +188,44 @@ def load_state(
     side, has another shape, or is not finite: a model never starts half loaded.
     """
     report = report or LoadReport(str(path))
-    wanted, unused, rename, names = model.state_dict(), unused or {}, rename or {}, names or {}
+    wanted, unused, may_be_new = model.state_dict(), unused or {}, dict.fromkeys(new, "")
     ready: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        target = rename.get(name, name)
-        theirs = names.get(name) or [name]
+        target = (rename or {}).get(name, name)
+        theirs = (names or {}).get(name) or [name]
         if target not in wanted:
             why = matching(name, unused)
             if why is None:
                 report.refused[theirs[0]] = UNKNOWN
             else:
                 report.unused.update(dict.fromkeys(theirs, why))
-        elif tensor.shape != wanted[target].shape:
+            continue
+        if tensor.shape != wanted[target].shape:
             report.refused[theirs[0]] = f"file {tuple(tensor.shape)}, model {tuple(wanted[target].shape)}"
+            continue
+        ready[target] = tensor
+        if target in report.resized:
+            pass
+        elif len(theirs) > 1:
+            report.changed[target] = f"joined from {', '.join(theirs)}"
+        elif target != theirs[0]:
+            report.renamed[theirs[0]] = target
         else:
-            ready[target] = tensor
-            if target in report.resized:
-                pass
-            elif len(theirs) > 1:
-                report.changed[target] = f"joined from {', '.join(theirs)}"
-            elif target != theirs[0]:
-                report.renamed[theirs[0]] = target
-            else:
-                report.loaded.append(target)
-    may_be_new = dict.fromkeys(new, "")
-    for name in wanted.keys() - ready.keys():
-        if matching(name, may_be_new) is not None:
-            report.new.append(name)
-        elif name not in report.refused:
-            report.refused[name] = LACKING
-    report.new.sort()
+            report.loaded.append(target)
+    lacking = wanted.keys() - ready.keys()
+    report.new = sorted([*report.new, *(name for name in lacking if matching(name, may_be_new) is not None)])
+    for name in lacking - set(report.new):
+        report.refused.setdefault(name, LACKING)
     if report.refused:
         raise UserError(f"{path} does not fit this model: {describe_refused(report.refused)}; {remedy}")
-    try:
+    with naming(path):
         check_finite(ready)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    learnable = dict(model.named_parameters())
     with torch.no_grad():
         for name, tensor in ready.items():
             wanted[name].copy_(tensor)
-    report.total_parameters = sum(parameter.numel() for parameter in learnable.values())
-    report.loaded_parameters = sum(learnable[name].numel() for name in ready if name in learnable)
+    learnable = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    report.total_parameters = sum(learnable.values())
+    report.loaded_parameters = sum(number for name, number in learnable.items() if name in ready)
     return report
 
 
@@ -274,18 +249,9 @@ def fit_state(
 
     ``allow_missing``: patterns of tensors that the user allows to start anew.
     """
-    rename = rename or {}
-    report = replace(
-        source.report,
-        loaded=[],
-        renamed={},
-        changed={},
-        resized={rename.get(name, name): how for name, how in source.report.resized.items()},
-        new=[],
-        refused={},
-        unused={**source.report.unused},
-        notes=[*source.report.notes],
-    )
+    rename, before = rename or {}, source.report
+    resized = {rename.get(name, name): how for name, how in before.resized.items()}
+    report = LoadReport(before.path, resized=resized, unused={**before.unused}, notes=[*before.notes])
     tensors = dict(source.tensors)
     for name in {"pos_embed", "decoder_pos_embed"} & tensors.keys() if source.grid != tuple(grid) else ():
         if name == "pos_embed" or name in rename:
@@ -330,14 +296,13 @@ def load_encoder(
     source = opened_once(path, image_size=image_size, heads=heads)
     warn_of_assumptions(source)
     if not source.has_norm:
-        kind = (
-            "a classifier on mean-pooled patches" if "fc_norm.weight" in source.tensors else f"a {source.format} file"
-        )
+        pooled = "fc_norm.weight" in source.tensors
+        kind = "a classifier on mean-pooled patches" if pooled else f"a {source.info.format} file"
         raise UserError(
             f"{source.path} is {kind} and has no final norm of its tokens; load the encoder it was made from"
         )
     if in_chans is not None and in_chans != source.in_chans:
-        method: ChannelMethod = "sum" if in_chans == 1 else "mean_tile"
+        method = usual_method(in_chans)
         warnings.warn(
             f"{source.path} has {source.in_chans} channels; its patch embedding was adapted to {in_chans} ({method}): "
             f"{STEM_WARNING}",
@@ -398,14 +363,10 @@ def classifier_from(
     source.check_pretrained()
     if num_classes < 1:
         raise UserError(f"a classifier has one class or more; num_classes={num_classes} was asked for")
+    unused = {"norm.*": "mean pooling learns a new norm after pooling"} if pooling == "mean" else {}
     model = vit_of(source, image_size, num_classes=num_classes, pooling=pooling, drop_path=drop_path)
-    unused = {}
-    if pooling == "mean":
-        unused["norm.*"] = "mean pooling learns a new norm after pooling"
-    report = fit_state(
-        model, source, grid=model.grid[:2], new=("head.*", "fc_norm.*"), unused=unused, allow_missing=allow_missing
-    )
-    return model, report
+    new = ("head.*", "fc_norm.*", *allow_missing)
+    return model, fit_state(model, source, grid=model.grid[:2], new=new, unused=unused)
 
 
 def build_classifier(

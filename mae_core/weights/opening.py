@@ -7,52 +7,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mae_core.errors import UserError
+from mae_core.errors import UserError, naming
 from mae_core.layout import EXPORTED, resolve_weights
 from mae_core.models.sizes import SIZES, ViTSize, heads_of_width
-from mae_core.weights.encoder_file import EncoderInfo, info_beside, info_of_arguments
-from mae_core.weights.files import WeightsFile, read_file
+from mae_core.weights.encoder_file import TRAINER_WORDS, EncoderInfo, info_beside
+from mae_core.weights.files import read_file
 from mae_core.weights.formats import FORMATS
 from mae_core.weights.parts import Parts, read_parts, sizes_of
-from mae_core.weights.report import LoadReport
 from mae_core.weights.resize import UnknownGrid, positions_of
 
 SHARD = re.compile(r"-\d{5}-of-(\d{5})\.")
 HEADS_OPTION = "model.heads=N in a run's configuration, --heads N of mae convert, inspect and export, heads=N in Python"
-
-
-@dataclass
-class Opened:
-    """A weights file under our names.
-
-    info         what the file, what lies beside it, and its shapes say, in this order
-    assumptions  what none of them says and was assumed; also among the report's notes
-    undecided    what none of them says and cannot be assumed: a refusal for whoever needs it
-    """
-
-    file: WeightsFile
-    parts: Parts
-    info: EncoderInfo
-    report: LoadReport
-    assumptions: tuple[str, ...] = ()
-    undecided: tuple[str, ...] = ()
-
-    @property
-    def path(self) -> Path:
-        """The file."""
-        return self.file.path
-
-    def check_decided(self) -> None:
-        """Raise ``UserError`` where a fact that changes the features is not known."""
-        if self.undecided:
-            raise UserError(f"{self.path}: {self.undecided[0]}")
 
 
 def open_weights(
@@ -62,17 +33,14 @@ def open_weights(
     source: str | None = None,
     drop: Sequence[str] = (),
     needless: Sequence[str] = (),
-    heads: int | None = None,
-    grid: tuple[int, int] | None = None,
-    image_size: int | Sequence[int] | None = None,
     mapped: bool = False,
-) -> Opened:
+    **asked: Any,
+) -> Parts:
     """Open a weights file of any known format, a run, a checkpoint or a folder of timm or transformers.
 
     ``decoder``: which file of a run is meant, see ``resolve_weights``. ``source``: the format, where it is known;
     otherwise the one that the file states, or that its names show. ``drop``, ``needless``: see ``read_parts``.
-    ``heads`` and ``grid``: what the file may not say. ``image_size``: of the images it is wanted for, which tells the
-    grid of a file that is not square and does not say.
+    ``asked``: heads, grid, image_size, see ``describe``.
 
     Raises ``UserError`` where the file is broken, of no known format, holds NaN or infinite numbers, or contradicts
     what is asked.
@@ -82,100 +50,81 @@ def open_weights(
     if shard:
         raise UserError(f"{path} is one of {int(shard[1])} shards; give their folder, {path.parent}")
     file = read_file(path, mapped=mapped)
-    stated = EncoderInfo.from_metadata(file.metadata).completed(info_of_arguments(file.arguments))
-    report = LoadReport(str(path), notes=list(file.notes))
+    arguments = {name: value for name, value in file.arguments.items() if isinstance(value, int | float)}
+    stated = EncoderInfo.from_metadata(file.metadata).completed(EncoderInfo.from_foreign(arguments, TRAINER_WORDS))
     if source is None and stated.format in FORMATS:
         source = stated.format
-    try:
-        parts = read_parts(file.state, report, source, drop=drop, needless=needless)
-        beside = _of_this_file(info_beside(path), parts, path, report)
-        return describe_parts(
-            file, parts, stated.completed(beside), report, heads=heads, grid=grid, image_size=image_size
-        )
-    except UserError as error:
-        raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+    with naming(path):
+        parts = read_parts(file, source, drop=drop, needless=needless)
+        return describe(parts, stated.completed(_of_this_file(info_beside(path), parts)), **asked)
 
 
-def _of_this_file(beside: EncoderInfo, parts: Parts, path: Path, report: LoadReport) -> EncoderInfo:
+def _of_this_file(beside: EncoderInfo, parts: Parts) -> EncoderInfo:
     """``beside``, where the config.json is of these tensors; a file under another name than an exported one may lie
     beside the configuration of something else."""
-    width, depth = sizes_of(parts.tensors)["D"], depth_of(parts.tensors)
+    width, depth = sizes_of(parts.tensors)["D"], parts.depth
     if beside.width in (None, width) and beside.depth in (None, depth):
         return beside
     found = f"{beside.width} x {beside.depth} blocks, the tensors {width} x {depth}"
-    if path.name in EXPORTED:
+    if parts.path.name in EXPORTED:
         raise UserError(f"its config.json says width x depth {found}; give the two that belong together")
-    report.notes.append(f"the config.json beside it is of another model ({found}) and was not used")
+    parts.report.notes.append(f"the config.json beside it is of another model ({found}) and was not used")
     return EncoderInfo()
 
 
-def depth_of(tensors: Mapping[str, Tensor]) -> int:
-    """Blocks of the encoder."""
-    return len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
-
-
-def describe_parts(
-    file: WeightsFile,
+def describe(
     parts: Parts,
     stated: EncoderInfo,
-    report: LoadReport,
     *,
     heads: int | None = None,
     grid: tuple[int, int] | None = None,
     image_size: int | Sequence[int] | None = None,
-) -> Opened:
-    """The facts of ``parts``: from their shapes, from what is ``stated``, from what is asked.
+) -> Parts:
+    """``parts`` with its facts: from its shapes, from what is ``stated``, from what is asked.
 
-    A position table without a row for the cls token gets one of zeros, which adds nothing. Raises ``UserError`` where
-    stated and found, or stated and asked, contradict each other.
+    ``heads`` and ``grid``: what the file may not say. ``image_size``: of the images it is wanted for, which tells the
+    grid of a file that is not square and does not say. A position table without a row for the cls token gets one of
+    zeros, which adds nothing. Raises ``UserError`` where stated and found, or stated and asked, contradict each other.
     """
-    tensors, undecided, assumptions = parts.tensors, [], []
-    sizes, depth = sizes_of(tensors), depth_of(tensors)
-    width = sizes["D"]
-    number, note = decide_heads(width, depth, stated.heads, heads, tensors)
-    if number is None:
-        undecided.append(note)
-    elif note:
-        assumptions.append(note)
-    facts: dict[str, Any] = {
-        "format": stated.format if stated.format in FORMATS else parts.format,
-        "width": width,
-        "depth": depth,
-        "heads": number,
-        "mlp_ratio": sizes["HD"] / width,
-        "norm_eps": stated.norm_eps or ViTSize.norm_eps,
-        "activation": stated.activation or ViTSize.activation,
-        "patch_size": sizes["P"],
-        "in_chans": sizes["C"],
-    }
-    facts["size"] = None if number is None else _named(EncoderInfo(**{k: facts[k] for k in TRUNK}))
-    info = stated.with_facts(**facts)
+    undecided: list[str] = []
+    assumptions: list[str] = []
+    tensors = parts.tensors
+    sizes = sizes_of(tensors)
+    number, note = decide_heads(sizes["D"], parts.depth, stated.heads, heads, tensors)
+    if note:
+        (undecided if number is None else assumptions).append(note)
+    info = stated.with_facts(
+        format=stated.format if stated.format in FORMATS else parts.format,
+        width=sizes["D"],
+        depth=parts.depth,
+        heads=number,
+        mlp_ratio=sizes["HD"] / sizes["D"],
+        norm_eps=stated.norm_eps or ViTSize.norm_eps,
+        activation=stated.activation or ViTSize.activation,
+        patch_size=sizes["P"],
+        in_chans=sizes["C"],
+    )
+    info = info.with_facts(size=info.trunk.name if number is not None and info.trunk.name in SIZES else None)
     if "pos_embed" in tensors:
         table = tensors["pos_embed"]
-        asked_or_stated = info if stated.patch_size in (None, sizes["P"]) else info.with_facts(image_size=None)
+        sized = info if stated.patch_size in (None, sizes["P"]) else info.with_facts(image_size=None)
         try:
-            prefix, cells = positions_of(table.shape[1], sizes["P"], asked_or_stated, grid, image_size)
+            prefix, cells = positions_of(table.shape[1], sizes["P"], sized, grid, image_size)
         except UnknownGrid as error:
             undecided.append(str(error))
             info = info.with_facts(grid=None, image_size=None)
         else:
+            info = info.with_facts(grid=list(cells), image_size=[side * sizes["P"] for side in cells])
             if prefix == 0:
                 tensors["pos_embed"] = torch.cat([torch.zeros_like(table[:, :1]), table], dim=1)
-                report.notes.append(
+                parts.report.notes.append(
                     f"pos_embed has {table.shape[1]} rows for {cells[0]}x{cells[1]} patches and none for the cls token "
                     "(as DeiT III's); a row of zeros was put before them, which gives the same features. (A grid "
                     "that is not square, with a row for the cls token, has to be stated.)"
                 )
-            info = info.with_facts(grid=list(cells), image_size=[side * sizes["P"] for side in cells])
-    report.notes += assumptions
-    return Opened(file, parts, info, report, tuple(assumptions), tuple(undecided))
-
-
-TRUNK = ("width", "depth", "heads", "mlp_ratio")
-
-
-def _named(info: EncoderInfo) -> str | None:
-    return info.trunk.name if info.trunk.name in SIZES else None
+    parts.report.notes += assumptions
+    parts.info, parts.assumptions, parts.undecided = info, tuple(assumptions), tuple(undecided)
+    return parts
 
 
 def decide_heads(

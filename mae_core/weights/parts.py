@@ -8,15 +8,19 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from mae_core.errors import UserError
+from mae_core.weights.encoder_file import EncoderInfo
+from mae_core.weights.files import WeightsFile
 from mae_core.weights.formats import DECODER_PARTS, KEPT_APART, OWN_ONLY, SHAPES
 from mae_core.weights.rename import (
     OUTER_PREFIXES,
     Fit,
+    Slot,
     fit_names,
     is_decoder,
     leaves,
@@ -24,7 +28,6 @@ from mae_core.weights.rename import (
     readings,
     recognise,
     split_index,
-    their_names,
 )
 from mae_core.weights.report import LoadReport
 
@@ -69,20 +72,33 @@ def strip_prefixes(
 
 @dataclass
 class Parts:
-    """An encoder, and what came with it, under our names.
+    """An encoder and what came with it under our names, and every fact of it.
 
-    tensors   our name -> values
-    sources   our name -> the names they have in the file
-    fit       how the file was read
-    others    formats that name these tensors alike
-    state     the file's tensors without outer prefixes
+    file         as it was read
+    fit, others  how its names were read, and the formats that name its tensors alike
+    state        its tensors without outer prefixes
+    tensors      our name -> values
+    sources      our name -> the names they have in the file
+    info         what the file, what lies beside it, and its shapes say
+    assumptions  what none of them says and was assumed; also among the report's notes
+    undecided    what none of them says and cannot be assumed: a refusal for whoever needs it
     """
 
-    tensors: dict[str, Tensor]
-    sources: dict[str, list[str]]
+    file: WeightsFile
     fit: Fit
-    others: list[str] = field(default_factory=list)
-    state: dict[str, Tensor] = field(default_factory=dict)
+    others: list[str]
+    state: dict[str, Tensor]
+    report: LoadReport
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    sources: dict[str, list[str]] = field(default_factory=dict)
+    info: EncoderInfo = field(default_factory=EncoderInfo)
+    assumptions: tuple[str, ...] = ()
+    undecided: tuple[str, ...] = ()
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.file.path
 
     @property
     def format(self) -> str:
@@ -94,88 +110,94 @@ class Parts:
         """Whether there is anything of a decoder."""
         return any(is_decoder(name) for name in self.tensors)
 
+    @property
+    def depth(self) -> int:
+        """Blocks of the encoder."""
+        return len({name.split(".")[1] for name in self.tensors if name.startswith("blocks.")})
+
+    def check_decided(self) -> None:
+        """Raise ``UserError`` where a fact that changes the features is not known."""
+        if self.undecided:
+            raise UserError(f"{self.path}: {self.undecided[0]}")
+
 
 def read_parts(
-    state: Mapping[str, Tensor],
-    report: LoadReport,
-    source: str | None = None,
-    *,
-    drop: Sequence[str] = (),
-    needless: Sequence[str] = (),
+    file: WeightsFile, source: str | None = None, *, drop: Sequence[str] = (), needless: Sequence[str] = ()
 ) -> Parts:
-    """Names of a file -> ``Parts``, completely accounted for in ``report``.
+    """A file's tensors under our names, completely accounted for.
 
-    ``drop``: patterns of tensors that the user wants left out. ``needless``: parts that may be missing, because whoever
-    asks has no use for them. Raises ``UserError`` where a tensor is missing, left
-    over, or of a shape that contradicts the others.
+    ``drop``: patterns of tensors that the user wants left out. ``needless``: parts that may be missing. Raises
+    ``UserError`` where a tensor is missing, left over, not finite, or of a shape that contradicts the others.
     """
-    check_not_empty(state)
-    state, taken, dropped = strip_prefixes(state, source, drop)
+    check_not_empty(file.state)
+    report = LoadReport(str(file.path), notes=list(file.notes))
+    state, taken, dropped = strip_prefixes(file.state, source, drop)
     if taken:
         report.notes.append(f"took {' and '.join(repr(prefix) for prefix in taken)} off every name")
-    report.unused.update(dict.fromkeys(dropped, LEFT_OUT))
     fit, others = recognise(list(state), source)
     fit.missing = [name for name in fit.missing if not name.startswith(tuple(needless))]
-    report.unused.update(fit.dropped)
-    tensors: dict[str, Tensor] = {}
-    sources: dict[str, list[str]] = {}
-    apart: dict[str, dict[int, Tensor]] = {}
-    for name, slot in fit.known.items():
+    report.unused = {**dict.fromkeys(dropped, LEFT_OUT), **fit.dropped}
+    parts = Parts(file, fit, others, state, report)
+    thirds: dict[str, dict[int, str]] = {}
+    for name, (ours, place) in fit.known.items():
         values = state[name]
-        sources.setdefault(slot.ours, []).append(name)
+        parts.sources.setdefault(ours, []).append(name)
         if values.layout != torch.strided:
             report.refused[name] = f"it is {str(values.layout).removeprefix('torch.')}"
-        elif values.dtype not in PRECISIONS and not slot.ours.startswith(OWN_ONLY):
+        elif values.dtype not in PRECISIONS and not ours.startswith(OWN_ONLY):
             report.refused[name] = f"its numbers are {str(values.dtype).removeprefix('torch.')}"
-        if slot.place is None and slot.ours in tensors:
-            report.refused[name] = f"a second {slot.ours} beside {sources[slot.ours][0]}"
-        elif slot.place is None:
-            tensors[slot.ours] = values
+        if place is not None:
+            thirds.setdefault(ours, {})[place] = name
+        elif ours in parts.tensors:
+            report.refused[name] = f"a second {ours} beside {parts.sources[ours][0]}"
         else:
-            apart.setdefault(slot.ours, {})[slot.place] = values
-    for ours, places in apart.items():
-        beside = [name for name in sources[ours] if fit.known[name].place is not None]
-        if ours in tensors:
-            report.refused.update(dict.fromkeys(beside, f"a second {ours}"))
-            continue
-        only_biases = beside[0].endswith(tuple(KEPT_APART))
-        missing = (set(KEPT_APART.values()) if only_biases else {0, 1, 2}) - places.keys()
-        if missing:
-            report.refused.update(dict.fromkeys(their_names(fit.reading, ours, missing), LACKING))
-            continue
-        if only_biases:
-            places[1] = torch.zeros_like(places[0])
-        tensors[ours] = torch.cat([places[place].to(places[0].dtype) for place in (0, 1, 2)])
+            parts.tensors[ours] = values
+    for ours, names in thirds.items():
+        _join(parts, ours, names)
     if fit.reading.prefix not in ("", fit.reading.layout.prefixes[0]):
         report.notes.append(f"took {fit.reading.prefix!r} off the encoder's names")
-    _refuse_unfit(tensors, sources, fit, report)
-    check_finite({sources[name][0]: tensor for name, tensor in tensors.items()})
-    return Parts(tensors, sources, fit, others, state)
+    _refuse_unfit(parts)
+    check_finite({parts.sources[name][0]: tensor for name, tensor in parts.tensors.items()})
+    return parts
 
 
-def _refuse_unfit(
-    tensors: Mapping[str, Tensor], sources: Mapping[str, list[str]], fit: Fit, report: LoadReport
-) -> None:
-    reading = fit.reading
-    report.refused.update({name: UNKNOWN for name in fit.unknown})
-    for ours in fit.missing:
-        report.refused.update(dict.fromkeys(their_names(reading, ours), LACKING))
-    groups = [("norm.",), ("fc_norm.",), ("head.",)]
-    for group in groups:
-        have = {name for name in tensors if name.startswith(group)}
-        if len(have) == 1:
-            lost = next(iter({f"{group[0]}weight", f"{group[0]}bias"} - have))
-            report.refused.update(dict.fromkeys(their_names(reading, lost), LACKING))
-    for name, why in wrong_shapes(tensors).items():
-        report.refused[sources[name][0]] = why
-    if report.refused:
-        bare = {"pos_embed", "patch_embed.proj.weight"} & set(fit.missing)
-        wanted = [name for name, why in report.refused.items() if why == UNKNOWN]
-        remedy = f"; {leave_out(wanted)}" if len(wanted) == len(report.refused) else "; copy or export the file again"
-        raise UserError(
-            f"{'no MAE encoder in it: ' if bare else ''}as {reading.format.name} ({reading.layout.about}) "
-            f"{describe_refused(report.refused)}{remedy}"
-        )
+def _join(parts: Parts, ours: str, names: Mapping[int, str]) -> None:
+    """Query, key and value as one tensor; of BEiT's biases the key's is zero."""
+    if ours in parts.tensors:
+        parts.report.refused.update(dict.fromkeys(names.values(), f"a second {ours}"))
+        return
+    only_biases = next(iter(names.values())).endswith(tuple(KEPT_APART))
+    missing = (set(KEPT_APART.values()) if only_biases else {0, 1, 2}) - names.keys()
+    if missing:
+        pattern, index = split_index(ours)
+        lost = [row for row, slot in parts.fit.reading.rows.items() if slot in [Slot(pattern, n) for n in missing]]
+        parts.report.refused.update(dict.fromkeys((row.format(index) for row in lost), LACKING))
+        return
+    values = {place: parts.state[name] for place, name in names.items()}
+    query = values[0]
+    key = torch.zeros_like(query) if only_biases else values[1]
+    parts.tensors[ours] = torch.cat([query, key.to(query.dtype), values[2].to(query.dtype)])
+
+
+def _refuse_unfit(parts: Parts) -> None:
+    tensors, fit, refused = parts.tensors, parts.fit, parts.report.refused
+    refused.update(dict.fromkeys(fit.unknown, UNKNOWN))
+    lost = list(fit.missing)
+    for layer in ("norm", "fc_norm", "head"):
+        absent = {f"{layer}.weight", f"{layer}.bias"} - tensors.keys()
+        lost += absent if len(absent) == 1 else ()
+    for ours in lost:
+        refused.update(dict.fromkeys(fit.reading.names(ours), LACKING))
+    refused.update({parts.sources[name][0]: why for name, why in wrong_shapes(tensors).items()})
+    if not refused:
+        return
+    bare = {"pos_embed", "patch_embed.proj.weight"} & set(fit.missing)
+    unknown = [name for name, why in refused.items() if why == UNKNOWN]
+    remedy = leave_out(unknown) if len(unknown) == len(refused) else "copy or export the file again"
+    raise UserError(
+        f"{'no MAE encoder in it: ' if bare else ''}as {fit.reading.format.name} ({fit.reading.layout.about}) "
+        f"{describe_refused(refused)}; {remedy}"
+    )
 
 
 def leave_out(names: Sequence[str]) -> str:

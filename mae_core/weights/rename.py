@@ -1,14 +1,15 @@
 """Which format the names in a file are of, and what each name is called here: the tables of ``formats``, read both
-ways. Names only; the tensors behind them are in ``parts``.
+ways. Names only; the tensors behind them are in ``parts`` and ``writing``.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 from mae_core.errors import UserError
 from mae_core.weights.formats import (
@@ -39,13 +40,21 @@ def split_index(name: str) -> tuple[str, int | None]:
 
 def leaves(part: str) -> tuple[str, ...]:
     """What follows the name of a part: nothing for a tensor, weight and bias for a layer."""
-    alone = part in TENSORS or any(part.endswith(extra) for extra in BLOCK_EXTRAS)
-    return ("",) if alone else (".weight", ".bias")
+    return ("",) if part in TENSORS or part.endswith(BLOCK_EXTRAS) else (".weight", ".bias")
 
 
-@dataclass(frozen=True)
-class Slot:
-    """Where a tensor of a file belongs: our name, and which third of it where query, key and value are apart."""
+def natural(name: str) -> list[str | int]:
+    """Sorts ``blocks.10`` behind ``blocks.9``."""
+    return [int(piece) if piece.isdecimal() else piece for piece in re.split(r"(\d+)", name)]
+
+
+def is_decoder(name: str) -> bool:
+    """Whether our name is of the decoder."""
+    return name.startswith("decoder_") or name == "mask_token"
+
+
+class Slot(NamedTuple):
+    """Where a tensor of a file belongs: a copy of ours or, with a place, that third of query, key and value."""
 
     ours: str
     place: int | None = None
@@ -53,7 +62,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Reading:
-    """One way to read names: a layout of a format behind a prefix."""
+    """One way to name tensors: a layout of a format behind a prefix."""
 
     format: Format
     layout: Layout
@@ -62,7 +71,34 @@ class Reading:
     @cached_property
     def rows(self) -> Mapping[str, Slot]:
         """Pattern of a name in the file -> slot; ``{}`` stands for the number of a block."""
-        return dict(_rows(self.layout, self.prefix))
+        layout, trunk = self.layout, f"{self.prefix}{self.layout.blocks}.{{}}"
+        parts = [(ours, self.prefix + name) for table in (layout.aliases, layout.top) for ours, name in table.items()]
+        parts += [("head", layout.head)] if layout.head else []
+        parts += [(f"blocks.{{}}.{ours}", f"{trunk}.{name}") for ours, name in layout.extras.items()]
+        parts += layout.decoder.items()
+        rows = {theirs + leaf: Slot(ours + leaf) for ours, theirs in parts for leaf in leaves(ours)}
+        blocks = {"blocks": trunk, "decoder_blocks": f"{layout.decoder_blocks}.{{}}"}
+        for mine, theirs in list(blocks.items())[: 1 + bool(layout.decoder)]:
+            for ours, part in layout.block.items():
+                named = [(None, part)] if isinstance(part, str) else enumerate(part)
+                for place, name in named:
+                    for leaf in leaves(ours):
+                        rows[f"{theirs}.{name}{leaf}"] = Slot(f"{mine}.{{}}.{ours}{leaf}", place)
+        if isinstance(layout.block["attn.qkv"], str):
+            rows |= {f"{trunk}.attn.{n}": Slot("blocks.{}.attn.qkv.bias", place) for n, place in KEPT_APART.items()}
+        return rows
+
+    @cached_property
+    def written(self) -> Mapping[str, tuple[str, ...]]:
+        """Our pattern -> its name here, or the names of its thirds in their order. No aliases."""
+        second = {self.prefix + part + leaf for part in self.layout.aliases.values() for leaf in leaves(part)}
+        found: dict[str, tuple[str, ...]] = {}
+        for theirs, slot in self.rows.items():
+            apart = theirs.endswith(tuple(KEPT_APART))
+            fused = slot.ours == "blocks.{}.attn.qkv.bias" and isinstance(self.layout.block["attn.qkv"], str)
+            if theirs not in second and not (fused and apart != self.format.separate_bias):
+                found[slot.ours] = (*found.get(slot.ours, ()), theirs)
+        return found
 
     def slot(self, name: str) -> Slot | None:
         """Where ``name`` belongs; None where this reading does not know it."""
@@ -70,43 +106,32 @@ class Reading:
             return Slot(OWN_ONLY + name)
         pattern, index = split_index(name)
         slot = self.rows.get(pattern)
-        if slot is None:
-            return None
-        return slot if index is None else Slot(slot.ours.format(index), slot.place)
+        return slot if slot is None or index is None else Slot(slot.ours.format(index), slot.place)
+
+    def names(self, ours: str) -> list[str]:
+        """What one of our tensors is called here; our name where it has none."""
+        if ours.startswith(OWN_ONLY):
+            return [ours.removeprefix(OWN_ONLY)]
+        pattern, index = split_index(ours)
+        return [name.format(index) for name in self.written.get(pattern, ())] or [ours]
 
     def dropped(self, name: str) -> str | None:
         """Why a conversion leaves ``name`` out; None where it may not."""
         return next((why for pattern, why in self.format.drops.items() if fnmatch.fnmatchcase(name, pattern)), None)
 
+    def required(self, depth: int) -> set[str]:
+        """Our names of what every encoder read so must have, for ``depth`` blocks."""
+        parts = [part for part in self.layout.top if part not in ("norm", "fc_norm")]
+        parts += [f"blocks.{index}.{part}" for index in range(depth) for part in self.layout.block]
+        return {part + leaf for part in parts for leaf in leaves(part)}
 
-def _rows(layout: Layout, prefix: str) -> Iterator[tuple[str, Slot]]:
-    def row(ours: str, theirs: str | tuple[str, ...]) -> Iterator[tuple[str, Slot]]:
-        for leaf in leaves(ours):
-            if isinstance(theirs, tuple):
-                yield from ((f"{name}{leaf}", Slot(ours + leaf, place)) for place, name in enumerate(theirs))
-            else:
-                yield f"{theirs}{leaf}", Slot(ours + leaf)
-
-    for top in (layout.aliases, layout.top):
-        for ours, name in top.items():
-            yield from row(ours, prefix + name)
-    if layout.head is not None:
-        yield from row("head", layout.head)
-    trunk = f"{prefix}{layout.blocks}.{{}}"
-    for ours, name in layout.extras.items():
-        yield from row(f"blocks.{{}}.{ours}", f"{trunk}.{name}")
-    for ours, name in layout.decoder.items():
-        yield from row(ours, name)
-    places = [("blocks.{}", trunk)]
-    if layout.decoder:
-        places.append(("decoder_blocks.{}", f"{layout.decoder_blocks}.{{}}"))
-    for mine, theirs in places:
-        for ours, part in layout.block.items():
-            named = tuple(f"{theirs}.{name}" for name in part) if isinstance(part, tuple) else f"{theirs}.{part}"
-            yield from row(f"{mine}.{ours}", named)
-    if isinstance(layout.block["attn.qkv"], str):
-        for name, place in KEPT_APART.items():
-            yield f"{trunk}.attn.{name}", Slot("blocks.{}.attn.qkv.bias", place)
+    def without_decoder(self) -> str:
+        """The options of ``mae convert`` that leave the decoder of such a file out."""
+        patterns = (
+            f"{name.split('.')[0]}.*" if "." in name else "decoder_*" if name.startswith("decoder_") else name
+            for name in self.layout.decoder.values()
+        )
+        return " ".join(f"--drop '{pattern}'" for pattern in dict.fromkeys(patterns))
 
 
 @lru_cache
@@ -125,14 +150,6 @@ def format_of(name: str) -> Format:
     return FORMATS[name]
 
 
-def required(reading: Reading, depth: int) -> set[str]:
-    """Our names of what every encoder read so must have, for ``depth`` blocks."""
-    layout = reading.layout
-    parts = [part for part in layout.top if part not in ("norm", "fc_norm")]
-    parts += [f"blocks.{index}.{part}" for index in range(depth) for part in layout.block]
-    return {part + leaf for part in parts for leaf in leaves(part)}
-
-
 @dataclass
 class Fit:
     """How well a reading explains the names of a file."""
@@ -148,42 +165,26 @@ class Fit:
         """Fewer is better: tensors that do not fit, then tensors left out."""
         return len(self.unknown) + len(self.missing), len(self.dropped)
 
-    @property
-    def meaning(self) -> dict[str, Slot]:
-        """Two readings with one meaning put every tensor in the same place."""
-        return self.known
-
 
 def fit_names(names: Sequence[str], reading: Reading) -> Fit:
     """Match names to a reading."""
-    known: dict[str, Slot] = {}
-    dropped: dict[str, str] = {}
-    unknown: list[str] = []
+    fit = Fit(reading, {}, {}, [], [])
     for name in names:
-        slot = reading.slot(name)
-        if slot is not None:
-            known[name] = slot
+        if (slot := reading.slot(name)) is not None:
+            fit.known[name] = slot
         elif (why := reading.dropped(name)) is not None:
-            dropped[name] = why
+            fit.dropped[name] = why
         else:
-            unknown.append(name)
-    indices = {
-        int(slot.ours.split(".")[1])
-        for slot in known.values()
-        if slot.ours.startswith("blocks.") and slot.ours.split(".", 2)[2] not in BLOCK_EXTRAS
-    }
-    depth = len(indices)
-    found = {slot.ours for slot in known.values()}
-    missing = sorted(required(reading, max(depth, 1)) - found, key=natural)
+            fit.unknown.append(name)
+    found = {slot.ours for slot in fit.known.values()}
+    depth = len(
+        {name.split(".")[1] for name in found if name.startswith("blocks.") and not name.endswith(BLOCK_EXTRAS)}
+    )
+    fit.missing = sorted(reading.required(max(depth, 1)) - found, key=natural)
     signs = reading.layout.signs
     if signs and not any(name.endswith(signs) for name in found):
-        missing.append(f"blocks.0.{signs[0]}")
-    return Fit(reading, known, dropped, unknown, missing)
-
-
-def natural(name: str) -> list[str | int]:
-    """Sorts ``blocks.10`` behind ``blocks.9``."""
-    return [int(piece) if piece.isdecimal() else piece for piece in re.split(r"(\d+)", name)]
+        fit.missing.append(f"blocks.0.{signs[0]}")
+    return fit
 
 
 def recognise(names: Sequence[str], source: str | None = None) -> tuple[Fit, list[str]]:
@@ -195,48 +196,21 @@ def recognise(names: Sequence[str], source: str | None = None) -> tuple[Fit, lis
     fits = [fit_names(names, reading) for reading in readings(source)]
     best = min(fits, key=lambda fit: fit.cost)  # min keeps the first of equals: the order of the table decides
     equal = [fit for fit in fits if fit.cost == best.cost]
-    others = sorted({fit.reading.format.name for fit in equal} - {best.reading.format.name})
-    if best.cost[0] == 0:
-        rivals = [fit for fit in equal if fit.meaning != best.meaning]
-        if rivals:
-            told = ", ".join(sorted({fit.reading.format.name for fit in (best, *rivals)}))
-            raise UserError(f"the names fit several formats that read them differently ({told}); say which with --from")
-        return best, others
+    rivals = [fit for fit in equal if fit.known != best.known]
+    if best.cost[0] == 0 and rivals:
+        told = ", ".join(sorted({fit.reading.format.name for fit in (best, *rivals)}))
+        raise UserError(f"the names fit several formats that read them differently ({told}); say which with --from")
     trunk = {slot.ours for slot in best.known.values()} - set(DECODER_PARTS)
-    if len(trunk) < 12 or len(best.missing) > len(trunk) or len(best.unknown) > len(best.known):
-        asked = "no MAE encoder in it"
-        if source is not None:
-            right = min((fit_names(names, reading) for reading in readings()), key=lambda fit: fit.cost)
-            known = f", it is named as {right.reading.format.name}" if right.cost[0] == 0 else ""
-            asked = f"no {source} checkpoint{known}"
-        lacking = f"; missing: {', '.join(best.missing[:3])}" if best.missing else ""
-        raise UserError(
-            f"{asked}: of {len(names)} names the nearest format, {best.reading.format.name}, knows {len(best.known)}; "
-            f"unknown: {', '.join((best.unknown or list(names))[:4]) or 'none'}{lacking}"
-        )
-    return best, others
-
-
-def their_names(reading: Reading, ours: str, places: Collection[int] | None = None) -> list[str]:
-    """What a reading calls one of our tensors, or those thirds of it; our name where it has none."""
-    pattern, index = split_index(ours)
-    found = [theirs for theirs, slot in reading.rows.items() if slot.ours == pattern]
-    if places is not None:
-        found = [theirs for theirs in found if reading.rows[theirs].place in places]
-    else:
-        found = [theirs for theirs in found if theirs.rsplit(".", 1)[-1] not in KEPT_APART]
-    return [theirs if index is None else theirs.format(index) for theirs in found] or [ours]
-
-
-def without_decoder(reading: Reading) -> str:
-    """The options of ``mae convert`` that leave the decoder of such a file out."""
-    patterns = (
-        f"{name.split('.')[0]}.*" if "." in name else "decoder_*" if name.startswith("decoder_") else name
-        for name in reading.layout.decoder.values()
+    near = len(trunk) >= 12 and len(best.missing) <= len(trunk) and len(best.unknown) <= len(best.known)
+    if best.cost[0] == 0 or near:
+        return best, sorted({fit.reading.format.name for fit in equal} - {best.reading.format.name})
+    asked = "no MAE encoder in it"
+    if source is not None:
+        right = min((fit_names(names, reading) for reading in readings()), key=lambda fit: fit.cost)
+        asked = f"no {source} checkpoint"
+        asked += f", it is named as {right.reading.format.name}" if right.cost[0] == 0 else ""
+    lacking = f"; missing: {', '.join(best.missing[:3])}" if best.missing else ""
+    raise UserError(
+        f"{asked}: of {len(names)} names the nearest format, {best.reading.format.name}, knows {len(best.known)}; "
+        f"unknown: {', '.join((best.unknown or list(names))[:4]) or 'none'}{lacking}"
     )
-    return " ".join(f"--drop '{pattern}'" for pattern in dict.fromkeys(patterns))
-
-
-def is_decoder(name: str) -> bool:
-    """Whether our name is of the decoder."""
-    return name.startswith("decoder_") or name == "mask_token"

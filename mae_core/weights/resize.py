@@ -121,25 +121,26 @@ def _too_many(rows: int, prefix: int, grid: tuple[int, int]) -> str:
     )
 
 
-def adapt(parts: Parts, wanted: Adaptation, info: EncoderInfo, report: LoadReport) -> EncoderInfo:
-    """Resize ``parts`` in place; returns ``info`` with the sizes they have then.
-
-    Raises ``UserError`` for sizes that do not fit.
-    """
-    tensors = parts.tensors
-    _, channels, patch, _ = tensors[STEM].shape
-    old = None if info.grid is None else (info.grid[0], info.grid[1])
+def adapt(parts: Parts, wanted: Adaptation) -> None:
+    """Resize ``parts`` in place. Raises ``UserError`` for sizes that do not fit."""
+    _, channels, patch, _ = parts.tensors[STEM].shape
+    old = None if parts.info.grid is None else (parts.info.grid[0], parts.info.grid[1])
     if old is not None:
-        info = _sine_layout(parts, old, wanted, info, report)
+        _settle_sine_layout(parts, old, wanted.reorder)
+    adapt_stem(parts.tensors, parts.sources, wanted, parts.report)
     new_patch = wanted.patch_size or patch
-    adapt_stem(tensors, parts.sources, wanted, report)
+    parts.info = parts.info.with_facts(patch_size=new_patch, in_chans=wanted.in_chans or channels)
     if old is not None:
         size = as_pair(wanted.image_size) if wanted.image_size is not None else (old[0] * patch, old[1] * patch)
         new = PatchGrid.of(size, new_patch)
         if new[:2] != old:
-            _resize_positions(parts, old, new[:2], wanted.antialias, report)
-        info = info.with_facts(grid=list(new[:2]), image_size=list(new.image_size))
-    return info.with_facts(patch_size=new_patch, in_chans=wanted.in_chans or channels)
+            _resize_positions(parts, old, new[:2], wanted.antialias)
+        parts.info = parts.info.with_facts(grid=list(new[:2]), image_size=list(new.image_size))
+
+
+def usual_method(in_chans: int) -> ChannelMethod:
+    """How a stem is adapted to ``in_chans`` where the caller does not say."""
+    return "sum" if in_chans == 1 else "mean_tile"
 
 
 def adapt_stem(
@@ -148,17 +149,15 @@ def adapt_stem(
     """Give the patch embedding among ``tensors`` the patch size and the channels that are ``wanted``, in place, and
     drop a decoder: it predicts the pixels of one patch, and does not survive another patch or other channels."""
     _, channels, patch, _ = tensors[STEM].shape
-    told = []
-    if wanted.patch_size not in (None, patch):
-        assert wanted.patch_size is not None
-        tensors[STEM] = resize_patch_embed(tensors[STEM], wanted.patch_size, wanted.patch)
-        told.append(f"patch {patch} -> {wanted.patch_size} ({wanted.patch})")
-    if wanted.in_chans not in (None, channels):
-        assert wanted.in_chans is not None
-        method: ChannelMethod = wanted.channels or ("sum" if wanted.in_chans == 1 else "mean_tile")
-        tensors[STEM] = adapt_channels(tensors[STEM], wanted.in_chans, method, seed=wanted.seed)
-        told.append(f"channels {channels} -> {wanted.in_chans} ({method})")
-        report.notes.append(f"the patch embedding was adapted to {wanted.in_chans} channels: {STEM_WARNING}")
+    new_patch, new_channels, told = wanted.patch_size or patch, wanted.in_chans or channels, []
+    if new_patch != patch:
+        tensors[STEM] = resize_patch_embed(tensors[STEM], new_patch, wanted.patch)
+        told.append(f"patch {patch} -> {new_patch} ({wanted.patch})")
+    if new_channels != channels:
+        method: ChannelMethod = wanted.channels or usual_method(new_channels)
+        tensors[STEM] = adapt_channels(tensors[STEM], new_channels, method, seed=wanted.seed)
+        told.append(f"channels {channels} -> {new_channels} ({method})")
+        report.notes.append(f"the patch embedding was adapted to {new_channels} channels: {STEM_WARNING}")
     if not told:
         return
     report.resized[STEM] = ", ".join(told)
@@ -170,9 +169,7 @@ def adapt_stem(
         report.notes.append("the decoder was dropped: it predicts patches of the old size or channels")
 
 
-def _resize_positions(
-    parts: Parts, old: tuple[int, int], new: tuple[int, int], antialias: bool, report: LoadReport
-) -> None:
+def _resize_positions(parts: Parts, old: tuple[int, int], new: tuple[int, int], antialias: bool) -> None:
     how = f"{old[0]}x{old[1]} -> {new[0]}x{new[1]}"
     area = (2 * old[0] - 1) * (2 * old[1] - 1)
     for name in list(parts.tensors):
@@ -187,7 +184,7 @@ def _resize_positions(
             parts.tensors[name] = table[0].t().contiguous().to(values.dtype)
         else:
             continue
-        report.resized[name] = how
+        parts.report.resized[name] = how
 
 
 def resize_relative_table(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
@@ -239,27 +236,24 @@ def is_row_first(table: Tensor, grid: tuple[int, int]) -> bool:
     )
 
 
-def _sine_layout(
-    parts: Parts, grid: tuple[int, int], wanted: Adaptation, info: EncoderInfo, report: LoadReport
-) -> EncoderInfo:
+def _settle_sine_layout(parts: Parts, grid: tuple[int, int], reorder: bool) -> None:
     for table, letter in (("pos_embed", "D"), ("decoder_pos_embed", "E")):
         if table not in parts.tensors or not is_row_first(parts.tensors[table], grid):
             continue
-        if wanted.reorder:
+        parts.info = parts.info.with_facts(**{f"{table}_layout": None if reorder else "row_first"})
+        if reorder:
             swap_halves(parts.tensors, letter)
-            info = info.with_facts(**{f"{table}_layout": None})
-            report.notes.append(
+            note = (
                 f"{table} had the row-first layout of mmpretrain and MIMDet: the two halves of all channels changed "
                 "places, so that it has the official one and the features are the same, their halves exchanged"
             )
         else:
-            info = info.with_facts(**{f"{table}_layout": "row_first"})
-            report.notes.append(
+            note = (
                 f"{table} has the row-first sine-cosine layout of mmpretrain and MIMDet, not the official one; it is "
                 "kept, because the blocks learned with it (--reorder-positions puts table and blocks into the official "
                 "order)"
             )
-    return info
+        parts.report.notes.append(note)
 
 
 def swap_halves(tensors: dict[str, Tensor], letter: str) -> None:

@@ -84,7 +84,7 @@ def test_report_of_a_classifier_accounts_for_every_tensor_on_both_sides(encoder_
     assert set(report.unused) == {"norm.weight", "norm.bias"} and "mean pooling" in report.unused["norm.bias"]
     assert report.resized == {"pos_embed": "4x6 -> 8x8"}
     assert not report.refused and not report.renamed
-    assert {*report.loaded, *report.unused, *report.resized} == set(source.state)
+    assert {*report.loaded, *report.unused, *report.resized} == set(source.tensors)
     assert {*report.loaded, *report.new, *report.resized} == set(model.state_dict())
     fresh = sum(dict(model.named_parameters())[name].numel() for name in report.new)
     total = sum(parameter.numel() for parameter in model.parameters())

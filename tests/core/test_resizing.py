@@ -12,8 +12,8 @@ from timm.layers import resample_patch_embed
 import mae_core
 from mae_core.errors import UserError
 from mae_core.pos_embed import sincos_2d
+from mae_core.weights.features import Geometry
 from mae_core.weights.resize import Adaptation, adapt_channels, is_row_first, resize_patch_embed, resize_relative_table
-from mae_core.weights.tools.check import Geometry
 from tests.independent_vit import OwnReading
 
 SIDES = st.integers(1, 9)

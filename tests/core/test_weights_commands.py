@@ -20,12 +20,13 @@ from typer.testing import CliRunner
 import mae_core
 from mae_core.cli.main import app
 from mae_core.errors import UserError
+from mae_core.models import onnx_export
 from mae_core.weights import catalogue, writing
 from mae_core.weights.catalogue import CATALOGUE, get_weights
+from mae_core.weights.features import Geometry
 from mae_core.weights.files import read_weights, write_weights
 from mae_core.weights.rename import Reading
-from mae_core.weights.tools import export as exporting
-from mae_core.weights.tools.check import Geometry, compare_features, runner_of
+from mae_core.weights.tools.check import compare_features, runner_of
 from mae_core.weights.tools.convert import convert_file
 from tests.independent_vit import OwnReading
 
@@ -268,7 +269,7 @@ def test_onnx_agrees_with_torch(tmp_path, file):
 
 
 def test_onnx_without_its_packages_is_one_sentence(tmp_path, file, monkeypatch):
-    monkeypatch.setattr(exporting, "ONNX_PACKAGES", ("onnx_that_nobody_has",))
+    monkeypatch.setattr(onnx_export, "ONNX_PACKAGES", ("onnx_that_nobody_has",))
     text = mae("export", file, "--onnx", "--out", tmp_path / "x.onnx", code=2)
     assert "ONNX needs onnx_that_nobody_has; install them with pip install 'mae-transfer[onnx]'" in text
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import mae_core
 from mae_core.models.mae import build_mae
+from mae_core.weights.features import Geometry
 from mae_core.weights.formats import FORMATS
 from mae_core.weights.resize import Adaptation
-from mae_core.weights.tools.check import Geometry
 from tests.independent_vit import OwnReading
 
 pytestmark = pytest.mark.detectron2

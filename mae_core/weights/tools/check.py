@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,11 +20,10 @@ from timm.layers import get_act_layer
 from torch import Tensor, nn
 
 from mae_core.errors import UserError
-from mae_core.models.sizes import ViTSize
-from mae_core.weights.encoder_file import EncoderInfo
+from mae_core.weights.features import Geometry, Runner, Tokens
+from mae_core.weights.files import WeightsFile
 from mae_core.weights.parts import read_parts
 from mae_core.weights.rename import Reading
-from mae_core.weights.report import LoadReport
 
 TOLERANCE = 1e-4
 GROUP = "mae_core.feature_readers"
@@ -39,44 +38,6 @@ class Comparison(NamedTuple):
     target: str
     what: str
     without: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """What the tensors alone do not tell of a ViT. ``config``: the config.json of the folder, which has the last word
-    on heads, epsilon and activation."""
-
-    image_size: tuple[int, int]
-    patch_size: int
-    in_chans: int
-    heads: int
-    norm_eps: float = ViTSize.norm_eps
-    activation: str = ViTSize.activation
-    config: Mapping[str, Any] | None = None
-
-    @property
-    def num_patches(self) -> int:
-        """Patches of an image."""
-        return (self.image_size[0] // self.patch_size) * (self.image_size[1] // self.patch_size)
-
-    @classmethod
-    def of(cls, info: EncoderInfo, config: Mapping[str, Any] | None = None) -> Geometry:
-        """Of a file's facts."""
-        trunk = info.trunk
-        height, width = info.image_size
-        sizes = (height, width), trunk.patch_size, int(info.in_chans or 0)
-        return cls(*sizes, trunk.heads, trunk.norm_eps, trunk.activation, config)
-
-
-class Tokens(NamedTuple):
-    """(B, prefix + N, D) after the last block and, where there is one, after the final norm; prefix: cls tokens."""
-
-    raw: Tensor
-    normed: Tensor | None
-    prefix: int
-
-
-Runner = Callable[[Mapping[str, Tensor], Geometry, Tensor], Tokens]
 
 
 def _tokens_of(model: nn.Module, last_block: nn.Module, run: Callable[[], Tensor], prefix: int = 1) -> Tokens:
@@ -262,7 +223,7 @@ def run_side(
     shown = "timm"
     if found is None:
         shown = f"timm, on {reading.format.name}'s tensors converted back"
-        encoder = read_parts(encoder, LoadReport("check"), reading.format.name, needless=("cls_token",)).tensors
+        encoder = read_parts(WeightsFile(Path("check"), encoder), reading.format.name, needless=("cls_token",)).tensors
         encoder = {n.replace("gamma_1", "ls1.gamma").replace("gamma_2", "ls2.gamma"): t for n, t in encoder.items()}
     if not cls:  # ViTDet has no cls token; timm's table has no row for it then
         encoder.pop("cls_token", None)

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mae_core.errors import UserError
+from mae_core.errors import UserError, naming
 from mae_core.layout import EXPORT_CONFIG, EXPORTED
 from mae_core.weights.catalogue import published_target
 from mae_core.weights.encoder_file import EncoderInfo, read_json_beside
+from mae_core.weights.features import Geometry
 from mae_core.weights.files import SAFETENSORS, TORCH_SUFFIXES, write_torch, write_weights
 from mae_core.weights.formats import FORMATS
 from mae_core.weights.load import DECODER_HEADS_ASSUMED
-from mae_core.weights.opening import Opened, open_weights
-from mae_core.weights.parts import LEFT_OUT
+from mae_core.weights.opening import open_weights
+from mae_core.weights.parts import LEFT_OUT, Parts
 from mae_core.weights.rename import format_of, is_decoder
 from mae_core.weights.report import LoadReport
 from mae_core.weights.resize import Adaptation
-from mae_core.weights.tools.check import TOLERANCE, Comparison, Geometry, compare_features
+from mae_core.weights.tools.check import TOLERANCE, Comparison, compare_features
 from mae_core.weights.tools.export import config_of, write_folder
-from mae_core.weights.writing import Converted, convert_opened, write_parts
+from mae_core.weights.writing import Converted, convert_parts, write_parts
 
 FOLDERS = ("huggingface", "huggingface_5", "timm")
 """Formats that are written as a folder where --out has no file ending."""
@@ -53,79 +55,72 @@ def convert_file(
     if out.exists():
         raise UserError(f"{out} exists; choose another --out")
     wanted = adaptation or Adaptation()
-    opened = open_weights(
+    parts = open_weights(
         source,
         decoder=True,
         source=from_format,
         drop=drop,
         needless=tuple(format_of(target).lacks),
+        mapped=True,
         heads=heads,
         grid=wanted.grid,
         image_size=wanted.image_size,
-        mapped=True,
     )
-    if opened.info.heads is None:
-        opened.check_decided()
-    _decide_pre_training(opened, decoder_heads)
-    try:
-        converted = convert_opened(opened, target, wanted)
-        info = describe(converted)
-    except UserError as error:
-        raise UserError(str(error) if str(opened.path) in str(error) else f"{opened.path}: {error}") from None
-    converted.report.path = f"{opened.path} ({converted.report.path})"
+    if parts.info.heads is None:
+        parts.check_decided()
+    _decide_pre_training(parts, decoder_heads)
+    with naming(parts.path):
+        converted = convert_parts(parts, target, wanted)
+    report, info = parts.report, stated_by(converted)
+    report.path = f"{parts.path} ({report.path})"
     folder = not torch_file and out.suffix != SAFETENSORS
-    comparison = prove(opened, converted, as_folder=folder) if check else None
+    comparison = prove(converted, as_folder=folder) if check else None
     if torch_file:
         write_torch(out, converted.tensors, info.to_metadata(), FORMATS[target].wrapper)
     elif folder:
         write_folder(converted, out)
     else:
         write_weights(out, converted.tensors, info.to_metadata())
-    return converted.report, comparison
+    return report, comparison
 
 
-def _decide_pre_training(opened: Opened, decoder_heads: int | None) -> None:
+def _decide_pre_training(parts: Parts, decoder_heads: int | None) -> None:
     """What the file does not say of its decoder: by the catalogue, by the caller, or assumed and noted."""
-    named, info, report = published_target(opened.path.name), opened.info, opened.report
-    if named is not None and not info.target:
-        info = info.with_facts(target=named)
-        report.notes.append(f"the published file of that name predicts {named}; this one does not say")
-    if decoder_heads is not None:
-        if info.decoder_heads not in (None, decoder_heads):
-            raise UserError(f"--decoder-heads {decoder_heads} was given, but {opened.path} has {info.decoder_heads}")
-        info = info.with_facts(decoder_heads=decoder_heads)
-    elif opened.parts.has_decoder and info.decoder_heads is None:
-        report.notes.append(DECODER_HEADS_ASSUMED)
-    opened.info = info
+    named, stated, notes = published_target(parts.path.name), parts.info.decoder_heads, parts.report.notes
+    if named is not None and not parts.info.target:
+        parts.info = parts.info.with_facts(target=named)
+        notes.append(f"the published file of that name predicts {named}; this one does not say")
+    if decoder_heads is not None and stated not in (None, decoder_heads):
+        raise UserError(f"--decoder-heads {decoder_heads} was given, but {parts.path} has {stated}")
+    if parts.has_decoder and stated is None and decoder_heads is None:
+        notes.append(DECODER_HEADS_ASSUMED)
+    parts.info = parts.info.with_facts(decoder_heads=decoder_heads or stated)
 
 
-def describe(converted: Converted) -> EncoderInfo:
+def stated_by(converted: Converted) -> EncoderInfo:
     """What the file to write says of itself."""
-    source = converted.parts.format
-    return converted.info.with_facts(format=converted.reading.format.name, converted_from=source, other={})
+    parts = converted.parts
+    return parts.info.with_facts(format=converted.reading.format.name, converted_from=parts.format, other={})
 
 
-def prove(opened: Opened, converted: Converted, *, as_folder: bool) -> Comparison:
+def prove(converted: Converted, *, as_folder: bool) -> Comparison:
     """Run source and target on the same images, each as its own configuration says. Raises ``UserError`` where their
     features differ by more than 1e-4.
 
     After a resize the source is compared as it was resized: a ViT of other sizes has other features.
     """
-    info, parts = converted.info, converted.parts
-    if info.image_size is None:
+    parts = converted.parts
+    if parts.info.image_size is None:
         raise UserError("--check needs the grid of the positions, which is not square; name it with --grid ROWS COLS")
-    if converted.raw is not None:
-        source, reading = converted.raw, parts.fit.reading
-    else:
-        rewritten = write_parts(parts, parts.fit.reading.format, LoadReport("check"), info)
+    source, reading = parts.state, parts.fit.reading
+    if converted.resized:
+        rewritten = write_parts(replace(parts, report=LoadReport("check")), reading.format)
         source, reading = rewritten.tensors, rewritten.reading
-    own = read_json_beside(opened.path, EXPORT_CONFIG) if opened.path.name in EXPORTED else None
-    written = config_of(converted) if as_folder else None
-    without = [name for name, why in converted.report.unused.items() if why == LEFT_OUT and _is_of_encoder(name)]
+    own = read_json_beside(parts.path, EXPORT_CONFIG) if parts.path.name in EXPORTED else None
     comparison = compare_features(
-        (source, reading, Geometry.of(info, own)),
-        (converted.tensors, converted.reading, Geometry.of(describe(converted), written)),
-        without=without,
+        (source, reading, Geometry.of(parts.info, own)),
+        (converted.tensors, converted.reading, Geometry.of(parts.info, config_of(converted) if as_folder else None)),
+        without=[name for name, why in parts.report.unused.items() if why == LEFT_OUT and _is_of_encoder(name)],
     )
     if not comparison.difference <= TOLERANCE:  # not a number is no proof either
         raise UserError(

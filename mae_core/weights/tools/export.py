@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from mae_core.atomic import atomic_folder, atomic_path
+from mae_core.atomic import atomic_folder
 from mae_core.data.config import usual_test_crop
 from mae_core.errors import UserError
 from mae_core.layout import EXPORT_CONFIG, MODEL, PREPROCESSOR_CONFIG
+from mae_core.models.onnx_export import export_onnx
 from mae_core.models.sizes import ViTSize
 from mae_core.weights.catalogue import LICENCE
 from mae_core.weights.files import write_weights
-from mae_core.weights.load import OFFICIAL_DECODER_HEADS
-from mae_core.weights.opening import depth_of
-from mae_core.weights.rename import without_decoder
+from mae_core.weights.load import OFFICIAL_DECODER_HEADS, load_encoder
+from mae_core.weights.parts import Parts
 from mae_core.weights.tools.check import TRANSFORMERS_NAMES
 from mae_core.weights.writing import Converted
 
@@ -36,8 +33,6 @@ TIMM_NAMES = {
 TIMM_WITH_EPSILON = {1e-5: "vit_base_patch16_clip_224"}
 """Epsilon of the norms other than 1e-6 -> an architecture of timm's that has it: no JSON file can ask for one."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-ONNX_TOLERANCE = 1e-4
 CARD = "README.md"
 
 
@@ -61,16 +56,17 @@ def write_folder(converted: Converted, folder: Path) -> None:
 def config_of(converted: Converted) -> dict[str, Any]:
     """config.json of the folder. Raises ``UserError`` where the format has none, or its library cannot hold the
     model."""
-    writers = {"huggingface": transformers_config, "huggingface_5": transformers_config, "timm": timm_config}
-    name = converted.reading.format.name
-    if name not in writers:
+    name, parts = converted.reading.format.name, converted.parts
+    if name not in ("huggingface", "huggingface_5", "timm"):
         raise UserError(f"{name} is written as a file; end --out in .safetensors or .pth")
-    return writers[name](converted)
+    if parts.info.image_size is None:
+        raise UserError("the grid of the positions is not known and not square; name it with --grid ROWS COLS")
+    return timm_config(parts) if name == "timm" else transformers_config(converted)
 
 
 def processor_of(converted: Converted) -> dict[str, dict[str, Any]]:
     """File name -> content of transformers' image processor, where the statistics of the pixels are known."""
-    info = converted.info
+    info = converted.parts.info
     if converted.reading.format.name == "timm" or not (info.mean and info.std):
         return {}
     height, width = info.image_size
@@ -88,38 +84,20 @@ def processor_of(converted: Converted) -> dict[str, dict[str, Any]]:
     return {PREPROCESSOR_CONFIG: processor}
 
 
-def _shapes(converted: Converted) -> dict[str, Any]:
-    """Width, depth and the like of a converted encoder."""
-    tensors, info = converted.parts.tensors, converted.info
-    width, channels, patch, _ = tensors["patch_embed.proj.weight"].shape
-    if info.image_size is None:
-        raise UserError("the grid of the positions is not known and not square; name it with --grid ROWS COLS")
-    return {
-        "width": width,
-        "channels": channels,
-        "patch": patch,
-        "image_size": list(info.image_size),
-        "depth": depth_of(tensors),
-        "heads": info.trunk.heads,
-        "hidden": tensors["blocks.0.mlp.fc1.bias"].shape[0],
-        "classes": tensors["head.bias"].shape[0] if "head.bias" in tensors else 0,
-    }
-
-
 def transformers_config(converted: Converted) -> dict[str, Any]:
     """config.json of a ViTMAE (with a decoder) or a ViT. Raises ``UserError`` for what transformers cannot build."""
-    shapes, info, tensors = _shapes(converted), converted.info, converted.parts.tensors
-    rows, cols = (side // shapes["patch"] for side in shapes["image_size"])
+    parts, info, tensors = converted.parts, converted.parts.info, converted.parts.tensors
+    trunk, (rows, cols) = info.trunk, info.grid
     config: dict[str, Any] = {
-        "hidden_size": shapes["width"],
-        "num_hidden_layers": shapes["depth"],
-        "num_attention_heads": shapes["heads"],
-        "intermediate_size": shapes["hidden"],
-        "image_size": shapes["image_size"][0] if rows == cols else shapes["image_size"],
-        "patch_size": shapes["patch"],
-        "num_channels": shapes["channels"],
-        "layer_norm_eps": info.trunk.norm_eps,
-        "hidden_act": TRANSFORMERS_NAMES.get(info.trunk.activation, info.trunk.activation),
+        "hidden_size": trunk.width,
+        "num_hidden_layers": trunk.depth,
+        "num_attention_heads": trunk.heads,
+        "intermediate_size": len(tensors["blocks.0.mlp.fc1.bias"]),
+        "image_size": info.image_size[0] if rows == cols else list(info.image_size),
+        "patch_size": trunk.patch_size,
+        "num_channels": info.in_chans,
+        "layer_norm_eps": trunk.norm_eps,
+        "hidden_act": TRANSFORMERS_NAMES.get(trunk.activation, trunk.activation),
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
         "qkv_bias": True,
@@ -130,96 +108,91 @@ def transformers_config(converted: Converted) -> dict[str, Any]:
         if int((rows * cols) ** 0.5) ** 2 != rows * cols:
             raise UserError(
                 f"transformers' ViTMAE builds its position tables for a square number of patches, not {rows}x{cols}; "
-                f"leave the decoder out with {without_decoder(converted.parts.fit.reading)}, for its ViT takes any grid"
+                f"leave the decoder out with {parts.fit.reading.without_decoder()}, for its ViT takes any grid"
             )
         if info.target not in (None, "pixels", "normalized_pixels"):
             raise UserError(f"transformers' ViTMAE predicts pixels; this decoder predicts {info.target}")
         if info.target is None:
-            converted.report.notes.append("the file does not say what it predicts; norm_pix_loss is written as true")
-        decoder_width = tensors["decoder_embed.bias"].shape[0]
+            parts.report.notes.append("the file does not say what it predicts; norm_pix_loss is written as true")
         return {
             **config,
             "model_type": "vit_mae",
             "architectures": ["ViTMAEForPreTraining"],
             "mask_ratio": 0.75 if info.mask_ratio is None else info.mask_ratio,
             "norm_pix_loss": info.target in (None, "normalized_pixels"),
-            "decoder_hidden_size": decoder_width,
+            "decoder_hidden_size": len(tensors["decoder_embed.bias"]),
             "decoder_num_hidden_layers": len({n.split(".")[1] for n in tensors if n.startswith("decoder_blocks.")}),
             "decoder_num_attention_heads": info.decoder_heads or OFFICIAL_DECODER_HEADS,
-            "decoder_intermediate_size": tensors["decoder_blocks.0.mlp.fc1.bias"].shape[0],
+            "decoder_intermediate_size": len(tensors["decoder_blocks.0.mlp.fc1.bias"]),
         }
     headed = "classifier.weight" in converted.tensors  # not the head of a classifier on mean-pooled patches
     if headed:
-        labels = info.classes or [f"LABEL_{index}" for index in range(shapes["classes"])]
+        labels = info.classes or [f"LABEL_{index}" for index in range(len(tensors["head.bias"]))]
         config["id2label"] = {str(index): str(label) for index, label in enumerate(labels)}
         config["label2id"] = {str(label): index for index, label in enumerate(labels)}
     return {**config, "model_type": "vit", "architectures": ["ViTForImageClassification" if headed else "ViTModel"]}
 
 
-def timm_config(converted: Converted) -> dict[str, Any]:
+def timm_config(parts: Parts) -> dict[str, Any]:
     """config.json of timm's VisionTransformer."""
-    shapes, info, tensors = _shapes(converted), converted.info, converted.parts.tensors
-    channels = shapes["channels"]
-    pooled = "fc_norm.weight" in tensors
-    name = TIMM_WITH_EPSILON.get(info.trunk.norm_eps) or TIMM_NAMES.get(shapes["width"], TIMM_NAMES[192])
-    labels = {"label_names": info.classes} if shapes["classes"] and info.classes else {}
+    info, trunk, channels = parts.info, parts.info.trunk, parts.info.in_chans
+    classes = len(parts.tensors.get("head.bias", ()))
+    pooling = "avg" if "fc_norm.weight" in parts.tensors else "token"
+    grey = [0.5] * (channels or 0)
     return {
-        "architecture": name,
-        "num_classes": shapes["classes"],
-        "num_features": shapes["width"],
-        "global_pool": "avg" if pooled else "token",
+        "architecture": TIMM_WITH_EPSILON.get(trunk.norm_eps) or TIMM_NAMES.get(trunk.width, TIMM_NAMES[192]),
+        "num_classes": classes,
+        "num_features": trunk.width,
+        "global_pool": pooling,
         "model_args": {
-            "img_size": shapes["image_size"],
-            "patch_size": shapes["patch"],
+            "img_size": list(info.image_size),
+            "patch_size": trunk.patch_size,
             "in_chans": channels,
-            "embed_dim": shapes["width"],
-            "depth": shapes["depth"],
-            "num_heads": shapes["heads"],
-            "mlp_ratio": shapes["hidden"] / shapes["width"],
-            **timm_layers(converted),
-            "global_pool": "avg" if pooled else "token",
+            "embed_dim": trunk.width,
+            "depth": trunk.depth,
+            "num_heads": trunk.heads,
+            "mlp_ratio": trunk.mlp_ratio,
+            **timm_layers(trunk),
+            "global_pool": pooling,
         },
         "pretrained_cfg": {
             "tag": "mae",
-            "input_size": [channels, *shapes["image_size"]],
+            "input_size": [channels, *info.image_size],
             "fixed_input_size": True,
             "interpolation": "bicubic",
-            "crop_pct": info.test_crop or usual_test_crop(shapes["image_size"]),
-            "mean": list(info.mean or (IMAGENET_MEAN if channels == 3 else [0.5] * channels)),
-            "std": list(info.std or (IMAGENET_STD if channels == 3 else [0.5] * channels)),
-            "num_classes": shapes["classes"],
+            "crop_pct": info.test_crop or usual_test_crop(info.image_size),
+            "mean": list(info.mean or (IMAGENET_MEAN if channels == 3 else grey)),
+            "std": list(info.std or (IMAGENET_STD if channels == 3 else grey)),
+            "num_classes": classes,
             # timm adapts a stem that it finds here to in_chans, and knows only stems of three channels
             "first_conv": "patch_embed.proj" if channels == 3 else None,
             "classifier": "head",
         },
-        **labels,
+        **({"label_names": info.classes} if classes and info.classes else {}),
     }
 
 
-def timm_layers(converted: Converted) -> dict[str, Any]:
+def timm_layers(trunk: ViTSize) -> dict[str, Any]:
     """``model_args`` for an activation or an epsilon that is not timm's default for a ViT, which is MAE's.
 
     Raises ``UserError`` for an epsilon that no JSON file can ask timm for: its norms are named without one.
     """
-    trunk = converted.info.trunk
-    layers: dict[str, Any] = {}
-    if trunk.activation != "gelu":
-        layers["act_layer"] = trunk.activation
-    if trunk.norm_eps != ViTSize.norm_eps:
-        if trunk.norm_eps not in TIMM_WITH_EPSILON:
-            known = ", ".join(f"{eps:g}" for eps in (ViTSize.norm_eps, *TIMM_WITH_EPSILON))
-            raise UserError(
-                f"its norms have the epsilon {trunk.norm_eps:g}, which a timm folder cannot state (only {known}); "
-                "write a file that ends in .safetensors, and build timm's VisionTransformer with "
-                "norm_layer=partial(nn.LayerNorm, eps=...)"
-            )
-        layers["pre_norm"] = False
-    return layers
+    layers = {} if trunk.activation == "gelu" else {"act_layer": trunk.activation}
+    if trunk.norm_eps == ViTSize.norm_eps:
+        return layers
+    if trunk.norm_eps not in TIMM_WITH_EPSILON:
+        known = ", ".join(f"{eps:g}" for eps in (ViTSize.norm_eps, *TIMM_WITH_EPSILON))
+        raise UserError(
+            f"its norms have the epsilon {trunk.norm_eps:g}, which a timm folder cannot state (only {known}); "
+            "write a file that ends in .safetensors, and build timm's VisionTransformer with "
+            "norm_layer=partial(nn.LayerNorm, eps=...)"
+        )
+    return {**layers, "pre_norm": False}
 
 
 def model_card(converted: Converted, config: Mapping[str, Any]) -> str:
     """README.md of an exported folder: what it is, how it was trained as far as that is known, how to open it."""
-    shapes, info = _shapes(converted), converted.info
+    info, trunk = converted.parts.info, converted.parts.info.trunk
     library = "timm" if converted.reading.format.name == "timm" else "transformers"
     if library == "timm":
         opening = 'timm.create_model("local-dir:FOLDER", pretrained=True)'
@@ -227,7 +200,7 @@ def model_card(converted: Converted, config: Mapping[str, Any]) -> str:
         opening = f'transformers.{config["architectures"][0]}.from_pretrained("FOLDER")'
     known = {key: getattr(info, key) for key in ("target", "mask_ratio", "epochs", "mean", "std") if getattr(info, key)}
     training = "\n".join(f"- {key}: {value}" for key, value in known.items()) or "- not stated in the source"
-    height, width = shapes["image_size"]
+    height, width = info.image_size
     licence = info.licence or "other"
     return f"""---
 library_name: {library}
@@ -236,9 +209,9 @@ license: {licence.lower().replace(" ", "-")}
 ---
 # Vision transformer pre-trained with a masked autoencoder
 
-Width {shapes["width"]}, depth {shapes["depth"]}, {shapes["heads"]} heads, patches of {shapes["patch"]} pixels,
-images of {height}x{width} pixels and {shapes["channels"]} channels. Converted from the format {converted.parts.format};
-LayerNorm epsilon {info.trunk.norm_eps:g}, activation {info.trunk.activation}.
+Width {trunk.width}, depth {trunk.depth}, {trunk.heads} heads, patches of {trunk.patch_size} pixels,
+images of {height}x{width} pixels and {info.in_chans} channels. Converted from the format {converted.parts.format};
+LayerNorm epsilon {trunk.norm_eps:g}, activation {trunk.activation}.
 
 Training:
 {training}
@@ -255,8 +228,6 @@ Weights that come from the released MAE files are under {LICENCE}, whatever they
 def export_encoder(source: Path, out: Path, *, heads: int | None = None) -> str:
     """``mae export --onnx``: the encoder of any weights file as ONNX; returns a line to print. Raises ``UserError`` as
     ``export_onnx`` and ``load_encoder`` do."""
-    from mae_core.weights.load import load_encoder
-
     if out.suffix != ".onnx":
         raise UserError(f"--out {out} has to end in .onnx")
     encoder = load_encoder(source, heads=heads)
@@ -264,60 +235,3 @@ def export_encoder(source: Path, out: Path, *, heads: int | None = None) -> str:
     images = torch.randn(2, encoder.in_channels, *encoder.grid.image_size, generator=generator)
     difference = export_onnx(encoder, images, out)
     return f"wrote {out}; largest difference from torch {difference:.1e}, by onnxruntime"
-
-
-def require_onnx() -> None:
-    """Raise ``UserError``, with the line that installs them, where packages of the ONNX export are missing."""
-    missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"ONNX needs {', '.join(missing)}; install them with pip install 'mae-transfer[onnx]'")
-
-
-def export_onnx(encoder: nn.Module, example: Tensor, path: Path) -> float:
-    """Write ``encoder.encode`` as ONNX, any batch size, and return its largest difference from torch, measured with
-    onnxruntime on images of another batch size.
-
-    Raises ``UserError`` where the packages are missing, ``path`` exists, or the difference is above 1e-4: then nothing
-    is written.
-    """
-    require_onnx()
-    if path.exists():
-        raise UserError(f"{path} exists; choose another --out")
-    import onnxruntime
-
-    wrapped = _Encode(encoder).eval()
-    with atomic_path(path) as temporary:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                wrapped,
-                (example,),
-                dynamo=True,
-                input_names=["images"],
-                output_names=["tokens"],
-                dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}},
-                verbose=False,
-            )
-            assert program is not None
-            program.save(str(temporary), external_data=False)
-        images = torch.cat([example, example.flip(0) * 0.5, example[:1] * 2])
-        with torch.no_grad():
-            expected = wrapped(images)
-        session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
-        (tokens,) = session.run(["tokens"], {"images": images.numpy()})
-        difference = float((torch.from_numpy(tokens) - expected).abs().max())
-        if difference > ONNX_TOLERANCE:
-            raise UserError(f"the ONNX model differs by {difference:.1e} from torch's, more than {ONNX_TOLERANCE:g}")
-    return difference
-
-
-class _Encode(nn.Module):
-    """``encode`` as a forward pass."""
-
-    def __init__(self, encoder: nn.Module) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, 1 + N, D)."""
-        return self.encoder.forward_features(images)

@@ -35,10 +35,9 @@ def inspect_file(path: Path | str, *, heads: int | None = None) -> dict[str, Any
     Raises ``UserError`` where loading it would: broken, of no known format (then the nearest is named), more prefix
     tokens than a cls token, NaN or infinite numbers.
     """
-    opened = open_weights(path, heads=heads, mapped=True)
-    path, parts, info, report, file = opened.path, opened.parts, opened.info, opened.report, opened.file
-    report.notes += opened.undecided
-    tensors = parts.tensors
+    parts = open_weights(path, heads=heads, mapped=True)
+    path, info, report, file, tensors = parts.path, parts.info, parts.report, parts.file, parts.tensors
+    report.notes += parts.undecided
     sizes = sizes_of(tensors)
     grid = None if info.grid is None else (info.grid[0], info.grid[1])
     if grid is not None and is_row_first(tensors["pos_embed"], grid):

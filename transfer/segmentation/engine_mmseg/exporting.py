@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mae_core import convert
 from mae_core.atomic import atomic_path, write_text
 from mae_core.errors import UserError
-from mae_core.weights.tools.export import require_onnx
+from mae_core.models.onnx_export import require_onnx
 from transfer.segmentation.config import BACKBONE, LABEL_READERS, READERS, inference_mode
 from transfer.segmentation.engine_mmseg.data import ManyChannelPreProcessor
 from transfer.segmentation.engine_mmseg.segmenter import build_segmenter, load_segmenter

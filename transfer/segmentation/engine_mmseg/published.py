@@ -10,7 +10,7 @@ from mmseg.models.backbones import MAE
 from torch import Tensor
 
 from mae_core.errors import UserError
-from mae_core.weights.tools.check import Geometry, Tokens
+from mae_core.weights.features import Geometry, Tokens
 
 ACTIVATIONS = {"gelu": {"type": "GELU"}, "relu": {"type": "ReLU"}, "silu": {"type": "SiLU"}}
 """Ours -> mmcv's."""
