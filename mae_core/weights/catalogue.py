@@ -39,53 +39,27 @@ class Published:
         return self.url.rsplit("/", 1)[-1]
 
 
-SIZES_PUBLISHED = ("base", "large", "huge")
-PRETRAIN_MD5 = {"base": "8cad7c", "large": "b8b06e", "huge": "9bdbb0"}
-FINETUNED_MD5 = {"base": "1b25e9", "large": "51f550", "huge": "2541f2"}
-
-CATALOGUE: dict[str, Published] = {
-    row.name: row
-    for size in SIZES_PUBLISHED
-    for row in (
-        Published(
-            f"pretrain_{size}",
-            f"{BASE_URL}/pretrain/mae_pretrain_vit_{size}.pth",
-            "encoder, 1600 epochs on ImageNet-1K",
-            "normalized_pixels",
-            PRETRAIN_MD5[size],
-        ),
-        Published(
-            f"full_{size}",
-            f"{BASE_URL}/pretrain/mae_pretrain_vit_{size}_full.pth",
-            "encoder and decoder of pretrain_" + size,
-            "normalized_pixels",
-        ),
-        Published(
-            f"visualize_{size}",
-            f"{BASE_URL}/visualize/mae_visualize_vit_{size}.pth",
-            "encoder and decoder, for pictures",
-            "pixels",
-        ),
-        *(
-            [
-                Published(
-                    "visualize_large_gan",
-                    f"{BASE_URL}/visualize/mae_visualize_vit_large_ganloss.pth",
-                    "encoder and decoder trained with a GAN loss too, for pictures only",
-                    "pixels",
-                )
-            ]
-            if size == "large"
-            else []
-        ),
-        Published(
-            f"finetuned_{size}",
-            f"{BASE_URL}/finetune/mae_finetuned_vit_{size}.pth",
-            "classifier of ImageNet-1K on mean-pooled patches",
-            None,
-            FINETUNED_MD5[size],
-        ),
-    )
+KINDS = {
+    "pretrain_{}": ("pretrain/mae_pretrain_vit_{}.pth", "encoder, 1600 epochs on ImageNet-1K", "normalized_pixels"),
+    "full_{}": ("pretrain/mae_pretrain_vit_{}_full.pth", "encoder and decoder of pretrain_{}", "normalized_pixels"),
+    "visualize_{}": ("visualize/mae_visualize_vit_{}.pth", "encoder and decoder, for pictures", "pixels"),
+    "visualize_{}_gan": (
+        "visualize/mae_visualize_vit_{}_ganloss.pth",
+        "encoder and decoder trained with a GAN loss too, for pictures only",
+        "pixels",
+    ),
+    "finetuned_{}": ("finetune/mae_finetuned_vit_{}.pth", "classifier of ImageNet-1K on mean-pooled patches", None),
+}
+"""Name of a row -> (the file, what it holds, its pixel target); ``{}`` stands for the size."""
+MD5 = {
+    **{"pretrain_base": "8cad7c", "pretrain_large": "b8b06e", "pretrain_huge": "9bdbb0"},
+    **{"finetuned_base": "1b25e9", "finetuned_large": "51f550", "finetuned_huge": "2541f2"},
+}
+CATALOGUE = {
+    name: Published(name, f"{BASE_URL}/{url.format(size)}", content.format(size), target, MD5.get(name))
+    for size in ("base", "large", "huge")
+    for pattern, (url, content, target) in KINDS.items()
+    if (name := pattern.format(size)) not in ("visualize_base_gan", "visualize_huge_gan")
 }
 """Name on the command line -> file."""
 

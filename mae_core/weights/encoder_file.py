@@ -9,13 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from timm.layers import get_act_layer
 from torch import Tensor
 
 from mae_core.errors import UserError
 from mae_core.layout import EXPORT_CONFIG, PREPROCESSOR_CONFIG
 from mae_core.models.encoder import ViTEncoder
 from mae_core.models.mae import MaskedAutoencoder
-from mae_core.models.sizes import SIZES, ViTSize
+from mae_core.models.sizes import ACTIVATIONS, SIZES, ViTSize
 from mae_core.weights.report import LoadReport
 
 TRANSFORMERS_WORDS = {
@@ -278,11 +280,7 @@ def info_of_timm(config: Mapping[str, Any]) -> EncoderInfo:
     A configuration of something else says nothing. Raises ``UserError`` for an activation that is not supported.
     """
     import timm
-    import torch
-    from timm.layers import get_act_layer
     from timm.models.vision_transformer import VisionTransformer
-
-    from mae_core.models.sizes import ACTIVATIONS
 
     name = str(config["architecture"]).split(".")[0]
     if not timm.is_model(name):
@@ -295,10 +293,9 @@ def info_of_timm(config: Mapping[str, Any]) -> EncoderInfo:
     if not isinstance(model, VisionTransformer):
         return EncoderInfo()
     activations = {get_act_layer(each): each for each in ACTIVATIONS} | {torch.nn.GELU: "gelu"}
-    block = model.blocks[0]
+    block, pixels = model.blocks[0], config.get("pretrained_cfg") or {}
     if type(block.mlp.act) not in activations:
         raise UserError(f"its activation is {type(block.mlp.act).__name__}; supported: {', '.join(ACTIVATIONS)}")
-    pixels = config.get("pretrained_cfg") or {}
     return EncoderInfo(
         width=model.embed_dim,
         depth=len(model.blocks),

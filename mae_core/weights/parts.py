@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -16,14 +16,13 @@ from torch import Tensor
 from mae_core.errors import UserError
 from mae_core.weights.encoder_file import EncoderInfo
 from mae_core.weights.files import WeightsFile
-from mae_core.weights.formats import DECODER_PARTS, KEPT_APART, OWN_ONLY, SHAPES
+from mae_core.weights.formats import KEPT_APART, OWN_ONLY, SHAPES
 from mae_core.weights.rename import (
     OUTER_PREFIXES,
     Fit,
     Slot,
     fit_names,
     is_decoder,
-    leaves,
     natural,
     readings,
     recognise,
@@ -250,10 +249,8 @@ def describe_refused(refused: Mapping[str, str]) -> str:
 
 def missing_decoder(tensors: Mapping[str, Tensor]) -> list[str]:
     """Our names of what a decoder lacks that has at least one tensor."""
-    indices = {name.split(".")[1] for name in tensors if name.startswith("decoder_blocks.")}
-    wanted = {part + leaf for part in DECODER_PARTS for leaf in leaves(part)}
-    blocks = [pattern for pattern in SHAPES if pattern.startswith("decoder_blocks.{}")]
-    wanted |= {pattern.format(index) for index in range(max(len(indices), 1)) for pattern in blocks}
+    depth = len({name.split(".")[1] for name in tensors if name.startswith("decoder_blocks.")})
+    wanted = {name.format(index) for name in SHAPES if is_decoder(name) for index in range(max(depth, 1))}
     if f"{OWN_ONLY}mask_token" in tensors:  # hidden patches pass the encoder, so the decoder has no token for them
         wanted.discard("mask_token")
     return sorted(wanted - tensors.keys(), key=natural)
@@ -285,35 +282,28 @@ def wrong_shapes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Our name -> its shape and what the rest of the file asks for, of every tensor that does not go with the rest; a
     letter (N positions, C channels, ...) stands for a number that no other tensor tells. Where two tensors contradict
     each other and no third one decides, it is both."""
-    sizes = sizes_of(tensors)
-    wrong = {}
-    for name, values in tensors.items():
-        letters = SHAPES.get(split_index(name)[0])
-        if letters is None or _fits(values, letters, sizes):
-            continue
-        wrong[name] = values
-        rivals = [n for n in tensors if n != name and PAIRED & set(letters) & set(SHAPES.get(split_index(n)[0], ()))]
-        if _fits(values, letters, sizes_of({n: tensors[n] for n in tensors if n not in rivals})):
-            wrong.update({other: tensors[other] for other in rivals})
-    return {name: _told(name, tensors) for name in wrong}
+    letters = {name: SHAPES[pattern] for name in tensors if (pattern := split_index(name)[0]) in SHAPES}
+    sizes, wrong = sizes_of(tensors), set()
+    for name in [name for name in letters if _shape(letters[name], sizes) != tensors[name].shape]:
+        wrong.add(name)
+        rivals = {n for n in letters if n != name and PAIRED & set(letters[name]) & set(letters[n])}
+        if _shape(letters[name], _sizes_without(rivals, tensors)) == tensors[name].shape:
+            wrong |= rivals
+    told = {}
+    for name in wrong:
+        shape, wanted = tuple(tensors[name].shape), _shape(letters[name], _sizes_without({name}, tensors))
+        told[name] = f"file {shape}, model ({', '.join(map(str, wanted))}{',' if len(shape) == 1 else ''})"
+    return told
 
 
-def _fits(values: Tensor, letters: Sequence[str], sizes: Mapping[str, int]) -> bool:
-    return tuple(values.shape) == tuple(_number(letter, sizes) for letter in letters)
+def _sizes_without(names: Collection[str], tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    return sizes_of({name: values for name, values in tensors.items() if name not in names})
 
 
-def _number(letter: str, sizes: Mapping[str, int]) -> int | str:
-    if letter == "1":
-        return 1
-    size = sizes.get(letter.removeprefix("3"))
-    return letter if size is None else size * (3 if letter.startswith("3") else 1)
-
-
-def _told(name: str, tensors: Mapping[str, Tensor]) -> str:
-    others = sizes_of({other: values for other, values in tensors.items() if other != name})
-    wanted = (str(_number(letter, others)) for letter in SHAPES[split_index(name)[0]])
-    shape = tuple(tensors[name].shape)
-    return f"file {shape}, model ({', '.join(wanted)}{',' if len(shape) == 1 else ''})"
+def _shape(letters: Sequence[str], sizes: Mapping[str, int]) -> tuple[int | str, ...]:
+    """A letter that no tensor tells stays a letter."""
+    found = [(letter, 1 if letter == "1" else sizes.get(letter.removeprefix("3"))) for letter in letters]
+    return tuple(letter if size is None else size * (3 if letter[0] == "3" else 1) for letter, size in found)
 
 
 def num_parameters(tensors: Mapping[str, Tensor]) -> int:

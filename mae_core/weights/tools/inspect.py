@@ -78,16 +78,13 @@ def inspect_file(path: Path | str, *, heads: int | None = None) -> dict[str, Any
 
 def kind_of(tensors: Mapping[str, Any], beside: Collection[str]) -> str:
     """Which kind of file holds ``tensors`` (our names), by what they are and what lay beside them."""
+    kind = "encoder"
     if any(is_decoder(name) for name in tensors):
         kind = "encoder and decoder of a pre-training"
     elif "head.weight" in tensors:
-        pooled = "mean-pooled patches" if "fc_norm.weight" in tensors else "the cls token"
-        kind = f"classifier on {pooled}"
-    else:
-        kind = "encoder"
-    if "optimizer" in beside:
-        kind += f", a trainer's checkpoint ({', '.join(sorted(beside))} beside the weights)"
-    return kind
+        kind = f"classifier on {'mean-pooled patches' if 'fc_norm.weight' in tensors else 'the cls token'}"
+    trainer = f", a trainer's checkpoint ({', '.join(sorted(beside))} beside the weights)"
+    return kind + (trainer if "optimizer" in beside else "")
 
 
 def describe_file(path: Path | str, *, heads: int | None = None) -> str:
@@ -104,12 +101,9 @@ def describe_file(path: Path | str, *, heads: int | None = None) -> str:
     if row and row.target and "target" not in found["training"]:
         target += " (by the file's name)"
     decoder = "no"
-    if found["decoder"]:
-        lost = found["decoder"]["missing"]
-        of_decoder = found["decoder"]["heads"] or "not stated"
-        decoder = f"width {found['decoder']['width']}, heads {of_decoder}" + (
-            f", {len(lost)} tensors missing" if lost else ""
-        )
+    if part := found["decoder"]:
+        lost = f", {len(part['missing'])} tensors missing" if part["missing"] else ""
+        decoder = f"width {part['width']}, heads {part['heads'] or 'not stated'}{lost}"
     lines = [
         f"file       {found['file']}",
         f"format     {found['format']}: {found['layout']}{alike}",
