@@ -13,7 +13,7 @@ import torch
 from timm.layers import get_act_layer
 from torch import Tensor
 
-from mae_core.errors import UserError
+from mae_core.errors import UserError, naming
 from mae_core.layout import EXPORT_CONFIG, PREPROCESSOR_CONFIG
 from mae_core.models.encoder import ViTEncoder
 from mae_core.models.mae import MaskedAutoencoder
@@ -199,8 +199,7 @@ class EncoderFile:
     @property
     def grid(self) -> tuple[int, int]:
         """(rows, columns) of the stored positions."""
-        rows, cols = self.info.grid
-        return rows, cols
+        return self.info.grid[0], self.info.grid[1]
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -221,7 +220,7 @@ class EncoderFile:
     @property
     def num_classes(self) -> int:
         """Classes of its head; 0 where it has none."""
-        return len(self.tensors["head.weight"]) if "head.weight" in self.tensors else 0
+        return len(self.tensors.get("head.weight", ()))
 
     def check_pretrained(self) -> None:
         """Raise ``UserError`` where the file is a classifier: what trains a new head starts from an encoder."""
@@ -245,20 +244,14 @@ def read_json_beside(path: Path, name: str) -> Mapping[str, Any] | None:
 
 
 def info_beside(path: Path) -> EncoderInfo:
-    """What config.json and preprocessor_config.json beside a weights file say.
-
-    Raises ``UserError`` where they ask for what no encoder of ours computes.
-    """
-    config = read_json_beside(path, EXPORT_CONFIG)
-    if config is None:
-        return EncoderInfo()
-    try:
+    """What config.json and preprocessor_config.json beside a weights file say. Raises ``UserError`` where they ask for
+    what no encoder of ours computes."""
+    config = read_json_beside(path, EXPORT_CONFIG) or {}
+    with naming(path.parent / EXPORT_CONFIG):
         if "num_attention_heads" in config:
             pixels = _pixels_of_processor(read_json_beside(path, PREPROCESSOR_CONFIG) or {}, config)
             return EncoderInfo.from_foreign(config, TRANSFORMERS_WORDS).with_facts(**pixels)
         return info_of_timm(config) if "architecture" in config else EncoderInfo()
-    except UserError as error:
-        raise UserError(f"{path.parent / EXPORT_CONFIG}: {error}") from None
 
 
 def _pixels_of_processor(processor: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:

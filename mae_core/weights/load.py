@@ -29,7 +29,7 @@ from mae_core.weights.encoder_file import EncoderFile, EncoderInfo
 from mae_core.weights.formats import FORMATS, MAE_CORE_FULL, OWN_ONLY
 from mae_core.weights.opening import open_weights
 from mae_core.weights.parts import LACKING, UNKNOWN, Parts, check_finite, describe_refused, missing_decoder
-from mae_core.weights.rename import is_decoder
+from mae_core.weights.rename import Reading, is_decoder
 from mae_core.weights.report import LoadReport
 from mae_core.weights.resize import STEM_WARNING, Adaptation, adapt_stem, usual_method
 from mae_core.weights.writing import write_parts
@@ -39,6 +39,8 @@ AnySection = TypeVar("AnySection", bound=Schema)
 DECODER_REASON = "the decoder is for pre-training only"
 UNUSED = {"decoder_*": DECODER_REASON, "mask_token": DECODER_REASON, f"{OWN_ONLY}*": "for pre-training only"}
 """Patterns of official names -> why no encoder takes them."""
+IN_A_RUN = Reading(FORMATS["mae_core"], MAE_CORE_FULL, "encoder.")
+"""How a ``MaskedAutoencoder`` names its tensors."""
 OFFICIAL_DECODER_HEADS = 16
 """Of every released model, whatever its size; the tensors do not tell."""
 
@@ -46,11 +48,11 @@ OFFICIAL_DECODER_HEADS = 16
 def read_encoder(
     path: Path | str, *, image_size: int | Sequence[int] | None = None, heads: int | None = None, decoder: bool = False
 ) -> EncoderFile:
-    """Read the encoder of a weights file of any known format, a run directory, a checkpoint folder or a folder of timm
-    or transformers; of a full MAE the decoder's tensors come along.
+    """Read the encoder of a weights file of any known format, a run, a checkpoint or a folder of timm or transformers;
+    of a full MAE the decoder's tensors come along.
 
     ``image_size`` of the images it is wanted for tells the grid of a file that is not square and does not say.
-    ``heads``: attention heads of a file that does not say. ``decoder``: of a run directory the full model is meant.
+    ``heads``: of a file that does not say. ``decoder``: of a run the full model is meant.
 
     Raises ``UserError`` where the file is broken or holds no encoder, and where nothing tells its heads or its grid.
     """
@@ -133,11 +135,10 @@ def with_file(source: EncoderFile, config: AnyRun, *, frozen: bool = False) -> A
 
     Raises ``UserError`` where the user set another architecture than the file's.
     """
-    data, update = config.data, {}  # type: ignore[attr-defined]
+    data, model = config.data, getattr(config, "model", None)  # type: ignore[attr-defined]
     may = {"image_size": source.image_size, "test_crop": source.info.test_crop} if frozen else {}
     may = {name: value for name, value in may.items() if name in type(data).model_fields}
-    update["data"] = section_with(source.path, data, "data", must={"channels": source.in_chans}, may=may)
-    model = getattr(config, "model", None)
+    update = {"data": section_with(source.path, data, "data", must={"channels": source.in_chans}, may=may)}
     if model is not None and "size" in type(model).model_fields:
         update["model"] = section_with(source.path, model, "model", must=model_facts(source, model))
     return config.model_copy(update=update)
@@ -181,11 +182,10 @@ def load_state(
 ) -> LoadReport:
     """Copy ``tensors`` into ``model``, all or nothing; returns the account of every tensor on both sides.
 
-    ``new``: patterns of the model's tensors that may be missing and stay as they are. ``unused``: patterns of tensors
-    that the model does not take -> why. ``rename``: name in ``tensors`` -> name in the model, where they differ.
-    ``names``: name in ``tensors`` -> names in the file. ``report``: what was done before, whose ``resized`` names are
-    the model's. Raises ``UserError`` (file, first tensors, ``remedy``) when any other tensor is left over on either
-    side, has another shape, or is not finite: a model never starts half loaded.
+    ``new``: patterns of the model's tensors that may be missing. ``unused``: patterns of tensors that it does not take
+    -> why. ``rename``, ``names``: name in ``tensors`` -> name in the model, names in the file, where they differ.
+    ``report``: what was done before, whose ``resized`` names are the model's. Raises ``UserError`` (file, first
+    tensors, ``remedy``) when any other tensor is left over, has another shape, or is not finite.
     """
     report = report or LoadReport(str(path))
     wanted, unused, may_be_new = model.state_dict(), unused or {}, dict.fromkeys(new, "")
@@ -355,11 +355,8 @@ def classifier_from(
     drop_path: float = 0.0,
     allow_missing: Sequence[str] = (),
 ) -> tuple[ViTEncoder, LoadReport]:
-    """A classifier on a pre-trained encoder, and the report of what was loaded.
-
-    ``allow_missing``: patterns of tensors that the file may lack and that start anew. Raises ``UserError`` where the
-    file is a classifier already, or does not fit, or there is no class to tell.
-    """
+    """A classifier on a pre-trained encoder, and the report of what was loaded. ``allow_missing``: see ``fit_state``.
+    Raises ``UserError`` where the file is a classifier already, or does not fit, or there is no class to tell."""
     source.check_pretrained()
     if num_classes < 1:
         raise UserError(f"a classifier has one class or more; num_classes={num_classes} was asked for")
@@ -441,25 +438,18 @@ def masking_of(info: EncoderInfo) -> dict[str, Any]:
 
 def name_in_mae(name: str) -> str:
     """Our name in an encoder's file -> the name in a ``MaskedAutoencoder``."""
-    if name.startswith(OWN_ONLY):
-        return name.removeprefix(OWN_ONLY)
-    if name == "mask_token":
-        return "decoder.mask_token"
-    return f"decoder.{name.removeprefix('decoder_')}" if name.startswith("decoder_") else f"encoder.{name}"
+    return IN_A_RUN.names(name)[0]
 
 
 def decoder_heads_of(info: EncoderInfo, asked: int | None, path: Path) -> int:
     """Attention heads of the decoder: stated by the file, else asked for, else the released models' 16, with a warning.
-
-    Raises ``UserError`` where file and caller contradict each other.
-    """
+    Raises ``UserError`` where file and caller contradict each other."""
     stated = info.decoder_heads
     if stated is not None and asked not in (None, stated):
         raise UserError(f"decoder_heads={asked} was given, but {path} has {stated}; leave it out, or use another file")
-    if stated is not None or asked is not None:
-        return int(stated or asked or 0)
-    warnings.warn(f"{path}: {DECODER_HEADS_ASSUMED}", stacklevel=3)
-    return OFFICIAL_DECODER_HEADS
+    if stated is None and asked is None:
+        warnings.warn(f"{path}: {DECODER_HEADS_ASSUMED}", stacklevel=3)
+    return int(stated or asked or OFFICIAL_DECODER_HEADS)
 
 
 DECODER_HEADS_ASSUMED = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -75,9 +75,8 @@ def convert_parts(parts: Parts, target: str, adaptation: Adaptation) -> Converte
         parts.report.notes.append("the grid is not known: its positions fill no square")
     before = dict(parts.tensors)
     adapt(parts, adaptation)
-    converted = write_parts(parts, format_of(target))
-    converted.resized = any(parts.tensors.get(name) is not values for name, values in before.items())
-    return converted
+    resized = any(parts.tensors.get(name) is not values for name, values in before.items())
+    return replace(write_parts(parts, format_of(target)), resized=resized)
 
 
 def write_parts(parts: Parts, target: Format) -> Converted:

@@ -54,8 +54,23 @@ def _tokens_of(model: nn.Module, last_block: nn.Module, run: Callable[[], Tensor
     return Tokens(seen[0], normed, prefix)
 
 
-def _depth(state: Mapping[str, Tensor]) -> int:
-    return 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+def _options(state: Mapping[str, Tensor], geometry: Geometry) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(sizes, trunk) in timm's words."""
+    width = state["patch_embed.proj.bias"].shape[0]
+    sizes = {
+        "img_size": geometry.image_size,
+        "patch_size": geometry.patch_size,
+        "in_chans": geometry.in_chans,
+        "num_classes": 0,
+        "global_pool": "",
+    }
+    return sizes, {
+        "embed_dim": width,
+        "depth": 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
+        "num_heads": geometry.heads,
+        "mlp_ratio": state["blocks.0.mlp.fc1.bias"].shape[0] / width,
+        "norm_layer": partial(nn.LayerNorm, eps=geometry.norm_eps),
+    }
 
 
 def run_timm(state: Mapping[str, Tensor], geometry: Geometry, images: Tensor) -> Tokens:
@@ -68,34 +83,21 @@ def run_timm(state: Mapping[str, Tensor], geometry: Geometry, images: Tensor) ->
     import timm
     from timm.models.vision_transformer import VisionTransformer
 
-    width, cls = state["patch_embed.proj.bias"].shape[0], "cls_token" in state
-    options: dict[str, Any] = {
-        "img_size": geometry.image_size,
-        "patch_size": geometry.patch_size,
-        "in_chans": geometry.in_chans,
-        "num_classes": 0,
-        "global_pool": "",
+    cls, config = "cls_token" in state, geometry.config or {}
+    sizes, trunk = _options(state, geometry)
+    sizes |= {
         "class_token": cls,
         "no_embed_class": cls and state["pos_embed"].shape[1] == geometry.num_patches,
         "init_values": 1.0 if "blocks.0.ls1.gamma" in state else None,
         "final_norm": "norm.weight" in state,
     }
-    config = geometry.config or {}
     with torch.device("meta"):  # nothing is drawn that the state replaces, and no weight is held twice
         if "architecture" in config:
             given = {name: value for name, value in (config.get("model_args") or {}).items() if name != "fc_norm"}
             name = str(config["architecture"]).split(".")[0]
-            model: Any = timm.create_model(name, pretrained=False, **{**given, **options})
+            model: Any = timm.create_model(name, pretrained=False, **{**given, **sizes})
         else:
-            model = VisionTransformer(
-                embed_dim=width,
-                depth=_depth(state),
-                num_heads=geometry.heads,
-                mlp_ratio=state["blocks.0.mlp.fc1.bias"].shape[0] / width,
-                norm_layer=partial(nn.LayerNorm, eps=geometry.norm_eps),
-                act_layer=get_act_layer(geometry.activation),
-                **options,
-            )
+            model = VisionTransformer(**sizes, **trunk, act_layer=get_act_layer(geometry.activation))
     wanted = model.state_dict().keys()
     model.load_state_dict({name: tensor.float() for name, tensor in state.items() if name in wanted}, assign=True)
     tokens = _tokens_of(model, model.blocks[-1], lambda: model.forward_features(images), int(cls))
@@ -106,32 +108,24 @@ def _run_beit(state: Mapping[str, Tensor], geometry: Geometry, images: Tensor) -
     """timm's BEiT, which has tables of relative positions; its key has no bias, which changes nothing (softmax)."""
     from timm.models.beit import Beit
 
-    width = state["patch_embed.proj.bias"].shape[0]
+    if geometry.activation != "gelu":
+        raise UserError(f"--check cannot run tables of relative positions with {geometry.activation}; leave it out")
+    sizes, trunk = _options(state, geometry)
     given = {name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): t for name, t in state.items()}
     for name in [name for name in given if name.endswith("attn.qkv.bias")]:
         query, _, value = given.pop(name).chunk(3)
         given |= {name.replace("qkv.bias", "q_bias"): query, name.replace("qkv.bias", "v_bias"): value}
-    normed = "norm.weight" in given
+    normed, width = "norm.weight" in given, trunk["embed_dim"]
     if not normed:
         given |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
     model = Beit(
-        img_size=geometry.image_size,
-        patch_size=geometry.patch_size,
-        in_chans=geometry.in_chans,
-        num_classes=0,
-        global_pool="",
-        embed_dim=width,
-        depth=_depth(state),
-        num_heads=geometry.heads,
+        **sizes,
+        **trunk,
         qkv_bias=True,
-        mlp_ratio=state["blocks.0.mlp.fc1.bias"].shape[0] / width,
         init_values=1.0 if "blocks.0.gamma_1" in given else None,
         use_abs_pos_emb="pos_embed" in given,
         use_rel_pos_bias=True,
-        norm_layer=partial(nn.LayerNorm, eps=geometry.norm_eps),
     )
-    if geometry.activation != "gelu":
-        raise UserError(f"--check cannot run tables of relative positions with {geometry.activation}; leave it out")
     model.load_state_dict({name: tensor.float() for name, tensor in given.items() if not name.startswith("fc_norm")})
     tokens = _tokens_of(model, model.blocks[-1], lambda: model.forward_features(images))
     return tokens if normed else tokens._replace(normed=None)
