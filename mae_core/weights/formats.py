@@ -1,4 +1,4 @@
-"""Checkpoint formats as tables: how each one names the parts of a ViT. Nothing but data; ``keymap`` reads it.
+"""Checkpoint formats as tables: how each one names the parts of a ViT. Nothing but data; ``rename`` reads it.
 
 A part is named as in the released MAE files and in timm: ``attn.qkv`` is one matrix whose rows are query, key and
 value, each head by head. A row is (our part, their part); three parts on their side mean that they keep query, key and

@@ -275,10 +275,12 @@ def opened_once(source: EncoderFile | Path | str, **options: Any) -> EncoderFile
     return source if isinstance(source, EncoderFile) else read_encoder(source, **options)
 
 
-def warn_of_assumptions(source: EncoderFile) -> None:
-    """Warn of what the file does not say and was assumed."""
-    for sentence in source.assumptions:
-        warnings.warn(f"{source.path}: {sentence}", stacklevel=3)
+def _opened(source: EncoderFile | Path | str, **options: Any) -> EncoderFile:
+    """``opened_once``, with a warning of what the file does not say and was assumed."""
+    found = opened_once(source, **options)
+    for sentence in found.assumptions:
+        warnings.warn(f"{found.path}: {sentence}", stacklevel=3)
+    return found
 
 
 def load_encoder(
@@ -293,8 +295,7 @@ def load_encoder(
 
     ``heads``: attention heads, for a file that does not say. Raises ``UserError`` where the file does not hold one.
     """
-    source = opened_once(path, image_size=image_size, heads=heads)
-    warn_of_assumptions(source)
+    source = _opened(path, image_size=image_size, heads=heads)
     if not source.has_norm:
         pooled = "fc_norm.weight" in source.tensors
         kind = "a classifier on mean-pooled patches" if pooled else f"a {source.info.format} file"
@@ -380,8 +381,7 @@ def build_classifier(
     ``heads``: attention heads of a file that does not say. ``options``: image_size, drop_path. Raises ``UserError``
     where the file does not fit.
     """
-    source = opened_once(encoder_file, heads=heads)
-    warn_of_assumptions(source)
+    source = _opened(encoder_file, heads=heads)
     return classifier_from(source, num_classes=num_classes, pooling=pooling, **options)[0]
 
 
@@ -400,8 +400,7 @@ def load_mae(
     where nothing states those of the decoder, a warning says that 16 are assumed. Raises ``UserError`` where the file
     has no complete decoder.
     """
-    source = opened_once(path, heads=heads, decoder=True)
-    warn_of_assumptions(source)
+    source = _opened(path, heads=heads, decoder=True)
     info, tensors = source.info, source.tensors
     width = tensors["decoder_embed.weight"].shape[0]
     decoder = {
@@ -418,10 +417,8 @@ def load_mae(
     )
     model = assemble_mae(vit_of(source), objective, decoder, **masking_of(info))
     model.loss_on_all_patches = bool(info.loss_on_all_patches)
-    load_state(
-        model, tensors, source.path, rename={name: name_in_mae(name) for name in tensors}, names=source.names,
-        remedy="it is not a complete MAE",
-    )  # fmt: skip
+    rename = {name: name_in_mae(name) for name in tensors}
+    load_state(model, tensors, source.path, rename=rename, names=source.names, remedy="it is not a complete MAE")
     return model.eval()
 
 

@@ -46,6 +46,10 @@ def strip_prefixes(
     for a name as it is in the file and for what is left of it. A prefix that is not a known wrapper's goes too, where
     all names carry it and a format explains every name behind it.
     """
+
+    def explained(names: list[str]) -> bool:
+        return any(fit_names(names, reading).cost[0] == 0 for reading in readings(source))
+
     taken: list[str] = []
     dropped: list[str] = []
     state = dict(state)
@@ -53,19 +57,18 @@ def strip_prefixes(
         for name in [name for name in state if any(fnmatch.fnmatchcase(name, pattern) for pattern in drop)]:
             dropped.append("".join(taken) + name)
             del state[name]
-        if not state or any(fit_names(list(state), reading).cost[0] == 0 for reading in readings(source)):
+        if not state or explained(list(state)):
             return state, taken, dropped
         first = next(iter(state))
-        heads = [first[: match.end()] for match in re.finditer(r"\.", first)]
-        for head in heads[:3]:
-            if not all(name.startswith(head) for name in state):
-                continue
-            behind = [name[len(head) :] for name in state]
-            if head in OUTER_PREFIXES or min(fit_names(behind, r).cost[0] for r in readings(source)) == 0:
+        for match in list(re.finditer(r"\.", first))[:3]:
+            head = first[: match.end()]
+            if all(name.startswith(head) for name in state) and (
+                head in OUTER_PREFIXES or explained([name.removeprefix(head) for name in state])
+            ):
                 break
         else:
             return state, taken, dropped
-        state = {name[len(head) :]: tensor for name, tensor in state.items()}
+        state = {name.removeprefix(head): tensor for name, tensor in state.items()}
         taken.append(head)
 
 
