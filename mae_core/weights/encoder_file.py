@@ -268,10 +268,8 @@ def _pixels_of_processor(processor: Mapping[str, Any], config: Mapping[str, Any]
 
 
 def info_of_timm(config: Mapping[str, Any]) -> EncoderInfo:
-    """What timm's configuration of a ViT says: its own model is built, without memory for its weights, and asked.
-
-    A configuration of something else says nothing. Raises ``UserError`` for an activation that is not supported.
-    """
+    """What timm's configuration of a ViT says: its own model is built, without memory for its weights, and asked; of
+    something else it says nothing. Raises ``UserError`` for an activation that is not supported."""
     import timm
     from timm.models.vision_transformer import VisionTransformer
 

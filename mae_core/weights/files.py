@@ -109,11 +109,8 @@ def write_torch(
 
 
 def read_weights(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a ``.safetensors`` or torch file -> (tensors by name, metadata), all in memory.
-
-    Of a torch file that wraps its weights (``model``, ``state_dict``) the weights come back. Raises ``UserError`` for a
-    missing, truncated or foreign file, and for a torch file that would need to execute code.
-    """
+    """Read a ``.safetensors`` or torch file -> (tensors by name, without wrappers, and metadata), all in memory. Raises
+    ``UserError`` for a missing, truncated or foreign file, and for a torch file that would need to execute code."""
     file = read_file(path, mapped=False)
     return file.state, file.metadata
 
@@ -305,10 +302,8 @@ def _as_tensors(value: Any) -> Any:
 
 
 def unwrap(content: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str], dict[str, Any]]:
-    """What a torch file holds -> (named tensors, what was unwrapped, what lay beside them).
-
-    Raises ``UserError`` where it holds no named tensors.
-    """
+    """What a torch file holds -> (named tensors, what was unwrapped, what lay beside them). Raises ``UserError`` where
+    it holds no named tensors."""
     notes: list[str] = []
     beside: dict[str, Any] = {}
     while not any(isinstance(value, Tensor) for value in content.values()) or isinstance(

@@ -131,10 +131,8 @@ def section_with(
 
 def with_file(source: EncoderFile, config: AnyRun, *, frozen: bool = False) -> AnyRun:
     """``config`` as the weights say: their channels, and of a trained model its size; with ``frozen`` also the image
-    size and, of a classifier, the test crop where the user set none, for it is measured as it was trained.
-
-    Raises ``UserError`` where the user set another architecture than the file's.
-    """
+    size and, of a classifier, the test crop where the user set none, for it is measured as it was trained. Raises
+    ``UserError`` where the user set another architecture than the file's."""
     data, model = config.data, getattr(config, "model", None)  # type: ignore[attr-defined]
     may = {"image_size": source.image_size, "test_crop": source.info.test_crop} if frozen else {}
     may = {name: value for name, value in may.items() if name in type(data).model_fields}
@@ -245,10 +243,7 @@ def fit_state(
     allow_missing: Sequence[str] = (),
 ) -> LoadReport:
     """``load_state`` for an encoder: positions are resized to ``grid``, a decoder is left out unless ``rename`` says
-    where it goes.
-
-    ``allow_missing``: patterns of tensors that the user allows to start anew.
-    """
+    where it goes. ``allow_missing``: patterns of tensors that the user allows to start anew."""
     rename, before = rename or {}, source.report
     resized = {rename.get(name, name): how for name, how in before.resized.items()}
     report = LoadReport(before.path, resized=resized, unused={**before.unused}, notes=[*before.notes])
@@ -291,10 +286,8 @@ def load_encoder(
     heads: int | None = None,
 ) -> ViTEncoder:
     """The encoder of any known weights file, run directory or checkpoint, in eval mode; positions resized to
-    ``image_size``, the patch embedding adapted to ``in_chans`` with a warning.
-
-    ``heads``: attention heads, for a file that does not say. Raises ``UserError`` where the file does not hold one.
-    """
+    ``image_size``, the patch embedding adapted to ``in_chans`` with a warning. ``heads``: attention heads, for a file
+    that does not say. Raises ``UserError`` where the file does not hold one."""
     source = _opened(path, image_size=image_size, heads=heads)
     if not source.has_norm:
         pooled = "fc_norm.weight" in source.tensors

@@ -35,17 +35,14 @@ STEM_WARNING = "an adapted stem is an initialisation to train on from, not a fro
 class Adaptation:
     """Sizes to change; None keeps the file's.
 
-    image_size   (height, width) in pixels, or one number
-    patch_size   side of a patch in pixels
-    in_chans     channels of the images
-    channels     how the stem is adapted to them: ``sum`` (to one channel: equal to feeding the grey image to all),
-                 ``mean_tile`` (the mean over channels for every channel, scaled so that the response keeps its size),
-                 ``new`` (drawn anew from ``seed``); None: sum for one channel, mean_tile otherwise
-    patch        how the patch embedding is resized
-    antialias    resize positions as timm does when a grid shrinks; not as the official code does
-    grid         (rows, cols) of the file, where it does not say and is not square
-    reorder      put a row-first sine-cosine table (mmpretrain, MIMDet) into the official column-first layout by
-                 reordering the channels of the whole trunk: the same function, its features reordered alike
+    image_size  (height, width) in pixels, or one number
+    channels    how the stem is adapted to ``in_chans``: ``sum`` (to one channel: equal to feeding the grey image to
+                all), ``mean_tile`` (the mean over channels for each, scaled so that the response keeps its size),
+                ``new`` (drawn anew from ``seed``); None: sum for one channel, mean_tile otherwise
+    antialias   resize positions as timm does when a grid shrinks; not as the official code does
+    grid        (rows, cols) of the file, where it does not say and is not square
+    reorder     put a row-first sine-cosine table (mmpretrain, MIMDet) into the official column-first layout by
+                reordering the channels of the whole trunk: the same function, its features reordered alike
     """
 
     image_size: int | tuple[int, int] | None = None

@@ -104,11 +104,8 @@ def stated_by(converted: Converted) -> EncoderInfo:
 
 
 def prove(converted: Converted, *, as_folder: bool) -> Comparison:
-    """Run source and target on the same images, each as its own configuration says. Raises ``UserError`` where their
-    features differ by more than 1e-4.
-
-    After a resize the source is compared as it was resized: a ViT of other sizes has other features.
-    """
+    """Run source and target on the same images, each as its own configuration says; after a resize the source is
+    compared as it was resized. Raises ``UserError`` where their features differ by more than 1e-4."""
     parts = converted.parts
     if parts.info.image_size is None:
         raise UserError("--check needs the grid of the positions, which is not square; name it with --grid ROWS COLS")

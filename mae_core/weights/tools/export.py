@@ -37,10 +37,8 @@ CARD = "README.md"
 
 
 def write_folder(converted: Converted, folder: Path) -> None:
-    """Write what ``from_pretrained`` (transformers) or ``timm.create_model("local-dir:...")`` opens, atomically.
-
-    Raises ``UserError`` where the format has no such folder, or its library cannot hold the model.
-    """
+    """Write what ``from_pretrained`` (transformers) or ``timm.create_model("local-dir:...")`` opens, atomically. Raises
+    ``UserError`` where the format has no such folder, or its library cannot hold the model."""
     if folder.exists():
         raise UserError(f"{folder} exists; choose another --out")
     config = config_of(converted)
@@ -173,10 +171,8 @@ def timm_config(parts: Parts) -> dict[str, Any]:
 
 
 def timm_layers(trunk: ViTSize) -> dict[str, Any]:
-    """``model_args`` for an activation or an epsilon that is not timm's default for a ViT, which is MAE's.
-
-    Raises ``UserError`` for an epsilon that no JSON file can ask timm for: its norms are named without one.
-    """
+    """``model_args`` for an activation or an epsilon that is not timm's default for a ViT, which is MAE's. Raises
+    ``UserError`` for an epsilon that no JSON file can ask timm for: its norms are named without one."""
     layers = {} if trunk.activation == "gelu" else {"act_layer": trunk.activation}
     if trunk.norm_eps == ViTSize.norm_eps:
         return layers
