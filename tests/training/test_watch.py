@@ -49,6 +49,7 @@ def test_a_run_measures_every_so_often_and_what_it_measures_can_be_measured_agai
         options, "watch.share=0.4", f"watch.labelled={labelled}", "watch.neighbours=2", f"output={tmp_path / 'run'}"
     )
     pretrain(config)
+    config = load_config(PretrainConfig, tmp_path / "run" / "config.yaml")  # with the mean and std that it measured
     entries = [entry for entry in log_of(tmp_path / "run") if "held_out_loss" in entry]
     assert [entry["step"] for entry in entries] == [2, 4] and all("knn_top1" in entry for entry in entries)
 
@@ -58,7 +59,7 @@ def test_a_run_measures_every_so_often_and_what_it_measures_can_be_measured_agai
     watched = split_images(config, open_source(config.data))
     assert held_out_loss(model, watched.held_out, config, run) == pytest.approx(entries[-1]["held_out_loss"], rel=1e-6)
     assert knn_top1(model, watched.labelled, config, run) == pytest.approx(entries[-1]["knn_top1"])
-    small = configured(options, "watch.share=0.4", "watch.batch=1")
+    small = config.model_copy(update={"watch": config.watch.model_copy(update={"batch": 1})})
     assert held_out_loss(model, watched.held_out, small, run) == pytest.approx(entries[-1]["held_out_loss"], rel=1e-5)
 
 
