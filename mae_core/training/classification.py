@@ -130,9 +130,15 @@ def classifier_metadata(
     return EncoderInfo.of(model, **facts, test_crop=test_crop, multi_label=multi_label).to_metadata()
 
 
-def conclude(run: Run, state: Mapping[str, Any], metadata: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
+def conclude(
+    run: Run,
+    state: Mapping[str, Any],
+    metadata: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    name: str = CLASSIFIER,
+) -> None:
     """Write the classifier and its metrics, on rank 0, and close the run."""
-    run.write_weights(CLASSIFIER, state, metadata)
+    run.write_weights(name, state, metadata)
     if run.is_main:
         write_json(run.folder / METRICS, metrics)
     run.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -18,24 +19,26 @@ from mae_core.data.images import Statistics
 from mae_core.data.labelled import LabelledPaths, TestImages, collate_readable
 from mae_core.data.loading import make_loader
 from mae_core.errors import UserError
+from mae_core.models.encoder import ViTEncoder
 from mae_core.models.probe import digest_of
 from mae_core.patches import as_pair
 from mae_core.training.distributed import gather
+from mae_core.training.memory import GIB, available_memory
 from mae_core.training.predictions import predict
 from mae_core.training.run import Run
 from mae_core.weights.files import read_weights, write_weights
 
 
 class Rows(NamedTuple):
-    """What a model says of images: values (N, D) float32, and which image each row is of: indices (N,) int64,
-    ascending. Unreadable images have no row."""
+    """What a model says of images: values (N, D), or (N, tokens, D), float32, and which image each row is of: indices
+    (N,) int64, ascending. Unreadable images have no row."""
 
     values: Tensor
     indices: Tensor
 
 
 class Viewer(NamedTuple):
-    """A model from images (B, C, H, W) to rows (B, D), and how images come to it."""
+    """A model from images (B, C, H, W) to rows (B, D) or (B, tokens, D), and how images come to it."""
 
     model: nn.Module
     data: EvaluationData
@@ -94,10 +97,27 @@ def check_cache(cache: Path | None) -> None:
         raise UserError(f"cannot write features to cache={cache}: {nearest} takes no files; give another folder")
 
 
+def check_tokens_fit(images: int, model: ViTEncoder, cache: Path, device: torch.device) -> None:
+    """Raise ``UserError`` where the tokens of so many images do not fit into memory and into the disk of ``cache``.
+
+    All rows are in memory at once, twice while they are put together; tokens are hundreds of times what features are.
+    """
+    needed = images * (1 + model.grid.num_patches) * model.embed_dim * torch.float32.itemsize
+    nearest = next(place for place in (cache, *cache.absolute().parents) if place.exists())
+    there = {"memory": available_memory(device) // 2, "disk": shutil.disk_usage(nearest).free}
+    for kind, free in there.items():
+        if needed > free:
+            raise UserError(
+                f"the tokens of {images} images take {needed / GIB:.1f} GiB and {free / GIB:.1f} GiB of {kind} are "
+                "there for them; leave cache out, so that every step passes its images through the trunk"
+            )
+
+
 def _identity(paths: Sequence[Path], trunk: Viewer, precision: torch.dtype) -> str:
     """Changes with the trunk's weights and pooling, the view, the precision, and the files' names, sizes and times."""
     digest = hashlib.sha256(bytes(digest_of(trunk.model).tolist()))
-    view = [trunk.data.image_size, trunk.data.test_crop, trunk.data.channels, trunk.statistics, str(precision)]
+    pooled = [] if getattr(trunk.model, "global_pool", None) else ["tokens"]
+    view = [*pooled, trunk.data.image_size, trunk.data.test_crop, trunk.data.channels, trunk.statistics, str(precision)]
     digest.update(json.dumps(view).encode())
     for path in paths:
         found = path.stat()

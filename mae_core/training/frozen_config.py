@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from mae_core.config.schema import Beta, Count, CropScale, Fraction, Schema, row_of
 from mae_core.config.sections import JobConfig, RunConfig, ScheduleConfig
@@ -47,9 +47,21 @@ class ProbeData(LabelledData):
     hflip: Fraction = Field(0.5, description="probability of a horizontal flip")
 
 
-class ProbeOptim(ScheduleConfig):
-    """LARS (paper, Table 10)."""
+class ProbeConfig(Schema):
+    """What learns on the frozen trunk."""
 
+    kind: Literal["linear", "attentive"] = Field(
+        "linear",
+        description="linear: on one feature, as in the paper; attentive: learned queries pool the patch tokens",
+    )
+    queries: Count = Field(8, description="of kind attentive: each pools its own share of the channels")
+    batch_norm: bool = Field(True, description="standardise by the batch before the linear layer (paper, A.1)")
+
+
+class ProbeOptim(ScheduleConfig):
+    """LARS (paper, Table 10), or SGD with momentum."""
+
+    kind: Literal["lars", "sgd"] = "lars"
     epochs: Positive = 90
     warmup_epochs: Annotated[float, Field(ge=0)] = 10
     batch_size: Count = 16384
@@ -68,11 +80,20 @@ class LinprobeConfig(RunConfig):
     cache: Path | None = Field(
         None, description="a folder: features are computed once, without augmentation, kept there and found again"
     )
+    probe: ProbeConfig = ProbeConfig()
     model: FrozenModel = FrozenModel()
     data: ProbeData = ProbeData()
     optim: ProbeOptim = ProbeOptim()
     evaluate_every: Positive = Field(10, description="epochs between evaluations; also at the end")
     evaluation_batch: Count = 64
+
+    @model_validator(mode="after")
+    def _pools_one_way(self) -> LinprobeConfig:
+        if self.probe.kind == "attentive" and self.model.pooling == "mean":
+            raise ValueError("probe.kind=attentive pools the patch tokens itself; leave model.pooling out")
+        if self.probe.kind == "linear" and self.probe.queries != ProbeConfig().queries:
+            raise ValueError("probe.queries belongs to probe.kind=attentive; set that too, or leave it out")
+        return self
 
 
 class KnnConfig(JobConfig):

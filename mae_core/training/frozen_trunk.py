@@ -22,17 +22,18 @@ def weights_of(config: Any) -> EncoderFile:
 
 
 def trunk_from(
-    source: EncoderFile, *, pooling: Pooling, image_size: int | Sequence[int] | None = None
+    source: EncoderFile, *, pooling: Pooling | None, image_size: int | Sequence[int] | None = None
 ) -> tuple[ViTEncoder, LoadReport]:
-    """A frozen trunk that maps images (B, C, H, W) to features (B, D), in eval mode, and the report of its weights.
+    """A frozen trunk that maps images (B, C, H, W) to features (B, D), in eval mode, and the report of its weights;
+    without ``pooling`` to normalised tokens (B, 1 + N, D), the cls token first.
 
     ``cls`` is the cls token after the encoder's norm; ``mean`` the mean of the patch tokens, after which the encoder's
     norm follows, as in a classifier, with the norm it was trained with. The official code leaves a random norm there.
     Raises ``UserError`` where the file is a classifier on mean-pooled patches and the cls token is asked for.
     """
-    if pooling == "cls" and not source.has_norm:
+    if pooling != "mean" and not source.has_norm:
         raise UserError(
-            f"{source.path} has no norm of its cls token, as classifiers on mean-pooled patches have none; "
+            f"{source.path} has no norm of its tokens, as classifiers on mean-pooled patches have none; "
             "set model.pooling=mean, or give the encoder it was fine-tuned from"
         )
     model = vit_of(source, image_size, pooling=pooling)

@@ -22,8 +22,10 @@ from mae_core.data.labelled import (
 from mae_core.data.loading import Place, make_loader, share_of
 from mae_core.data.views import probe_view
 from mae_core.errors import UserError
+from mae_core.layout import ATTENTIVE, CLASSIFIER, WHOLE_NETWORK
 from mae_core.measures.accuracy import Tally
-from mae_core.models.probe import LinearProbe
+from mae_core.models.encoder import ViTEncoder
+from mae_core.models.probe import AttentiveProbe, LinearProbe, Probe
 from mae_core.patches import as_pair
 from mae_core.resuming import Resume
 from mae_core.training import distributed
@@ -38,14 +40,15 @@ from mae_core.training.classification import (
     steps_between,
     tell_of_weights,
 )
-from mae_core.training.features import Rows, Viewer, check_cache, features_of
-from mae_core.training.frozen_config import LinprobeConfig, ProbeOptim
+from mae_core.training.features import Rows, Viewer, check_cache, check_tokens_fit, features_of
+from mae_core.training.frozen_config import LinprobeConfig, ProbeConfig, ProbeOptim
 from mae_core.training.frozen_trunk import trunk_from, weights_of
 from mae_core.training.loop import FitSettings, fit, seed_everything
 from mae_core.training.predictions import predict, total_of
 from mae_core.training.run import Run, check_output, open_run
 from mae_core.weights.load import with_file
 
+ATTENTIVE_FORMAT = f"{WHOLE_NETWORK}classifier_with_attentive_pooling"
 ROWS_AT_ONCE = 4096
 """Cached features in a batch of the evaluation."""
 
@@ -70,23 +73,49 @@ def rates_of(optim: ProbeOptim) -> list[float]:
     return list(dict.fromkeys((optim.base_lr, *optim.sweep)))
 
 
-def lars(probe: LinearProbe, optim: ProbeOptim, lr: float) -> Lars:
+def build_probe(config: ProbeConfig, trunk: ViTEncoder, num_classes: int, *, heads: int, cached: bool) -> Probe:
+    """The probe of a configuration on ``trunk``, or with ``cached`` on what it says. Raises ``UserError`` where the
+    queries do not divide its width."""
+    on, queries = None if cached else trunk, config.queries
+    if config.kind == "linear":
+        return LinearProbe(on, trunk.embed_dim, num_classes, heads=heads, batch_norm=config.batch_norm)
+    return AttentiveProbe(on, trunk.embed_dim, num_classes, queries=queries, heads=heads, batch_norm=config.batch_norm)
+
+
+def probe_optimizer(probe: Probe, optim: ProbeOptim, lr: float) -> torch.optim.Optimizer:
+    """LARS, or SGD with momentum, whose weight decay is for weights and not for biases."""
+    if optim.kind == "lars":
+        return lars(probe, optim, lr)
+    groups = [
+        {**group, "weight_decay": optim.weight_decay if group.pop("always_adapt") else 0.0}
+        for group in rate_groups(probe, optim)
+    ]
+    return torch.optim.SGD(groups, lr=lr, momentum=optim.momentum)
+
+
+def rate_groups(probe: Probe, optim: ProbeOptim) -> list[dict[str, Any]]:
+    """One group of weights and one of biases per head, with the head's learning rate as a multiple of the first's."""
+    groups: list[dict[str, Any]] = []
+    for head, rate in zip(probe.heads, rates_of(optim), strict=True):
+        scale = rate / optim.base_lr
+        for weights in (True, False):
+            chosen = [parameter for parameter in head.parameters() if (parameter.ndim > 1) == weights]
+            groups.append({"params": chosen, "lr_scale": scale, "always_adapt": weights})
+    return groups
+
+
+def lars(probe: Probe, optim: ProbeOptim, lr: float) -> Lars:
     """LARS with one group of weights and one of biases per head; biases take plain steps with momentum, without
     adaptation and decay.
 
     The update of a weight w with gradient g: g' = g + decay w; v <- momentum v + trust |w| / |g'| g'; w <- w - lr v.
     """
-    groups: list[dict[str, Any]] = []
-    for head, rate in zip(probe.heads, rates_of(optim), strict=True):
-        scale = rate / optim.base_lr
-        groups += [
-            {"params": [head.weight], "lr_scale": scale, "always_adapt": True},
-            {"params": [head.bias], "lr_scale": scale, "always_adapt": False},
-        ]
-    optimizer = Lars(groups, lr=lr, momentum=optim.momentum, trust_coeff=optim.trust_coefficient, eps=0.0)
+    optimizer = Lars(
+        rate_groups(probe, optim), lr=lr, momentum=optim.momentum, trust_coeff=optim.trust_coefficient, eps=0.0
+    )
     if optim.weight_decay:
         # timm's own decay divides by |g| + decay |w| in place of |g + decay w|, which is another rate
-        weights = [head.weight for head in probe.heads]
+        weights = [parameter for parameter in probe.heads.parameters() if parameter.ndim > 1]
         optimizer.register_step_pre_hook(lambda *_: _add_decay(weights, optim.weight_decay))
     if len(probe.heads) > 1:
         _contain_divergence(probe, optimizer)
@@ -142,7 +171,8 @@ def probe_data(config: LinprobeConfig, splits: Splits, frozen: Viewer, run: Run)
         FeatureRows(features_of(files.paths, frozen, run, cache=config.cache), files)
         for files in (splits.train, splits.val)
     )
-    mine = BatchSampler(range(run.rank, len(val), run.world), ROWS_AT_ONCE, drop_last=False)
+    at_once = ROWS_AT_ONCE if val.features.values.ndim == 2 else config.evaluation_batch
+    mine = BatchSampler(range(run.rank, len(val), run.world), at_once, drop_last=False)
     batches = make_loader(val, mine, collate_readable, workers=0, pin=run.device.type == "cuda")
     return ProbeData(train, len(train), batches)
 
@@ -161,35 +191,43 @@ def check_batches(optim: ProbeOptim) -> None:
 def linprobe(config: LinprobeConfig, *, resume: Resume = False) -> dict[str, Any]:
     """Train and measure; returns what metrics.json holds: the best head's numbers, and every learning rate's.
 
-    classifier.safetensors holds the trunk, as it was, and the best head with its batch norm folded in. Raises
-    ``UserError`` for what a user can get wrong.
+    classifier.safetensors holds the trunk, as it was, and the best head with its batch norm folded in; of an attentive
+    probe it is attentive_classifier.safetensors, with the pooling, which no other command takes. Raises ``UserError``
+    for what a user can get wrong.
     """
     source = weights_of(config)
     source.check_pretrained()
     config = with_file(source, config, frozen=True)
     resume = check_output(config, resume=resume)
     check_cache(config.cache)
-    check_batches(config.optim)
+    if config.probe.batch_norm:
+        check_batches(config.optim)
     splits = read_splits(config.data)
     statistics = statistics_of(config.data, source.metadata)
-    trunk, report = trunk_from(source, pooling=config.model.pooling, image_size=config.data.image_size)
+    attentive = config.probe.kind == "attentive"
+    pooling = None if attentive else config.model.pooling
+    trunk, report = trunk_from(source, pooling=pooling, image_size=config.data.image_size)
     seed_everything(config.seed)
     rates, cached = rates_of(config.optim), config.cache is not None
-    probe = LinearProbe(None if cached else trunk, trunk.embed_dim, len(splits.classes), heads=len(rates))
+    probe = build_probe(config.probe, trunk, len(splits.classes), heads=len(rates), cached=cached)
+    if config.cache is not None and attentive:
+        images = len(splits.train.paths) + len(splits.val.paths)
+        check_tokens_fit(images, trunk, config.cache, torch.device("cpu"))
 
     run = open_run(config, resume=resume, names=splits.source.names)
     tell_of_weights(run, report)
     frozen = Viewer(trunk.to(run.device), config.data, statistics, config.evaluation_batch)
     data = probe_data(config, splits, frozen, run)
     settings = FitSettings.of(config.optim, data.num_images)
-    optimizer = lars(probe.to(run.device), config.optim, settings.lr)
+    optimizer = probe_optimizer(probe.to(run.device), config.optim, settings.lr)
     start = run.restore(probe, optimizer)
     sampler = run.sampler(data.num_images, config.optim.batch_size, total_steps=settings.total_steps, start_step=start)
     workers = 0 if cached else config.data.workers
+    what = "numbers a patch token" if attentive else f"{config.model.pooling} features"
     train_batches = make_loader(data.images, sampler, collate, workers=workers, pin=run.device.type == "cuda")
     run.say(
         f"{data.num_images} training and {len(splits.val.paths)} validation images of {len(splits.classes)} classes; "
-        f"{trunk.embed_dim} {config.model.pooling} features {'kept' if cached else 'of augmented images'}; "
+        f"{trunk.embed_dim} {what} {'kept' if cached else 'of augmented images'}; "
         f"{settings.total_steps} steps of {config.optim.batch_size}, base lr {', '.join(f'{r:g}' for r in rates)}"
         f"{', the loss is the sum of theirs' if len(rates) > 1 else ''}; writing to {run.folder}"
     )
@@ -218,13 +256,15 @@ def linprobe(config: LinprobeConfig, *, resume: Resume = False) -> dict[str, Any
     )
     if not metrics:
         evaluate(settings.total_steps)
-    weight, bias = probe.folded(rates.index(metrics["base_lr"]))
-    conclude(run, {**trunk.state_dict(), "head.weight": weight, "head.bias": bias}, metadata, metrics)
+    state = {**trunk.state_dict(), **probe.exported(rates.index(metrics["base_lr"]))}
+    if attentive:
+        metadata |= {"format": ATTENTIVE_FORMAT, "pooling": f"{config.probe.queries} queries over patch tokens"}
+    conclude(run, state, metadata, metrics, ATTENTIVE if attentive else CLASSIFIER)
     distributed.leave()
     return metrics
 
 
-def measure_heads(probe: LinearProbe, batches: Any, run: Run, classes: list[str], rates: list[float]) -> dict[str, Any]:
+def measure_heads(probe: Probe, batches: Any, run: Run, classes: list[str], rates: list[float]) -> dict[str, Any]:
     """The metrics of the head with the best top-1, its base learning rate, and top-1 and top-5 of every head."""
     tallies = [Tally(len(classes), run.device) for _ in rates]
     for logits, labels in predict(probe, batches, run):

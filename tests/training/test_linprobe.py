@@ -19,10 +19,11 @@ from mae_core.data.labelled import LabelledBatch
 from mae_core.data.views import SingleDrawCrop
 from mae_core.errors import UserError
 from mae_core.layout import complete_checkpoints
-from mae_core.models.probe import LinearProbe
-from mae_core.training.frozen_config import LinprobeConfig, ProbeOptim
+from mae_core.models.probe import AttentivePool, AttentiveProbe, LinearProbe
+from mae_core.training.evaluate import evaluate
+from mae_core.training.frozen_config import EvaluateConfig, LinprobeConfig, ProbeOptim
 from mae_core.training.frozen_trunk import classifier_of, trunk_from
-from mae_core.training.linprobe import lars, linprobe, probe_loss
+from mae_core.training.linprobe import lars, linprobe, probe_loss, probe_optimizer
 from mae_core.weights.files import read_weights, write_weights
 from mae_core.weights.load import load_encoder, read_encoder
 
@@ -276,3 +277,134 @@ def test_what_cannot_work_is_refused_before_any_work(tmp_path, data, pretrained,
     with pytest.raises(UserError, match=message):
         linprobe(configuration(f"data.path={data}", f"output={tmp_path / 'run'}", *given))
     assert not (tmp_path / "run").exists()
+
+
+# ---- attentive probe
+
+
+@pytest.mark.parametrize("queries", [2, 4])
+def test_attentive_pooling_is_attention_with_these_queries(queries):
+    """Against torch's own: a head a query, keys that are the tokens, values that are the query's share of the map."""
+    torch.manual_seed(0)
+    width, tokens = 8, torch.randn(3, 5, 8)
+    pool, share = AttentivePool(width, queries), width // queries
+    nn.init.normal_(pool.queries)
+    theirs = nn.MultiheadAttention(queries * width, queries, bias=False, kdim=width, vdim=width, batch_first=True)
+    with torch.no_grad():
+        theirs.q_proj_weight.copy_(torch.eye(queries * width))
+        theirs.k_proj_weight.copy_(torch.eye(width).repeat(queries, 1))
+        theirs.out_proj.weight.copy_(torch.eye(queries * width))
+        theirs.v_proj_weight.zero_()
+        for number in range(queries):
+            rows = pool.value.weight[number * share : (number + 1) * share]
+            theirs.v_proj_weight[number * width : number * width + share] = rows
+    query = pool.queries.flatten().expand(3, 1, -1)
+    attended, _ = theirs(query, tokens, tokens)
+    expected = attended.view(3, queries, width)[:, :, :share].flatten(1)
+    torch.testing.assert_close(pool(tokens), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_an_exported_attentive_head_computes_what_the_probe_does(batch_norm):
+    torch.manual_seed(0)
+    probe = AttentiveProbe(None, 8, 3, queries=2, heads=2, batch_norm=batch_norm)
+    tokens = torch.randn(6, 5, 8)
+    one, other = probe.train()(tokens)
+    assert torch.equal(one, other)  # the same start
+    nn.init.normal_(probe.heads[1].linear.weight)
+    found = probe.eval().exported(1)
+    assert found.keys() == {"pool.queries", "pool.value.weight", "head.weight", "head.bias"}
+    pooled = probe.heads[1].pool(tokens[:, 1:])  # without the cls token
+    expected = pooled @ found["head.weight"].T + found["head.bias"]
+    torch.testing.assert_close(probe(tokens)[1], expected, rtol=1e-4, atol=1e-5)
+    changed = tokens.clone()
+    changed[:, 0] += 1
+    assert torch.equal(probe(changed), probe(tokens))
+
+
+def test_batch_norm_can_be_turned_off():
+    probe = LinearProbe(None, 4, 3, batch_norm=False)
+    features = torch.randn(1, 4)
+    weight, bias = probe.train().folded(0)
+    torch.testing.assert_close(probe(features)[0], features @ weight.T + bias)
+    assert not list(probe.buffers())
+
+
+def test_a_step_of_sgd_is_torchs(tmp_path):
+    torch.manual_seed(0)
+    optim = ProbeOptim(kind="sgd", base_lr=0.1, sweep=(0.4,), weight_decay=0.02, momentum=0.9)
+    probe = LinearProbe(None, 5, 3, heads=2)
+    optimizer = probe_optimizer(probe, optim, lr=2.0)
+    before = {name: p.detach().clone() for name, p in probe.named_parameters()}
+    for group in optimizer.param_groups:
+        group["lr"] = 2.0 * group["lr_scale"]
+    for parameter in probe.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    for name, parameter in probe.named_parameters():
+        decay = 0.02 * before[name] if parameter.ndim > 1 else 0.0
+        expected = before[name] - 2.0 * (4.0 if "heads.1" in name else 1.0) * (1.0 + decay)
+        torch.testing.assert_close(parameter.detach(), expected)
+
+
+ATTENTIVE = ("probe.kind=attentive", "probe.queries=4", "optim.epochs=4")
+
+
+def test_an_attentive_probe_sweeps_caches_and_is_refused_by_name_elsewhere(tmp_path, data, pretrained):
+    options = [f"weights={pretrained}", f"data.path={data}", f"cache={tmp_path / 'cache'}", *ATTENTIVE]
+    options += ["optim.base_lr=1", "optim.sweep=[30]"]
+    first = linprobe(configuration(*options, f"output={tmp_path / 'first'}"))
+    kept = [read_weights(path)[0]["values"] for path in (tmp_path / "cache").iterdir()]
+    assert {values.shape[1:] for values in kept} == {(17, 128)}
+    assert list(first["sweep"]) == ["1", "30"]
+    assert linprobe(configuration(*options, f"output={tmp_path / 'second'}")) == first
+    linprobe(configuration(*options[:3], "optim.epochs=1", f"output={tmp_path / 'linear'}"))
+    assert len(list((tmp_path / "cache").iterdir())) == 4  # features of the cls token are not its tokens
+
+    state, metadata = read_weights(tmp_path / "first" / "attentive_classifier.safetensors")
+    before, _ = read_weights(pretrained / "encoder.safetensors")
+    assert state.keys() == before.keys() | {"pool.queries", "pool.value.weight", "head.weight", "head.bias"}
+    assert metadata["pooling"] == "4 queries over patch tokens" and metadata["classes"] == ["ash", "birch", "cedar"]
+    for given in (tmp_path / "first", tmp_path / "first" / "attentive_classifier.safetensors"):
+        places = [f"weights={given}", f"data.path={data / 'val'}", f"output={tmp_path / 'no'}", "device=cpu"]
+        with pytest.raises(UserError, match="it is a classifier with attentive pooling; give the encoder"):
+            evaluate(load_config(EvaluateConfig, None, places))
+
+
+def test_an_attentive_probe_of_augmented_images_resumes_to_the_bit(tmp_path, data, pretrained, monkeypatch):
+    options = [f"weights={pretrained}", f"data.path={data}", *ATTENTIVE, "log.checkpoint_every=3", "optim.kind=sgd"]
+    linprobe(configuration(*options, f"output={tmp_path / 'whole'}"))
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mae_core.training.linprobe.measure_heads", stop)
+        with pytest.raises(KeyboardInterrupt):
+            linprobe(configuration(*options, f"output={tmp_path / 'cut'}"))
+    linprobe(configuration(*options, f"output={tmp_path / 'cut'}"), resume=True)
+    one, other = (tmp_path / name / "attentive_classifier.safetensors" for name in ("whole", "cut"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["probe.kind=attentive", "probe.queries=3"], "probe.queries=3 does not divide a width of 128"),
+        (["probe.kind=attentive", "model.pooling=mean"], "pools the patch tokens itself; leave model.pooling out"),
+        (["probe.queries=4"], "probe.queries belongs to probe.kind=attentive"),
+    ],
+)
+def test_options_of_the_probe_that_do_not_go_together_are_refused(tmp_path, data, pretrained, options, message):
+    places = [f"weights={pretrained}", f"data.path={data}", f"output={tmp_path / 'run'}"]
+    with pytest.raises(UserError, match=message):
+        linprobe(configuration(*places, *options))
+    assert not (tmp_path / "run").exists()
+
+
+def test_tokens_that_do_not_fit_are_not_cached(tmp_path, data, pretrained, monkeypatch):
+    monkeypatch.setattr("mae_core.training.features.available_memory", lambda device: 1000)
+    options = [f"weights={pretrained}", f"data.path={data}", f"output={tmp_path / 'run'}", *ATTENTIVE]
+    with pytest.raises(UserError, match=r"tokens of 21 images take 0.0 GiB and .* leave cache out"):
+        linprobe(configuration(*options, f"cache={tmp_path / 'cache'}"))
+    assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
