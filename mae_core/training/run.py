@@ -23,6 +23,7 @@ from mae_core.data.images import Unreadable, refuse_unreadable
 from mae_core.data.loading import StepSampler
 from mae_core.errors import UserError
 from mae_core.layout import (
+    ATTENTIVE,
     CHECKPOINTS,
     CLASSIFIER,
     CONFIG,
@@ -44,7 +45,7 @@ from mae_core.training.statistics import with_stored_statistics
 from mae_core.weights.files import write_weights
 
 ROOM = "make room or give it back its rights; what was saved before is whole, and --resume continues from it"
-RESULTS = (ENCODER, CLASSIFIER)
+RESULTS = (ENCODER, CLASSIFIER, ATTENTIVE)
 MAY_CHANGE = (
     "data.workers",
     "data.on_error",
