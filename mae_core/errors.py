@@ -1,4 +1,4 @@
-"""What a user did wrong, in one sentence, and how a command answers it."""
+"""Errors for mistakes of the user: one sentence, and how a command reports it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class UserError(ValueError):
 
 
 def first_line(error: Exception) -> str:
-    """What an exception says, without the lines that follow; its class where it says nothing."""
+    """The first line of an exception's message; the name of its class where the message is empty."""
     return str(error).partition("\n")[0] or type(error).__name__
 
 

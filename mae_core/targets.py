@@ -150,7 +150,7 @@ class PCATarget(FittedTarget):
     def __init__(self, components: Tensor, mean: Tensor) -> None:
         super().__init__()
         if components.ndim != 2 or mean.shape != components.shape[1:]:
-            raise ValueError(f"components {tuple(components.shape)} and mean {tuple(mean.shape)} do not go together")
+            raise ValueError(f"components {tuple(components.shape)} and mean {tuple(mean.shape)} do not match")
         self.register_buffer("components", components.float())
         self.register_buffer("mean", mean.float())
 
@@ -159,7 +159,7 @@ class PCATarget(FittedTarget):
         fitted, wanted = self.components.shape[1], super().dim(grid, channels)
         if fitted != wanted:
             raise UserError(
-                f"the PCA was fitted on patches of {fitted} numbers, this model's have {wanted} "
+                f"the PCA was fitted on patches of {fitted} numbers, but this model's patches have {wanted} "
                 f"({grid.patch}x{grid.patch} pixels, {channels} channels); fit one on these with mae fit-pca"
             )
         return self.components.shape[0]
@@ -301,4 +301,4 @@ def rebuild_target(name: str, described: Mapping[str, Any], state: Mapping[str, 
     try:
         return TARGETS[name].rebuild(described, state)
     except KeyError as error:
-        raise UserError(f"the target {name!r} is not whole in this file: {error.args[0]} is missing") from None
+        raise UserError(f"the target {name!r} of this file is incomplete: {error.args[0]} is missing") from None

@@ -260,7 +260,10 @@ def test_finetune_prints_the_report_and_its_accuracy(tmp_path, classes, pretrain
         (["{root}/none.safetensors", "{root}/images"], "{root}/none.safetensors does not exist"),
         (["{root}/cut.safetensors", "{root}/images"], "{root}/cut.safetensors is truncated"),
         (["{root}/empty", "{root}/images"], "no complete checkpoint"),
-        (["{run}", "{root}/images", "--out", "{root}/strip.txt"], "strip.txt is not a picture; end it in .png"),
+        (
+            ["{run}", "{root}/images", "--out", "{root}/strip.txt"],
+            "strip.txt is not the name of a picture; end it in .png",
+        ),
         (["{run}", "{root}/images", "--out", "{root}/images/000.png"], "000.png exists"),
         (["{run}", "{root}/images", "--out", "{root}/bad.jpg/x.png"], "cannot write {root}/bad.jpg/x.png"),
     ],

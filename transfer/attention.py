@@ -88,7 +88,7 @@ class DecomposedAttention(GridAttention):
     def __init__(self, attention: Attention, size: Grid, prefix: int = 0) -> None:
         super().__init__(attention, size, prefix)
         if prefix:
-            raise ValueError("decomposed relative positions have none for a cls token; use cls_token=False")
+            raise ValueError("decomposed relative positions do not support a cls token; use cls_token=False")
         self.rel_pos_h = nn.Parameter(torch.zeros(2 * size[0] - 1, self.head_size))
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * size[1] - 1, self.head_size))
 

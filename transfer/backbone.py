@@ -74,10 +74,10 @@ class DenseViT(ViTEncoder):
         super().__init__(size, image_size=image_size, patch_size=patch_size, in_chans=in_chans, drop_path=drop_path)
         if relative_positions not in RELATIVE_POSITIONS:
             known = ", ".join(RELATIVE_POSITIONS)
-            raise UserError(f"there are no relative positions {relative_positions!r}; known: {known}")
+            raise UserError(f"unknown relative positions {relative_positions!r}; known: {known}")
         if cls_token and (window is not None or relative_positions == "decomposed"):
             cause = "window attention" if window is not None else "decomposed relative positions"
-            raise UserError(f"{cause} leave no place for a cls token; use cls_token=False, or do without them")
+            raise UserError(f"a cls token does not go with {cause}; set cls_token=False, or turn {cause} off")
         quarters = self.shape.quarter_taps
         self.taps = tuple(quarters if taps is None else taps)
         if list(self.taps) != sorted(self.taps) or not self.taps or not 0 <= self.taps[0]:
@@ -141,7 +141,7 @@ class DenseViT(ViTEncoder):
 
     def freeze(self, trainable_blocks: int) -> None:
         """Let the last ``trainable_blocks`` blocks alone learn; 0 freezes all. Biases that blocks share learn where a
-        learning block has them. Raises ``UserError`` where there are not so many blocks."""
+        learning block has them. Raises ``UserError`` where there are fewer blocks."""
         self.frozen_blocks = freeze_below(self, trainable_blocks)
         if self.relative_positions == "shared_table":
             learning = {_kind(self._window(index)) for index in range(self.frozen_blocks, len(self.blocks))}

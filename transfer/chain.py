@@ -82,7 +82,7 @@ def set_aside(folder: Path) -> None:
         while (previous := folder.with_name(f"{folder.name}.previous-{number}")).exists():
             number += 1
         folder.rename(previous)
-        print(f"kept the former {folder} as {previous}", flush=True)
+        print(f"kept the previous {folder} as {previous}", flush=True)
 
 
 class Stage:
@@ -116,7 +116,7 @@ class Stage:
         if command is None or command[-1] == RESUME:
             check_same_command(log, first_line, job)
         if command is None:
-            print(f"  {job.name}: finished before, used again", flush=True)
+            print(f"  {job.name}: already finished, reused", flush=True)
             return
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         environment = {**os.environ, **QUIET, "OMP_NUM_THREADS": str(self.threads), "PYTHONPATH": path}
@@ -140,7 +140,7 @@ class Stage:
                     self._status[job.name] = last = line.strip()
         self._status.pop(job.name, None)
         if process.returncode:
-            raise UserError(f"{job.name} failed ({last}); {log} holds all it said")
+            raise UserError(f"{job.name} failed ({last}); {log} holds its full output")
         print(f"  {job.name}: done in {clock(time.perf_counter() - started)}", flush=True)
 
     def _tell(self, finished: threading.Event) -> None:

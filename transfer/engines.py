@@ -1,4 +1,4 @@
-"""The frameworks that bring heads, losses and loops: what each can do, where it is, how it is installed.
+"""The frameworks that provide heads, losses and loops: what each can do, where it is, how to install it.
 
 To add one: its package ``transfer/<task>/engine_<name>/``, and a row here.
 """
@@ -73,9 +73,9 @@ def installed(package: str) -> bool:
 
 
 def require(name: str) -> None:
-    """Raise ``UserError`` with the line that installs what is missing, unless engine ``name`` can be imported."""
+    """Raise ``UserError`` with the install command, unless engine ``name`` can be imported."""
     if name not in ENGINES:
-        raise UserError(f"there is no engine {name!r}; known: {', '.join((*DETECTION, *SEGMENTATION))}")
+        raise UserError(f"unknown engine {name!r}; known: {', '.join((*DETECTION, *SEGMENTATION))}")
     engine = ENGINES[name]
     missing = [package for package in engine.packages if not installed(package)]
     if missing:

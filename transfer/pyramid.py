@@ -60,7 +60,7 @@ NORMS: dict[str, Norm | None] = {
 def check_patch(patch: int) -> None:
     """Raise ``UserError`` unless strides of a quarter and a half of ``patch`` are whole numbers."""
     if patch % 4:
-        raise UserError(f"a pyramid needs a patch size that 4 divides, not {patch}; use one such as 8, 12 or 16")
+        raise UserError(f"a pyramid needs a patch size divisible by 4, not {patch}; use one such as 8, 12 or 16")
 
 
 def strides_of(patch: int) -> tuple[int, int, int, int]:

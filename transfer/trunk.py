@@ -53,7 +53,7 @@ def build_trunk(
 
     ``size``, ``patch_size`` and ``in_chans`` must be those of ``source``; without one, size is base when None.
     ``taps``: from a size to the blocks that are read. ``positions``: image size that the learned positions are stored
-    for, that of ``source`` when None. ``trainable_blocks``: the last so many learn alone, all when None. ``options``:
+    for, that of ``source`` when None. ``trainable_blocks``: how many of the last blocks learn; None: all. ``options``:
     what else ``DenseViT`` takes. Raises ``UserError`` where these contradict ``source``.
     """
     if source is None:
@@ -101,8 +101,8 @@ def load_pretrained(
     report.
 
     Positions are resized to the backbone's stored grid. ``allow_missing``: patterns of tensors that the file may lack
-    and that start anew. Raises ``UserError`` where the file is broken or of another architecture: a backbone never
-    starts half loaded.
+    and that are newly initialised. Raises ``UserError`` where the file is broken or of another architecture: a backbone
+    never starts half loaded.
     """
     source = opened_once(source)
     check_same_trunk(backbone, source)

@@ -20,12 +20,12 @@ ELSEWHERE = {
 }
 """Checks of this distribution outside of this package, by the name of the verb: where they are, and of what."""
 
-check = typer.Typer(no_args_is_help=True, help="Find what is wrong with data before training does; writes nothing.")
+check = typer.Typer(no_args_is_help=True, help="Find faults in data before training meets them; writes nothing.")
 
 Places = Annotated[list[Path], typer.Argument(help="Folders, .txt lists, .tar shards, Hugging Face data sets.")]
 Source = Annotated[str, typer.Option(help="auto, files, list, shards or huggingface.")]
 Split = Annotated[str | None, typer.Option(help="Split of a Hugging Face data set.")]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Write all that was found to this file.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write all findings to this file, as JSON.")]
 
 
 def _known_source(source: str) -> str:
@@ -40,7 +40,8 @@ def _known_source(source: str) -> str:
 def data_stats(
     paths: Places,
     channels: Annotated[
-        int | None, typer.Option(min=1, max=16, help="Bring all images to so many; as stored by default.")
+        int | None,
+        typer.Option(min=1, max=16, help="Convert all images to this number of channels; as stored by default."),
     ] = None,
     source: Source = "auto",
     split: Split = None,

@@ -24,17 +24,22 @@ def reconstruct(
     ] = None,
     masks: Annotated[int, typer.Option(min=1, help="Different masks of each kind.")] = 1,
     bands: Annotated[
-        str | None, typer.Option(help="Channels to show, from 0: one as grey, or three, such as 3,2,1 for a satellite.")
+        str | None,
+        typer.Option(
+            help="Channels to show, counted from 0: one is drawn in grey, three as red, green and blue, such as 3,2,1."
+        ),
     ] = None,
-    target: Annotated[str | None, typer.Option(help="What the decoder predicts, where the file does not say.")] = None,
-    heads: Annotated[int | None, typer.Option(min=1, help="Attention heads, where the file does not say.")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="What the decoder predicts, if the file does not state it.")
+    ] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="Attention heads, if the file does not state them.")] = None,
     decoder_heads: Annotated[
-        int | None, typer.Option(min=1, help="Attention heads of the decoder, where the file does not say.")
+        int | None, typer.Option(min=1, help="Attention heads of the decoder, if the file does not state them.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the masks.")] = 0,
     most: Annotated[int, typer.Option(min=1, help="Draw at most this many images.")] = 12,
 ) -> None:
-    """Draw what a masked autoencoder makes of images: input, masked, prediction, pasted.
+    """Draw the reconstructions of a masked autoencoder: input, masked, prediction, pasted.
 
     Example: mae reconstruct runs/mine images --ratio 0.5 --ratio 0.75 --ratio 0.9 --masking random --masking block
     """
@@ -44,7 +49,7 @@ def reconstruct(
         try:
             chosen = [int(band) for band in bands.split(",")] if bands else None
         except ValueError:
-            raise UserError(f"--bands {bands} are no numbers; write one or three, such as 3,2,1") from None
+            raise UserError(f"--bands {bands} is not a list of numbers; give one or three, such as 3,2,1") from None
         reconstruct_files(
             weights,
             images,

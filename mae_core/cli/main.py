@@ -29,7 +29,7 @@ def pretrain(
     arguments: ConfigAndOverrides = None,
     resume: Resume = "no",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what the run will be, cost and take, and write nothing.")
+        bool, typer.Option("--dry-run", help="Print the plan of the run, its memory and its time, and write nothing.")
     ] = False,
 ) -> None:
     """Pre-train on a folder of images without labels. Writes encoder.safetensors.
@@ -53,7 +53,7 @@ def pretrain(
 def fit_pca(
     arguments: ConfigAndOverrides = None,
     out: Annotated[Path | None, typer.Option(help="The file to write; target.pca by default.")] = None,
-    components: Annotated[int, typer.Option(help="How many to keep; the paper keeps 96.")] = 96,
+    components: Annotated[int, typer.Option(help="Number of components; the paper keeps 96.")] = 96,
     images: Annotated[int, typer.Option(min=1, help="Fit on the patches of this many images.")] = 2000,
 ) -> None:
     """Fit the principal components that target.kind=pca predicts, on patches as a pre-training sees them.
@@ -104,7 +104,7 @@ def digits(
     unlabelled: Annotated[int, typer.Option(help="Images without labels.")] = 4000,
     train: Annotated[int, typer.Option(help="Training images of each task.")] = 400,
     test: Annotated[int, typer.Option(help="Validation images of each task.")] = 200,
-    clutter: Annotated[float, typer.Option(help="Strength of what lies around the digits; 0 is none, 1 a lot.")] = 1.0,
+    clutter: Annotated[float, typer.Option(help="Strength of the background clutter; 0 is none, 1 a lot.")] = 1.0,
     workers: Annotated[int, typer.Option(help="Processes.")] = 2,
 ) -> None:
     """Write the embedded data set (scenes of real handwritten digits) as ImageFolder, COCO and label maps."""

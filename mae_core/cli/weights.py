@@ -37,7 +37,11 @@ def convert(
     patch_size: Annotated[int | None, typer.Option(help="Resize the patch embedding to patches of this side.")] = None,
     in_chans: Annotated[int | None, typer.Option(help="Adapt the patch embedding to this many channels.")] = None,
     channels: Annotated[
-        str | None, typer.Option(help="How: sum (to one channel), mean_tile or new; sum for one, else mean_tile.")
+        str | None,
+        typer.Option(
+            help="How channels are adapted: sum (to one), mean_tile or new; default: "
+            "sum for one channel, else mean_tile."
+        ),
     ] = None,
     patch_method: Annotated[str, typer.Option(help="How patches are resized: bicubic or pseudo_inverse.")] = "bicubic",
     antialias: Annotated[
@@ -45,7 +49,9 @@ def convert(
     ] = False,
     grid: Annotated[
         tuple[int, int] | None,
-        typer.Option(metavar="ROWS COLS", help="Grid of the file, where it is not square and the file does not say."),
+        typer.Option(
+            metavar="ROWS COLS", help="Grid of the positions, if it is not square and the file does not state it."
+        ),
     ] = None,
     reorder_positions: Annotated[
         bool,
@@ -54,16 +60,21 @@ def convert(
         ),
     ] = False,
     drop: Annotated[list[str] | None, typer.Option(help="Pattern of tensors to leave out; repeatable.")] = None,
-    heads: Annotated[int | None, typer.Option(min=1, help="Attention heads, where the file does not say.")] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="Attention heads, if the file does not state them.")] = None,
     decoder_heads: Annotated[
-        int | None, typer.Option(min=1, help="Attention heads of the decoder, where the file does not say.")
+        int | None, typer.Option(min=1, help="Attention heads of the decoder, if the file does not state them.")
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Run both ends on the same images; above 1e-4 nothing is written.")
+        bool,
+        typer.Option(
+            "--check",
+            help="Compare source and result on the same images; if they differ by more than 1e-4, nothing is written.",
+        ),
     ] = False,
-    report: Annotated[Path | None, typer.Option(help="Write the account of every tensor as JSON.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write what became of every tensor, as JSON.")] = None,
 ) -> None:
-    """Convert weights between formats: every tensor accounted for, and proven by running both ends with --check.
+    """Convert weights between formats: every tensor is accounted for, and --check compares the
+    features of both.
 
     Example: mae convert mae_pretrain_vit_base.pth --to mmseg --out backbone.pth --check
     """
@@ -110,9 +121,10 @@ def _one_of(option: str, value: str | None, known: tuple[str, ...]) -> str | Non
 def inspect(
     file: File,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
-    heads: Annotated[int | None, typer.Option(min=1, help="Attention heads, where the file does not say.")] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="Attention heads, if the file does not state them.")] = None,
 ) -> None:
-    """Say what a weights file holds: format, architecture, sizes, target, what it can be used for and what it lacks."""
+    """Show what a weights file holds: format, architecture, sizes, target, what it can be used for and what it
+    lacks."""
     with user_errors():
         from mae_core.weights.tools.inspect import describe_file, inspect_file
 
@@ -128,10 +140,10 @@ def export(
     huggingface: Annotated[
         bool, typer.Option("--huggingface", help="A folder for from_pretrained, with a card.")
     ] = False,
-    check: Annotated[bool, typer.Option("--check", help="Run both ends on the same images first.")] = False,
-    heads: Annotated[int | None, typer.Option(min=1, help="Attention heads, where the file does not say.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Compare source and result on the same images first.")] = False,
+    heads: Annotated[int | None, typer.Option(min=1, help="Attention heads, if the file does not state them.")] = None,
     decoder_heads: Annotated[
-        int | None, typer.Option(min=1, help="Attention heads of the decoder, where the file does not say.")
+        int | None, typer.Option(min=1, help="Attention heads of the decoder, if the file does not state them.")
     ] = None,
 ) -> None:
     """Write weights for others: a folder of timm or transformers, or the encoder as ONNX.
@@ -141,7 +153,7 @@ def export(
     with user_errors():
         chosen = [name for name, wanted in (("onnx", onnx), ("timm", timm), ("huggingface", huggingface)) if wanted]
         if len(chosen) != 1:
-            raise UserError("say what to write: one of --onnx, --timm and --huggingface")
+            raise UserError("choose what to write: one of --onnx, --timm and --huggingface")
         if onnx:
             from mae_core.weights.tools.export import export_encoder
 
@@ -179,7 +191,7 @@ def get(
     out: Annotated[Path, typer.Option(help="The folder to put it in.")] = Path(),
     url: Annotated[str | None, typer.Option(help="A mirror of the file.")] = None,
 ) -> None:
-    """Download published weights; what was cut off goes on where it ended, and the hash is checked."""
+    """Download published weights: an interrupted download continues, and the hash is checked."""
     with user_errors():
         from mae_core.weights.catalogue import CATALOGUE, NOTICE, get_weights
 

@@ -79,13 +79,13 @@ def _read_layers(path: Path, named_by: tuple[Path, ...] = ()) -> dict[Path, dict
     Raises ``ConfigError`` where files name each other in a circle.
     """
     if path.resolve() in [other.resolve() for other in named_by]:
-        raise ConfigError(f"{path} is its own base, through {', '.join(map(str, named_by))}; name another")
+        raise ConfigError(f"{path} is its own base, by way of {', '.join(map(str, named_by))}; name another base")
     content = _read_yaml(path)
     base = content.pop(BASE, None)
     if base is None:
         return {path: content}
     if not isinstance(base, str):
-        raise ConfigError(f"{path}: base is the path of another configuration file, not {base!r}")
+        raise ConfigError(f"{path}: base must be the path of another configuration file, not {base!r}")
     below = path.parent / Path(base).expanduser()
     if not below.is_file():
         raise ConfigError(f"{path}: its base {below} does not exist; the path is relative to {path.parent}")

@@ -29,7 +29,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 def _ascending(values: tuple[float, float]) -> tuple[float, float]:
     if values[0] > values[1]:
-        raise ValueError("the smaller number comes first")
+        raise ValueError("the smaller number must come first")
     return values
 
 

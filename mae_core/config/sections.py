@@ -14,11 +14,11 @@ from mae_core.models.sizes import SIZES, ViTSize, trunk_of
 class TrunkOptions(Schema):
     """Numbers that replace those of the named size; with ``weights`` they state what the file does not say."""
 
-    width: Count | None = Field(None, description="channels of a token; the size's when empty")
-    depth: Count | None = Field(None, description="blocks; the size's when empty")
-    heads: Count | None = Field(None, description="attention heads; the size's, or the weights file's, when empty")
+    width: Count | None = Field(None, description="width of a token; empty: as in size")
+    depth: Count | None = Field(None, description="number of blocks; empty: as in size")
+    heads: Count | None = Field(None, description="attention heads; empty: as in size or in the weights file")
     mlp_ratio: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="hidden units of a block's MLP, in widths; the size's when empty"
+        None, description="hidden units of a block's MLP, as a multiple of the width; empty: as in size"
     )
 
     def trunk_on(self, size: str) -> ViTSize:
@@ -30,7 +30,9 @@ class ModelConfig(TrunkOptions):
     """The encoder."""
 
     size: Annotated[str, row_of(SIZES)] = Field("base", description="a row of mae_core.models.sizes.SIZES")
-    patch_size: Count | None = Field(None, description="pixels; the size's own (14 for huge, else 16) when empty")
+    patch_size: Count | None = Field(
+        None, description="side of a patch in pixels; empty: as in size (14 for huge, else 16)"
+    )
 
     @property
     def trunk(self) -> ViTSize:
@@ -49,11 +51,13 @@ class ScheduleConfig(Schema):
     epochs: Annotated[float, Field(gt=0)]
     warmup_epochs: Annotated[float, Field(ge=0)]
     batch_size: Count = Field(description="images per step, over all ranks and accumulation rounds")
-    micro_batch: Count | None = Field(None, description="most images a device takes at once; the rest is accumulated")
+    micro_batch: Count | None = Field(
+        None, description="maximum images per device at once; gradients of the rest are accumulated"
+    )
     base_lr: Annotated[float, Field(gt=0)]
     min_lr: Annotated[float, Field(ge=0)] = 0.0
     clip_grad: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="largest gradient norm; none in the paper"
+        None, description="gradients are clipped to this norm; the paper does not clip"
     )
 
     @property
@@ -103,7 +107,9 @@ class TransferConfig(RunConfig):
     )
     from_scratch: bool = Field(False, description="random initialisation instead of weights")
     allow_missing: tuple[str, ...] = Field(
-        (), description="patterns of encoder tensors that may be missing from the weights and start anew, as cls_token"
+        (),
+        description="patterns of encoder tensors that the weights may lack, such as cls_token; they are "
+        "newly initialised",
     )
 
     @model_validator(mode="after")

@@ -20,9 +20,9 @@ from mae_core.errors import UserError
 
 Severity = Literal["refused", "wrong", "note"]
 CONSEQUENCES: dict[Severity, str] = {
-    "note": "training takes them",
+    "note": "training accepts them",
     "refused": "training refuses to start",
-    "wrong": "training would start, and leave them out or learn the wrong thing",
+    "wrong": "training would start, but leave them out or learn from wrong data",
 }
 MOST_NAMED = 5
 """Problems of one kind that are named; the rest are counted."""
@@ -86,7 +86,7 @@ def _print(text: str) -> None:
 
 
 def conclude(reports: Iterable[Report], json_file: Path | None = None, say: Callable[[str], None] = _print) -> None:
-    """Print every report as it comes, write them all to ``json_file``, and say the outcome.
+    """Print every report as it comes, write all of them to ``json_file``, and print the outcome.
 
     Raises ``UserError`` (exit code 2 of a command) where anything is more than a note, and where the file exists.
     """
@@ -120,14 +120,14 @@ def turned_photos(found: Iterable[tuple[Path, int]]) -> Iterator[Problem]:
 
 
 def files_passed_over(place: Path | str, passed_over: Mapping[str, int]) -> Iterator[Problem]:
-    """A note with the files of ``place`` that are no images by their ending."""
+    """A note with the files of ``place`` that do not have the ending of an image."""
     if passed_over:
         sentence = f"{place}: {describe_passed_over(passed_over)}; rename those that are images"
         yield Problem("files passed over", sentence, str(place), "note")
 
 
 def shared_images(train: Sequence[Path], val: Sequence[Path]) -> Iterator[Problem]:
-    """A note where files of both halves hold the same bytes: scores on them say nothing of new images.
+    """A note where files of both halves hold the same bytes: scores on them do not hold for new images.
 
     Files are compared by size first; only those of equal size are read.
     """
@@ -146,7 +146,7 @@ def shared_images(train: Sequence[Path], val: Sequence[Path]) -> Iterator[Proble
         one, other = pairs[0]
         sentence = (
             f"{len(pairs)} of {len(val)} validation images are in the training set too, the first is {other} ({one}); "
-            "scores on them say nothing about new images: take them out of one of the two"
+            "scores on them say nothing about new images; remove them from one of the two sets"
         )
         yield Problem("images in both halves", sentence, str(other), "note")
 

@@ -21,8 +21,8 @@ class ImagesConfig(Schema):
     )
     statistics: Literal["auto", "imagenet", "own"] = Field(
         "auto",
-        description="mean and std where none are set: own are measured on the training images; auto is own from "
-        "scratch, and with weights those of the weights, or ImageNet's where they say nothing",
+        description="mean and std where none are set: own: measured on the training images; auto: own from "
+        "scratch; with weights, those that the file states, else ImageNet's",
     )
     mean: tuple[float, ...] | None = Field(
         None, description="per channel, of pixels in 0..1; see statistics when empty"
@@ -32,11 +32,15 @@ class ImagesConfig(Schema):
         MAX_PIXELS, description="height times width of the largest image that is read; guards against broken headers"
     )
     pages: Pages = Field(
-        "auto", description="of a file of several pages: bands are the channels of one image; first reads one alone"
+        "auto",
+        description="files of several pages: bands: the pages are the channels of one image; first: "
+        "only the first page is read",
     )
     workers: Annotated[int, Field(ge=0)] = Field(2, description="processes that read images, per rank")
     on_error: Literal["skip", "raise"] = Field(
-        "skip", description="an unreadable image is named, skipped and counted; or, read through first, refuses the run"
+        "skip",
+        description="skip: unreadable images are named, skipped and counted; raise: all images are "
+        "read first, and an unreadable one stops the run",
     )
 
     @property
@@ -62,7 +66,7 @@ class PretrainData(ImagesConfig):
     or several of them; and what is done to them (paper, Table 1e)."""
 
     path: Path | tuple[Path, ...] | None = Field(  # type: ignore[assignment]  # several, where no labels must agree
-        None, description="a folder, a .txt list of files, .tar shards, a data set on disk; or [several, of, them]"
+        None, description="a folder, a .txt list of files, .tar shards, a data set on disk; or a list of these: [A, B]"
     )
     source: Literal["auto", "files", "list", "shards", "huggingface"] = Field(
         "auto", description="how to read path: a row of mae_core.data.sources.SOURCES; auto looks at what is there"
@@ -78,7 +82,9 @@ class PretrainData(ImagesConfig):
     vflip: Fraction = Field(0.0, description="probability of a vertical flip: where images have no up and down")
     quarter_turns: bool = Field(False, description="turn by 0, 90, 180 or 270 degrees: where images have no up")
     color_jitter: Fraction = Field(
-        0.0, description="strength of brightness, contrast and saturation jitter, hue by a quarter of it; hurts (1e)"
+        0.0,
+        description="strength of brightness, contrast and saturation jitter, hue by a quarter of it "
+        "(paper, Table 1e: worse)",
     )
 
     @property
@@ -119,7 +125,7 @@ class FinetuneData(LabelledData):
     the official code)."""
 
     multi_label: bool = Field(
-        False, description="any number of classes an image, from path/train.csv and path/val.csv: file,labels"
+        False, description="any number of classes per image, from path/train.csv and path/val.csv: file,labels"
     )
     auto_augment: str | None = Field("rand-m9-mstd0.5-inc1", description="timm's auto-augment string; null for none")
     crop_scale: CropScale = (0.08, 1.0)

@@ -29,7 +29,7 @@ def read_deep(file: BinaryIO, image: ImageFile.ImageFile) -> np.ndarray | None:
         header = file.read(_HEADER)
         place = header.find(b"av1C")  # AV1 Codec ISO Media File Format Binding, 2.3.3: bit high_bitdepth
         if 0 <= place < len(header) - 6 and header[place + 6] & 0x40:
-            raise ValueError("its 10 or 12 bits a channel would become 8; save it as PNG or TIFF of 16 bits")
+            raise ValueError("its 10 or 12 bits per channel would be reduced to 8; save it as 16-bit PNG or TIFF")
     return None
 
 
@@ -77,7 +77,7 @@ def _jpeg_2000(file: BinaryIO) -> np.ndarray | None:
         return None
     if importlib.util.find_spec("imagecodecs") is None:
         raise ValueError(
-            f"its {bits} bits a channel need imagecodecs; run: pip install 'mae-transfer[tiff]', or save it as PNG"
+            f"its {bits} bits per channel need imagecodecs; run: pip install 'mae-transfer[tiff]', or save it as PNG"
         )
     import imagecodecs
 

@@ -125,9 +125,9 @@ def write_digits(
     if num_unlabelled < 0:
         raise UserError(f"num_unlabelled={num_unlabelled} is not a number of images; use 0 or more")
     if workers < 1:
-        raise UserError(f"workers={workers} can not write anything; use 1 or more")
+        raise UserError(f"workers={workers} is too few; use 1 or more")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not an empty folder; choose another place, or remove it first")
+        raise UserError(f"{out} exists and is not an empty folder; choose another folder, or remove it first")
     compose_scene("train", 0, seed=seed, image_size=image_size, clutter=clutter)  # refuses bad numbers before any work
 
     sizes = {("unlabelled", ""): num_unlabelled}

@@ -138,10 +138,11 @@ def passed_over_in(source: ImageSource) -> Counter[str]:
 
 
 def describe_passed_over(passed_over: Mapping[str, int]) -> str:
-    """A sentence for the start of a run and for the check; empty where every file is an image."""
+    """A sentence for the start of a run and for the check; empty if every file is an image."""
     if not passed_over:
         return ""
-    return f"{sum(passed_over.values())} files are no images by their ending and passed over: {listed(passed_over)}"
+    count = sum(passed_over.values())
+    return f"{count} files do not have the ending of an image and are passed over: {listed(passed_over)}"
 
 
 def refuse_unreadable(found: Iterable[Unreadable]) -> None:
@@ -250,19 +251,22 @@ def statistics_of(data: ImagesConfig, weights: Mapping[str, Any] | None = None) 
     """What the metadata of the weights says (their encoder expects such pixels), else the configuration, else
     ImageNet's.
 
-    Raises ``UserError`` where the configuration contradicts the weights, and where nobody says it of channels that
-    ImageNet has not.
+    Raises ``UserError`` where the configuration contradicts the weights, and where neither states the numbers and the
+    images do not have ImageNet's channels.
     """
     mean, std = DEFAULT_STATISTICS.get(data.channels, ((), ()))
     found = {"mean": data.mean or mean, "std": data.std or std}
     for name in found:
         theirs = tuple((weights or {}).get(name) or found[name])
         if getattr(data, name) not in (None, theirs):
-            raise UserError(f"data.{name}={found[name]} was asked for, but the weights were trained with {theirs}")
+            raise UserError(
+                f"data.{name}={found[name]} was asked for, but the weights were trained with "
+                f"{theirs}; leave data.{name} out"
+            )
         if not theirs:
             raise UserError(
-                f"there is no usual {name} of {data.channels} channels; run mae data-stats on the images and set "
-                "data.mean and data.std to what it finds"
+                f"there is no default {name} for {data.channels} channels; run mae data-stats on the images "
+                "and set data.mean and data.std to its result"
             )
         found[name] = theirs
     return Statistics(**found)

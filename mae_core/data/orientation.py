@@ -27,7 +27,7 @@ _METHODS = {
 
 
 def upright(pixels: Image.Image | Tensor, orientation: int) -> Image.Image | Tensor:
-    """Stored pixels, a picture or (..., H, W), as ``orientation`` says they are to be seen; without an effect for 1 and
+    """Stored pixels, a picture or (..., H, W), turned upright as ``orientation`` says; without an effect for 1 and
     for values that the standard does not have."""
     if orientation not in _METHODS:
         return pixels

@@ -109,7 +109,9 @@ class HuggingFaceImages:
             saved = any((path / name).is_file() for name in SAVED_DATASET)
             found = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path))
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            raise UserError(f"{path} is no data set that Hugging Face datasets can load ({_one_line(error)})") from None
+            raise UserError(
+                f"{path} is not a data set that Hugging Face datasets can load ({_one_line(error)})"
+            ) from None
         if hasattr(found, "keys"):
             splits = list(found.keys())
             chosen = split or ("train" if "train" in splits else splits[0])
@@ -210,7 +212,7 @@ def _list(path: Path, read_as: ReadAs, split: str | None) -> ImageSource:
     lines = [line.strip() for line in read_lines(path)]
     paths = [find_named(path.parent, line) or path.parent / line for line in lines if line and line[0] != "#"]
     if not paths:
-        raise UserError(f"file list {path} names no files; write one path a line")
+        raise UserError(f"file list {path} names no files; write one path per line")
     return ImageFiles(paths, read_as, path.parent)
 
 

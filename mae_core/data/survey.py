@@ -139,7 +139,7 @@ def kind_of_numbers(pixels: Pixels) -> str:
 
 
 def describe(found: Survey, channels: int | None = None) -> str:
-    """The survey as text, with what a configuration needs of it last."""
+    """The survey as text; the last line is what to write into a configuration."""
     readable = found.sizes.total()
     lines = [f"{found.total} images, {readable} readable, {len(found.unreadable)} not"]
     lines += [f"  unreadable: {path} ({reason})" for path, reason in found.unreadable[:EXAMPLES]]
@@ -148,9 +148,9 @@ def describe(found: Survey, channels: int | None = None) -> str:
     for axis, name in enumerate(("height", "width")):
         values = sorted(found.sizes.elements(), key=lambda size: size[axis])
         smallest, middle, largest = (values[place][axis] for place in (0, readable // 2, -1))
-        lines.append(f"{name}: {smallest} to {largest} pixels, half of the images up to {middle}")
+        lines.append(f"{name}: {smallest} to {largest} pixels, median {middle}")
     common, count = found.sizes.most_common(1)[0]
-    lines.append(f"sizes: {len(found.sizes)}, the commonest {common[0]}x{common[1]} ({count} images)")
+    lines.append(f"sizes: {len(found.sizes)}, the most common {common[0]}x{common[1]} ({count} images)")
     lines.append("channels: " + ", ".join(f"{n} in {count} images" for n, count in found.channels.most_common()))
     lines.append("values: " + ", ".join(f"{kind} in {count} images" for kind, count in found.numbers.most_common()))
     chosen = channels or found.usual_channels
@@ -158,12 +158,15 @@ def describe(found: Survey, channels: int | None = None) -> str:
     for number, (one_mean, one_std) in enumerate(zip(mean, std, strict=True)):
         lines.append(f"  channel {number}: mean {one_mean:.6g}, std {one_std:.6g}")
     if 0.0 in std:
-        lines.append(f"channel {std.index(0.0)} never changes; leave it out, its std of 0 cannot divide")
+        lines.append(
+            f"channel {std.index(0.0)} is constant: its std is 0, and pixels cannot be divided by "
+            "it; leave the channel out"
+        )
     if channels is None and len(found.channels) > 1:
         others = found.sizes.total() - found.channels[chosen]
         lines.append(
-            f"these are of the images with {chosen} channels; {others} images have another number: add --channels "
-            f"{chosen} to read them as training does"
+            f"these are of the images with {chosen} channels; {others} images have another number of "
+            f"channels; add --channels {chosen} to read them as training does"
         )
     numbers = [", ".join(f"{value:.6g}" for value in values) for values in (mean, std)]
     lines.append(f"data: {{channels: {chosen}, mean: [{numbers[0]}], std: [{numbers[1]}]}}")
@@ -246,7 +249,7 @@ def _other_channels(images: ImageSource, found: Survey, channels: int) -> Iterat
         try:
             read_image(path, channels)
         except UnreadableImage as error:
-            sentence = f"{path}: {error.unreadable.reason}; take it out, or store all images with the same channels"
+            sentence = f"{path}: {error.unreadable.reason}; remove it, or store all with the same channels"
             yield Problem("images with other channels", sentence, str(path), "wrong")
 
 
@@ -262,9 +265,10 @@ def _settings(found: Survey, channels: int) -> Iterator[Problem]:
     spread = (torch.tensor(statistics.std, dtype=torch.float64).clamp(min=1e-9) / std).log().abs().max().item()
     if away > FAR or spread > FAR:
         sentence = (
-            f"mean and standard deviation are far from ImageNet's (mean {away:.1f} of its standard deviations away, "
-            f"spread {math.exp(spread):.1f} times as large or small); set data.mean and data.std as in the line above, "
-            "unless the weights bring their own"
+            f"mean and standard deviation are far from ImageNet's (means differ by up to {away:.1f} of "
+            f"ImageNet's standard deviations, spreads by a factor of up to {math.exp(spread):.1f}); set "
+            "data.mean and data.std as in the line above, "
+            "unless the weights file states its own"
         )
         yield Problem("settings", sentence, "", "note")
 

@@ -113,7 +113,8 @@ def _check_pages(pages: int, images: int, bands: int, reading: Reading) -> None:
     asked = reading.channels is not None and reading.channels not in (1, 3) and reading.channels == pages * bands
     if pages > 1 and reading.pages != "bands" and not asked:
         raise _Refused(
-            f"it holds {pages} pages; set data.pages=bands to read them as the {pages * bands} channels of one image, "
+            f"it has {pages} pages; set data.pages=bands to read them as the {pages * bands} channels of one "
+            "image, "
             "or data.pages=first to read the first alone"
         )
 
@@ -194,7 +195,7 @@ def _meant(planes: np.ndarray, page: Any) -> tuple[np.ndarray, int]:
         return np.asarray(page.colormap)[:, planes[0]], 16
     if kind == _WHITE_IS_ZERO:
         if planes.dtype.kind not in "ub":
-            raise _Refused("white is zero in it, of numbers that have no largest; save it with black as zero")
+            raise _Refused("its white is zero, in numbers without a maximum; save it with black as zero")
         planes = (2**bits - 1 - planes.astype(np.uint64)).astype(planes.dtype)
     return planes, bits
 

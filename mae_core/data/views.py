@@ -1,4 +1,4 @@
-"""How labelled images are looked at: augmented for fine-tuning, cropped for a linear probe, as they are measured."""
+"""Views of labelled images: augmented for fine-tuning, cropped for a linear probe, as they are measured."""
 
 from __future__ import annotations
 
@@ -91,8 +91,8 @@ def check_pictures(images: list[Pixels], data: FinetuneData) -> None:
     """Raise ``UserError`` where auto-augmentation, which is for 8-bit pictures, is asked for of other images."""
     if data.auto_augment and any(isinstance(image, Tensor) for image in images):
         raise UserError(
-            f"data.auto_augment={data.auto_augment} is for 8-bit grey and RGB pictures, and these images are not; "
-            "set data.auto_augment=null"
+            f"data.auto_augment={data.auto_augment} works only on 8-bit grey and RGB images, and these are "
+            "not; set data.auto_augment=null"
         )
 
 
@@ -162,8 +162,8 @@ class FileView:
         """
         if self.statistics is None:
             raise UserError(
-                f"the weights do not state the mean and std of their {self.channels} channels; standardise the images "
-                "yourself, with what mae data-stats finds"
+                f"the weights do not state the mean and std of their {self.channels} channels; standardise "
+                "the images yourself, with the mean and std that mae data-stats prints"
             )
         if isinstance(image, str | Path):
             try:

@@ -1,1 +1,1 @@
-"""Measures of what a model says: pure functions of numbers, without a run."""
+"""Metrics of a model's outputs: pure functions of numbers, without a run."""

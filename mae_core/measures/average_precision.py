@@ -1,4 +1,4 @@
-"""Mean average precision: how well a classifier with several labels an image ranks the images of each class."""
+"""Mean average precision: how well a classifier with several labels per image ranks the images of each class."""
 
 from __future__ import annotations
 

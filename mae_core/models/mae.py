@@ -147,7 +147,7 @@ def _pick(values: Tensor, ids: Tensor) -> Tensor:
 
 
 class OwnPatchSize(int):
-    """A patch size that nobody asked for: the size's own stands in its place."""
+    """The patch size of the model's size, used because none was given."""
 
 
 PATCH_SIZE = OwnPatchSize(16)

@@ -181,6 +181,6 @@ def digest_of(model: nn.Module) -> Tensor:
 def _check_trunk(probe: Probe, _: object) -> None:
     if not torch.equal(probe.trunk_digest.cpu(), probe._digest):
         raise UserError(
-            "this probe was trained on another trunk: the weights file has changed since; put it back, or start anew "
-            "in another output folder"
+            "this probe was trained on another trunk: the weights file has changed since; restore it, or "
+            "start again in another output folder"
         )

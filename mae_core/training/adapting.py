@@ -59,8 +59,8 @@ def insert_lora(encoder: ViTEncoder, adapt: AdaptConfig) -> nn.Module:
     below = len(encoder.blocks) - adapt.blocks
     if below < 1:
         raise UserError(
-            f"adapt.blocks={adapt.blocks} leaves no block for adapters, the encoder has {len(encoder.blocks)}; give "
-            "fewer, or adapt.mode=full"
+            f"adapt.blocks={adapt.blocks} leaves no block for adapters: the encoder has "
+            f"{len(encoder.blocks)} blocks; lower it, or set adapt.mode=full"
         )
     blocks, layers = "|".join(map(str, range(below))), "|".join(re.escape(LORA_LAYERS[name]) for name in adapt.layers)
     places = rf"blocks\.({blocks})\.({layers})"

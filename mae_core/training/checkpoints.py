@@ -1,4 +1,4 @@
-"""Training checkpoints: whole or absent, and checked before they are believed."""
+"""Training checkpoints: written completely or not at all, and verified before they are loaded."""
 
 from __future__ import annotations
 

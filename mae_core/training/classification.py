@@ -79,14 +79,14 @@ def evaluation_loader(
 
 
 def measure(model: nn.Module, batches: Iterable[LabelledBatch], run: Run, classes: list[str]) -> dict[str, Any]:
-    """What metrics.json holds of a classifier with one label an image, in per cent."""
+    """The metrics of a classifier with one label per image, in per cent, as metrics.json holds them."""
     return evaluate_classifier(model, batches, run, len(classes)).as_dict(classes)
 
 
 def measure_multi_label(
     model: nn.Module, batches: Iterable[LabelledBatch], run: Run, classes: list[str]
 ) -> dict[str, Any]:
-    """What metrics.json holds of a classifier with several labels an image, in per cent."""
+    """The metrics of a classifier with several labels per image, in per cent, as metrics.json holds them."""
     return evaluate_multi_label(model, batches, run).as_dict(classes)
 
 

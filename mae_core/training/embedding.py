@@ -68,7 +68,7 @@ def knn(config: KnnConfig) -> dict[str, Any]:
         "temperature": config.temperature,
     }
     for k, share in right.items():
-        run.say(f"k-NN with k={k}: top-1 {share:.2f} % on {len(queries)} images, of {len(bank)} in the bank")
+        run.say(f"k-NN with k={k}: top-1 {share:.2f} % on {len(queries)} images; the bank holds {len(bank)} images")
     if run.is_main:
         write_json(run.folder / METRICS, metrics)
     run.close()
@@ -106,7 +106,7 @@ def write_features(config: FeaturesConfig) -> Path:
         run.say(f"{len(names)} embeddings of {found.values.shape[1]} numbers in {file}")
         if config.picture != "none":
             draw_features(config, found, folders, run.folder / PICTURES / f"{config.picture}.png")
-            run.say(f"drew them in {run.folder / PICTURES / f'{config.picture}.png'}")
+            run.say(f"drew the picture {run.folder / PICTURES / f'{config.picture}.png'}")
     run.close()
     distributed.leave()
     return file

@@ -90,10 +90,10 @@ def parts_of(source: EncoderFile, kind: Kind, root: Path | None) -> list[Part]:
         raise UserError("no image folder given; set data.path=FOLDER with <class>/* in it")
     if source.info.multi_label:
         if not kind.has_splits:
-            raise UserError(f"{source.path} gives an image several labels; measure it with kind=folder")
+            raise UserError(f"{source.path} is a multi-label classifier; evaluate it with kind=folder")
         if not (root / "val.csv").is_file():
             raise UserError(
-                f"{source.path} gives an image several labels; list them in {root / 'val.csv'} (file,labels)"
+                f"{source.path} is a multi-label classifier; list its images in {root / 'val.csv'} (file,labels)"
             )
         return [Part(None, 0, read_label_list(root / "val.csv", source.info.classes))]
     if kind.corrupted:
@@ -166,8 +166,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def announce(run: Run, source: EncoderFile, kind: Kind, parts: list[Part], num_images: int) -> None:
-    """Print what is about to happen, and what is not as the kind of images has it."""
-    about = "several labels an image" if source.info.multi_label else kind.about
+    """Print what will be measured, and where the images differ from the published set."""
+    about = "several labels per image" if source.info.multi_label else kind.about
     run.say(f"{source.path}: ViT-{source.size} of {source.num_classes} classes; {about}; {num_images} images")
     here = len({label for part in parts for label in part.files.labels})
     if kind.classes is not None and here != kind.classes:

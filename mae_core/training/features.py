@@ -74,7 +74,10 @@ def features_of(paths: Sequence[Path], trunk: Viewer, run: Run, *, cache: Path |
         run.say(f"features of {len(paths)} images are in {kept}")
         stored, _ = read_weights(kept)
         if lacking := len(paths) - len(stored["indices"]):
-            run.say(f"{lacking} of the images could not be read then and have none; to read them again delete the file")
+            run.say(
+                f"{lacking} images could not be read when the file was written and have no features; "
+                "delete the file to read them again"
+            )
         return Rows(stored["values"], stored["indices"])
     features = rows_of(paths, trunk, run)
     if kept is not None and run.is_main:
@@ -94,7 +97,7 @@ def check_cache(cache: Path | None) -> None:
         raise UserError(f"cache={cache} is a file; give a folder to keep features in")
     nearest = next(place for place in (cache, *cache.absolute().parents) if place.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write features to cache={cache}: {nearest} takes no files; give another folder")
+        raise UserError(f"cannot write features to cache={cache}: {nearest} is not writable; give another folder")
 
 
 def check_tokens_fit(images: int, model: ViTEncoder, cache: Path, device: torch.device) -> None:

@@ -47,7 +47,7 @@ RELEASED_RECIPES = {"large": LARGE_RECIPE, "huge": LARGE_RECIPE.replace("0.2,", 
 
 
 def unfit_recipe(config: FinetuneConfig) -> str | None:
-    """What to say of the defaults where they are for another size than the model's."""
+    """A note where the defaults are the recipe of another size than the model's."""
     released = RELEASED_RECIPES.get(config.model.size)
     chosen = config.optim.model_fields_set & {"base_lr", "layer_decay", "epochs"}
     if released is None or chosen or config.from_scratch or "drop_path" in config.model.model_fields_set:
@@ -61,8 +61,9 @@ def scratch_line(config: FinetuneConfig) -> str:
     if not different:
         return "recipe: the paper's for training from scratch (Table 11)"
     return (
-        "recipe: the values of this configuration, without weights; the paper's for training from scratch (Table 11) "
-        f"differs ({'; '.join(different)}): it is configs/finetune/*_scratch.yaml, or from_scratch=true without a file"
+        "recipe: this configuration, without weights; it differs from the paper's recipe for training from scratch "
+        f"(Table 11): {'; '.join(different)}; for the paper's use configs/finetune/*_scratch.yaml, or "
+        "from_scratch=true without a file"
     )
 
 
@@ -142,8 +143,8 @@ def check_pairs(config: FinetuneConfig) -> None:
     share = share_of(config.optim.batch_size, distributed.world_size())
     if (config.data.mixup or config.data.cutmix) and (share % 2 or (config.optim.micro_batch or 0) % 2):
         raise UserError(
-            f"mixup and cutmix need an even number of images on a rank ({share} of optim.batch_size fall to each) and "
-            "an even optim.micro_batch; or set data.mixup=0 data.cutmix=0"
+            f"mixup and cutmix need an even number of images per rank (optim.batch_size gives each rank "
+            f"{share}) and an even optim.micro_batch; change these, or set data.mixup=0 data.cutmix=0"
         )
 
 
@@ -227,7 +228,7 @@ def announce(
     validation: int,
     num_classes: int,
 ) -> None:
-    """Print what is about to happen, and what the user may not have meant."""
+    """Print what the run will do, and options that the user may not have intended."""
     run.say(
         f"{training} training and {validation} validation images of {num_classes} classes; "
         f"{settings.total_steps} steps of {config.optim.batch_size}, peak lr {settings.lr:.3g}; writing to {run.folder}"
@@ -241,6 +242,6 @@ def announce(
     if config.ema is not None and steps_averaged(config.ema) > settings.total_steps:
         run.say(
             f"ema={config.ema} averages over {steps_averaged(config.ema):.0f} steps, more than the "
-            f"{settings.total_steps} of this run, so that the averaged model stays near its start; "
+            f"{settings.total_steps} of this run, so the averaged model stays near its initial weights; "
             "lower it, or set ema=null"
         )

@@ -33,7 +33,8 @@ class ClassifierConfig(ModelConfig):
     drop_path: Fraction = 0.1
     init: Literal["mae", "timm"] = Field(
         "mae",
-        description="how weights start with from_scratch=true: mae, xavier-uniform and sine-cosine positions, as in "
+        description="initialisation with from_scratch=true: mae, xavier-uniform and sine-cosine positions, "
+        "as in "
         "pre-training (what was measured here); timm, normal of std 0.02, as in the authors' fine-tuning code",
     )
 
@@ -63,10 +64,10 @@ class FinetuneConfig(TransferConfig):
 
     output: Path = Path("runs/finetune")
     trainable_blocks: float | None = Field(
-        None, description="tune the last so many blocks alone; 0.5 is the MLP of the last one; all when empty"
+        None, description="train only the last N blocks; 0.5: only the MLP of the last block; empty: all blocks"
     )
     ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        None, description="decay of an average of the weights, which is then what is evaluated and saved"
+        None, description="decay of a moving average of the weights; when set, the average is evaluated and saved"
     )
     model: ClassifierConfig = ClassifierConfig()
     data: FinetuneData = FinetuneData()
@@ -87,7 +88,8 @@ class FinetuneConfig(TransferConfig):
     def _whole_or_half(cls, value: float | None) -> float | None:
         if value is not None and value != 0.5 and (value < 1 or value % 1):
             raise ValueError(
-                "tune a whole number of blocks from 1 on, or 0.5 for the MLP of the last one; mae linprobe tunes none"
+                "give a whole number of blocks, 1 or more, or 0.5 for the MLP of the last block; to train "
+                "none of them use mae linprobe"
             )
         return value
 
@@ -95,8 +97,8 @@ class FinetuneConfig(TransferConfig):
     def _frozen_blocks_come_from_weights(self) -> FinetuneConfig:
         if self.from_scratch and self.trainable_blocks is not None:
             raise ValueError(
-                "trainable_blocks keeps the other blocks as weights=FILE has them, and from_scratch=true would leave "
-                "them random; give weights, or drop trainable_blocks"
+                "trainable_blocks freezes the other blocks, and with from_scratch=true they would stay "
+                "random; set weights=FILE, or leave trainable_blocks out"
             )
         return self
 
@@ -104,8 +106,8 @@ class FinetuneConfig(TransferConfig):
     def _init_is_for_new_weights(self) -> FinetuneConfig:
         if self.model.init != "mae" and not self.from_scratch:
             raise ValueError(
-                f"model.init={self.model.init} is how training from scratch starts, and weights={self.weights} would "
-                "take its place; leave one of them out"
+                f"model.init={self.model.init} applies only to training from scratch, but "
+                f"weights={self.weights} is set; leave one of them out"
             )
         return self
 

@@ -1,4 +1,4 @@
-"""Numbers that went wrong: a step whose loss or gradient is not finite is not taken, and nothing of it is written."""
+"""Losses and gradients that are not finite: their step is skipped; weights with NaN or infinity are never written."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ LARGEST_PIXEL = 1e9
 """Size of a normalised pixel from which on it is named as the cause: squared and summed it leaves no digits of others.
 """
 ADVICE = (
-    "continue from the last checkpoint with --resume and a lower optim.base_lr; where that does not help, start anew "
-    "with a lower optim.base_lr, in another folder with output=FOLDER"
+    "continue from the last checkpoint with --resume and a lower optim.base_lr; if that does not help, start "
+    "again with a lower optim.base_lr, in another folder with output=FOLDER"
 )
 
 
@@ -66,7 +66,7 @@ class RunningStatistics:
 
 
 class SkippedSteps:
-    """Counts, records and says the steps that are not taken, and stops a run that has too many.
+    """Counts, logs and reports the skipped steps, and stops a run that has too many of them.
 
     record  takes an entry of the log
     say     takes a line for the screen
@@ -102,7 +102,9 @@ class SkippedSteps:
         cause = f"; pixels that are not finite, or too large, in {listed(files)}" if files else ""
         self.say(f"step {step}: the {what} is not finite; the step is skipped{cause}")
         if self.in_a_row == MOST_IN_A_ROW:
-            raise UserError(f"the {what} was not finite for {MOST_IN_A_ROW} steps, up to step {step}; {self.remedy}")
+            raise UserError(
+                f"the {what} was not finite for {MOST_IN_A_ROW} steps in a row, up to step {step}; {self.remedy}"
+            )
         if self.steps >= FEWEST_STEPS and self.total > LARGEST_SHARE * self.steps:
             raise UserError(
                 f"{self.total} of {self.steps} steps, up to step {step}, had a {what} that is not finite; {self.remedy}"
@@ -120,7 +122,7 @@ class SkippedSteps:
         if self.total:
             named = f"; pixels of {listed(list(self.files))} are the cause" if self.files else ""
             self.say(
-                f"{self.total} of {self.steps} steps were skipped for a loss or gradient that is not finite{named}"
+                f"{self.total} of {self.steps} steps were skipped because the loss or gradient was not finite{named}"
             )
 
 

@@ -1,4 +1,4 @@
-"""Configurations of what looks at an encoder or a classifier: linear probe, k-NN, features, evaluation."""
+"""Configurations of the commands that measure an encoder or a classifier: linear probe, k-NN, features, evaluation."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class FrozenModel(Schema):
     """The frozen trunk; its size is that of the weights file."""
 
     pooling: Pooling = Field("cls", description="cls: the normalised cls token; mean: of the patch tokens, normalised")
-    heads: Count | None = Field(None, description="attention heads, for a weights file that does not say")
+    heads: Count | None = Field(None, description="attention heads, if the weights file does not state them")
 
 
 class ClassifierModel(Schema):
     """The classifier, which is the weights file's."""
 
-    heads: Count | None = Field(None, description="attention heads, for a weights file that does not say")
+    heads: Count | None = Field(None, description="attention heads, if the weights file does not state them")
 
 
 class ProbeData(LabelledData):
@@ -78,7 +78,7 @@ class LinprobeConfig(RunConfig):
     output: Path = Path("runs/linprobe")
     weights: Encoder = None
     cache: Path | None = Field(
-        None, description="a folder: features are computed once, without augmentation, kept there and found again"
+        None, description="folder for cached features: computed once, without augmentation, then reused"
     )
     probe: ProbeConfig = ProbeConfig()
     model: FrozenModel = FrozenModel()
@@ -101,9 +101,11 @@ class KnnConfig(JobConfig):
 
     output: Path = Path("runs/knn")
     weights: Encoder = None
-    k: Counts = Field(NEIGHBOURS, min_length=1, description="numbers of neighbours, each measured")
-    temperature: Positive = Field(TEMPERATURE, description="a neighbour of cosine similarity s votes exp(s / this)")
-    cache: Path | None = Field(None, description="a folder where features are kept and found again")
+    k: Counts = Field(NEIGHBOURS, min_length=1, description="numbers of neighbours k; each is evaluated")
+    temperature: Positive = Field(
+        TEMPERATURE, description="a neighbour with cosine similarity s has weight exp(s / temperature)"
+    )
+    cache: Path | None = Field(None, description="folder for cached features, which later runs reuse")
     model: FrozenModel = FrozenModel()
     data: LabelledData = LabelledData()
     evaluation_batch: Count = 64
@@ -114,9 +116,11 @@ class FeaturesConfig(JobConfig):
 
     output: Path = Path("runs/features")
     weights: Encoder = None
-    picture: Literal["pca", "tsne", "none"] = Field("pca", description="how the embeddings are drawn in the plane")
+    picture: Literal["pca", "tsne", "none"] = Field(
+        "pca", description="how the embeddings are projected to two dimensions"
+    )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="of t-SNE")
-    cache: Path | None = Field(None, description="a folder where features are kept and found again")
+    cache: Path | None = Field(None, description="folder for cached features, which later runs reuse")
     model: FrozenModel = FrozenModel()
     data: EvaluationData = EvaluationData()
     evaluation_batch: Count = 64

@@ -33,8 +33,8 @@ def trunk_from(
     """
     if pooling != "mean" and not source.has_norm:
         raise UserError(
-            f"{source.path} has no norm of its tokens, as classifiers on mean-pooled patches have none; "
-            "set model.pooling=mean, or give the encoder it was fine-tuned from"
+            f"{source.path} is a classifier on mean-pooled patches and has no norm of its tokens; set "
+            "model.pooling=mean, or give the encoder it was fine-tuned from"
         )
     model = vit_of(source, image_size, pooling=pooling)
     rename = NORM_AFTER_POOLING if pooling == "mean" and source.has_norm else {}

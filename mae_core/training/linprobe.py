@@ -1,4 +1,4 @@
-"""``mae linprobe``: how far one linear layer on a frozen encoder gets (paper, A.1, Table 10)."""
+"""``mae linprobe``: train one linear layer on a frozen encoder (paper, A.1, Table 10)."""
 
 from __future__ import annotations
 
@@ -183,8 +183,8 @@ def check_batches(optim: ProbeOptim) -> None:
     parts = optim.micro_batch or share
     if 1 in (share, parts) or share % parts == 1:
         raise UserError(
-            f"batch norm needs two images at once, and optim.batch_size={optim.batch_size} in parts of {parts} leaves "
-            "one alone; change optim.batch_size or optim.micro_batch"
+            f"batch norm needs at least two images per micro-batch; optim.batch_size={optim.batch_size} in "
+            f"micro-batches of {parts} leaves one image alone; change optim.batch_size or optim.micro_batch"
         )
 
 

@@ -75,8 +75,8 @@ def fit_pca(config: PretrainConfig, out: Path | None = None, *, components: int 
     values = grid.patch**2 * config.data.channels
     if not 0 < components <= values:
         raise UserError(
-            f"{components} components were asked for, patches of {grid.patch}x{grid.patch} pixels and "
-            f"{config.data.channels} channels have {values}"
+            f"{components} components were asked for, but patches of {grid.patch}x{grid.patch} pixels and "
+            f"{config.data.channels} channels have {values} values; set --components to 1 to {values}"
         )
     config = with_statistics(config, open_source(config.data), resume=False, weights=weights_facts(start))
     moments = moments_of(config, grid, images, least=components)

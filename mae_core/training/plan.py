@@ -197,7 +197,7 @@ def cost_lines(cost: Cost, model: MaskedAutoencoder, batch_size: int, micro: int
     """FLOPs and memory."""
     fixed = fixed_bytes(model)
     return [
-        f"FLOPs: {cost.total * batch_size:.4g} a step = {batch_size} images x {cost.total:.4g} forward and backward "
+        f"FLOPs: {cost.total * batch_size:.4g} per step = {batch_size} images x {cost.total:.4g} forward and backward "
         f"({cost.forward:.4g} forward), a multiplication and an addition counted as two",
         f"memory, estimated: {(fixed + cost.kept * micro) / GIB:.2f} GiB = {fixed / GIB:.2f} GiB for "
         f"{', '.join(BYTES_PER_PARAMETER)}, and {cost.kept * micro / GIB:.2f} GiB for {micro} images at once "
@@ -252,11 +252,11 @@ def time_lines(speed: Speed, config: PretrainConfig, settings: FitSettings, worl
     lines = [
         f"time, from {TIMED_STEPS} measured steps of {speed.at_once} images on "
         f"{'each of ' if world > 1 else ''}{devices_in_words(world)}: "
-        f"{seconds:.3g} s a step, {clock(whole)}{days} for the run; without pictures, checkpoints and measurements",
-        f"  computing {1 / speed.computing:.4g} images/s a device, reading {1 / speed.reading:.4g} images/s a process",
+        f"{seconds:.3g} s per step, {clock(whole)}{days} for the run; without pictures, checkpoints and measurements",
+        f"  computing {1 / speed.computing:.4g} images/s per device, reading {1 / speed.reading:.4g} per process",
     ]
     if workers and reading > computing:
-        lines.append(f"  reading with {workers} workers is what takes longer; raise data.workers")
+        lines.append(f"  reading with {workers} workers is the bottleneck; raise data.workers")
     return lines
 
 

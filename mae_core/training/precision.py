@@ -1,4 +1,4 @@
-"""What a run computes in, chosen for its device and said with the reason; and what is set once when a run starts."""
+"""The number format of a run, chosen for its device and printed with the reason; settings made once at its start."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def _multiply_by_onednn() -> None:
 
 
 def keep_pages() -> bool:
-    """Have glibc keep freed memory for the next step, which otherwise starts by clearing every page anew; whether it
+    """Have glibc keep freed memory for the next step, which otherwise starts by clearing every page again; whether it
     does. Other systems and allocators are left as they are."""
     if not sys.platform.startswith("linux"):
         return False

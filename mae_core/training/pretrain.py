@@ -148,7 +148,7 @@ def pretrain(config: PretrainConfig, *, resume: Resume = False) -> FitResult:
 def announce(
     say: Any, config: PretrainConfig, model: MaskedAutoencoder, num_images: int, settings: FitSettings
 ) -> None:
-    """Print what is about to happen."""
+    """Print what the run will do."""
     grid = model.encoder.grid
     parameters = sum(p.numel() for part in (model.encoder, model.decoder) for p in part.parameters()) / 1e6
     hidden = fixed_mask(model, 1, 0).hidden_ids.shape[1]

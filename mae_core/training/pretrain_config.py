@@ -105,14 +105,14 @@ class AdaptConfig(Schema):
         "full", description="full: all; decoder: the decoder alone; lora: adapters of low rank, merged at the end"
     )
     frozen_epochs: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="of mode full: epochs at the start in which the decoder learns alone"
+        0.0, description="of mode full: epochs at the start in which only the decoder is trained"
     )
     rank: Count = Field(8, description="of mode lora: of the adapters")
     layers: Annotated[tuple[Literal["qkv", "proj", "fc1", "fc2"], ...], Field(min_length=1)] = Field(
         ("qkv",), description="of mode lora: the linear layers of a block that have adapters"
     )
     blocks: Annotated[int, Field(ge=0)] = Field(
-        0, description="of mode lora: the last so many blocks learn in whole, without adapters (ExPLoRA)"
+        0, description="of mode lora: the last N blocks are trained in full, without adapters (ExPLoRA)"
     )
 
     @model_validator(mode="after")
@@ -144,11 +144,13 @@ class PretrainConfig(RunConfig):
     @model_validator(mode="after")
     def _adapts_weights(self) -> PretrainConfig:
         if self.weights is None and self.adapt != AdaptConfig():
-            raise ValueError("adapt says what of given weights learns; give weights=FILE, or leave adapt out")
+            raise ValueError(
+                "adapt applies only to a run that starts from weights; set weights=FILE, or leave adapt out"
+            )
         if self.adapt.frozen_epochs >= self.optim.epochs:
             raise ValueError(
-                f"adapt.frozen_epochs={self.adapt.frozen_epochs:g} is the whole of optim.epochs={self.optim.epochs:g}; "
-                "give fewer, or adapt.mode=decoder, which keeps the encoder as it is"
+                f"adapt.frozen_epochs={self.adapt.frozen_epochs:g} must be less than "
+                f"optim.epochs={self.optim.epochs:g}; lower it, or set adapt.mode=decoder to keep the encoder frozen"
             )
         return self
 

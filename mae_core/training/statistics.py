@@ -41,7 +41,8 @@ def with_statistics(
     elif data.mean is not None or data.std is not None:
         where = "as configured"
     else:
-        where = "ImageNet's, as asked for" if data.statistics == "imagenet" else "ImageNet's: the weights do not say"
+        unstated = "ImageNet's: the weights file does not state them"
+        where = "ImageNet's, as asked for" if data.statistics == "imagenet" else unstated
     statistics = statistics_of(config.data, weights)  # type: ignore[attr-defined]
     passed_over = describe_passed_over(passed_over_in(source))
     _say(f"pixels are standardised with {describe_statistics(statistics)} ({where})")
@@ -52,7 +53,7 @@ def with_statistics(
 
 
 def with_stored_statistics(config: Config, stored: Config) -> Config:
-    """``config`` with the numbers of the run that it continues, where it says none of its own.
+    """``config`` with the numbers of the run that it continues, where it states none itself.
 
     Runs from before they were measured have none in their config.yaml, and used ImageNet's.
     """

@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: every prediction, every class, the confusions, by option all scores."""
+"""The files that an evaluation writes: every prediction, every class, the confusions, optionally all scores."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def write_per_class(run: Run, scores: Accuracy | MultiLabelScores, classes: list
     header = ("class", "images", "top1", "most_often_taken_for", "times")
     _write_table(run.folder / PER_CLASS, header, [["" if cell is None else cell for cell in row] for row in table])
     for name, total, share, mistaken, times in sorted((row for row in table if row[1]), key=_share)[:WORST_SHOWN]:
-        often = f", taken for {mistaken} {times} times" if times else ""
+        often = f", {times} of them predicted as {mistaken}" if times else ""
         run.say(f"  {name}: {share:.2f} % of {total}{often}")
     title = f"top-1 {100 * scores.top1:.2f} % on {scores.images} images"
     run.picture("confusion", confusion_picture(counts, classes, title=title))

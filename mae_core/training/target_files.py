@@ -67,8 +67,8 @@ def load_pca(path: Path | str, *, mean: Sequence[float] | None = None, std: Sequ
         fitted = metadata.get(name)
         if asked is not None and not _close(fitted, asked):
             raise UserError(
-                f"{path} was fitted on pixels of {name} {fitted}, this run's have {list(asked)}; fit it again with "
-                f"mae fit-pca, or set data.{name}"
+                f"{path} was fitted on pixels with {name} {fitted}, but this run has {name} {list(asked)}; "
+                f"fit it again with mae fit-pca, or set data.{name}"
             )
     return PCATarget(tensors["components"], tensors["mean"])
 
@@ -106,7 +106,7 @@ def load_tokenizer(path: Path | str) -> DiscreteVAE | DalleEncoder:
     except (UserError, RuntimeError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"{path} is no tokenizer: {reason}; give a run of mae train-tokenizer, or DALL-E's encoder.pkl"
+            f"{path} is not a tokenizer: {reason}; give a run of mae train-tokenizer, or DALL-E's encoder.pkl"
         ) from None
     return tokenizer.requires_grad_(False).eval()
 
@@ -173,7 +173,8 @@ def _read_dalle(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # on foreign bytes an unpickler fails in every way there is
         if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error).upper():
             raise UserError(
-                f"{path} holds other objects than DALL-E's encoder, and loading them could execute code; save its "
+                f"{path} holds objects other than DALL-E's encoder, and loading them could execute code; "
+                "save its "
                 "state_dict alone, as safetensors"
             ) from None
         raise UserError(f"{path} is truncated or not a torch file; copy it again") from None

@@ -29,16 +29,16 @@ class TokenizerOptim(OptimConfig):
     warmup_epochs: Annotated[float, Field(ge=0)] = 2
     batch_size: Count = 256
     micro_batch: Count | None = Field(
-        32, description="most images a device takes at once: their logits alone are patches x vocabulary x 4 bytes each"
+        32, description="maximum images per device at once: their logits alone are patches x vocabulary x 4 bytes each"
     )
     base_lr: Annotated[float, Field(gt=0)] = 2e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     temperature: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = Field(
-        (1.0, 0.0625), description="of the relaxed choice of a token, at the start and at the end"
+        (1.0, 0.0625), description="temperature of the relaxed choice of a token, at the start and at the end"
     )
     divergence_weight: Annotated[float, Field(ge=0)] = Field(
-        0.05, description="weight of what sets the use of tokens in a batch apart from a uniform one, in nats"
+        0.05, description="weight of the divergence of a batch's token frequencies from uniform ones, in nats"
     )
 
 

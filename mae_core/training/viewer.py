@@ -58,7 +58,7 @@ def reconstruct_files(
     ratio outside (0, 1) and an ``out`` that exists or cannot be written.
     """
     if out.suffix.lower() not in PICTURE_SUFFIXES:
-        raise UserError(f"--out {out} is not a picture; end it in {', '.join(PICTURE_SUFFIXES)}")
+        raise UserError(f"--out {out} is not the name of a picture; end it in {', '.join(PICTURE_SUFFIXES)}")
     if out.exists():
         raise UserError(f"{out} exists; choose another picture with --out")
     for name in maskings:
@@ -122,7 +122,7 @@ def load_with_statistics(
     weights: Path, target: str | None, heads: int | None = None, decoder_heads: int | None = None
 ) -> tuple[MaskedAutoencoder, Statistics]:
     """The model, and the mean and std of the pixels it was trained on: the file's, or ImageNet's, as the released
-    models'. What is assumed is said. Raises ``UserError`` where nothing usual can be assumed."""
+    models'. What is assumed is printed. Raises ``UserError`` where there is no default for these channels."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         source = read_encoder(weights, decoder=True, heads=heads)
@@ -133,8 +133,11 @@ def load_with_statistics(
     if info.mean and info.std:
         return model, Statistics(tuple(info.mean), tuple(info.std))
     if channels not in DEFAULT_STATISTICS:
-        raise UserError(f"{weights} says no mean and std of its {channels} channels, and there are no usual ones")
-    print(f"note: {weights} says no mean and std of its pixels; ImageNet's are assumed")
+        raise UserError(
+            f"{weights} does not state the mean and std of its {channels} channels, and there is "
+            f"no default for {channels} channels; give the file as the run wrote it"
+        )
+    print(f"note: {weights} does not state the mean and std of its pixels; ImageNet's are assumed")
     return model, Statistics(*DEFAULT_STATISTICS[channels])
 
 
@@ -151,5 +154,5 @@ def read_views(images: Sequence[Path], model: MaskedAutoencoder, statistics: Sta
                 views.append(view(source.read(index)))
             except UnreadableImage as error:
                 name, reason = error.unreadable
-                raise UserError(f"image {name} cannot be read ({reason}); mend it, or give another") from None
+                raise UserError(f"image {name} cannot be read ({reason}); repair it, or give another") from None
     return torch.stack(views)

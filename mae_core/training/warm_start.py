@@ -53,14 +53,14 @@ def started_from(config: PretrainConfig, *, resume: bool) -> tuple[PretrainConfi
 
 
 def check_start(config: PretrainConfig, *, resume: bool) -> None:
-    """Raise ``UserError`` where a run that exists is to start anew from weights, and where weights are named that are
+    """Raise ``UserError`` where an existing run would start again from weights, and where weights are named that are
     not those of the run to be continued."""
     weights, stored = config.weights, config.output / CONFIG
     if not resume:
         if weights is not None and stored.is_file() and weights.resolve().is_relative_to(config.output.resolve()):
             raise UserError(
                 f"weights={weights} lies in the output folder: --resume without weights continues the schedule of that "
-                "run, and a new schedule from its weights needs another folder, output=FOLDER"
+                "run, and a new run from its weights needs another folder: set output=FOLDER"
             )
         return
     if not stored.is_file():
@@ -70,7 +70,7 @@ def check_start(config: PretrainConfig, *, resume: bool) -> None:
         what = f"from weights={started}" if started else "without weights"
         raise UserError(
             f"--resume continues {config.output}, which started {what}: leave weights={weights} out to continue it, or "
-            "leave --resume out and choose output=FOLDER to start anew from these weights"
+            "leave --resume out and choose output=FOLDER to start a new run from these weights"
         )
     if weights is None and started is not None:
         raise UserError(f"{config.output} started from weights={started}; give them with --resume too")

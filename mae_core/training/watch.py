@@ -169,7 +169,7 @@ def _loader(
 
 
 def measure(model: MaskedAutoencoder, watched: Watched, config: PretrainConfig, run: Run, step: int) -> None:
-    """Measure what there is to measure, log it, and say it. The model is left in eval mode."""
+    """Measure what the configuration asks for, log it and print it. The model is left in eval mode."""
     model.eval()
     found: dict[str, float | None] = {}
     if watched.held_out is not None:

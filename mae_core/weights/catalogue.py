@@ -135,7 +135,7 @@ def _download(url: str, partial: Path, on_progress: Callable[[int, int], None] |
     except (urllib.error.URLError, OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise UserError(
-            f"cannot download {url} ({reason}); the part that came is kept, run the command again to go on"
+            f"cannot download {url} ({reason}); the part downloaded so far is kept; run the command again to continue"
         ) from None
     if left and have < total:
-        raise UserError(f"{url} ended after {have} of {total} bytes; run the command again to go on")
+        raise UserError(f"{url} ended after {have} of {total} bytes; run the command again to continue")

@@ -131,7 +131,9 @@ class EncoderInfo:
         known = {name: value for name in TRUNK if (value := getattr(self, name))}
         if {"width", "depth", "heads"} - known.keys():
             numbers = (self.width, self.depth, self.heads)
-            raise UserError(f"width, depth and heads of the encoder are not all known, but {numbers}")
+            raise UserError(
+                f"width, depth and heads of the encoder must all be known, found {numbers}; state the missing ones"
+            )
         return ViTSize(**known)
 
     @classmethod

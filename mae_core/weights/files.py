@@ -285,11 +285,14 @@ def _read_pickle(path: Path) -> WeightsFile:
             content = _Arrays(file).load()
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path} holds other objects than arrays, or is truncated ({error}), and loading it could execute code; "
+            f"{path} holds objects other than arrays, or is truncated ({error}), and loading it could "
+            "execute code; "
             "save its arrays alone"
         ) from None
     except Exception as error:  # on foreign bytes the unpickler fails in every way there is
-        raise UserError(f"{path} is truncated or no pickle of arrays ({type(error).__name__}); copy it again") from None
+        raise UserError(
+            f"{path} is truncated or not a pickle of arrays ({type(error).__name__}); copy it again"
+        ) from None
     return _unwrapped(path, _as_tensors(content))
 
 
@@ -311,13 +314,13 @@ def unwrap(content: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str], di
     ):
         found = [key for key in WRAPPERS if isinstance(content.get(key), Mapping)]
         if not found:
-            raise UserError(f"it holds no tensors under {', '.join(WRAPPERS)} or at its top level")
+            raise UserError(f"it holds no tensors, neither under {', '.join(WRAPPERS)} nor at its top level")
         notes.append(f"unwrapped {found[0]!r}")
-        notes += [f"{key!r} lies beside it and is not used" for key in found[1:]]
+        notes += [f"{key!r} is in the file too and is not used" for key in found[1:]]
         beside.update({key: value for key, value in content.items() if key != found[0] and key not in WRAPPERS})
         content = content[found[0]]
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     others = sorted(str(name) for name, value in content.items() if not isinstance(value, Tensor))
     if others:
-        notes.append(f"passed over what is no tensor: {', '.join(others[:4])}")
+        notes.append(f"skipped entries that are not tensors: {', '.join(others[:4])}")
     return tensors, notes, beside

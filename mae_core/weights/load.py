@@ -93,12 +93,14 @@ def settled(
     Raises ``UserError`` where one of ``must`` was given otherwise.
     """
     wrong = [
-        f"{name.removeprefix('model.')} {_shown(given[name])} was asked for, the file has {_shown(found)}"
+        f"{name.removeprefix('model.')} {_shown(given[name])} was asked for, but the file has {_shown(found)}"
         for name, found in must.items()
         if given.get(name) is not None and _shown(given[name]) != _shown(found)
     ]
     if wrong:
-        raise UserError(f"{path} is another architecture: {'; '.join(wrong)}; use the file's, or another file")
+        raise UserError(
+            f"{path} has another architecture: {'; '.join(wrong)}; use the values of the file, or another file"
+        )
     said = {name: value for name, value in {**(may or {}), **must}.items() if value is not None}
     return {**said, **{name: given[name] for name in said.keys() & given.keys() if given[name] is not None}}
 
@@ -126,7 +128,7 @@ def section_with(
     except ValidationError as error:
         problem = error.errors()[0]["msg"].removeprefix("Value error, ")
         told = ", ".join(f"{prefix}.{name}={value}" for name, value in new.items() if name not in given)
-        raise UserError(f"{path} says {told}, which the rest of {prefix} does not go with: {problem}") from None
+        raise UserError(f"{path} states {told}, which contradicts the rest of {prefix}: {problem}") from None
 
 
 def with_file(source: EncoderFile, config: AnyRun, *, frozen: bool = False) -> AnyRun:
@@ -453,7 +455,7 @@ def _assumed_target(path: Path) -> str:
     target = published_target(path.name) or "normalized_pixels"
     warnings.warn(
         f"{path} does not say which target its decoder predicts; {target} is assumed (the released _full files predict "
-        "normalized_pixels, the visualize files pixels); give target= to be sure",
+        "normalized_pixels, the visualize files pixels); set target= to choose it",
         stacklevel=3,
     )
     return target

@@ -158,7 +158,8 @@ def decide_heads(
         return number, ""
     told = ", ".join(f"{name} has {blocks}" for name, blocks in known.items())
     return number, (
-        f"{depth} blocks of width {width} are no ViT of a named size ({told}); are some missing? The file does not say "
+        f"{depth} blocks of width {width} match no named ViT size ({told}); are some missing? The file does "
+        "not say "
         f"how many attention heads it has: {number}, as {next(iter(known))} has, are assumed (another number: "
         f"{HEADS_OPTION})"
     )

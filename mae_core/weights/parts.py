@@ -32,7 +32,7 @@ from mae_core.weights.report import LoadReport
 
 PRECISIONS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """Of numbers that are weights: no other can be computed with as they are, or say at what scale they are."""
-LEFT_OUT = "left out as asked"
+LEFT_OUT = "left out as requested"
 LACKING = "missing from the file"
 UNKNOWN = "the model has no such tensor"
 
@@ -135,7 +135,7 @@ def read_parts(
     report = LoadReport(str(file.path), notes=list(file.notes))
     state, taken, dropped = strip_prefixes(file.state, source, drop)
     if taken:
-        report.notes.append(f"took {' and '.join(repr(prefix) for prefix in taken)} off every name")
+        report.notes.append(f"removed the prefix {' and '.join(repr(prefix) for prefix in taken)} from every name")
     fit, others = recognise(list(state), source)
     fit.missing = [name for name in fit.missing if not name.startswith(tuple(needless))]
     report.unused = {**dict.fromkeys(dropped, LEFT_OUT), **fit.dropped}
@@ -151,13 +151,13 @@ def read_parts(
         if place is not None:
             thirds.setdefault(ours, {})[place] = name
         elif ours in parts.tensors:
-            report.refused[name] = f"a second {ours} beside {parts.sources[ours][0]}"
+            report.refused[name] = f"a duplicate of {ours}, which {parts.sources[ours][0]} already gives"
         else:
             parts.tensors[ours] = values
     for ours, names in thirds.items():
         _join(parts, ours, names)
     if fit.reading.prefix not in ("", fit.reading.layout.prefixes[0]):
-        report.notes.append(f"took {fit.reading.prefix!r} off the encoder's names")
+        report.notes.append(f"removed the prefix {fit.reading.prefix!r} from the encoder's names")
     _refuse_unfit(parts)
     check_finite({parts.sources[name][0]: tensor for name, tensor in parts.tensors.items()})
     return parts
@@ -166,7 +166,7 @@ def read_parts(
 def _join(parts: Parts, ours: str, names: Mapping[int, str]) -> None:
     """Query, key and value as one tensor; of BEiT's biases the key's is zero."""
     if ours in parts.tensors:
-        parts.report.refused.update(dict.fromkeys(names.values(), f"a second {ours}"))
+        parts.report.refused.update(dict.fromkeys(names.values(), f"a duplicate of {ours}"))
         return
     only_biases = next(iter(names.values())).endswith(tuple(KEPT_APART))
     missing = (set(KEPT_APART.values()) if only_biases else {0, 1, 2}) - names.keys()
@@ -197,7 +197,7 @@ def _refuse_unfit(parts: Parts) -> None:
     unknown = [name for name, why in refused.items() if why == UNKNOWN]
     remedy = leave_out(unknown) if len(unknown) == len(refused) else "copy or export the file again"
     raise UserError(
-        f"{'no MAE encoder in it: ' if bare else ''}as {fit.reading.format.name} ({fit.reading.layout.about}) "
+        f"{'no MAE encoder in it: ' if bare else ''}read as {fit.reading.format.name} ({fit.reading.layout.about}), "
         f"{describe_refused(refused)}; {remedy}"
     )
 

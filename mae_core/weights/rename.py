@@ -208,9 +208,10 @@ def recognise(names: Sequence[str], source: str | None = None) -> tuple[Fit, lis
     if source is not None:
         right = min((fit_names(names, reading) for reading in readings()), key=lambda fit: fit.cost)
         asked = f"no {source} checkpoint"
-        asked += f", it is named as {right.reading.format.name}" if right.cost[0] == 0 else ""
+        asked += f", its names are those of {right.reading.format.name}" if right.cost[0] == 0 else ""
     lacking = f"; missing: {', '.join(best.missing[:3])}" if best.missing else ""
     raise UserError(
-        f"{asked}: of {len(names)} names the nearest format, {best.reading.format.name}, knows {len(best.known)}; "
+        f"{asked}: the nearest format, {best.reading.format.name}, knows {len(best.known)} of the "
+        f"{len(names)} names; "
         f"unknown: {', '.join((best.unknown or list(names))[:4]) or 'none'}{lacking}"
     )

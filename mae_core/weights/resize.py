@@ -105,8 +105,8 @@ def positions_of(
                 return rows - height * width, (height, width)
     side = math.isqrt(rows - 1)
     raise UnknownGrid(
-        f"{rows - 1} positions do not fill a {side}x{side} grid; the file is damaged, or its grid is not square and "
-        "has to be named, with mae convert --grid ROWS COLS or by the size of the images"
+        f"{rows - 1} positions do not fill a {side}x{side} grid; the file is damaged, or its grid is not "
+        "square and must be given, with mae convert --grid ROWS COLS or by the size of the images"
     )
 
 

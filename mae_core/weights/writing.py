@@ -72,7 +72,7 @@ def convert_parts(parts: Parts, target: str, adaptation: Adaptation) -> Converte
     if parts.info.grid is None and "pos_embed" in parts.tensors:
         if adaptation != Adaptation():
             raise UserError(next(each for each in parts.undecided if "grid" in each))
-        parts.report.notes.append("the grid is not known: its positions fill no square")
+        parts.report.notes.append("the grid is not known: the positions do not fill a square")
     before = dict(parts.tensors)
     adapt(parts, adaptation)
     resized = any(parts.tensors.get(name) is not values for name, values in before.items())
@@ -220,5 +220,5 @@ def _fill(written: dict[str, Tensor], reading: Reading, tensors: Mapping[str, Te
     if lacking:
         report.notes.append(
             f"the source has no {', '.join(sorted({name.split('.')[0] for name in lacking}))}; "
-            "the file lacks it, and a model that needs it starts it anew"
+            "the file lacks it, and a model that needs it initialises it"
         )

@@ -146,10 +146,10 @@ def test_wrappers_are_taken_off_and_named(tmp_path, official):
     for wrap, told in [
         (lambda s: {"state_dict": s, "meta": {}}, "unwrapped 'state_dict'"),
         (lambda s: {"model_ema": s}, "unwrapped 'model_ema'"),
-        (lambda s: {"model": s, "model_ema": s}, "'model_ema' lies beside it"),
-        (lambda s: {"model": {"module." + k: v for k, v in s.items()}}, "took 'module.' off every name"),
+        (lambda s: {"model": s, "model_ema": s}, "'model_ema' is in the file too"),
+        (lambda s: {"model": {"module." + k: v for k, v in s.items()}}, "removed the prefix 'module.' from every name"),
         (lambda s: {"module._orig_mod." + k: v for k, v in s.items()}, "'module.' and '_orig_mod.'"),
-        (lambda s: {"model": {"trunk.vit7." + k: v for k, v in s.items()}}, "took 'trunk.vit7.' off"),
+        (lambda s: {"model": {"trunk.vit7." + k: v for k, v in s.items()}}, "removed the prefix 'trunk.vit7.'"),
     ]:
         path = tmp_path / "wrapped.pth"
         torch.save(wrap(official), path)

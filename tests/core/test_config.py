@@ -70,7 +70,7 @@ def test_a_key_like_no_other_names_the_known_ones():
         ("data.channels=17", "data.channels"),
         ("data.std=[0.1,0.1,0]", "data.std: input should be greater than 0 (got 0)"),
         ("data.crop_scale=[0.2,1.2]", "data.crop_scale"),
-        ("data.crop_scale=[0.8,0.2]", "data.crop_scale: the smaller number comes first"),
+        ("data.crop_scale=[0.8,0.2]", "data.crop_scale: the smaller number must come first"),
         ("optim.betas=[0.9,1.0]", "optim.betas: input should be less than 1"),
         ("optim.base_lr=.inf", "optim.base_lr: input should be a finite number"),
         ("optim.epochs=.nan", "optim.epochs: input should be"),
@@ -166,8 +166,8 @@ def test_errors_name_the_file_of_the_chain_they_are_in(tmp_path):
     [
         ("none.yaml", "its base {root}/none.yaml does not exist; the path is relative to {root}"),
         ("mine.yaml", "{root}/mine.yaml is its own base"),
-        ("other.yaml", "{root}/mine.yaml is its own base, through {root}/mine.yaml, {root}/other.yaml"),
-        ("3", "base is the path of another configuration file, not 3"),
+        ("other.yaml", "{root}/mine.yaml is its own base, by way of {root}/mine.yaml, {root}/other.yaml"),
+        ("3", "base must be the path of another configuration file, not 3"),
     ],
 )
 def test_a_base_that_is_none_is_refused(tmp_path, base, message):
@@ -274,7 +274,7 @@ def test_what_is_typed_wins_over_table_11_and_a_file_is_taken_as_it_is(tmp_path)
 def test_an_initialisation_is_for_new_weights():
     assert load_config(FinetuneConfig, None, ["from_scratch=true", "model.init=timm"]).model.init == "timm"
     message = refusal(FinetuneConfig, None, ["weights=x", "model.init=timm"])
-    assert "model.init=timm is how training from scratch starts" in message
+    assert "model.init=timm applies only to training from scratch" in message
 
 
 @pytest.mark.parametrize("blocks", ["0.5", "1", "12"])

@@ -321,7 +321,7 @@ def test_a_proof_says_what_it_left_out(tmp_path, official_state):
     torch.save(state, tmp_path / "x.pth")
     arguments = ["convert", tmp_path / "x.pth", "--to", "timm", "--out", tmp_path / "o.safetensors", "--check"]
     text = mae(*arguments, "--drop", "register_tokens", "--report", tmp_path / "r.json")
-    assert "both sides were measured without 1 tensors that --drop left out (register_tokens)" in text
+    assert "the comparison leaves out 1 tensors removed by --drop (register_tokens)" in text
     assert json.loads((tmp_path / "r.json").read_text())["check"]["without"] == ["register_tokens"]
 
 

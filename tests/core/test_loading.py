@@ -182,7 +182,7 @@ def test_another_architecture_is_refused(encoder_file):
     assert settled(source.path, {"model.size": "nano", "data.channels": None}, must=found) == found
     given = {"model.size": "base", "model.patch_size": 16, "data.channels": 3}
     message = refusal(settled, source.path, given, must=found)
-    assert "size base was asked for, the file has nano" in message and "patch_size 16 was asked for" in message
+    assert "size base was asked for, but the file has nano" in message and "patch_size 16 was asked for" in message
     assert "channels" not in message
     assert settled(source.path, {"a": 2}, must={}, may={"a": 1, "b": 3, "c": None}) == {"a": 2, "b": 3}
 

@@ -108,7 +108,7 @@ def test_a_converted_segmenter_keeps_its_relative_positions(official_state):
     with pytest.raises(UserError, match="learned relative positions, which timm cannot hold"):
         mae_core.convert(state, "mmseg", "timm")
     there, report = mae_core.convert(state, "mmseg", "timm", drop=["*relative_position_bias_table"])
-    assert report.unused["layers.0.attn.relative_position_bias_table"] == "left out as asked"
+    assert report.unused["layers.0.attn.relative_position_bias_table"] == "left out as requested"
 
 
 def test_layer_scale_is_kept_or_folded(official_state):

@@ -96,7 +96,9 @@ def test_pca_keeps_the_first_coefficients_and_projects_back():
 
 
 def test_pca_of_other_patches_is_refused():
-    with pytest.raises(UserError, match=r"fitted on patches of 48 numbers, this model's have 192 \(8x8 pixels, 3 ch"):
+    with pytest.raises(
+        UserError, match=r"fitted on patches of 48 numbers, but this model's patches have 192 \(8x8 pixels, 3 ch"
+    ):
         build_mae("nano", image_size=16, patch_size=8, target=full_pca(0))
 
 

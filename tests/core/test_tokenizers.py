@@ -215,7 +215,7 @@ def test_what_is_no_tokenizer_is_refused_in_one_sentence(tmp_path):
         trapped: "loading them could execute code",
         old: "loading them could execute code",
         cut: "truncated or not a torch file",
-        other: r"is no tokenizer: these are not the weights of DALL-E's encoder \('blocks.input.w'\)",
+        other: r"is not a tokenizer: these are not the weights of DALL-E's encoder \('blocks.input.w'\)",
         text: "truncated or not a torch file",
     }
     for path, message in messages.items():

@@ -358,7 +358,7 @@ def server(monkeypatch):
 
 def test_a_download_that_is_cut_off_goes_on(tmp_path, server):
     server.stop = 1_000_000
-    assert "go on" in mae("weights", "get", "pretrain_base", "--out", tmp_path, code=2)
+    assert "run the command again to continue" in mae("weights", "get", "pretrain_base", "--out", tmp_path, code=2)
     assert [path.name for path in tmp_path.iterdir()] == ["mae_pretrain_vit_base.pth.part"]
     server.stop = None
     text = mae("weights", "get", "pretrain_base", "--out", tmp_path)

@@ -44,7 +44,7 @@ def test_a_note_is_no_fault(tmp_path, write_images):
     assert code == 0 and said.endswith("nothing is wrong\n")
     assert f"note: 2 images with the orientation tag 6, the first is {tmp_path / '000.jpg'}" in said
     assert "note: 1 image with the orientation tag 3" in said
-    assert "3 files are no images by their ending and passed over: 2 x .xcf, 1 x .txt" in said
+    assert "3 files do not have the ending of an image and are passed over: 2 x .xcf, 1 x .txt" in said
 
 
 def test_what_a_pre_training_leaves_out_ends_in_exit_code_2(tmp_path, write_images):
@@ -55,7 +55,7 @@ def test_what_a_pre_training_leaves_out_ends_in_exit_code_2(tmp_path, write_imag
     )
     np.save(tmp_path / "nan.npy", np.full((4, 4, 3), np.nan, np.float32))
     code, said = checked("images", tmp_path, "--json", tmp_path / "found.json")
-    assert code == 2 and "unreadable images: 2 (training would start, and leave them out" in said
+    assert code == 2 and "unreadable images: 2 (training would start, but leave them out" in said
     assert "images with other channels: 1" in said and "bands.tif: it has 5 channels, data.channels is 3" in said
     assert "error: 3 problems found, listed above" in said
     (one,) = json.loads((tmp_path / "found.json").read_text())["sets"]

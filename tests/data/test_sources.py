@@ -179,12 +179,12 @@ def npy(array: np.ndarray) -> bytes:
     "path, message",
     [
         ("none", "image folder {root}/none does not exist"),
-        ("empty.txt", "names no files; write one path a line"),
+        ("empty.txt", "names no files; write one path per line"),
         ("binary.txt", "is in UTF-16, not in UTF-8"),
         ("none.txt", "cannot be read"),
         ("none.tar", "none.tar does not exist; set data.path to tar files"),
         ("words.tar", "no images in {root}/words.tar"),
-        ("table", "no data set that Hugging Face datasets can load"),
+        ("table", "not a data set that Hugging Face datasets can load"),
     ],
 )
 def test_places_without_images_are_refused_in_a_sentence(tmp_path, path, message):

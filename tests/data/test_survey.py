@@ -48,7 +48,7 @@ def test_grey_and_colour_are_measured_apart_or_as_a_training_reads_them(tmp_path
     found = survey(open_places([tmp_path], None))
     assert found.channels == {1: 1, 3: 2} and found.usual_channels == 3
     assert found.by_channels[3].statistics().mean == pytest.approx((1, 0, 0.4))
-    assert "1 images have another number: add --channels 3" in describe(found)
+    assert "1 images have another number of channels; add --channels 3" in describe(found)
     asked = survey(open_places([tmp_path], None), channels=3)
     assert asked.by_channels[3].statistics().mean == pytest.approx((0.7333333, 0.0666667, 0.3333333))
     with pytest.raises(UserError, match=r"none of 3 images can be read; the first, .*it has"):

@@ -42,7 +42,7 @@ def test_five_channels_are_fine_tuned_on(five_channels):
 
 
 def test_auto_augmentation_of_five_channels_is_refused(five_channels):
-    with pytest.raises(UserError, match="is for 8-bit grey and RGB pictures"):
+    with pytest.raises(UserError, match="works only on 8-bit grey and RGB images"):
         finetune(options(five_channels))
     assert not (five_channels / "run").exists()
 

@@ -19,9 +19,9 @@ def test_a_lower_rate_in_another_folder_after_losses_that_are_not_finite(pretrai
         config = load_config(PretrainConfig, None, [*options, f"optim.base_lr={rate}", f"output={tmp_path / folder}"])
         pretrain(config, **more)
 
-    with pytest.raises(UserError, match=r"not finite .* start anew with a lower optim.base_lr, in another folder"):
+    with pytest.raises(UserError, match=r"not finite .* start again with a lower optim.base_lr, in another folder"):
         run("1e30", "first")
     with pytest.raises(UserError, match="not finite"):
-        run("1e-3", "first", resume=True)  # "where that does not help": the checkpoint's weights are too large
+        run("1e-3", "first", resume=True)  # "if that does not help": the checkpoint's weights are too large
     run("1e-3", "second")
     assert (tmp_path / "second" / "encoder.safetensors").is_file()

@@ -249,9 +249,9 @@ def test_a_classifier_with_several_labels_is_measured_by_average_precision(tmp_p
     (tmp_path / "data" / "val.csv").write_text("file,labels\n000.png,fish\n")
     with pytest.raises(UserError, match="labels that are not the model's: fish"):
         run_evaluate(*options, f"output={tmp_path / 'other'}")
-    with pytest.raises(UserError, match=r"several labels; list them in .*val\.csv"):
+    with pytest.raises(UserError, match=r"multi-label classifier; list its images in .*val\.csv"):
         run_evaluate(*options, f"data.path={tmp_path}", f"output={tmp_path / 'other'}")
-    with pytest.raises(UserError, match="several labels; measure it with kind=folder"):
+    with pytest.raises(UserError, match="multi-label classifier; evaluate it with kind=folder"):
         run_evaluate(*options, "kind=imagenet-a", f"output={tmp_path / 'other'}")
 
 

@@ -181,9 +181,9 @@ def test_the_trunk_is_the_encoders_and_the_head_is_new(data, pretrained):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["model.size=base"], "size base was asked for, the file has nano"),
-        (["model.patch_size=16"], "patch_size 16 was asked for, the file has 8"),
-        (["data.channels=1"], r"data\.channels 1 was asked for, the file has 3"),
+        (["model.size=base"], "size base was asked for, but the file has nano"),
+        (["model.patch_size=16"], "patch_size 16 was asked for, but the file has 8"),
+        (["data.channels=1"], r"data\.channels 1 was asked for, but the file has 3"),
         (["data.image_size=36"], "does not split into 8x8 patches"),
         (["optim.batch_size=5"], "mixup and cutmix need an even"),
         (["optim.batch_size=6", "optim.micro_batch=3"], "mixup and cutmix need an even"),
@@ -240,7 +240,7 @@ def test_greyscale_images_are_pretrained_and_finetuned_on(tmp_path, data, pretra
     options = [*pretrain_options, "data.channels=1", f"data.path={data / 'train'}", "optim.epochs=1"]
     pretrain(load_config(PretrainConfig, None, [*options, f"output={tmp_path / 'encoder'}"]))
     options = [f"weights={tmp_path / 'encoder'}", f"data.path={data}", f"output={tmp_path / 'run'}", "optim.epochs=4"]
-    with pytest.raises(UserError, match=r"data\.channels 3 was asked for, the file has 1"):
+    with pytest.raises(UserError, match=r"data\.channels 3 was asked for, but the file has 1"):
         finetune(configuration(*options, "data.channels=3"))
     assert finetune(configuration(*options))["images"] == 9  # nobody asked: as the file says
     stored = load_config(FinetuneConfig, tmp_path / "run" / "config.yaml")

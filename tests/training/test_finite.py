@@ -85,7 +85,9 @@ def test_the_advice_to_resume_with_a_lower_rate_works_and_a_higher_one_is_refuse
     rate = [1e-3]
     spoil("gradient", set(range(9, 50)), when=lambda: rate[0] == 1e-3)
     options = [*options, "log.checkpoint_every=4"]
-    with pytest.raises(UserError, match=r"gradient was not finite for 10 steps, up to step 18; continue .* --resume"):
+    with pytest.raises(
+        UserError, match=r"gradient was not finite for 10 steps in a row, up to step 18; continue .* --resume"
+    ):
         pretrain(config(*options, "optim.base_lr=1e-3"))
     with pytest.raises(UserError, match=r"optim.base_lr: 0.001 -> 0.002.* may change, and optim.base_lr.* be lowered"):
         pretrain(config(*options, "optim.base_lr=2e-3"), resume=True)

@@ -266,9 +266,9 @@ def test_the_image_size_is_the_files_unless_asked(tmp_path, data, pretrained):
     [
         ([], "no weights given; set weights=FILE"),
         (["weights={run}", "cache={run}/config.yaml"], "config.yaml is a file; give a folder"),
-        (["weights={run}", "cache={run}/config.yaml/deeper"], r"config\.yaml takes no files; give another folder"),
-        (["weights={run}", "optim.batch_size=1"], "batch norm needs two images at once"),
-        (["weights={run}", "optim.micro_batch=5"], "batch norm needs two images at once"),
+        (["weights={run}", "cache={run}/config.yaml/deeper"], r"config\.yaml is not writable; give another folder"),
+        (["weights={run}", "optim.batch_size=1"], "batch norm needs at least two images per micro-batch"),
+        (["weights={run}", "optim.micro_batch=5"], "batch norm needs at least two images per micro-batch"),
         (["weights={run}", "data.channels=1"], "the file has 3"),
     ],
 )

@@ -138,7 +138,7 @@ def test_a_step_with_a_bad_loss_is_skipped_and_recorded(tmp_path):
 def test_a_row_of_bad_losses_ends_the_run(tmp_path):
     model = toy()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(UserError, match="not finite for 10 steps, up to step 10"):
+    with pytest.raises(UserError, match="not finite for 10 steps in a row, up to step 10"):
         train(run_in(tmp_path / "run"), [Numbers(torch.tensor([float("inf")]))] * 30, model)
     torch.testing.assert_close(model.state_dict(), before)
 

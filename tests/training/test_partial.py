@@ -73,10 +73,10 @@ def test_nothing_is_kept_for_a_backward_pass_through_what_is_frozen(blocks, save
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["weights=FILE", "trainable_blocks=0"], "mae linprobe tunes none"),
-        (["weights=FILE", "trainable_blocks=-1"], "a whole number of blocks from 1 on, or 0.5 for the MLP"),
-        (["weights=FILE", "trainable_blocks=1.5"], "a whole number of blocks from 1 on, or 0.5 for the MLP"),
-        (["from_scratch=true", "trainable_blocks=1"], "from_scratch=true would leave them random; give weights"),
+        (["weights=FILE", "trainable_blocks=0"], "to train none of them use mae linprobe"),
+        (["weights=FILE", "trainable_blocks=-1"], "a whole number of blocks, 1 or more, or 0.5 for the MLP"),
+        (["weights=FILE", "trainable_blocks=1.5"], "a whole number of blocks, 1 or more, or 0.5 for the MLP"),
+        (["from_scratch=true", "trainable_blocks=1"], "from_scratch=true they would stay random; set weights=FILE"),
     ],
 )
 def test_numbers_of_blocks_that_mean_nothing_are_refused(options, message):

@@ -111,7 +111,7 @@ def test_a_dry_run_says_all_and_writes_nothing(pretrain_options, tmp_path, write
         "FLOPs",
     ):
         assert word in result.output
-    for word in ("encoder.blocks", "memory, estimated", "s a step", "for the run", "differs from the paper's recipe"):
+    for word in ("encoder.blocks", "memory, estimated", "s per step", "for the run", "differs from the paper's recipe"):
         assert word in result.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images"]
 
@@ -128,7 +128,7 @@ def test_a_run_that_does_not_fit_is_not_started(pretrain_options, tmp_path, writ
 def test_it_refuses_what_the_run_would_refuse(pretrain_options, tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         print_plan(configured(pretrain_options, f"data.path={tmp_path / 'none'}"))
-    with pytest.raises(UserError, match="no usual mean of 5 channels; run mae data-stats"):
+    with pytest.raises(UserError, match="no default mean for 5 channels; run mae data-stats"):
         statistics_of(configured(pretrain_options, "data.channels=5").data)
 
 

@@ -136,7 +136,7 @@ def test_from_scratch_on_a_recipe_is_the_recipe_without_weights(name):
     without = load_config(FinetuneConfig, file, ["from_scratch=true"])
     assert without == with_weights.model_copy(update={"weights": None, "from_scratch": True})
     line = scratch_line(without)
-    assert line.startswith("recipe: the values of this configuration, without weights")
+    assert line.startswith("recipe: this configuration, without weights; it differs")
     paper = 200.0 if name.startswith("large") else 300.0
     assert f"optim.epochs: {paper} -> {with_weights.optim.epochs}" in line and "ema: 0.9999 -> None" in line
 

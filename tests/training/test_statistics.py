@@ -103,7 +103,7 @@ def test_what_is_measured(options, weights, measured):
         (["from_scratch=true"], None, None, "measured on 8 of 8 training images"),
         (["from_scratch=true", "data.statistics=imagenet"], None, IMAGENET_MEAN, "ImageNet's, as asked for"),
         (["weights=x"], {"mean": [0.1] * 3, "std": [0.2] * 3}, (0.1, 0.1, 0.1), "those of the weights"),
-        (["weights=x"], {}, IMAGENET_MEAN, "ImageNet's: the weights do not say"),
+        (["weights=x"], {}, IMAGENET_MEAN, "ImageNet's: the weights file does not state them"),
         (["from_scratch=true", "data.mean=[0.3,0.3,0.3]", "data.std=[1,1,1]"], None, (0.3, 0.3, 0.3), "as configured"),
     ],
 )

@@ -113,9 +113,11 @@ def test_a_pca_file_that_does_not_serve_is_refused_before_the_run_starts(tmp_pat
     with pytest.raises(UserError, match=r"PCA file .*pca.safetensors does not exist; write it with mae fit-pca"):
         pretrain(config_of(options, *asked))
     fit_pca(config_of(options, *asked), components=4)
-    with pytest.raises(UserError, match=r"patches of 192 numbers, this model's have 768 \(16x16 pixels, 3 ch"):
+    with pytest.raises(
+        UserError, match=r"patches of 192 numbers, but this model's patches have 768 \(16x16 pixels, 3 ch"
+    ):
         pretrain(config_of(options, *asked, "model.patch_size=16"))
-    with pytest.raises(UserError, match=r"fitted on pixels of mean \[0.4.*this run's have \[0.1, 0.1, 0.1\]"):
+    with pytest.raises(UserError, match=r"fitted on pixels with mean \[0.4.*this run has mean \[0.1, 0.1, 0.1\]"):
         pretrain(config_of(options, *asked, "data.mean=[0.1,0.1,0.1]"))
     encoder_only = config_of(options, "output=" + str(tmp_path / "other"))
     pretrain(encoder_only)

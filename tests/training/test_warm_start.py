@@ -276,10 +276,10 @@ def test_resume_and_weights_refuse_the_case_of_the_other(tmp_path, images, full_
 @pytest.mark.parametrize(
     "options, told",
     [
-        (("adapt.mode=decoder",), "adapt says what of given weights learns; give weights=FILE"),
+        (("adapt.mode=decoder",), "adapt applies only to a run that starts from weights; set weights=FILE"),
         (("weights=x", "adapt.rank=4"), "rank=4 belongs to adapt.mode=lora, and the mode is full"),
         (("weights=x", "adapt.mode=lora", "adapt.frozen_epochs=2"), "frozen_epochs=2.0 belongs to adapt.mode=full"),
-        (("weights=x", "adapt.frozen_epochs=900"), "the whole of optim.epochs=800"),
+        (("weights=x", "adapt.frozen_epochs=900"), "must be less than optim.epochs=800"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(options, told):
@@ -288,7 +288,7 @@ def test_options_that_do_not_go_together_are_refused(options, told):
 
 
 def test_another_size_and_other_statistics_are_refused(tmp_path, images, full_file):
-    with pytest.raises(UserError, match="another architecture: width 64 was asked for, the file has 32"):
+    with pytest.raises(UserError, match="another architecture: width 64 was asked for, but the file has 32"):
         pretrain(config_of(images, tmp_path / "run", full_file, "model.width=64", "model.heads=2"))
     with pytest.raises(UserError, match="the weights were trained with"):
         pretrain(config_of(images, tmp_path / "run", full_file, "data.mean=[0.1,0.1,0.1]"))

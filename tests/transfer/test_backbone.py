@@ -213,9 +213,12 @@ def test_checkpointing_gives_the_gradients_of_tables_too(relative):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"relative_positions": "swin"}, "no relative positions 'swin'; known: none, table"),
-        ({"window": 2, "cls_token": True}, "window attention leave no place for a cls token"),
-        ({"relative_positions": "decomposed", "cls_token": True}, "decomposed relative positions leave no place"),
+        ({"relative_positions": "swin"}, "unknown relative positions 'swin'; known: none, table"),
+        ({"window": 2, "cls_token": True}, "a cls token does not go with window attention"),
+        (
+            {"relative_positions": "decomposed", "cls_token": True},
+            "a cls token does not go with decomposed relative positions",
+        ),
         ({"taps": (0, 6)}, "must lie within the 6 blocks"),
         ({"taps": (3, 1)}, "must ascend"),
         ({"taps": ()}, "must ascend"),

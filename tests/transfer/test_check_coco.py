@@ -73,11 +73,11 @@ WRONG = {
     "area of the image": (
         lambda c: one(c).update(area=64 * 48),
         "areas far from the mask's",
-        "is the whole image",
+        "it is the area of the whole image",
     ),
-    "area of nothing": (lambda c: one(c).update(area=0), "areas far from the mask's", "has area 0, its mask"),
+    "area of nothing": (lambda c: one(c).update(area=0), "areas far from the mask's", "has area 0, but its mask"),
     "negative": (lambda c: one(c).update(bbox=[-9, 0, 20, 20]), "boxes outside the image", r"bbox \[-9, 0, 20, 20\]"),
-    "empty mask": (empty, "empty masks", "annotation 1 of image 5 has a mask without a pixel"),
+    "empty mask": (empty, "empty masks", "annotation 1 of image 5 has an empty mask"),
     "no mask": (lambda c: one(c).update(segmentation=[]), "objects without a mask", "annotation 1 has no segmentation"),
     "flat polygon": (
         lambda c: one(c).update(segmentation=[[5, 5, 9, 5, 7, 5]]),
@@ -95,7 +95,7 @@ WRONG = {
         "doubled ids",
         "image id 5 appears twice, 000.png and 001",
     ),
-    "doubled object": (again, "doubled objects", "annotation 99 of image 5 is annotation 1 once more"),
+    "doubled object": (again, "doubled objects", "annotation 99 of image 5 is a copy of annotation 1"),
     "doubled file": (
         lambda c: c["images"][1].update(file_name="000.png"),
         "doubled objects",
@@ -205,7 +205,7 @@ def test_wrong_input_is_one_sentence(tmp_path, capsys, copied):
         ([tmp_path / "list.json"], "is JSON but not COCO"),
         ([tmp_path], "holds no annotations/instances_train.json"),
         ([part.annotations, tmp_path / "no"], "image folder .*no of .* does not exist"),
-        ([part.annotations.parent.parent, part.images], "is a folder, which brings its own images"),
+        ([part.annotations.parent.parent, part.images], "is a folder with images of its own"),
     ):
         with pytest.raises(SystemExit) as stopped:
             main([str(path) for path in given])

@@ -123,7 +123,7 @@ WRONG = {
     "doubled category": (lambda c: c["categories"][1].update(id=20), "category id 20 appears twice"),
     "image without size": (lambda c: c["images"][0].pop("height") and None, "image 5 has no height"),
     "missing image": (lambda c: c["images"][2].update(file_name="no.png"), r"image id 25 is .*no\.png.*\(1 of 4 "),
-    "not COCO": (lambda c: {"boxes": []}, "not COCO, it has no list of images, annotations, categories"),
+    "not COCO": (lambda c: {"boxes": []}, "not COCO: it has no list of images, annotations, categories"),
     "a list": (lambda c: [1, 2], "not COCO"),
     "odd record": (lambda c: c["images"].append(3), "images holds 3 in place of a record"),
     "polygon of strings": (lambda c: first(c).update(segmentation=[["a"] * 6]), "annotation 1 has a polygon with 'a'"),
@@ -135,9 +135,9 @@ WRONG = {
     "no height": (lambda c: c["images"][0].update(height=0), "image 5 has height 0"),
     "endless width": (lambda c: c["images"][0].update(width=float("inf")), "image 5 has width inf"),
     "numeric file name": (lambda c: c["images"][0].update(file_name=7), "image 5 has file_name 7"),
-    "list as image id": (lambda c: c["images"][0].update(id=[5]), r"image id \[5\] is no number"),
+    "list as image id": (lambda c: c["images"][0].update(id=[5]), r"image id \[5\] is not a number"),
     "ids of two types": (lambda c: c["images"][0].update(id="5"), "image id '5' is a string, but others are numbers"),
-    "list as annotation id": (lambda c: first(c).update(id=[1]), r"annotation id \[1\] is no number"),
+    "list as annotation id": (lambda c: first(c).update(id=[1]), r"annotation id \[1\] is not a number"),
     "list as annotation's image": (lambda c: first(c).update(image_id=[5]), r"annotation 1 has image_id \[5\]"),
     "list as category": (lambda c: first(c).update(category_id=[3]), r"annotation 1 has category_id \[3\]"),
     "size of a mask is a number": (
@@ -363,7 +363,7 @@ def test_an_image_of_another_size_than_annotated_is_unreadable(tmp_path, write_c
     root = write_coco(tmp_path)
     Image.new("RGB", (10, 12)).save(root / "train" / "000.png")
     coco = read_coco(Part(root / "train", root / "annotations" / "instances_train.json"))
-    with pytest.raises(UnreadableImage, match="it is 10x12, its annotations are for 64x48"):
+    with pytest.raises(UnreadableImage, match="it is 10x12, but its annotations are for 64x48"):
         read_checked(coco.images[0], 3)
 
 

@@ -368,7 +368,7 @@ def test_wrong_input_writes_nothing(configure, tmp_path, overrides, message):
 
 
 def test_an_encoder_of_another_architecture_is_refused(configure, pretrained, tmp_path):
-    with pytest.raises(UserError, match="another architecture: size tiny was asked for, the file has nano"):
+    with pytest.raises(UserError, match="another architecture: size tiny was asked for, but the file has nano"):
         train_detector(configure(f"weights={pretrained}", "model.size=tiny", scratch=False))
     truncated = tmp_path / "cut.safetensors"
     truncated.write_bytes((pretrained / "encoder.safetensors").read_bytes()[:1000])

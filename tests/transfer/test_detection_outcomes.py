@@ -147,7 +147,7 @@ def test_another_number_of_classes_is_refused_with_the_first_difference(odd, tmp
 
 @pytest.mark.parametrize("damage, message", [
     (lambda root, path: (root / "train" / "001.png").unlink(), r"image id 15 is .*001\.png, which does not exist"),
-    (lambda root, path: path.write_text('{"boxes": []}'), "is JSON but not COCO, it has no list of images"),
+    (lambda root, path: path.write_text('{"boxes": []}'), "is JSON but not COCO: it has no list of images"),
     (lambda root, path: path.write_text("{"), "is not JSON"),
     (lambda root, path: path.unlink(), r"annotation file .*instances_train\.json does not exist"),
 ])  # fmt: skip

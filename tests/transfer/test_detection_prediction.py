@@ -91,7 +91,7 @@ def test_pictures_show_what_is_above_the_score_alone(run, detection_root, tmp_pa
     predict(run, [image], tmp_path / "all", score=0)
     predict(run, [image], tmp_path / "none", score=1)
     said = capsys.readouterr().out
-    assert "000: nothing" in said and "no object has a score from 1 on, the best has 0." in said
+    assert "000: nothing" in said and "no object has a score of 1 or more, the best has 0." in said
     drawn, plain = (np.asarray(Image.open(tmp_path / n / "pictures" / "000.png")) for n in ("all", "none"))
     half = plain.shape[1] // 2 + 4
     body = slice(26, None)  # below the titles
@@ -199,7 +199,7 @@ def test_wrong_input_is_one_sentence_and_leaves_nothing(
         ([image, "--weights", run, "test.detectoins=5"], "did you mean"),
         (
             [image, "--weights", run, "model.size=base"],
-            r"model\.size=base has no effect on what .*detector\.safetensors",
+            r"model\.size=base has no effect on the predictions of .*detector\.safetensors",
         ),
         ([image, "--weights", run, "ema=0.9"], r"ema=0\.9 has no effect"),
         ([image, "--weights", run, "--truth", image], "is not JSON"),

@@ -366,7 +366,7 @@ def test_a_lazy_config_is_trained(tmp_path, monkeypatch, capsys):
         (["--resume", fresh], "nothing to resume"),
         (["--eval-only"], "--eval-only needs a trained detector; set train.init_checkpoint=FILE"),
         (["train.init_checkpoint=gone.pth", fresh], "train.init_checkpoint gone.pth does not exist"),
-        (["train.init_checkpoint=gone.pth?heuristics=True", fresh], "quote values that are no plain words"),
+        (["train.init_checkpoint=gone.pth?heuristics=True", fresh], "quote values that are not plain words"),
     ):
         with pytest.raises(SystemExit) as stop:
             main(["--config-file", str(path), *arguments])

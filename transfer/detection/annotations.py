@@ -62,7 +62,7 @@ def read_json(path: Path) -> dict[str, Any]:
     missing = [key for key in wanted if not (isinstance(content, dict) and isinstance(content.get(key), list))]
     if missing:
         lacks = ", ".join(missing)
-        raise UserError(f"{path} is JSON but not COCO, it has no list of {lacks}; give a COCO instances file")
+        raise UserError(f"{path} is JSON but not COCO: it has no list of {lacks}; give a COCO instances file")
     for key in ("images", "annotations", "categories"):
         odd = next((entry for entry in content[key] if not isinstance(entry, dict)), None)
         if odd is not None:
@@ -74,7 +74,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def categories_of(path: Path, entries: list[dict[str, Any]]) -> tuple[Category, ...]:
-    """The categories by ascending id. Raises ``UserError`` for a record that is none, and for doubled ids."""
+    """The categories by ascending id. Raises ``UserError`` for a missing id or name, and for duplicate ids."""
     try:
         categories = sorted(Category(int(as_whole_number(entry["id"])), str(entry["name"])) for entry in entries)
     except (KeyError, TypeError, ValueError, OverflowError):
@@ -98,7 +98,7 @@ def _is_number(value: Any) -> bool:
 
 def _check_id(path: Path, kind: str, identity: Any) -> None:
     if not isinstance(identity, int | float | str):
-        raise UserError(f"{path}: {kind} id {identity!r} is no number; give every {kind} a whole number of its own")
+        raise UserError(f"{path}: {kind} id {identity!r} is not a number; give every {kind} a unique whole number")
 
 
 def typed_image(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -188,7 +188,7 @@ def _shape(where: str, segmentation: Any, height: int, width: int) -> tuple[np.n
     if not segmentation:
         raise NoMask(
             f"{where} has no segmentation, which Mask R-CNN learns from; add polygons or a run-length "
-            "mask, or learn from boxes alone with model.head=faster_rcnn"
+            "mask, or train on boxes alone with model.head=faster_rcnn"
         )
     if isinstance(segmentation, list):
         segmentation = _flat_polygons(segmentation)

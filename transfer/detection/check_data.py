@@ -5,7 +5,7 @@
 
 Reads the json with the function that training reads it with, and goes on where training would stop at the first fault.
 Exit code 2 where training would refuse to start, leave images out, or learn or score the wrong thing. Gaps in the
-category ids, classes without objects and photos with an orientation tag are notes: training takes them.
+category ids, classes without objects and photos with an orientation tag are notes: training accepts them.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def _check_channels(path: Path, found: Sequence[tuple[CocoImage, Header]], tell:
     counts = Counter(header.channels for _, header in found)
     if len(counts) > 1 and not counts.keys() <= COLOURS:
         listed = ", ".join(f"{channels} in {count} files" for channels, count in counts.most_common())
-        sentence = f"{path}: images have different channels, {listed}; training reads those of data.channels alone"
+        sentence = f"{path}: the numbers of channels differ ({listed}); training reads only data.channels"
         tell(Problem("different channels", sentence, str(path), "wrong"))
         return
     other = [image for image, header in found if header.channels in COLOURS - {1, 3} and not _reads_as_rgb(image.path)]
@@ -171,7 +171,7 @@ def _check_shapes(path: Path, image: CocoImage, tell: Tell) -> None:
             code = encode_shape(instance.shape, image.height, image.width)
             counts, area = code["counts"], int(coder.area(code))
             if not area:
-                wrong("empty masks", "has a mask without a pixel; it is never learned from: remove it")
+                wrong("empty masks", "has an empty mask, which training does not use; remove it")
             else:
                 left, top, width, height = map(int, coder.toBbox(code))
                 found = _box_and_mask(instance.box, (left, top, width, height), image)
@@ -182,7 +182,7 @@ def _check_shapes(path: Path, image: CocoImage, tell: Tell) -> None:
             wrong(kind, sentence)
         key = (instance.label, instance.box, counts)
         if key in seen:
-            wrong("doubled objects", f"is annotation {seen[key]} once more; remove one of them")
+            wrong("doubled objects", f"is a copy of annotation {seen[key]}; remove one of them")
         seen[key] = instance.id
 
 
@@ -202,19 +202,20 @@ def _box_and_mask(box: Box, drawn: Box, image: CocoImage) -> tuple[str, str]:
     x, y, w, h = box
     left, top, mask_width, mask_height = drawn
     right, bottom = left + mask_width, top + mask_height
-    says = f"has bbox {list(box)}, its mask lies in {list(drawn)} (x, y, width, height)"
+    says = f"has bbox {list(box)}, but its mask spans {list(drawn)} (x, y, width, height)"
     off = max(abs(w - mask_width), abs(h - mask_height)) > SLACK
     if off and max(abs(x - left), abs(y - top), abs(w - right), abs(h - bottom)) <= SLACK:
         return "boxes written as corners", f"{says}: these are corners [x1, y1, x2, y2]; write width and height instead"
     if outside := _box_outside(box, image)[0]:
-        return outside, f"{says}, the image is {image.width}x{image.height}; take the boxes from the masks"
+        return outside, f"{says}, the image is {image.width}x{image.height}; compute the boxes from the masks"
     whole = w >= image.width - SLACK and h >= image.height - SLACK
     if whole and mask_width * mask_height < MOST_OF_IMAGE * image.width * image.height:
-        return "boxes of the whole image", f"{says}: the box is the whole image; take the boxes from the masks"
+        sentence = f"{says}: the box is the whole image; compute the boxes from the masks"
+        return "boxes of the whole image", sentence
     if max(x - left, y - top, right - x - w, bottom - y - h) > SLACK:
-        return "masks outside their boxes", f"{says}; take the boxes from the masks"
+        return "masks outside their boxes", f"{says}; compute the boxes from the masks"
     if w * h > TIMES_THE_MASK * (mask_width + 2 * SLACK) * (mask_height + 2 * SLACK):
-        cause = "one of the two is of another size or object; correct it"
+        cause = "one of the two belongs to another object or another image size; correct it"
         return "boxes far larger than their masks", f"{says}: {cause}"
     return "", ""
 
@@ -225,14 +226,14 @@ def _check_area(instance: Instance, pixels: int, image: CocoImage, wrong: Callab
     area, (_, _, w, h) = float(instance.area or 0), instance.box
     size, slack = image.width * image.height, (2 * SLACK) ** 2
     if abs(area - size) <= 0.01 * size and pixels < MOST_OF_IMAGE * size:
-        cause = "that is the whole image"
+        cause = "it is the area of the whole image"
     elif area > TIMES_THE_AREA * pixels + slack and abs(area - w * h) > 0.05 * w * h:
-        cause = "it may be of another unit, or of another object"
+        cause = "it may be in another unit, or of another object"
     elif pixels > TIMES_THE_AREA * area + slack:
         cause = "it may be a share of the image, or of another object"
     else:
         return
-    sentence = f"has area {area:g}, its mask {pixels} pixels: {cause}; leave area out, or correct it"
+    sentence = f"has area {area:g}, but its mask has {pixels} pixels: {cause}; leave area out, or correct it"
     wrong("areas far from the mask's", sentence)
 
 
@@ -298,12 +299,14 @@ def _notes(coco: CocoSet, headers: Sequence[Header]) -> Iterator[Problem]:
         shown = ", ".join(map(str, gaps[:10])) + (", ..." if len(gaps) > 10 else "")
         lacking = f", without {shown}" if gaps else ""
         yield note(
-            f"category ids run from {ids[0]} to {ids[-1]}{lacking}; labels 1 to {len(ids)} follow their order, "
-            "predictions carry the ids of the json"
+            f"category ids run from {ids[0]} to {ids[-1]}{lacking}; labels 1 to {len(ids)} follow their "
+            "order, and predictions use the ids of the json"
         )
     most, kept = max((len(image.instances) for image in coco.images), default=0), InferenceConfig().detections
     if most > kept:
-        yield note(f"an image has {most} objects, test.detections={kept} would keep {kept}; set test.detections={most}")
+        yield note(
+            f"an image has {most} objects, but test.detections={kept} keeps only {kept}; set test.detections={most}"
+        )
     channels = {header.channels for header in headers}
     if len(channels) == 1 and not channels <= {1, 3, 4}:
         yield note(f"set data.channels={min(channels)}")
@@ -321,7 +324,9 @@ def parts_of(data: Path, images: Path | None) -> list[Part]:
     """
     if data.is_dir():
         if images is not None:
-            raise UserError(f"{data} is a folder, which brings its own images; give a json with {images}")
+            raise UserError(
+                f"{data} is a folder with images of its own; leave {images} out, or give a json in place of the folder"
+            )
         jsons = {name: data / "annotations" / f"instances_{name}.json" for name in ("train", "val")}
         if not any(json.is_file() for json in jsons.values()):
             raise UserError(f"{data} holds no annotations/instances_train.json; give the json itself, and its images")
@@ -342,8 +347,10 @@ def main(arguments: Sequence[str] | None = None, prog: str = "check_data.py") ->
     )
     parser.add_argument("data", type=Path, metavar="DATA", help="a COCO json, or a folder with annotations/")
     parser.add_argument("images", type=Path, nargs="?", metavar="IMAGES", help="the folder of the json's images")
-    parser.add_argument("--boxes-only", action="store_true", help="annotations need no masks: model.head=faster_rcnn")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was found to this file")
+    parser.add_argument(
+        "--boxes-only", action="store_true", help="accept annotations without masks, for model.head=faster_rcnn"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all findings to this file, as JSON")
     given = parser.parse_args(arguments)
     with user_errors():
         conclude(check_parts(parts_of(given.data, given.images), masks=not given.boxes_only), given.json)

@@ -28,8 +28,10 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 class DetectorConfig(TrunkOptions):
     """The network: DenseViT, a pyramid, and a head."""
 
-    size: Annotated[str, row_of(SIZES)] | None = Field(None, description="the file's when empty; base from scratch")
-    patch_size: Count | None = Field(None, description="the weights file's when empty; the size's own from scratch")
+    size: Annotated[str, row_of(SIZES)] | None = Field(
+        None, description="empty: as in the weights file; base from scratch"
+    )
+    patch_size: Count | None = Field(None, description="empty: as in the weights file; from scratch as in size")
     window: Count | None = Field(14, description="side of the attention windows in patches; null for global attention")
     relative_positions: Annotated[str, row_of(RELATIVE_POSITIONS)] = Field(
         "none", description="shared_table as the MAE paper's detector, decomposed as ViTDet; learned from zero"
@@ -43,7 +45,7 @@ class DetectorConfig(TrunkOptions):
     drop_path: Fraction = 0.1
     trainable_blocks: Annotated[int, Field(ge=0)] | None = Field(
         None,
-        description="the last so many blocks of the trunk learn, the others stay as the weights have them; 0: none",
+        description="number of last trunk blocks that learn, the others keep the weights of the file; 0: none",
     )
     checkpointing: bool = Field(False, description="recompute blocks in the backward pass: less memory, more time")
     norm: Annotated[str, row_of(NORMS)] = Field("sync_bn", description="in FPN and heads; gn or ln for small batches")
@@ -72,9 +74,11 @@ class InferenceConfig(Schema):
 
     score_threshold: Fraction = 0.05
     nms_threshold: Fraction = 0.5
-    detections: Count = Field(100, description="most detections of an image")
+    detections: Count = Field(100, description="maximum detections per image")
     test_batch: Count = Field(1, description="images at once")
-    picture_score: Fraction = Field(0.5, description="detections below this are left out of pictures, not of scores")
+    picture_score: Fraction = Field(
+        0.5, description="detections with a lower score are not drawn, but count in the metrics"
+    )
     num_pictures: Annotated[int, Field(ge=0)] = Field(8, description="validation images drawn at the end")
 
 
@@ -115,7 +119,7 @@ class DetectionOptim(OptimConfig):
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="per block; 1 is none")
     milestones: tuple[Share, ...] = Field(
-        (), description="shares of the run from which the rate is a tenth of before (ViTDet); a half-cosine when empty"
+        (), description="shares of the run after which the learning rate drops to a tenth (ViTDet); empty: half-cosine"
     )
     decayed: Literal["weights", "vitdet", "all"] = Field(
         "weights",
@@ -128,7 +132,8 @@ class DetectionOptim(OptimConfig):
     def _replaced(cls, given: Any) -> Any:
         if isinstance(given, dict) and given.get("images_per_device") is not None:
             raise ValueError(
-                "images_per_device is replaced by batch_size, the images of a step over all devices: on N devices set "
+                "images_per_device is replaced by batch_size, the images per step over all devices: on N "
+                "devices set "
                 f"batch_size to N x {given['images_per_device']}; the learning rate follows it, as before"
             )
         return given
@@ -146,7 +151,9 @@ class DetectionConfig(TransferConfig):
     output: Path = Path("runs/detection")
     engine: Annotated[str, row_of(DETECTION)] = "torchvision"
     weights: Path | None = Field(None, description="an encoder, or a run that has one; with --eval-only a detector")
-    ema: Share | None = Field(None, description="decay of an average of the weights, which is then scored and written")
+    ema: Share | None = Field(
+        None, description="decay of a moving average of the weights; when set, the average is scored and written"
+    )
     model: DetectorConfig = DetectorConfig()
     sampling: SamplingConfig = SamplingConfig()
     data: DetectionData = DetectionData()

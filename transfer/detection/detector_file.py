@@ -92,7 +92,7 @@ def head_of(file: WeightsFile, config: DetectionConfig) -> Head:
 
 
 def engines_note(file: WeightsFile, engine: str) -> str:
-    """What is said where ``engine`` runs a detector of another; nothing where it is its own."""
+    """A note that ``engine`` runs a detector trained with another engine; empty if it is its own."""
     trained = file.metadata.get("engine", engine)
     return "" if trained == engine else f"{file.path} was trained with engine {trained}; it runs with engine {engine}"
 

@@ -1,4 +1,4 @@
-"""What an engine is to the rest: five functions, and the job that they get. What it can do is its row in
+"""The interface of an engine: five functions, and the job that they get. What it can do is its row in
 ``transfer.engines``."""
 
 from __future__ import annotations

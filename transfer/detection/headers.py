@@ -1,4 +1,4 @@
-"""What an image file says of itself, decoded or not, and whether it fits the record of a json."""
+"""Size, channels and orientation of an image file, decoded or not, and whether they match the record of a json."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What sits on the pyramid: a row a head, with all that the rest of the toolkit has to know of it.
+"""The heads on the pyramid: one row per head, with what the rest of the toolkit needs to know of it.
 
 To add one: a row here, and for each engine that has it a function that builds the network.
 """
@@ -38,7 +38,7 @@ class Head(NamedTuple):
 
     @property
     def learns_masks(self) -> bool:
-        """Whether an annotation without a segmentation is of no use to it."""
+        """Whether it learns masks, so that every annotation needs a segmentation."""
         return "masks" in self.targets
 
 

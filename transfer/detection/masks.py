@@ -17,7 +17,7 @@ MOST_GROUPS = 7
 
 
 def mask_coder() -> ModuleType:
-    """``pycocotools.mask``. Raises ``UserError`` with the line that installs it where it is missing."""
+    """``pycocotools.mask``. Raises ``UserError`` with the install command if it is missing."""
     if not installed("pycocotools"):
         raise UserError(f"COCO masks and scores need pycocotools, not installed here; {ENGINES['torchvision'].install}")
     from pycocotools import mask

@@ -79,7 +79,7 @@ def predict(
 ) -> Predicted:
     """Detect in ``images`` (files or folders) and write pictures and jsons into the new folder ``out``.
 
-    score        least score of what is drawn and counted; ``test.picture_score`` when None
+    score        minimum score of the objects drawn and counted; ``test.picture_score`` when None
     truth        a COCO json with these images: its ids are used, its objects are drawn beside what was found
     config_file  the recipe of a file that does not say how its network is built: a detector of detectron2's model zoo
     overrides    options as for training, such as ``device=cpu`` and ``test.detections=500``
@@ -132,7 +132,7 @@ def predict(
         write_text(folder / IMAGES, json.dumps(_as_coco(coco, found, names)))
     if not any((detections.scores >= least).any() for detections in found):
         best = max((float(detections.scores.max()) for detections in found if len(detections.scores)), default=0.0)
-        say(f"no object has a score from {least:g} on, the best has {best:.3f}: a lower --score draws more")
+        say(f"no object has a score of {least:g} or more, the best has {best:.3f}; lower --score to draw more")
     return Predicted(coco, found, unreadable)
 
 
@@ -165,7 +165,7 @@ def _check_request(out: Path, score: float | None) -> None:
 def _tell_unreadable(unreadable: Iterable[Unreadable], refuse: bool, say: Callable[[str], None]) -> None:
     for path, reason in unreadable:
         if refuse:
-            raise UserError(f"image {path} cannot be read ({reason}); mend or remove it, or give another")
+            raise UserError(f"image {path} cannot be read ({reason}); repair or remove it, or give another")
         say(f"skipped {path}: {reason}")
 
 
@@ -175,7 +175,7 @@ def _configuration(file: WeightsFile, recipe: Path | None, out: Path, overrides:
     without_effect = (*OF_TRAINING, "model") if is_detector(file) else OF_TRAINING
     unread = [word for word in overrides if re.split("[.=]", word)[0] in without_effect]
     if unread:
-        raise UserError(f"{unread[0]} has no effect on what {file.path} finds; leave it out")
+        raise UserError(f"{unread[0]} has no effect on the predictions of {file.path}; leave it out")
     options = [f"weights={file.path}", f"output={out}"]
     if is_detector(file):
         options.append(f"engine={file.metadata['engine']}")
@@ -225,7 +225,9 @@ def annotated(coco: CocoSet, names: Sequence[str], truth: Path, weights: Path, *
             raise UserError(f"{truth} has {found} as {image.path}; leave --truth out, or give the json of these images")
         identity = matches[0]["id"]
         if identity in records:
-            raise UserError(f"{records[identity]['path']} and {image.path} are one image of {truth}; give one of them")
+            raise UserError(
+                f"{records[identity]['path']} and {image.path} are the same image of {truth}; give one of them"
+            )
         records[identity] = {**matches[0], "path": image.path}
     label_of = {category.id: label for label, category in enumerate(categories, start=1)}
     instances: dict[Any, list[Instance]] = {identity: [] for identity in records}
@@ -241,7 +243,7 @@ def annotated(coco: CocoSet, names: Sequence[str], truth: Path, weights: Path, *
 
 
 def counted(coco: CocoSet, detections: Detections, least: float) -> str:
-    """How many objects of each class have a score from ``least`` on."""
+    """How many objects of each class have a score of ``least`` or more."""
     kept = detections.labels[detections.scores >= least].tolist()
     counts = Counter(coco.names[label - 1] for label in kept)
     return ", ".join(f"{count} {name}" for name, count in counts.most_common()) or "nothing"
@@ -273,9 +275,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="image files, or folders of them; then key=value as for train_net.py",
     )
     add("--out", type=Path, required=True, metavar="DIR", help="new folder for pictures/ and the jsons")
-    add("--score", type=float, metavar="X", help=f"least score of what is drawn and counted; {default:g}")
-    add("--truth", type=Path, metavar="JSON", help="a COCO json with these images: draws its objects, takes its ids")
-    add("--config-file", type=Path, metavar="YAML", help="recipe of a detector of detectron2's model zoo")
+    add("--score", type=float, metavar="X", help=f"minimum score of the objects drawn and counted; {default:g}")
+    add(
+        "--truth",
+        type=Path,
+        metavar="JSON",
+        help="a COCO json with these images: its objects are drawn beside, its ids are used",
+    )
+    add("--config-file", type=Path, metavar="YAML", help="recipe for a detector of detectron2's model zoo")
     add("--on-error", choices=("skip", "raise"), default="skip", help="what to do about an image that cannot be read")
     given = vars(parser.parse_intermixed_args(arguments))
     options = [word for word in given["images"] if OPTION.match(word) and not Path(word).exists()]

@@ -1,5 +1,5 @@
-"""What was found, as others read it: COCO's results format, average precision by pycocotools, and the files of an
-evaluation: metrics.json, predictions.json, pictures of truth and prediction."""
+"""Detections in the formats that other tools read: COCO's results format, average precision by pycocotools, and the
+files of an evaluation: metrics.json, predictions.json, pictures of truth and prediction."""
 
 from __future__ import annotations
 

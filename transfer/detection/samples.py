@@ -275,7 +275,7 @@ def target_on(record: CocoImage, placement: Placement, *, masks: bool = True) ->
 def read_checked(record: CocoImage, read_as: ReadAs) -> Pixels:
     """The image of a record: upright, as its boxes were drawn, or as stored where only those sides are the json's.
 
-    Raises ``UnreadableImage`` where it cannot be read or has not the size in the json.
+    Raises ``UnreadableImage`` where it cannot be read or does not have the size in the json.
     """
     image = read_image(record.path, read_as)
     if size_of(image) == (record.height, record.width):
@@ -286,11 +286,11 @@ def read_checked(record: CocoImage, read_as: ReadAs) -> Pixels:
 
 
 def check_size(record: CocoImage, header: Header) -> None:
-    """Raise ``UnreadableImage`` where a file has not the size in the json, neither upright nor as stored."""
+    """Raise ``UnreadableImage`` where a file does not have the size in the json, neither upright nor as stored."""
     height, width = record.height, record.width
     if (header.height, header.width) != (height, width) and not header.annotated_as_stored(height, width):
         raise UnreadableImage(
-            record.path, f"it is {header.width}x{header.height}, its annotations are for {width}x{height}"
+            record.path, f"it is {header.width}x{header.height}, but its annotations are for {width}x{height}"
         )
 
 

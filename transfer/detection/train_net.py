@@ -30,11 +30,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument("--eval-only", action="store_true", help="score weights=detector.safetensors, or its run")
     parser.add_argument("--resume", type=meaning, default=False, metavar="[auto]", help=HELP)
-    parser.add_argument("--dry-run", action="store_true", help="say what the run will be and take, and write nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the plan of the run and its memory, and write nothing"
+    )
     many = parser.add_argument_group("many processes", "of engine detectron2; torchrun starts those of torchvision")
     many.add_argument("--num-gpus", type=int, default=1, metavar="N", help="processes of this machine")
     many.add_argument("--num-machines", type=int, default=1, metavar="N", help="machines")
-    many.add_argument("--machine-rank", type=int, default=0, metavar="N", help="which of them this is, from 0")
+    many.add_argument("--machine-rank", type=int, default=0, metavar="N", help="rank of this machine, from 0")
     many.add_argument("--dist-url", default="auto", metavar="URL", help="tcp://HOST:PORT of the first; auto for one")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options, such as optim.epochs=50")
     known, rest = parser.parse_known_intermixed_args(one_word(sys.argv[1:] if arguments is None else arguments))
@@ -53,7 +55,7 @@ def check_one_process(given: argparse.Namespace, engine: str) -> None:
     if given.num_gpus == machines == 1 and given.machine_rank == 0:
         return
     if given.num_gpus < 1:
-        raise UserError(f"--num-gpus {given.num_gpus} is not supported; leave it out and add device=cpu for none")
+        raise UserError(f"--num-gpus {given.num_gpus} is not supported; leave it out; to use no GPU add device=cpu")
     nodes = f"--nnodes={machines} --node_rank={given.machine_rank} --master_addr=HOST " if machines > 1 else ""
     raise UserError(
         f"engine {engine} starts one process on one GPU; for more, use "

@@ -36,7 +36,7 @@ from transfer.segmentation.quiet import quietly
 class LabelledFolders(NamedTuple):
     """What is to be checked: two folders, and what the values in the label maps mean.
 
-    classes   a name for each class, None where nobody has named them
+    classes   a name for each class, None if they are not named
     origin    where the names come from
     channels  of the encoder
     """
@@ -121,12 +121,12 @@ def main(arguments: Sequence[str] | None = None, prog: str = "check_data.py") ->
     add("--cfg-options", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="as for train_net.py")
     add("--images", type=Path, metavar="DIR", help="folder of images, in place of CONFIG or PATH")
     add("--label-maps", type=Path, metavar="DIR", help="folder of label maps of the same names")
-    add("--num-classes", type=int, metavar="N", help="how many classes; left out where --classes names them")
+    add("--num-classes", type=int, metavar="N", help="number of classes; leave it out with --classes")
     add("--classes", type=Path, metavar="FILE", help="their names: a line value<TAB>name for each")
     add("--reduce-zero-label", choices=("yes", "no"), help="yes: 0 is void, classes count from 1; no: 0 is a class")
-    add("--map-suffix", default=".png", metavar="SUFFIX", help="what label maps have in place of the image's suffix")
+    add("--map-suffix", default=".png", metavar="SUFFIX", help="suffix of the label maps, in place of the image's")
     add("--most", type=int, default=MOST_CHECKED, metavar="N", help="read the pixels of at most this many pairs")
-    add("--json", type=Path, metavar="FILE", help="write all that was found to this file")
+    add("--json", type=Path, metavar="FILE", help="write all findings to this file, as JSON")
     given = parser.parse_intermixed_args(arguments)
     with user_errors():
         conclude(check_parts(_asked(given), most=given.most), given.json)
@@ -137,14 +137,17 @@ def _asked(given: argparse.Namespace) -> list[LabelledFolders]:
     if given.most < 1:
         raise UserError(f"--most is {given.most}; read at least 1 pair")
     if given.num_classes is not None and given.num_classes < 1:
-        raise UserError(f"--num-classes is {given.num_classes}; give how many classes there are, 1 or more")
+        raise UserError(f"--num-classes is {given.num_classes}; give the number of classes, 1 or more")
     words = [word for word in given.source if OPTION.match(word)]
     places = [Path(word) for word in given.source if word not in words]
     typed = (given.images, given.label_maps, given.num_classes, given.classes, given.reduce_zero_label)
     if len(places) > 1:
-        raise UserError(f"{places[1]} is one folder or config too many; give one, and options as key=value")
+        raise UserError(f"give one folder or config, not {places[0]} and {places[1]}; write options as key=value")
     if places and any(value is not None for value in typed):
-        raise UserError("CONFIG names folders and classes; leave out CONFIG, or what describes a pair of folders")
+        raise UserError(
+            "CONFIG or PATH already describes the data; leave it out, or leave out the options "
+            "that describe a pair of folders"
+        )
     if places and places[0].is_dir():
         return folders_of_set(places[0], [*words, *given.cfg_options])
     return folders_of_config(places[0], [*words, *given.cfg_options]) if places else [_as_typed(given)]

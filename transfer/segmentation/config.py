@@ -1,4 +1,4 @@
-"""What is done to an mmseg config before it runs: options of the command line, facts of the weights file, the machine.
+"""Changes to an mmseg config before it runs: options of the command line, facts of the weights file, the machine.
 
 Nothing here imports mmseg; a config is its nested dicts and lists.
 """
@@ -132,7 +132,7 @@ def fit_to_weights(config: MutableMapping[str, Any], source: EncoderFile, option
     """
     backbone = config["model"]["backbone"]
     if backbone["type"] != BACKBONE:
-        raise UserError(f"weights go into a {BACKBONE} backbone, and this config builds a {backbone['type']}")
+        raise UserError(f"weights load only into a {BACKBONE} backbone, but this config builds a {backbone['type']}")
     trunk = asdict(source.shape)
     size: Any = source.shape.name if source.shape.name in SIZES else trunk
     if source.shape.name in SIZES and any(trunk[name] != asdict(size_of(size))[name] for name in UNNAMED):
@@ -197,7 +197,8 @@ def fit_channels(config: MutableMapping[str, Any]) -> list[str]:
         stated = preprocessor.get(key)
         if stated is not None and len(stated) not in (1, channels):
             raise UserError(
-                f"model.data_preprocessor.{key} has {len(stated)} numbers, and the encoder takes {channels} channels; "
+                f"model.data_preprocessor.{key} has {len(stated)} numbers, but the encoder takes {channels} "
+                "channels; "
                 f"set model.data_preprocessor.mean and model.data_preprocessor.std to {channels} numbers each, 255 "
                 "times what mae data-stats finds"
             )
@@ -316,7 +317,7 @@ def inference_mode(
     mode = mode or ("slide" if crop_size or stride else stated.get("mode", "whole"))
     if mode == "whole":
         if crop_size or stride:
-            raise UserError("--crop-size and --stride belong to --mode slide; leave them out, or ask for slide")
+            raise UserError("--crop-size and --stride apply only to --mode slide; leave them out, or give --mode slide")
         return {"mode": "whole"}
     preprocessor = config["model"].get("data_preprocessor") or config.get("data_preprocessor") or {}
     crop = (crop_size, crop_size) if crop_size else stated.get("crop_size") or preprocessor.get("size")

@@ -38,7 +38,7 @@ def export(segmenter: Path | str, to: str, out: Path | str, *, size: Sequence[in
         if path.exists():
             raise UserError(f"{path} exists; choose another --out")
     if (to == "onnx") != (size is not None):
-        raise UserError("--size HEIGHT WIDTH belongs to --to onnx, which needs it; mmseg's is the training's crop")
+        raise UserError("--to onnx needs --size HEIGHT WIDTH, and --to mmseg takes none: it uses the training's crop")
     file = read_segmenter(segmenter)
     with quietly():
         from transfer.segmentation.engine_mmseg import exporting

@@ -1,4 +1,4 @@
-"""What is wrong with folders of images and label maps: found in seconds, before a training meets it after hours."""
+"""Faults in folders of images and label maps, found in seconds, before a training meets them after hours."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class LabelCheck:
     pixels      (num_classes,) int64, pixels of each class
     ignored     pixels without a class
     checked     pairs read, of ``total``
-    unreadable  images that cannot be read and are to be left out
+    unreadable  images that cannot be read and are left out
     """
 
     pixels: np.ndarray
@@ -137,9 +137,9 @@ def other_palettes(
         expected, first = known.setdefault(value, (colour, path))
         if colour != expected:
             told = (
-                f"label map {path} has a palette in which {value} is {colour}, and in that of {first} it is "
-                f"{expected}: the same value may be another class; write all with one palette, or in grey where the "
-                "values are right"
+                f"label map {path} has another palette than {first}: the value {value} is {colour}, not "
+                f"{expected}, and may be another class; write all with one palette, or in grey if the values "
+                "are right"
             )
             yield Problem("palettes that differ", told, str(path))
             return
@@ -187,12 +187,12 @@ def stray_maps(pairs: Sequence[LabelledImage], images: Path, label_maps: Path, m
             name.removeprefix(stem) for name in names if name.startswith(stem) and not name[len(stem)].isalnum()
         )
     ((suffix, count),) = suffixes.most_common(1) or [("", 0)]
-    remedy = f"set seg_map_suffix={suffix}" if count > len(missing) / 2 else "add it, or take the image out"
+    remedy = f"set seg_map_suffix={suffix}" if count > len(missing) / 2 else "add it, or remove the image"
     for pair in missing:
-        told = f"image {pair.image} has no label map; it would be {pair.label_map}; {remedy}"
+        told = f"image {pair.image} has no label map {pair.label_map}; {remedy}"
         yield Problem("images without a label map", told, str(pair.image))
     for path in strays:
-        told = f"label map {path} has no image of its name below {images}; add it, or take the map out"
+        told = f"label map {path} has no image of the same name below {images}; add it, or remove the map"
         yield Problem("label maps without an image", told, str(path), "wrong")
 
 

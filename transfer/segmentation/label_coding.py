@@ -16,7 +16,7 @@ from mae_core.errors import UserError
 BYTE, WORD = 255, 65535
 """The usual value of ignored pixels in maps of 8 and of 16 bits."""
 Names = Literal["unknown", "dataset", "written"]
-"""Where the names of the classes come from: nobody has named them, the type of the data set fixes them, or the user has
+"""Where the names of the classes come from: they are not named, the type of the data set fixes them, or the user has
 written them down one by one."""
 
 

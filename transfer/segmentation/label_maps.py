@@ -80,7 +80,7 @@ def check_maps_exist(pairs: Sequence[LabelledImage]) -> None:
     if without:
         raise UserError(
             f"{len(without)} of {len(pairs)} images have no label map, such as {without[0].image}, whose map would be "
-            f"{without[0].label_map}; add the maps or take the images out"
+            f"{without[0].label_map}; add the maps or remove the images"
         )
 
 
@@ -101,7 +101,7 @@ def read_classes(
         if not line.strip():
             continue
         if not value.strip().removeprefix("-").isdigit() or not name.strip() or int(value) in names:
-            raise UserError(f"{path}, line {number}: {line!r} is not value<TAB>name with a value of its own")
+            raise UserError(f"{path}, line {number}: {line!r} is not value<TAB>name with a unique value")
         names[int(value)] = name.strip()
     if values is not None:
         if missing := [value for value in values if value not in names]:
@@ -149,7 +149,7 @@ def read_label_map(path: Path) -> LabelMap:
     except UserError:
         raise
     except Exception as error:  # Pillow's and tifffile's decoders raise what they like
-        raise UserError(f"label map {path} cannot be read ({first_line(error)}); replace it or take it out") from None
+        raise UserError(f"label map {path} cannot be read ({first_line(error)}); replace or remove it") from None
     return LabelMap(_whole_numbers(path, values), palette)
 
 

@@ -79,7 +79,7 @@ def predict(
         save(Image.fromarray(as_values(labels, file.values)), written[-1])
         save(draw_overlay(picture_of(path), labels, file.classes, file.palette, opacity=opacity), _beside(out, name))
     if not written:
-        raise UserError(f"none of the {len(names)} images could be read; give --images of photos")
+        raise UserError(f"none of the {len(names)} images could be read; set --images to image files or folders")
     write_text(out / "classes.txt", class_lines(file))
     return written
 

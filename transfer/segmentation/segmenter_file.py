@@ -52,7 +52,7 @@ def read_segmenter(path: Path | str) -> SegmenterFile:
     state, metadata = read_weights(path)
     if metadata.get("format") != FORMAT:
         found = metadata.get("format") or f"tensors such as {next(iter(state))}"
-        raise UserError(f"{path} is no segmenter (it holds {found}); give the {SEGMENTER} of a segmentation run")
+        raise UserError(f"{path} is not a segmenter (it holds {found}); give the {SEGMENTER} of a segmentation run")
     try:
         return SegmenterFile(
             path=path,
@@ -83,7 +83,7 @@ def literal_config(source: str) -> dict[str, Any]:
     config = {}
     for node in ast.parse(source).body:
         if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Name):
-            raise ValueError(f"line {node.lineno} of its config is no assignment of a value")
+            raise ValueError(f"line {node.lineno} of its config does not assign a value")
         config[node.targets[0].id] = _literal(node.value)
     return config
 

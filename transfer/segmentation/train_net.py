@@ -108,7 +108,7 @@ def find_checkpoint(work_dir: Path, *, resume: Resume) -> Path | None:
     if not resume:
         if work_dir.exists() and (not work_dir.is_dir() or any(work_dir.iterdir())):
             raise UserError(
-                f"{work_dir} is not empty; give another --work-dir, or --resume auto to go on with the run in it"
+                f"{work_dir} is not empty; give another --work-dir, or --resume auto to continue the run in it"
             )
         return None
     pointer = work_dir / LAST_CHECKPOINT
@@ -138,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="mixed precision (bf16, or fp16 where the GPU has no bf16), or fp32; what the config says when left out",
     )
     add("--eval-only", type=Path, metavar="CKPT", help="train nothing: evaluate this segmenter or run directory")
-    add("--launcher", choices=LAUNCHERS, help="who started the processes; torchrun is recognised when left out")
+    add("--launcher", choices=LAUNCHERS, help="launcher that started the processes; torchrun is recognised without it")
     add(
         "--cfg-options",
         nargs="+",

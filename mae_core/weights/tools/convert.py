@@ -146,8 +146,8 @@ def summary(report: LoadReport, comparison: Comparison | None, out: Path) -> str
         if comparison.without:
             named = ", ".join(comparison.without[:4]) + (", ..." if len(comparison.without) > 4 else "")
             lines.append(
-                f"both sides were measured without {len(comparison.without)} tensors that --drop left out ({named}): "
-                "the model that the source was trained as has other features"
+                f"the comparison leaves out {len(comparison.without)} tensors removed by --drop ({named}); "
+                "with them the source model has other features"
             )
     return "\n".join(lines)
 

@@ -138,7 +138,7 @@ def test_a_wrong_number_of_channels_is_refused_before_the_training(tmp_path, ref
     assert "has 3 channels, and the encoder takes 4; use weights for 3" in refused("--weights", str(weights))
     bare = write_encoder(tmp_path / "bare.safetensors", in_chans=4)
     error = refused("--weights", str(bare))
-    assert "mean has 3 numbers, and the encoder takes 4 channels; set model.data_preprocessor.mean and" in error
+    assert "mean has 3 numbers, but the encoder takes 4 channels; set model.data_preprocessor.mean and" in error
     four = write_set(tmp_path / "four", 4, np.uint8)
     error = refused(data_root=four, num_classes=2)
     assert "has 4 channels, and the encoder takes 3; use weights for 4, or set model.backbone.in_chans=4" in error

@@ -58,9 +58,9 @@ def test_every_mistake_is_listed_at_once(scenes, capsys):
     assert code == 2
     for line in (
         "images without a label map: 1",
-        f"image {images / '0.png'} has no label map; it would be {maps / '0.png'}; add it",
+        f"image {images / '0.png'} has no label map {maps / '0.png'}; add it",
         "label maps without an image: 1",
-        f"label map {maps / '1.png'} has no image of its name below {images}",
+        f"label map {maps / '1.png'} has no image of the same name below {images}",
         "unreadable images: 1",
         f"image {images / '2.png'} cannot be read (",
         "unreadable label maps: 2",
@@ -134,8 +134,8 @@ def test_what_is_missing_is_said(capsys, tmp_path, scenes):
     for arguments, message in (
         ([f"--images={tmp_path}"], "without a CONFIG, --label-maps, --reduce-zero-label, --num-classes"),
         (["no_such.py"], "config no_such.py does not exist"),
-        (["a.py", f"--images={tmp_path}"], "leave out CONFIG, or what describes a pair of folders"),
-        (["--num-classes=-3"], "--num-classes is -3; give how many classes there are"),
+        (["a.py", f"--images={tmp_path}"], "leave it out, or leave out the options that describe a pair of folders"),
+        (["--num-classes=-3"], "--num-classes is -3; give the number of classes, 1 or more"),
     ):
         with pytest.raises(SystemExit) as stopped:
             main(arguments)
@@ -155,7 +155,7 @@ def test_folders_of_a_config(scenes, capsys):
     assert said.count("without a label map: 1") == 1
     with pytest.raises(SystemExit):
         main([str(config), "--cfg-options", f"data_root={scenes}", "num_classes=4"])
-    assert "num_classes=4, and the train data 3 classes" in capsys.readouterr().err
+    assert "num_classes=4, but the train data have 3 classes" in capsys.readouterr().err
 
 
 def test_ade20k_with_a_label_of_200(scenes, capsys):
@@ -206,7 +206,7 @@ def test_a_data_folder_takes_the_options_of_a_config(scenes, tmp_path):
         (["reduce_zero_label=False", "num_classes=4"], "num_classes is 4, but .*classes.txt names 3 classes"),
         (["reduce_zero_label=False", "classes_file=no.txt"], "there is no .*no.txt; add num_classes=N"),
         (["reduce_zero=1"], "has no option 'reduce_zero'"),
-        (["elsewhere", "reduce_zero_label=False"], "elsewhere is one folder or config too many"),
+        (["elsewhere", "reduce_zero_label=False"], "elsewhere; write options as key=value"),
     ],
 )
 def test_a_data_folder_that_is_not_described_is_one_sentence(scenes, options, message):

@@ -40,7 +40,7 @@ def test_a_step_whose_gradient_is_not_finite_is_skipped(tmp_path, tiny, monkeypa
 
 def test_a_rate_that_is_too_high_ends_without_a_file_that_is_not_finite(tmp_path, tiny):
     options = {**tiny, "iterations": 30, "lr": 1e30, "default_hooks.checkpoint.interval": 1}
-    with pytest.raises(UserError, match=r"start anew with a lower optim_wrapper.optimizer.lr, in another --work-dir"):
+    with pytest.raises(UserError, match=r"start again with a lower optim_wrapper.optimizer.lr, in another --work-dir"):
         train_segmenter(DIGITS, work_dir=tmp_path / "run", cfg_options=options)
     assert not (tmp_path / "run" / "segmenter.safetensors").exists()
     for file in (tmp_path / "run").glob("iter_*.pth"):

@@ -102,7 +102,7 @@ def test_a_palette_picture_is_read_by_index(folder):
 def test_a_truncated_label_map_is_named(folder):
     path = folder / "maps" / "city" / "0.png"
     path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(UserError, match=r"0\.png cannot be read \(.*; replace it"):
+    with pytest.raises(UserError, match=r"0\.png cannot be read \(.*; replace or remove it"):
         check(folder)
 
 

@@ -134,7 +134,7 @@ def test_evaluation_of_a_checkpoint_of_mmengine(trained, tmp_path, tiny_options,
     assert not (tmp_path / "other").exists()
     for name, content in (("cut.pth", (run / "iter_12.pth").read_bytes()[:-100]), ("photo.jpg", b"no checkpoint")):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match=rf"{name} is truncated or no checkpoint; give one"):
+        with pytest.raises(UserError, match=rf"{name} is truncated or not a checkpoint; give one"):
             train_net.evaluate_segmenter(DIGITS, tmp_path / name, work_dir=tmp_path / "other", cfg_options=options)
 
 
@@ -174,7 +174,7 @@ def test_windows_of_an_inference():
     assert inference_mode(config, stride=10)["stride"] == (10, 10)
     with pytest.raises(UserError, match="leave gaps"):
         inference_mode(config, mode="slide", stride=49)
-    with pytest.raises(UserError, match="belong to --mode slide"):
+    with pytest.raises(UserError, match="apply only to --mode slide"):
         inference_mode(config, mode="whole", stride=4)
     with pytest.raises(UserError, match="must be positive"):
         inference_pipeline(config, [0.0], flip=False)
@@ -215,7 +215,7 @@ def test_predict_refuses_in_one_sentence(trained, tmp_path, capsys, write_encode
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "x").touch()
     for message, *arguments in (
-        ("is no segmenter (it holds mae_core)", encoder, images, "--out", out),
+        ("is not a segmenter (it holds mae_core)", encoder, images, "--out", out),
         ("is truncated", broken, images, "--out", out),
         ("holds no segmenter.safetensors", scenes, images, "--out", out),
         ("does not exist", tmp_path / "none.safetensors", images, "--out", out),
@@ -328,8 +328,8 @@ def test_export_refuses_in_one_sentence(trained, tmp_path, capsys):
     (tmp_path / "taken.py").touch()
     for message, *arguments in (
         ("has to end in .onnx for onnx", "--to", "onnx", "--size", "24", "40", "--out", tmp_path / "s.pth"),
-        ("--size HEIGHT WIDTH belongs to --to onnx", "--to", "onnx", "--out", tmp_path / "s.onnx"),
-        ("--size HEIGHT WIDTH belongs to --to onnx", "--to", "mmseg", "--size", "8", "8", "--out", tmp_path / "s.pth"),
+        ("--to onnx needs --size HEIGHT WIDTH", "--to", "onnx", "--out", tmp_path / "s.onnx"),
+        ("--to mmseg takes none", "--to", "mmseg", "--size", "8", "8", "--out", tmp_path / "s.pth"),
         ("taken.py exists", "--to", "mmseg", "--out", tmp_path / "taken.pth"),
         ("give two positive numbers", "--to", "onnx", "--size", "0", "8", "--out", tmp_path / "s.onnx"),
     ):

@@ -170,7 +170,7 @@ def test_resume_runs_no_code_of_the_checkpoint(tmp_path, tiny, refused):
     checkpoint = run / "iter_2.pth"
     state = load_safely(str(checkpoint), "cpu")
     torch.save({**state, "more": Malice(trace)}, checkpoint)
-    with pytest.raises(UserError, match=r"iter_2\.pth is refused, for it is broken or holds more than tensors"):
+    with pytest.raises(UserError, match=r"iter_2\.pth is refused: it is broken, or holds more than tensors"):
         train_segmenter(DIGITS, work_dir=run, cfg_options=options, resume=True)
     assert not trace.exists()
     state["meta"]["config"] = f"open({str(trace)!r}, 'w').close()\n"  # mmengine executes this one
@@ -364,7 +364,7 @@ def test_missing_data_folder(tmp_path, refused):
 
 def test_number_of_classes(refused):
     error = refused(num_classes=4)
-    assert "num_classes=4, and the train data 3 classes (ground, box, disc); set num_classes=3" in error
+    assert "num_classes=4, but the train data have 3 classes (ground, box, disc); set num_classes=3" in error
 
 
 def test_unreadable_image_where_it_is_to_stop_the_run(scenes, refused):
@@ -376,7 +376,7 @@ def test_unreadable_image_where_it_is_to_stop_the_run(scenes, refused):
 def test_weights_of_another_architecture(tmp_path, tiny, write_encoder, refused):
     weights = write_encoder(tmp_path / "tiny.safetensors", size="tiny")
     error = refused("--weights", str(weights))
-    assert f"{weights} is another architecture: backbone.size nano was asked for, the file has tiny" in error
+    assert f"{weights} has another architecture: backbone.size nano was asked for, but the file has tiny" in error
 
 
 def test_weights_that_hold_no_encoder(tmp_path, refused):
@@ -432,7 +432,10 @@ def test_batch_of_one(refused):
         ({"lr": -1}, "optim_wrapper cannot be built: ValueError: Invalid learning rate: -1"),
         ({"workers": -1}, "train_dataloader.num_workers is -1; set it to 0 or more"),
         ({"batch_size": 0}, "train_dataloader.batch_size is 0; set it to 1 or more"),
-        ({"model.backbone.taps": [1, 3, 5]}, "the backbone's taps [1, 3, 5] are not the 4 maps that the neck takes"),
+        (
+            {"model.backbone.taps": [1, 3, 5]},
+            "the backbone's taps [1, 3, 5] do not match the 4 maps that the neck takes",
+        ),
         ({"model.backbone.drop_path": 2}, "drop_path is 2; give a rate from 0 up to but not including 1"),
         ({"model.decode_head.in_index": [0, 1, 2, 7]}, "model cannot be built: IndexError: tuple index out of range"),
     ],

@@ -30,7 +30,7 @@ def test_a_trunk_that_no_row_names(tmp_path, tiny, monkeypatch):
     encoder = ViTEncoder(ViTSize(192, 3, 6, norm_eps=1e-5), image_size=32, patch_size=8)
     write_weights(weights, encoder.state_dict(), describe_encoder(encoder))
     options = {**tiny, "iterations": 6, "width": 192}
-    with pytest.raises(UserError, match=r"backbone\.size nano was asked for, the file has 192x3"):
+    with pytest.raises(UserError, match=r"backbone\.size nano was asked for, but the file has 192x3"):
         train_segmenter(DIGITS, weights=weights, work_dir=tmp_path / "refused", cfg_options=options)
     opened.clear()
     options["model.backbone.size"] = None

@@ -30,7 +30,9 @@ def launch_processes(
     """
     seen = torch.cuda.device_count()
     if torch.cuda.is_available() and num_gpus > seen:
-        raise UserError(f"--num-gpus {num_gpus} was asked for, torch sees {seen}; lower it, or use more machines")
+        raise UserError(
+            f"--num-gpus {num_gpus} was asked for, but torch sees {seen} GPUs; lower it, or use more machines"
+        )
     if num_machines > 1 and dist_url == "auto":
         raise UserError("--num-machines needs --dist-url tcp://HOST:PORT, where all machines can reach the first")
     try:

@@ -39,11 +39,11 @@ def load_lazy_config(path: Path, overrides: Sequence[str]) -> DictConfig:
     try:
         config = LazyConfig.load(str(path))
     except Exception as error:  # whatever the file's own code raises
-        raise UserError(f"{path} is no LazyConfig that loads ({type(error).__name__}: {error}); mend it") from None
+        raise UserError(f"{path} does not load as a LazyConfig ({type(error).__name__}: {error}); correct it") from None
     missing = [name for name in SECTIONS if name not in config]
     if missing:
         raise UserError(
-            f"{path} defines no {', '.join(missing)}; a LazyConfig of this command has {', '.join(SECTIONS)}"
+            f"{path} defines no {', '.join(missing)}; a LazyConfig for this command needs {', '.join(SECTIONS)}"
         )
     missing = [name for name in TRAIN if name not in config.train]
     if missing:
@@ -58,13 +58,13 @@ def load_lazy_config(path: Path, overrides: Sequence[str]) -> DictConfig:
         section = OmegaConf.select(config, parent) if parent else config
         if not isinstance(section, DictConfig) or name not in section:
             known = ", ".join(map(str, section)) if isinstance(section, DictConfig) else ", ".join(SECTIONS)
-            raise UserError(f"command line: {path} has no key {key!r}; known here: {known}")
+            raise UserError(f"command line: {path} has no key {key!r}; known keys: {known}")
     try:
         return LazyConfig.apply_overrides(config, list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"command line: {', '.join(overrides)}: {reason}; quote values that are no plain words"
+            f"command line: {', '.join(overrides)}: {reason}; quote values that are not plain words"
         ) from None
 
 

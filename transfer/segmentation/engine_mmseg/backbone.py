@@ -28,8 +28,8 @@ class MAECoreViT(DenseViT):
     layer_scale         initial value of LayerScale, None for none; 1.0 starts as the pre-trained trunk is
     weights             a file, run directory or checkpoint that ``init_weights`` loads; None for a random start; the
                         attribute ``source`` is what was read of it before, so that it is read once
-    trainable_blocks    the last so many blocks learn, the others stay as ``weights`` has them; 0: none, None: all
-    allow_missing       patterns of tensors that ``weights`` may lack and that start anew
+    trainable_blocks    number of last blocks that learn, the others stay as in ``weights``; 0: none, None: all
+    allow_missing       patterns of tensors that ``weights`` may lack; they are newly initialised
 
     ``image_size`` is the crop that positions and tables are stored for; they are resized for any other size.
     """
@@ -74,7 +74,7 @@ class MAECoreViT(DenseViT):
     def init_weights(self) -> None:
         """Load ``weights``, unless that is done, and print the report; called by mmengine before training.
 
-        timm's method of this name would draw the whole trunk anew. Raises ``UserError`` where the file does not fit.
+        timm's method of this name would initialise the whole trunk again. Raises ``UserError`` if it does not fit.
         """
         if self.weights is not None:
             self.loading = load_pretrained(self, self.source or self.weights, allow_missing=self.allow_missing)

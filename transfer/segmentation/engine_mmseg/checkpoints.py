@@ -50,7 +50,7 @@ def load_safely(filename: str, map_location: Any = None) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist")
     if not zipfile.is_zipfile(path):
-        raise UserError(f"{path} is truncated or no checkpoint; give one that this toolkit wrote")
+        raise UserError(f"{path} is truncated or not a checkpoint; give one that this toolkit wrote")
     try:
         with torch.serialization.safe_globals(SAFE_GLOBALS):
             checkpoint = torch.load(path, map_location=map_location, weights_only=True)
@@ -58,7 +58,7 @@ def load_safely(filename: str, map_location: Any = None) -> dict[str, Any]:
         # torch's own message is a page about weights_only=False
         asked = re.search(r"(?:GLOBAL|attribute) (\S+)", str(error))
         raise UserError(
-            f"checkpoint {path} is refused, for it is broken or holds more than tensors and plain values "
+            f"checkpoint {path} is refused: it is broken, or holds more than tensors and plain values "
             f"({asked[0] if asked else first_line(error)[:200]}); use one that this toolkit wrote"
         ) from None
     if isinstance(checkpoint, dict) and isinstance(checkpoint.get("meta"), dict):

@@ -143,7 +143,7 @@ def labelled_images(section: Mapping[str, Any]) -> tuple[list[LabelledImage], li
 
 def _class_count(num_classes: int, part: str, classes: Sequence[str]) -> str:
     return (
-        f"the config has num_classes={num_classes}, and the {part} data {len(classes)} classes "
+        f"the config has num_classes={num_classes}, but the {part} data have {len(classes)} classes "
         f"({_shorten(classes)}); set num_classes={len(classes)}, or correct classes.txt or reduce_zero_label"
     )
 
@@ -175,7 +175,7 @@ def pass_an_image(model: Any) -> None:
     and whatever mmseg raises where a head does not fit them."""
     backbone, levels = model.backbone, len(getattr(model.neck, "rescales", ())) if model.with_neck else 0
     if levels and levels != len(backbone.taps):
-        raise UserError(f"the backbone's taps {list(backbone.taps)} are not the {levels} maps that the neck takes")
+        raise UserError(f"the backbone's taps {list(backbone.taps)} do not match the {levels} maps that the neck takes")
     side = 4 * backbone.grid.patch
     model.eval()
     with torch.no_grad():

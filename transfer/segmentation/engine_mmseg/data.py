@@ -146,7 +146,7 @@ class NamedLabels(LoadAnnotations):
         classes = self.coding.encode(read_label_map(path).values, path)
         size = tuple(results.get("ori_shape", classes.shape))
         if classes.shape != size:
-            raise UserError(f"label map {path} has the shape {classes.shape}, and its image {size}; correct the map")
+            raise UserError(f"label map {path} has the shape {classes.shape}, but its image {size}; correct the map")
         if results.get("label_map"):  # mmseg's: classes of the data set -> those of the configuration
             renumbered = classes.copy()
             for old, new in results["label_map"].items():

@@ -16,7 +16,7 @@ from mae_core import layout
 from mae_core.training.finite import RunningStatistics, SkippedSteps, gradient_norm, refuse_non_finite
 
 ADVICE = (
-    "start anew with a lower optim_wrapper.optimizer.lr, in another --work-dir (--resume keeps the rate of the run)"
+    "start again with a lower optim_wrapper.optimizer.lr, in another --work-dir (--resume keeps the rate of the run)"
 )
 
 

@@ -58,8 +58,8 @@ def read_config(path: Path | str, options: Mapping[str, Any]) -> Config:
         same = {**config.to_dict(), name: None} == {**without.to_dict(), name: None}
         if same and without.get(name) != options[name]:
             raise UserError(
-                f"{name}={options[name]} changes nothing: {path} itself sets what its base makes of {name}; "
-                "set those keys, such as model.backbone.size, or copy the config"
+                f"{name}={options[name]} has no effect: {path} itself sets the keys that its base computes "
+                f"from {name}; set those keys, such as model.backbone.size, or copy the config"
             )
     rest = {key: value for key, value in options.items() if key not in chosen}
     for key in rest:
@@ -69,7 +69,7 @@ def read_config(path: Path | str, options: Mapping[str, Any]) -> Config:
         config.merge_from_dict({key: rest[key]})
     missing = {"model", "train_dataloader", "train_cfg", "optim_wrapper", "val_dataloader"} - set(config.keys())
     if missing:
-        raise UserError(f"config {path} has no {', '.join(sorted(missing))}; a training needs them")
+        raise UserError(f"config {path} has no {', '.join(sorted(missing))}; training needs them")
     return config
 
 

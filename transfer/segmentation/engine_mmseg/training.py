@@ -63,7 +63,7 @@ def train(
     notes: list[str] = []
     source: EncoderFile | None = None
     if world_size() > 1:
-        notes.append(f"ranks: {world_size()}, and the batch size is that of each")
+        notes.append(f"ranks: {world_size()}; the batch size is per rank")
     if checkpoint is not None:
         configs.check_steps_left(checkpoint, view)
         load_safely(str(checkpoint), "cpu")
@@ -71,7 +71,7 @@ def train(
         source = read_encoder(weights)
         notes += configs.fit_to_weights(view, source, list(options))
     elif checkpoint is not None:
-        notes.append(f"weights: those of {checkpoint}")
+        notes.append(f"weights: from {checkpoint}")
         view["model"]["backbone"].pop("weights", None)
     elif not view["model"]["backbone"].get("weights"):
         configs.check_frozen_blocks_have_weights(view)
@@ -130,7 +130,7 @@ def evaluate(
     notes = []
     if file is not None:
         view["model"].update(take_model(file, view["model"]))
-        notes.append(f"model, mean and std are those of {file.path}; data, metric and test mode are the config's")
+        notes.append(f"model, mean and std come from {file.path}; data, metric and test mode from the config")
     notes += configs.fit_channels(view)
     fit_to_machine(view)
     _, classes, coding = labelled_images(view["val_dataloader"]["dataset"])
