@@ -79,6 +79,7 @@ class LogConfig(Schema):
     every: Count = Field(20, description="a line in log.jsonl, TensorBoard and on the screen")
     pictures_every: Count = Field(1000, description="reconstruction strips, or drawn predictions")
     checkpoint_every: Count = 1000
+    checkpoint_minutes: Annotated[float, Field(gt=0)] = Field(10, description="save too when the last is older")
     keep_checkpoints: Count = Field(2, description="older ones are deleted")
 
 

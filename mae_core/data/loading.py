@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Protocol
@@ -105,7 +106,20 @@ def make_loader(
         num_workers=workers,
         pin_memory=pin,
         prefetch_factor=4 if workers else None,
+        worker_init_fn=_outlive_first_signal,
     )
+
+
+def _outlive_first_signal(_: int) -> None:
+    """Signals that go to a whole group of processes are for the main one, which finishes its step with its workers."""
+
+    def once(number: int, frame: Any) -> None:
+        for each in signals:
+            signal.signal(each, signal.SIG_DFL)
+
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    for each in signals:
+        signal.signal(each, once)
 
 
 class _Loader(DataLoader[Any]):

@@ -10,6 +10,7 @@ optimizer, step.
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -25,10 +26,11 @@ from torch.nn.parallel import DistributedDataParallel
 from mae_core.config.sections import ScheduleConfig
 from mae_core.data.loading import Batch, StepSampler, share_of, steps_for
 from mae_core.seeds import STEP, derive_seed
-from mae_core.training.distributed import gather, mean_over_ranks, world_size
+from mae_core.training.distributed import gather, mean_over_ranks, sum_over_ranks, world_size
 from mae_core.training.finite import RunningStatistics, SkippedSteps, bad_samples, gradient_norm
 from mae_core.training.progress import Progress
 from mae_core.training.run import Run
+from mae_core.training.signals import Signals
 
 LossOf = Callable[[nn.Module, Any], dict[str, Tensor]]
 """(model, batch) -> named scalars; "loss" is what is minimised, the mean over the batch."""
@@ -132,44 +134,68 @@ def fit(
     precision = run.autocast()
     progress = Progress(run, start_step, settings.total_steps, log.every)
     skipped, statistics = SkippedSteps(run.record, run.say), RunningStatistics(model)
-    stream = iter(batches)
-    model.train()
-    for step in range(start_step, settings.total_steps):
-        if changes and step in changes:
-            changes[step]()
-            parallel = over_ranks(model, run)  # it gathers the gradients of what learnt when it was made
-        schedule.step_update(step)
-        with progress.waiting():
-            batch = next(stream)
-        seed_everything(derive_seed(run.config.seed, STEP, step, run.rank))  # a starting loader draws
-        run.note_unreadable(batch.unreadable)
-        optimizer.zero_grad(set_to_none=True)
-        statistics.keep()
-        losses = backward(parallel, batch, loss_of, run.device, precision, settings.micro_batch)
-        norm = gradient_norm(model.parameters())
-        done = step + 1
-        if finite := bool(torch.isfinite(losses["loss"]) & torch.isfinite(norm)):
-            if settings.clip_grad is not None:
-                nn.utils.clip_grads_with_norm_(model.parameters(), settings.clip_grad, norm)
-            optimizer.step()
-            skipped.taken()
-        else:
-            statistics.put_back()
-            skipped.skip(done, float(losses["loss"]), float(norm), bad_files(batches, batch, step))
-        progress.step(
-            done, len(batch) * run.world, losses if finite else {}, max(g["lr"] for g in optimizer.param_groups)
-        )
-        last = done == settings.total_steps
-        for every, hook in hooks:
-            if done % every == 0 or last:
-                with progress.paused():
-                    hook(done)
-                model.train()
-        if done % log.checkpoint_every == 0 or last:
-            with progress.paused():
+    saved = time.monotonic()
+    with Signals() as signals:
+        stream = iter(batches)
+        model.train()
+        for step in range(start_step, settings.total_steps):
+            if changes and step in changes:
+                changes[step]()
+                parallel = over_ranks(model, run)  # it gathers the gradients of what learnt when it was made
+            schedule.step_update(step)
+            with progress.waiting():
+                batch = next(stream)
+            seed_everything(derive_seed(run.config.seed, STEP, step, run.rank))  # a starting loader draws
+            run.note_unreadable(batch.unreadable)
+            optimizer.zero_grad(set_to_none=True)
+            statistics.keep()
+            losses = backward(parallel, batch, loss_of, run.device, precision, settings.micro_batch)
+            norm = gradient_norm(model.parameters())
+            done = step + 1
+            if finite := bool(torch.isfinite(losses["loss"]) & torch.isfinite(norm)):
+                if settings.clip_grad is not None:
+                    nn.utils.clip_grads_with_norm_(model.parameters(), settings.clip_grad, norm)
+                optimizer.step()
+                skipped.taken()
+            else:
+                statistics.put_back()
+                skipped.skip(done, float(losses["loss"]), float(norm), bad_files(batches, batch, step))
+            progress.step(
+                done, len(batch) * run.world, losses if finite else {}, max(g["lr"] for g in optimizer.param_groups)
+            )
+            last = done == settings.total_steps
+            stop, due = agreed(
+                signals.received is not None, time.monotonic() - saved > 60 * log.checkpoint_minutes, run
+            )
+            if stop and not last:  # before pictures and evaluations, for which there may be no time
                 run.checkpoint(done, model, optimizer, metadata or {})
+            for every, hook in hooks:
+                if done % every == 0 or last:
+                    with progress.paused():
+                        hook(done)
+                    model.train()
+            if (done % log.checkpoint_every == 0 or due or last) and (last or not stop):
+                with progress.paused():
+                    run.checkpoint(done, model, optimizer, metadata or {})
+                saved = time.monotonic()
+            if stop and not last:
+                run.say(
+                    f"{signals.received.name if signals.received else 'a signal to another rank'}: stopped after step "
+                    f"{done} of {settings.total_steps}, which is saved; the same command with --resume continues"
+                )
+                run.close()
+                raise signals.stopped()
     skipped.summary()
     return FitResult(progress.loss, progress.seconds, progress.images_per_second)
+
+
+def agreed(stop: bool, due: bool, run: Run) -> tuple[bool, bool]:
+    """Whether any rank was sent a signal, and whether any finds a checkpoint due: the same on all ranks, which must all
+    call it."""
+    if run.world == 1:
+        return stop, due
+    flags = sum_over_ranks(torch.tensor([float(stop), float(due)], device=run.device)).tolist()
+    return flags[0] > 0, flags[1] > 0
 
 
 def bad_files(batches: Iterable[Batch], batch: Batch, step: int) -> list[str]:

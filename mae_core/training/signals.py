@@ -1,0 +1,54 @@
+"""Signals that end a training in good order: the step is finished, saved on all ranks, and said."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+EXIT_PREEMPTED = 75
+"""Exit code after SIGTERM and SIGUSR1: not finished, saved, to be started again (``EX_TEMPFAIL`` of sysexits.h)."""
+EXIT_INTERRUPTED = 130
+"""Exit code after SIGINT (Ctrl-C), as shells give it."""
+TOGETHER = 2.0
+"""Seconds within which signals count as one: torchrun passes on what the whole group of processes was sent already."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Stopped(SystemExit):
+    """A training that a signal ended after it was saved; ``code`` is the exit code of the command."""
+
+
+class Signals:
+    """While it is entered, the first signal of ``SIGNALS`` is noted in ``received``, and a second ends at once.
+
+    In other threads than the main one nothing changes, for Python takes signals in that one alone.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._at = 0.0
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received is None:
+            self.received, self._at = signal.Signals(number), time.monotonic()
+        elif time.monotonic() - self._at > TOGETHER:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    def stopped(self) -> Stopped:
+        """The exception that ends the command, on a rank that got no signal itself as on the others."""
+        return Stopped(EXIT_INTERRUPTED if self.received == signal.SIGINT else EXIT_PREEMPTED)

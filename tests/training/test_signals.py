@@ -1,0 +1,76 @@
+"""A signal lets a training finish its step and save, and what comes after is as if there had been none."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from mae_core.config.load import load_config
+from mae_core.layout import complete_checkpoints
+from mae_core.training import pretrain as pretraining
+from mae_core.training.pretrain import pretrain
+from mae_core.training.pretrain_config import PretrainConfig
+from mae_core.training.signals import Signals, Stopped
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+def test_a_signal_finishes_the_step_and_saves(
+    tmp_path, write_images, pretrain_options, monkeypatch, capsys, number, code
+):
+    write_images(tmp_path / "images", 8)
+    options = [*pretrain_options, f"data.path={tmp_path / 'images'}", "optim.epochs=3"]
+
+    def config(name: str) -> PretrainConfig:
+        return load_config(PretrainConfig, None, [*options, f"output={tmp_path / name}"])
+
+    pretrain(config("whole"))
+    real, count = pretraining.pretrain_loss, [0]
+
+    def signalled(*parts):
+        count[0] += 1
+        if count[0] == 4:
+            os.kill(os.getpid(), number)
+        return real(*parts)
+
+    monkeypatch.setattr(pretraining, "pretrain_loss", signalled)
+    with pytest.raises(Stopped) as stopped:
+        pretrain(config("run"))
+    assert stopped.value.code == code
+    run = tmp_path / "run"
+    assert [folder.name for folder in complete_checkpoints(run)] == ["step_00000004"] and not (
+        run / "run.lock"
+    ).exists()
+    said = capsys.readouterr().out
+    assert f"{number.name}: stopped after step 4 of 6, which is saved; the same command with --resume continues" in said
+    pretrain(config("run"), resume=True)
+    assert (run / "encoder.safetensors").read_bytes() == (tmp_path / "whole" / "encoder.safetensors").read_bytes()
+
+
+PROGRAM = """
+import os, signal, time
+from mae_core.training.signals import Signals
+with Signals() as signals:
+    for wait in (0, 0, 2.1):
+        time.sleep(wait)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.received == signal.SIGTERM
+        print("noted", flush=True)
+"""
+
+
+def test_a_second_signal_ends_at_once_and_handlers_come_back(run_python):
+    before = signal.getsignal(signal.SIGTERM)
+    with Signals():
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before
+    result = run_python(["-c", PROGRAM])
+    assert result.returncode == -signal.SIGTERM and result.stdout.count("noted") == 2
+
+
+def test_checkpoints_come_by_time_too(tmp_path, write_images, pretrain_options):
+    write_images(tmp_path / "images", 4)
+    options = [*pretrain_options, f"data.path={tmp_path / 'images'}", "optim.epochs=3", f"output={tmp_path / 'run'}"]
+    pretrain(load_config(PretrainConfig, None, [*options, "log.checkpoint_minutes=1e-9", "log.keep_checkpoints=9"]))
+    assert len(complete_checkpoints(tmp_path / "run")) == 3
