@@ -192,7 +192,7 @@ def optimizer_fault(state: Any, optimizer: torch.optim.Optimizer, step: int) -> 
             return "holds other parameter groups than the optimizer has"
         for key in (key for key in wanted if key not in MAY_DIFFER and key in group):
             if group[key] != wanted[key]:
-                return f"holds {key}={group[key]} of the optimizer, where the configuration means {wanted[key]}"
+                return f"holds {key}={group[key]} of the optimizer, but the configuration sets {wanted[key]}"
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     kinds = {tuple(sorted(entry)) for entry in entries.values() if isinstance(entry, Mapping)}
     if len(kinds) > 1 or not entries.keys() <= set(range(len(parameters))):
@@ -206,7 +206,7 @@ def optimizer_fault(state: Any, optimizer: torch.optim.Optimizer, step: int) -> 
 
 def _moment_fault(name: str, value: Any, parameter: Tensor, step: int) -> str | None:
     if name == "step":
-        return None if isinstance(value, int | float | Tensor) and _counts(value, step) else "is no number of its steps"
+        return None if isinstance(value, int | float | Tensor) and _counts(value, step) else "is not its step count"
     if value is None:
         return None
     if not isinstance(value, Tensor):

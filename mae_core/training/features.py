@@ -112,7 +112,7 @@ def check_tokens_fit(images: int, model: ViTEncoder, cache: Path, device: torch.
         if needed > free:
             raise UserError(
                 f"the tokens of {images} images take {needed / GIB:.1f} GiB and {free / GIB:.1f} GiB of {kind} are "
-                "there for them; leave cache out, so that every step passes its images through the trunk"
+                "free; leave cache out, so that every step passes its images through the trunk"
             )
 
 

@@ -54,7 +54,9 @@ class ProbeConfig(Schema):
         "linear",
         description="linear: on one feature, as in the paper; attentive: learned queries pool the patch tokens",
     )
-    queries: Count = Field(8, description="of kind attentive: each pools its own share of the channels")
+    queries: Count = Field(
+        8, description="number of queries of kind attentive; each pools its own share of the channels"
+    )
     batch_norm: bool = Field(True, description="standardise by the batch before the linear layer (paper, A.1)")
 
 
@@ -92,7 +94,9 @@ class LinprobeConfig(RunConfig):
         if self.probe.kind == "attentive" and self.model.pooling == "mean":
             raise ValueError("probe.kind=attentive pools the patch tokens itself; leave model.pooling out")
         if self.probe.kind == "linear" and self.probe.queries != ProbeConfig().queries:
-            raise ValueError("probe.queries belongs to probe.kind=attentive; set that too, or leave it out")
+            raise ValueError(
+                "probe.queries applies only to probe.kind=attentive; set that too, or leave probe.queries out"
+            )
         return self
 
 

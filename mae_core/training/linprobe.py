@@ -223,13 +223,13 @@ def linprobe(config: LinprobeConfig, *, resume: Resume = False) -> dict[str, Any
     start = run.restore(probe, optimizer)
     sampler = run.sampler(data.num_images, config.optim.batch_size, total_steps=settings.total_steps, start_step=start)
     workers = 0 if cached else config.data.workers
-    what = "numbers a patch token" if attentive else f"{config.model.pooling} features"
+    what = "numbers per patch token" if attentive else f"{config.model.pooling} features"
     train_batches = make_loader(data.images, sampler, collate, workers=workers, pin=run.device.type == "cuda")
     run.say(
         f"{data.num_images} training and {len(splits.val.paths)} validation images of {len(splits.classes)} classes; "
         f"{trunk.embed_dim} {what} {'kept' if cached else 'of augmented images'}; "
         f"{settings.total_steps} steps of {config.optim.batch_size}, base lr {', '.join(f'{r:g}' for r in rates)}"
-        f"{', the loss is the sum of theirs' if len(rates) > 1 else ''}; writing to {run.folder}"
+        f"{', the loss is their sum' if len(rates) > 1 else ''}; writing to {run.folder}"
     )
     metrics: dict[str, Any] = {}
 

@@ -33,8 +33,8 @@ def claim(folder: Path) -> None:
                     f"{folder} is being written by {where}; wait for it, or choose another with output=FOLDER"
                 )
             raise UserError(
-                f"{folder} was being written by {where}, and from here it cannot be seen whether that one has ended; "
-                f"if it has, remove {file} and start again"
+                f"{folder} was being written by {where}, and this machine cannot check whether that process "
+                f"still runs; if it has ended, remove {file} and start again"
             )
         stream.seek(0)
         stream.truncate()

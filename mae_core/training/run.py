@@ -44,7 +44,10 @@ from mae_core.training.pretrain_config import PretrainConfig
 from mae_core.training.statistics import with_stored_statistics
 from mae_core.weights.files import write_weights
 
-ROOM = "make room or give it back its rights; what was saved before is whole, and --resume continues from it"
+ROOM = (
+    "free disk space or restore write permission; earlier checkpoints are complete, and --resume continues from the "
+    "last one"
+)
 RESULTS = (ENCODER, CLASSIFIER, ATTENTIVE)
 MAY_CHANGE = (
     "data.workers",
@@ -165,7 +168,7 @@ def check_data(config: JobConfig, found: Mapping[str, Any]) -> None:
     except (OSError, ValueError):
         known = False
     if not known:
-        print(f"{file} is missing or damaged: whether the images are those the run was started on cannot be checked")
+        print(f"{file} is missing or damaged: the run may have started on other images, which cannot be checked")
     elif started != dict(found):
         counts = f"{started['images']} images then, {found['images']} now"
         raise UserError(
@@ -337,7 +340,7 @@ def _claim_folder(run: Run, data: Mapping[str, Any] | None) -> None:
     """Make the folder, lock it, and write what the run is."""
     folder = run.folder
     check_output(run.config, resume=run.resumed)
-    with said_plainly(folder, "choose another with output=FOLDER, or make room"):
+    with said_plainly(folder, "choose another with output=FOLDER, or free disk space"):
         folder.mkdir(parents=True, exist_ok=True)
         claim(folder)
         try:

@@ -208,7 +208,7 @@ def set_moment(state, value):
         (lambda folder: edit_state(folder, lambda s: s["optimizer"]["state"][1].pop("exp_avg")), "other parameters"),
         (
             lambda folder: edit_state(folder, lambda s: s["optimizer"]["state"][0].update(step=1e9)),
-            "number of its steps",
+            "is not its step count",
         ),
         (lambda folder: edit_state(folder, lambda s: s["optimizer"]["param_groups"].clear()), "other parameter groups"),
         (lambda folder: edit_state(folder, lambda s: s["optimizer"]["param_groups"][0].update(eps=1.0)), "eps=1.0"),

@@ -127,7 +127,9 @@ def test_a_second_process_is_refused_while_the_first_lives(tmp_path, options, ot
 
 def test_a_lock_of_another_machine_says_what_to_remove(tmp_path):
     held_by(1, tmp_path, host="elsewhere")
-    with pytest.raises(UserError, match=rf"process 1 on elsewhere, .* if it has, remove {tmp_path / LOCK} and start"):
+    with pytest.raises(
+        UserError, match=rf"process 1 on elsewhere, .* if it has ended, remove {tmp_path / LOCK} and start"
+    ):
         claim(tmp_path)
     (tmp_path / LOCK).unlink()
     claim(tmp_path)
@@ -213,5 +215,7 @@ def test_what_the_disk_refuses_is_said(tmp_path, options, monkeypatch, number):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr("mae_core.training.checkpoints.write_text", refuse)
-    with pytest.raises(UserError, match=f"cannot write to .*: {os.strerror(number)}; .* saved before is whole"):
+    with pytest.raises(
+        UserError, match=f"cannot write to .*: {os.strerror(number)}; .* earlier checkpoints are complete"
+    ):
         pretrain(config(*options))

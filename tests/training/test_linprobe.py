@@ -392,7 +392,7 @@ def test_an_attentive_probe_of_augmented_images_resumes_to_the_bit(tmp_path, dat
     [
         (["probe.kind=attentive", "probe.queries=3"], "probe.queries=3 does not divide a width of 128"),
         (["probe.kind=attentive", "model.pooling=mean"], "pools the patch tokens itself; leave model.pooling out"),
-        (["probe.queries=4"], "probe.queries belongs to probe.kind=attentive"),
+        (["probe.queries=4"], "probe.queries applies only to probe.kind=attentive"),
     ],
 )
 def test_options_of_the_probe_that_do_not_go_together_are_refused(tmp_path, data, pretrained, options, message):

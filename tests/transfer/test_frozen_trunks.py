@@ -134,5 +134,5 @@ def test_the_dry_run_shows_what_a_frozen_trunk_saves(configure_detection, encode
 
 
 def test_a_trunk_from_scratch_is_not_frozen(configure_detection):
-    with pytest.raises(ConfigError, match=r"from_scratch=true would leave them random; give weights, or drop"):
+    with pytest.raises(ConfigError, match=r"from_scratch=true they would stay random; set weights=FILE, or leave"):
         configure_detection("model.trainable_blocks=2")

@@ -164,8 +164,8 @@ class DetectionConfig(TransferConfig):
     def _frozen_blocks_come_from_weights(self) -> DetectionConfig:
         if self.from_scratch and self.model.trainable_blocks is not None:
             raise ValueError(
-                "model.trainable_blocks keeps the other blocks as weights=FILE has them, and from_scratch=true would "
-                "leave them random; give weights, or drop model.trainable_blocks"
+                "model.trainable_blocks freezes the other blocks, and with from_scratch=true they would stay "
+                "random; set weights=FILE, or leave model.trainable_blocks out"
             )
         return self
 

@@ -170,8 +170,8 @@ def check_frozen_blocks_have_weights(config: Mapping[str, Any]) -> None:
     """Raise ``UserError`` where a training from scratch would freeze blocks that are random."""
     if config["model"]["backbone"].get("trainable_blocks") is not None:
         raise UserError(
-            "model.backbone.trainable_blocks keeps the other blocks as the weights have them, and there are none; give "
-            "--weights FILE, or leave it out"
+            "model.backbone.trainable_blocks freezes the other blocks, which are random without weights; "
+            "give --weights FILE, or leave it out"
         )
 
 
