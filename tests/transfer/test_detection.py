@@ -174,7 +174,7 @@ def test_splitting_a_batch_leaves_every_loss_finite_and_named(root, configure):
 @pytest.mark.slow
 def test_a_detector_overfits_eight_images_and_is_rebuilt_from_its_file(configure, tmp_path, write_coco):
     eight = f"data.path={write_coco(tmp_path / 'eight', train=8, val=8, val_seed=0)}"
-    config = configure(eight, "optim.epochs=60", "optim.base_lr=0.15", "log.pictures_every=100")
+    config = configure(eight, "optim.epochs=160", "optim.base_lr=0.15", "log.pictures_every=100")
     metrics = train_detector(config)
     assert metrics["bbox"]["AP50"] > 0.9
     assert metrics["segm"]["AP50"] > 0.85
