@@ -150,7 +150,7 @@ def test_a_corrupt_image_refuses_the_run_where_asked_to(tmp_path, write_classes,
         (["nowhere.yaml"], "config file nowhere.yaml does not exist"),
         (["a.yaml", "b.yaml"], "one configuration file at a time, got a.yaml, b.yaml"),
         (["output={root}/images/000.png"], "000.png is a file; choose a folder with output=FOLDER"),
-        (["output={root}/images/000.png/run"], "cannot write to output folder"),
+        (["output={root}/images/000.png/run"], "000.png/run: Not a directory; choose another with output=FOLDER"),
     ],
 )
 def test_wrong_input_to_pretrain(tmp_path, pretrain_mae, overrides, message):
@@ -177,7 +177,7 @@ def test_a_gpu_that_is_not_there_is_refused(tmp_path, pretrain_mae, monkeypatch)
 def test_a_folder_of_unreadable_images_is_refused(tmp_path, images, pretrain_mae):
     for path in images.iterdir():
         path.write_bytes(b"damaged")
-    assert "none of 6 images tried can be read" in error_of(pretrain_mae())
+    assert "none of 6 images can be read" in error_of(pretrain_mae())
     assert not (tmp_path / "run").exists()
 
 

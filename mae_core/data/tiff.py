@@ -11,6 +11,7 @@ from PIL import Image
 from mae_core.data.orientation import orientation_of_page
 from mae_core.data.reading import ALPHA, NO_DATA, NO_DATA_SHARE, Reading, note
 
+MOST_CHANNELS = 16
 _NO_DATA_TAG = 42113  # GDAL_NODATA: text
 _REDUCED, _MASK = 1, 4  # bits of NewSubfileType: an overview, a transparency mask
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _YCBCR = 0, 1, 2, 3, 6
@@ -95,15 +96,17 @@ def _read(tiff: Any, file: BinaryIO, reading: Reading) -> TiffImage | Image.Imag
 def _significant(series: Any, channels: int | None) -> tuple[str, tuple[int, ...]]:
     """Axes and lengths without those of length 1 other than rows and columns.
 
-    An array (H, W, C) that tifffile was given without a word on its axes is in the file as H pages of W x C; where C
-    is the number of channels that is asked for, it is taken for what it was.
+    An array (H, W, C) that tifffile was given without a word on its axes is in the file as H pages of W x C. It is read
+    as (H, W, C) where C is the requested number of channels or, with none requested, where C alone is at most 16.
     """
     kept = [
         (axis, length) for axis, length in zip(series.axes, series.shape, strict=True) if length > 1 or axis in "YX"
     ]
     axes, shape = "".join(axis for axis, _ in kept), tuple(length for _, length in kept)
-    if len(axes) == 3 and axes[0] in "QI" and channels not in (1, 3, shape[0]) and channels == shape[2]:
-        axes = "YXS"
+    if len(axes) == 3 and axes[0] in "QI":
+        requested = channels not in (1, 3, shape[0]) and channels == shape[2]
+        if requested or (channels is None and shape[2] <= MOST_CHANNELS < min(shape[:2])):
+            axes = "YXS"
     return axes, shape
 
 

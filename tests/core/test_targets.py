@@ -184,7 +184,7 @@ def test_a_module_tokenizer_is_frozen_and_stays_in_eval_mode():
 
 
 def test_a_stored_target_that_lacks_its_tensors_is_refused():
-    with pytest.raises(UserError, match="the target 'pca' is not whole in this file: components is missing"):
+    with pytest.raises(UserError, match="the target 'pca' of this file is incomplete: components is missing"):
         rebuild_target("pca", {}, {})
     with pytest.raises(UserError, match="tokenizer of kind 'MeanColour' cannot be rebuilt"):
         rebuild_target("tokens", {"tokenizer": {"kind": "MeanColour"}, "image_size": None}, {"mean": torch.zeros(3)})

@@ -340,7 +340,7 @@ def test_pages_are_channels_only_where_that_is_asked_for(tmp_path, dtype, count)
     array = deep(count, 6, 9, top=255, dtype=dtype)
     tifffile.imwrite(tmp_path / "x.tif", array, photometric="minisblack")
     for read_as in (None, 1, 3):
-        assert reason(tmp_path / "x.tif", read_as).startswith(f"it holds {count} pages; set data.pages=bands")
+        assert reason(tmp_path / "x.tif", read_as).startswith(f"it has {count} pages; set data.pages=bands")
     largest = np.iinfo(dtype).max
     bands = shares(tmp_path / "x.tif", Reading(count, pages="bands"))
     np.testing.assert_allclose(bands, array.transpose(1, 2, 0) / largest, rtol=1e-6)
@@ -353,7 +353,7 @@ def test_an_array_written_without_a_word_on_its_axes_is_read_where_its_channels_
     tifffile.imwrite(tmp_path / "x.tif", array, photometric="minisblack")
     np.testing.assert_allclose(shares(tmp_path / "x.tif", 7), array / 65535, rtol=1e-6)
     np.testing.assert_allclose(shares(tmp_path / "x.tif", 12), array.transpose(1, 2, 0) / 65535, rtol=1e-6)
-    assert "it holds 12 pages" in reason(tmp_path / "x.tif", None)
+    assert "it has 12 pages" in reason(tmp_path / "x.tif", None)
 
 
 def test_channels_of_a_microscope_are_channels(tmp_path):

@@ -31,7 +31,7 @@ def test_a_finished_run_is_used_again_and_one_that_is_gone_is_made(tmp_path, sta
     (tmp_path / "two" / "calls").unlink()
     stage.run(jobs)
     assert [(tmp_path / name / "calls").read_text() for name in ("one", "two")] == [";", ";"]
-    assert "one: finished before" in capsys.readouterr().out
+    assert "one: already finished, reused" in capsys.readouterr().out
 
 
 def test_an_interrupted_run_continues(tmp_path, stage):

@@ -18,7 +18,7 @@ def test_a_missing_package_is_named_with_its_install_line(monkeypatch):
 
 
 def test_an_unknown_engine_lists_the_known_ones():
-    with pytest.raises(UserError, match="no engine 'mmdet'; known: torchvision, detectron2, mmseg"):
+    with pytest.raises(UserError, match="unknown engine 'mmdet'; known: torchvision, detectron2, mmseg"):
         require("mmdet")
 
 
