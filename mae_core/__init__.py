@@ -17,6 +17,8 @@ _HOMES = {
     "load_mae": "mae_core.weights.load",
     "load_encoder": "mae_core.weights.load",
     "build_classifier": "mae_core.weights.load",
+    "load_classifier": "mae_core.training.classify_images",
+    "embed": "mae_core.training.embedding",
     "load_pca": "mae_core.training.target_files",
     "load_tokenizer": "mae_core.training.target_files",
     "TokenTarget": "mae_core.targets",
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
     from mae_core.models.sizes import SIZES
     from mae_core.patches import PatchGrid, patchify, unpatchify
     from mae_core.targets import TokenTarget
+    from mae_core.training.classify_images import load_classifier
+    from mae_core.training.embedding import embed
     from mae_core.training.target_files import load_pca, load_tokenizer
     from mae_core.weights.load import build_classifier, load_encoder, load_mae
     from mae_core.weights.writing import convert

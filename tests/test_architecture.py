@@ -254,7 +254,9 @@ def test_every_public_function_and_class_says_what_it_is():
 
 
 def said(node: ast.FunctionDef | ast.ClassDef, scope: ast.AST) -> bool:
-    """A docstring, or the method of a protocol or an override that its base describes."""
+    """A docstring, or the method of a protocol or an override that its base describes; overloads share one."""
+    if any(ast.unparse(decorator) == "overload" for decorator in node.decorator_list):
+        return True
     inherits = isinstance(scope, ast.ClassDef) and bool(scope.bases)
     return ast.get_docstring(node) is not None or inherits
 

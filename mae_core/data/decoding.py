@@ -155,14 +155,14 @@ def with_channels(pixels: Pixels, channels: int | None) -> Pixels:
 def _as_stored(file: BinaryIO, head: bytes, reading: Reading) -> Pixels:
     """All bands of a file; the channels asked for only say which axis of an array they may be."""
     if head.startswith(_NUMPY):
-        return _from_array(_load_array(file, reading), reading.channels)
+        return from_array(_load_array(file, reading), reading.channels)
     if reading.max_pixels > 2 * (Image.MAX_IMAGE_PIXELS or reading.max_pixels):
         Image.MAX_IMAGE_PIXELS = reading.max_pixels  # asked for, and never lowered: other threads may be reading
     if head.startswith(_TIFFS):
         found = read_tiff(file, reading)
         if isinstance(found, Image.Image):
             with found:
-                return _from_picture(found, reading)
+                return from_picture(found, reading)
         return upright(_from_planes(found.planes, found.bits), found.orientation)
     with Image.open(file) as image:
         frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # a phone's photo with its preview
@@ -171,7 +171,7 @@ def _as_stored(file: BinaryIO, head: bytes, reading: Reading) -> Pixels:
         reading.check_size(image.height, image.width)
         deep = read_deep(file, image)
         if deep is None:
-            return _from_picture(image, reading)
+            return from_picture(image, reading)
         orientation = orientation_in(image)
     planes = np.moveaxis(deep, -1, 0) if deep.ndim == 3 else deep[None]
     if len(planes) in (2, 4) and reading.channels != len(planes):
@@ -197,7 +197,11 @@ def _load_array(file: BinaryIO, reading: Reading) -> np.ndarray:
     return array
 
 
-def _from_picture(image: Image.Image, reading: Reading) -> Pixels:
+def from_picture(image: Image.Image, reading: Reading) -> Pixels:
+    """The pixels of an opened picture, upright, with its alpha where so many channels are asked for.
+
+    Raises ``ValueError`` where it is too large or has colours that are not read.
+    """
     reading.check_size(image.height, image.width)
     image.load()
     return upright(_pixels_of(image, reading), orientation_in(image))
@@ -206,9 +210,9 @@ def _from_picture(image: Image.Image, reading: Reading) -> Pixels:
 def _pixels_of(image: Image.Image, reading: Reading) -> Pixels:
     mode = image.mode
     if mode.startswith("I"):  # 16 bits in a PNG or PGM; Pillow calls them I;16 or I
-        return _from_array(np.asarray(image).astype(np.uint16), None)
+        return from_array(np.asarray(image).astype(np.uint16), None)
     if mode == "F":
-        return _from_array(np.asarray(image), None)
+        return from_array(np.asarray(image), None)
     alpha = mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
     if mode == "P":  # through RGBA where a colour of the palette is transparent: Pillow asks for that
         image = image.convert("RGBA") if alpha else image.convert("RGB")
@@ -223,7 +227,7 @@ def _pixels_of(image: Image.Image, reading: Reading) -> Pixels:
     return image.convert("RGB")
 
 
-def _from_array(array: np.ndarray, channels: int | None) -> Tensor:
+def from_array(array: np.ndarray, channels: int | None) -> Tensor:
     """(H, W), (H, W, C) or (C, H, W) -> (C, H, W); see ``Pixels`` for the type and ``read_image`` for the errors."""
     if array.dtype.kind not in "buif" or array.ndim not in (2, 3) or 0 in array.shape:
         raise ValueError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -19,7 +18,8 @@ from torchvision.transforms.v2 import functional as F
 from mae_core.config.schema import CropScale
 from mae_core.data.augmentation import BICUBIC, NoDataAsMean, Size, to_normalized
 from mae_core.data.config import FinetuneData, usual_test_crop
-from mae_core.data.decoding import Pixels, UnreadableImage, read_image
+from mae_core.data.decoding import Pixels, UnreadableImage
+from mae_core.data.given import AnyImage, name_of, pixels_of
 from mae_core.data.images import Statistics
 from mae_core.errors import UserError
 
@@ -155,8 +155,8 @@ class FileView:
     def __init__(self, size: Size, channels: int, statistics: Statistics | None) -> None:
         self.size, self.channels, self.statistics = size, channels, statistics
 
-    def __call__(self, image: Path | str | Pixels) -> Tensor:
-        """A file, a PIL image or a tensor (C, height, width) of 0..1 -> (C, H, W) float32.
+    def __call__(self, image: AnyImage) -> Tensor:
+        """A file, a PIL image, an array (height, width[, C]) or a tensor (C, height, width) -> (C, H, W) float32.
 
         Raises ``UserError`` for a file that cannot be read, and where the mean and std of the channels are not known.
         """
@@ -165,11 +165,8 @@ class FileView:
                 f"the weights do not state the mean and std of their {self.channels} channels; standardise "
                 "the images yourself, with the mean and std that mae data-stats prints"
             )
-        if isinstance(image, str | Path):
-            try:
-                image = read_image(Path(image), self.channels)
-            except UnreadableImage as error:
-                raise UserError(f"image {error.unreadable.path} cannot be read ({error.unreadable.reason})") from None
-        elif isinstance(image, Image.Image):
-            image = image.convert("L" if self.channels == 1 else "RGB")
-        return evaluation_view(1.0, self.size, self.statistics)(image)
+        try:
+            pixels = pixels_of(image, self.channels, name_of(image, 0))
+        except UnreadableImage as error:
+            raise UserError(f"image {error.unreadable.path} cannot be read ({error.unreadable.reason})") from None
+        return evaluation_view(1.0, self.size, self.statistics)(pixels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ from torch import Tensor
 
 from mae_core.atomic import atomic_path, write_json
 from mae_core.data.config import EvaluationData
+from mae_core.data.given import AnyImage, as_list
 from mae_core.data.images import ImageFiles, list_images, statistics_of
 from mae_core.data.labelled import LabelledPaths
 from mae_core.errors import UserError
 from mae_core.layout import FEATURES, METRICS, PICTURES
 from mae_core.measures.knn import check_neighbours, knn_scores
-from mae_core.models.encoder import Pooling
+from mae_core.models.encoder import Pooling, ViTEncoder
 from mae_core.training import distributed
 from mae_core.training.classification import check_all_if_asked, read_splits, tell_of_weights
 from mae_core.training.features import Rows, Viewer, check_cache, features_of
@@ -74,6 +76,27 @@ def knn(config: KnnConfig) -> dict[str, Any]:
     run.close()
     distributed.leave()
     return metrics
+
+
+@torch.inference_mode()
+def embed(
+    encoder: ViTEncoder, images: AnyImage | Sequence[AnyImage], *, pooling: Pooling = "cls", batch: int = 32
+) -> Tensor:
+    """Images, of any sizes, under an encoder of ``load_encoder`` -> their features (n, D) float32, a row each.
+
+    ``cls``: the normalised cls token; ``mean``: of the patch tokens, normalised after. The same as ``mae features``
+    with ``data.test_crop=1``. Raises ``UserError`` for an image that cannot be read.
+    """
+    given, _ = as_list(images)
+    device, rows = encoder.pos_embed.device, []
+    for first in range(0, len(given), batch):
+        pixels = torch.stack([encoder.transform(image) for image in given[first : first + batch]]).to(device)
+        (tokens,) = encoder.forward_intermediates(
+            pixels, indices=1, norm=False, output_fmt="NLC", intermediates_only=True, return_prefix_tokens=True
+        )
+        patches, prefix = tokens
+        rows.append(encoder.norm(prefix[:, 0] if pooling == "cls" else patches.mean(dim=1)).float().cpu())
+    return torch.cat(rows)
 
 
 def write_features(config: FeaturesConfig) -> Path:

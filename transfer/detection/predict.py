@@ -24,6 +24,7 @@ from torch import nn
 from mae_core.atomic import atomic_folder, write_text
 from mae_core.config.load import load_config
 from mae_core.data.decoding import Unreadable, UnreadableImage
+from mae_core.data.given import named_images
 from mae_core.errors import UserError, user_errors
 from mae_core.layout import PICTURES
 from mae_core.training import distributed
@@ -46,7 +47,6 @@ from transfer.detection.heads import Detections
 from transfer.detection.results import PREDICTIONS, coco_results, truth_and_prediction
 from transfer.detection.samples import WholeImages
 from transfer.engines import DETECTION
-from transfer.images_given import named_images
 
 IMAGES = "images.json"
 MOST_AT_ONCE = 64

@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 
 from mae_core.atomic import atomic_path, write_text
+from mae_core.data.given import named_images
 from mae_core.errors import UserError, user_errors
 from transfer.engines import require
-from transfer.images_given import named_images
 from transfer.segmentation.drawing import draw_overlay
 from transfer.segmentation.label_coding import as_values, written_values
 from transfer.segmentation.pixels import picture_of
