@@ -25,7 +25,9 @@ warmup = max(2, iterations // 20)
 lr = 1.2e-3
 
 model = dict(
-    data_preprocessor=dict(size=(crop_size, crop_size)),
+    data_preprocessor=dict(  # ImageNet's mean and std, as the digits' other configs
+        size=(crop_size, crop_size), mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375]
+    ),
     backbone=dict(
         size=size,
         image_size=crop_size,

@@ -20,7 +20,8 @@ workers = 4
 iterations = 160000
 
 model = dict(
-    data_preprocessor=dict(size=(crop_size, crop_size)),
+    # ImageNet's mean and std, as in the recipe; those of a weights file that states its own replace them
+    data_preprocessor=dict(size=(crop_size, crop_size), mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375]),
     backbone=dict(size=size, image_size=crop_size),
     neck=dict(embed_dim=width),
     decode_head=dict(in_channels=[width] * 4, channels=width, num_classes=num_classes),

@@ -6,11 +6,14 @@ import importlib
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mae_core.errors import UserError, user_errors
+
+if TYPE_CHECKING:
+    from mae_core.data.images import Statistics
 
 GROUP = "mae_core.checks"
 """Entry points that bring checks of their own: a function of the arguments and ``prog``, the name in its help."""
@@ -25,6 +28,7 @@ check = typer.Typer(no_args_is_help=True, help="Find faults in data before train
 Places = Annotated[list[Path], typer.Argument(help="Folders, .txt lists, .tar shards, Hugging Face data sets.")]
 Source = Annotated[str, typer.Option(help="auto, files, list, shards or huggingface.")]
 Split = Annotated[str | None, typer.Option(help="Split of a Hugging Face data set.")]
+Weights = Annotated[Path | None, typer.Option(help="Compare mean and std with those that this encoder's file states.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write all findings to this file, as JSON.")]
 
 
@@ -35,6 +39,16 @@ def _known_source(source: str) -> str:
     if source != "auto" and source not in SOURCES:
         raise UserError(f"--source {source} is unknown; {hint(source, ['auto', *SOURCES])}")
     return source
+
+
+def _expected(weights: Path | None) -> Statistics | None:
+    if weights is None:
+        return None
+    from mae_core.data.images import Statistics
+    from mae_core.weights.load import read_encoder
+
+    info = read_encoder(weights).info
+    return Statistics(info.mean, info.std) if info.mean and info.std else None
 
 
 def data_stats(
@@ -55,14 +69,14 @@ def data_stats(
     with user_errors():
         from mae_core.atomic import write_json
         from mae_core.data.sources import open_places
-        from mae_core.data.survey import describe, survey
+        from mae_core.data.survey import describe, describe_unreadable, survey
         from mae_core.training.progress import Counter
 
         images = open_places(paths, None, kind=_known_source(source), split=split)
         if json_file is not None and json_file.exists():
             raise UserError(f"{json_file} exists; choose another file with --json")
         found = survey(images, channels=channels, on_progress=Counter("reading images"))
-        typer.echo(describe(found, channels))
+        typer.echo("\n".join([*describe_unreadable(found), describe(found, channels)]))
         if json_file is not None:
             write_json(json_file, found.as_dict())
 
@@ -75,6 +89,7 @@ def check_images(
     ] = None,
     source: Source = "auto",
     split: Split = None,
+    weights: Weights = None,
     json_file: JsonFile = None,
 ) -> None:
     """Images without labels, as mae pretrain takes them. Exit code 2 where training would leave images out.
@@ -86,14 +101,15 @@ def check_images(
         from mae_core.data.survey import check_images as run
         from mae_core.training.progress import Counter
 
-        progress = Counter("reading images")
-        conclude(run(paths, channels, source=_known_source(source), split=split, on_progress=progress), json_file)
+        asked: dict[str, Any] = {"source": _known_source(source), "split": split, "expected": _expected(weights)}
+        conclude(run(paths, channels, **asked, on_progress=Counter("reading images")), json_file)
 
 
 @check.command("folders")
 def check_folders(
     path: Annotated[Path, typer.Argument(help="A folder with train/<class>/* and val/<class>/*, or two .csv.")],
     channels: Annotated[int, typer.Option(min=1, max=16, help="data.channels of the training.")] = 3,
+    weights: Weights = None,
     json_file: JsonFile = None,
 ) -> None:
     """Images with classes, as mae finetune takes them. Exit code 2 where training would refuse or leave images out.
@@ -105,7 +121,8 @@ def check_folders(
         from mae_core.data.survey import check_folders as run
         from mae_core.training.progress import Counter
 
-        conclude(run(path, channels, on_progress=Counter("reading images")), json_file)
+        progress = Counter("reading images")
+        conclude(run(path, channels, expected=_expected(weights), on_progress=progress), json_file)
 
 
 def _checks_elsewhere() -> dict[str, tuple[str, str]]:

@@ -104,9 +104,9 @@ def conclude(reports: Iterable[Report], json_file: Path | None = None, say: Call
     say("nothing is wrong")
 
 
-def turned_photos(found: Iterable[tuple[Path, int]]) -> Iterator[Problem]:
+def turned_photos(found: Iterable[tuple[Path | str, int]]) -> Iterator[Problem]:
     """A note for each orientation other than upright, with its number and its first file."""
-    by_orientation: dict[int, list[Path]] = defaultdict(list)
+    by_orientation: dict[int, list[Path | str]] = defaultdict(list)
     for path, orientation in found:
         if orientation != UPRIGHT:
             by_orientation[orientation].append(path)
@@ -120,9 +120,10 @@ def turned_photos(found: Iterable[tuple[Path, int]]) -> Iterator[Problem]:
 
 
 def files_passed_over(place: Path | str, passed_over: Mapping[str, int]) -> Iterator[Problem]:
-    """A note with the files of ``place`` that do not have the ending of an image."""
+    """A note with the files of ``place`` that are not taken for images."""
     if passed_over:
-        sentence = f"{place}: {describe_passed_over(passed_over)}; rename those that are images"
+        remedy = "give those that are images the ending of their format, or move or convert them"
+        sentence = f"{place}: {describe_passed_over(passed_over)}; {remedy}"
         yield Problem("files passed over", sentence, str(place), "note")
 
 

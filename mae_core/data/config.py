@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from mae_core.config.schema import Count, CropScale, Fraction, Schema, Size
 from mae_core.data.reading import MAX_PIXELS, Pages, Reading
@@ -25,7 +25,7 @@ class ImagesConfig(Schema):
         "scratch; with weights, those that the file states, else ImageNet's",
     )
     mean: tuple[float, ...] | None = Field(
-        None, description="per channel, of pixels in 0..1; see statistics when empty"
+        None, description="per channel, or one for all, of pixels in 0..1; see statistics when empty"
     )
     std: tuple[Annotated[float, Field(gt=0)], ...] | None = None
     max_pixels: Count = Field(
@@ -48,13 +48,15 @@ class ImagesConfig(Schema):
         """How the files become pixels."""
         return Reading(self.channels, self.max_pixels, self.pages)
 
-    @model_validator(mode="after")
-    def _one_statistic_per_channel(self) -> ImagesConfig:
-        for name in ("mean", "std"):
-            values = getattr(self, name)
-            if values is not None and len(values) != self.channels:
-                raise ValueError(f"{name} has {len(values)} values for {self.channels} channels")
-        return self
+    @field_validator("mean", "std")
+    @classmethod
+    def _one_per_channel(cls, values: tuple[float, ...] | None, info: ValidationInfo) -> tuple[float, ...] | None:
+        channels = info.data.get("channels")
+        if values is None or channels in (None, len(values)):
+            return values
+        if len(values) != 1:
+            raise ValueError(f"{len(values)} values for {channels} channels; give one for each, or one for all")
+        return values * channels
 
 
 Augmentation = Literal["none", "fixed_crop", "random_crop"]

@@ -19,8 +19,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from mae_core.data.deep_pictures import read_deep
-from mae_core.data.orientation import orientation_in, upright
-from mae_core.data.reading import ALPHA, ReadAs, Reading, note, reading_of
+from mae_core.data.orientation import UPRIGHT, orientation_in, upright
+from mae_core.data.reading import ALPHA, ReadAs, Reading, note, reading_of, turned
 from mae_core.data.tiff import read_tiff
 
 Pixels: TypeAlias = Image.Image | Tensor
@@ -163,7 +163,7 @@ def _as_stored(file: BinaryIO, head: bytes, reading: Reading) -> Pixels:
         if isinstance(found, Image.Image):
             with found:
                 return from_picture(found, reading)
-        return upright(_from_planes(found.planes, found.bits), found.orientation)
+        return _turned(_from_planes(found.planes, found.bits), found.orientation)
     with Image.open(file) as image:
         frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # a phone's photo with its preview
         if frames > 1 and reading.pages != "first":
@@ -177,7 +177,7 @@ def _as_stored(file: BinaryIO, head: bytes, reading: Reading) -> Pixels:
     if len(planes) in (2, 4) and reading.channels != len(planes):
         note(ALPHA)
         planes = planes[:-1]
-    return upright(_from_planes(planes), orientation)
+    return _turned(_from_planes(planes), orientation)
 
 
 def _load_array(file: BinaryIO, reading: Reading) -> np.ndarray:
@@ -203,8 +203,18 @@ def from_picture(image: Image.Image, reading: Reading) -> Pixels:
     Raises ``ValueError`` where it is too large or has colours that are not read.
     """
     reading.check_size(image.height, image.width)
+    in_file = orientation_in(image)
     image.load()
-    return upright(_pixels_of(image, reading), orientation_in(image))
+    left = orientation_in(image)  # none of TIFF, which Pillow has turned
+    if left == UPRIGHT != in_file:
+        note(turned(in_file))
+    return _turned(_pixels_of(image, reading), left)
+
+
+def _turned(pixels: Pixels, orientation: int) -> Pixels:
+    if orientation != UPRIGHT:
+        note(turned(orientation))
+    return upright(pixels, orientation)
 
 
 def _pixels_of(image: Image.Image, reading: Reading) -> Pixels:

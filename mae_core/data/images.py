@@ -142,7 +142,7 @@ def describe_passed_over(passed_over: Mapping[str, int]) -> str:
     if not passed_over:
         return ""
     count = sum(passed_over.values())
-    return f"{count} files do not have the ending of an image and are passed over: {listed(passed_over)}"
+    return f"{count} file{'s' * (count > 1)} passed over, by ending: {listed(passed_over)}"
 
 
 def refuse_unreadable(found: Iterable[Unreadable]) -> None:

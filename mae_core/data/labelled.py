@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import unicodedata
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -18,7 +20,7 @@ from mae_core.data.augmentation import Size
 from mae_core.data.check import Problem, Tell, refuse
 from mae_core.data.config import EvaluationData, FinetuneData
 from mae_core.data.decoding import Unreadable, UnreadableImage, read_image
-from mae_core.data.images import Statistics, check_found, files_below, next_readable
+from mae_core.data.images import IMAGE_SUFFIXES, Statistics, check_found, files_below, next_readable
 from mae_core.data.loading import Place
 from mae_core.data.reading import ReadAs
 from mae_core.data.views import View, evaluation_view, finetune_view
@@ -31,11 +33,12 @@ Label = int | tuple[int, ...]
 
 
 class LabelledPaths(NamedTuple):
-    """Files of one split, their labels (class indices), and the class names."""
+    """Files of one split, their labels (class indices), the class names, and the files passed over, by ending."""
 
     paths: list[Path]
     labels: Sequence[Label]
     classes: list[str]
+    passed_over: Mapping[str, int] = MappingProxyType({})
 
     def target(self, index: int) -> int | Tensor:
         """What a model is trained towards: the class, or (C,) float32 of ones at the classes and zeros elsewhere."""
@@ -93,16 +96,19 @@ def read_class_folders(
     passed over unless ``all_there``."""
     paths: list[Path] = []
     labels: list[int] = []
+    passed_over: Counter[str] = Counter()
+    if beside := sum(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.iterdir() if path.is_file()):
+        passed_over["image outside a class folder"] = beside
     for label, name in enumerate(classes):
         if not all_there and not (folder / name).is_dir():
             continue
-        found = sorted(files_below(folder / name))
+        found = sorted(files_below(folder / name, passed_over=passed_over))
         if not found:
             sentence = f"class folder {folder / name} holds no images; put some there, or remove the folder"
             tell(Problem("classes", sentence, str(folder / name)))
         paths += found
         labels += [label] * len(found)
-    return LabelledPaths(paths, labels, classes)
+    return LabelledPaths(paths, labels, classes, passed_over)
 
 
 def read_label_lists(root: Path | None) -> tuple[LabelledPaths, LabelledPaths]:

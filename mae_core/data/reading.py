@@ -63,6 +63,16 @@ class Notes(Counter[str]):
             )
         return told
 
+    @property
+    def orientation(self) -> int | None:
+        """The orientation tag of one decoded image, where it was turned upright."""
+        return next((tag for tag in range(2, 9) if self[turned(tag)]), None)
+
+
+def turned(orientation: int) -> str:
+    """The note of an image with this orientation tag."""
+    return f"orientation {orientation}"
+
 
 ALPHA, NO_DATA, NO_DATA_SHARE = "alpha left out", "no data", "pixels without data"
 _notes: ContextVar[Notes | None] = ContextVar("notes", default=None)

@@ -36,13 +36,15 @@ class Member(NamedTuple):
 class TarShards:
     """Images in tar files of the webdataset layout, read at random: only places are kept, found in one pass.
 
-    ``damaged`` names the shards that end too early; the images before the end are used.
+    ``damaged`` names the shards that end too early; the images before the end are used. ``passed_over`` counts the
+    members, by ending, of samples that have no image.
     """
 
     def __init__(self, shards: Sequence[Path], read_as: ReadAs) -> None:
         self.shards, self.read_as = list(shards), read_as
         self.members: list[Member] = []
         self.damaged: list[Unreadable] = []
+        self.passed_over: Counter[str] = Counter()
         for number, shard in enumerate(self.shards):
             self._index(number, shard)
         if not self.members:
@@ -53,14 +55,21 @@ class TarShards:
         """Note every member that is an image; its suffix, in webdataset's sense, is all after the first dot."""
         size = shard.stat().st_size if shard.is_file() else 0
         split_name = require("webdataset").tariterators.base_plus_ext
+        with_image: set[str] = set()
+        others: list[tuple[str, str]] = []
         try:
             with tarfile.open(shard, "r:") as archive:
                 for member in archive:
                     if member.offset_data + member.size > size:
                         raise tarfile.ReadError(f"it ends inside {member.name}")
-                    _, extension = split_name(member.name)
-                    if not (member.isfile() and f".{(extension or '').rpartition('.')[2].lower()}" in IMAGE_SUFFIXES):
+                    key, extension = split_name(member.name)
+                    suffix = f".{(extension or '').rpartition('.')[2].lower()}"
+                    if not member.isfile():
                         continue
+                    if suffix not in IMAGE_SUFFIXES:
+                        others.append((key or member.name, suffix))
+                        continue
+                    with_image.add(key)
                     self.members.append(Member(number, member.name, member.offset_data, member.size))
                 if not _ends_at(shard, archive.offset):
                     raise tarfile.ReadError(f"it is cut or damaged at byte {archive.offset}, what follows is not read")
@@ -68,6 +77,7 @@ class TarShards:
             known = any(member.shard == number for member in self.members)
             hint = "" if known else "; a shard is a tar file without compression"
             self.damaged.append(Unreadable(str(shard), f"{error}{hint}"))
+        self.passed_over.update(suffix for key, suffix in others if key not in with_image)
 
     @property
     def names(self) -> list[str]:

@@ -20,6 +20,8 @@ MOST_IMAGES = 400
 MOST_PIXELS = 100_000_000
 """A sample ends with whichever comes first: some seconds of reading, and a standard error of the mean below 1/20 of the
 spread between images."""
+TINY = 1e-9
+"""Stands for the standard deviation of a channel that never changes where it is compared."""
 DIGITS = 5
 """Significant digits kept: the same numbers on every machine, readable in a configuration."""
 
@@ -152,5 +154,5 @@ def distance(one: Statistics, other: Statistics) -> tuple[float, float]:
     model, and the spread, as a factor of 1 or more; the largest over the channels."""
     means = zip(one.mean, other.mean, other.std, strict=True)
     away = max(abs(a - b) / spread for a, b, spread in means)
-    ratios = [a / b for a, b in zip(one.std, other.std, strict=True) if a]
-    return away, max((max(ratio, 1 / ratio) for ratio in ratios), default=float("inf"))
+    ratios = [max(a, TINY) / b for a, b in zip(one.std, other.std, strict=True)]
+    return away, max(max(ratio, 1 / ratio) for ratio in ratios)

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mae_core.data.check import Problem, Report, files_passed_over, shared_images, turned_photos
@@ -18,15 +17,14 @@ from mae_core.data.images import (
     DEFAULT_STATISTICS,
     ImageFiles,
     ImageSource,
-    files_below,
+    Statistics,
     in_threads,
     passed_over_in,
 )
 from mae_core.data.labelled import LabelledPaths, read_image_folder, read_label_lists
-from mae_core.data.orientation import UPRIGHT, orientation_of
 from mae_core.data.reading import Notes, notes_taken
 from mae_core.data.sources import JoinedSources, damaged_parts, open_places
-from mae_core.data.statistics import Moments
+from mae_core.data.statistics import Moments, distance
 from mae_core.errors import UserError
 
 EXAMPLES = 10
@@ -50,7 +48,8 @@ class Survey:
     numbers   what a channel's values are -> images
     by_channels  channels -> moments of the images that have them, or can be brought to them
     stored_as    channels as stored, image by image; 0 where it cannot be read
-    orientations files with an orientation tag other than 1, and the tag
+    orientations images with an orientation tag other than 1, and the tag
+    noticed   what else was noticed while they were decoded
     """
 
     total: int
@@ -60,7 +59,8 @@ class Survey:
     unreadable: list[Unreadable] = field(default_factory=list)
     by_channels: dict[int, Moments] = field(default_factory=dict)
     stored_as: list[int] = field(default_factory=list)
-    orientations: list[tuple[Path, int]] = field(default_factory=list)
+    orientations: list[tuple[Path | str, int]] = field(default_factory=list)
+    noticed: Notes = field(default_factory=Notes)
 
     @property
     def usual_channels(self) -> int:
@@ -88,35 +88,35 @@ def survey(source: ImageSource, *, channels: int | None = None, on_progress: OnP
     Raises ``UserError`` where no image can be read.
     """
     found = Survey(len(source), unreadable=damaged_parts(source))
-    paths = paths_of(source)
+    names: Sequence[Path | str] = [path or name for path, name in zip(paths_of(source), source.names, strict=True)]
 
-    def look(index: int) -> tuple[tuple[int, int], int, str, Moments, int] | Unreadable:
+    def look(index: int) -> tuple[tuple[int, int], int, str, Moments, Notes] | Unreadable:
         try:
-            pixels = source.read(index)
+            with notes_taken() as noticed:
+                pixels = source.read(index)
             stored = len(to_tensor(pixels))
             try:
                 moments = Moments.of(with_channels(pixels, channels))
             except ValueError as error:
-                raise UnreadableImage(source.names[index], str(error)) from None
+                raise UnreadableImage(names[index], str(error)) from None
         except UnreadableImage as error:
             return error.unreadable
-        path = paths[index]
-        return size_of(pixels), stored, kind_of_numbers(pixels), moments, orientation_of(path) if path else UPRIGHT
+        return size_of(pixels), stored, kind_of_numbers(pixels), moments, noticed
 
     for done, result in enumerate(in_threads(look, len(source)), start=1):
         if isinstance(result, Unreadable):
             found.unreadable.append(result)
             found.stored_as.append(0)
         else:
-            size, stored, numbers, moments, orientation = result
+            size, stored, numbers, moments, noticed = result
             found.sizes[size] += 1
             found.channels[stored] += 1
             found.numbers[numbers] += 1
             found.by_channels.setdefault(channels or stored, Moments()).add(moments)
             found.stored_as.append(stored)
-            path = paths[done - 1]
-            if path is not None and orientation != UPRIGHT:
-                found.orientations.append((path, orientation))
+            found.noticed.update(noticed)
+            if noticed.orientation is not None:
+                found.orientations.append((names[done - 1], noticed.orientation))
         if on_progress is not None:
             on_progress(done, len(source))
     if not found.sizes:
@@ -142,9 +142,6 @@ def describe(found: Survey, channels: int | None = None) -> str:
     """The survey as text; the last line is what to write into a configuration."""
     readable = found.sizes.total()
     lines = [f"{found.total} images, {readable} readable, {len(found.unreadable)} not"]
-    lines += [f"  unreadable: {path} ({reason})" for path, reason in found.unreadable[:EXAMPLES]]
-    if len(found.unreadable) > EXAMPLES:
-        lines.append(f"  and {len(found.unreadable) - EXAMPLES} more; --json names all")
     for axis, name in enumerate(("height", "width")):
         values = sorted(found.sizes.elements(), key=lambda size: size[axis])
         smallest, middle, largest = (values[place][axis] for place in (0, readable // 2, -1))
@@ -173,32 +170,43 @@ def describe(found: Survey, channels: int | None = None) -> str:
     return "\n".join(lines)
 
 
+def describe_unreadable(found: Survey) -> list[str]:
+    """A line for each of the first images that cannot be read, and how many more there are."""
+    lines = [f"  unreadable: {path} ({reason})" for path, reason in found.unreadable[:EXAMPLES]]
+    more = len(found.unreadable) - EXAMPLES
+    return [*lines, f"  and {more} more; --json names all"] if more > 0 else lines
+
+
 def check_images(
     paths: Sequence[Path],
     channels: int | None = None,
     *,
     source: str = "auto",
     split: str | None = None,
+    expected: Statistics | None = None,
     on_progress: OnProgress | None = None,
 ) -> Iterator[Report]:
     """The check of images without labels: ``describe``, and what a pre-training would leave out or misread.
 
-    ``channels`` is data.channels; without it, 3 for pictures and else what most images have. Raises ``UserError`` where
-    no image can be read.
+    ``channels`` is data.channels; without it, 3 for pictures and else what most images have. ``expected`` are the
+    statistics that the weights of the training state, which the images are compared with; else ImageNet's. Raises
+    ``UserError`` where no image can be read.
     """
     images = open_places(paths, None, kind=source, split=split)
-    with notes_taken() as noticed:
-        found = survey(images, channels=channels, on_progress=on_progress)
+    found = survey(images, channels=channels, on_progress=on_progress)
     chosen = channels or (3 if found.usual_channels in COLOURS else found.usual_channels)
     problems = [*_unreadable(found), *_other_channels(images, found, chosen), *turned_photos(found.orientations)]
-    problems += _noticed(noticed, found)
+    problems += _noticed(found)
     problems += files_passed_over(", ".join(map(str, paths)), passed_over_in(images))
-    problems += _settings(found, chosen)
+    problems += _settings(found, chosen, expected)
     yield Report(", ".join(map(str, paths)), describe(found, channels).splitlines(), problems, found.as_dict())
 
 
-def check_folders(root: Path, channels: int = 3, *, on_progress: OnProgress | None = None) -> Iterator[Report]:
-    """The check of images with labels: ``root/{train,val}/<class>/*``, or ``root/{train,val}.csv``, a report each.
+def check_folders(
+    root: Path, channels: int = 3, *, expected: Statistics | None = None, on_progress: OnProgress | None = None
+) -> Iterator[Report]:
+    """The check of images with labels: ``root/{train,val}/<class>/*``, or ``root/{train,val}.csv``, a report each;
+    ``expected`` as in ``check_images``.
 
     Raises ``UserError`` where they cannot be found at all.
     """
@@ -215,22 +223,18 @@ def check_folders(root: Path, channels: int = 3, *, on_progress: OnProgress | No
         reports.append(Report(str(place), facts, [p for p in problems if p.path.startswith(str(place))]))
         reports[-1].data = {"images": len(half.paths), "classes": half.classes}
         if half.paths:
-            with notes_taken() as noticed:
-                found = survey(ImageFiles(half.paths, channels, root), channels=channels, on_progress=on_progress)
+            found = survey(ImageFiles(half.paths, channels, root), channels=channels, on_progress=on_progress)
             reports[-1].data |= found.as_dict()
             reports[-1].problems += [*_unreadable(found), *turned_photos(found.orientations)]
-            reports[-1].problems += _noticed(noticed, found)
+            reports[-1].problems += [*_noticed(found), *_settings(found, channels, expected)]
         reports[-1].problems += _labels_without_images(half, counts, name)
-        if not lists:
-            others: Counter[str] = Counter()
-            list(files_below(place, passed_over=others))
-            reports[-1].problems += files_passed_over(place, others)
+        reports[-1].problems += files_passed_over(place, half.passed_over)
     reports[1].problems += shared_images(halves[0].paths, halves[1].paths)
     yield from reports
 
 
-def _noticed(noticed: Notes, found: Survey) -> Iterator[Problem]:
-    for sentence in noticed.sentences(found.sizes.total()):
+def _noticed(found: Survey) -> Iterator[Problem]:
+    for sentence in found.noticed.sentences(found.sizes.total()):
         yield Problem("pixels", sentence, "", "note")
 
 
@@ -253,22 +257,26 @@ def _other_channels(images: ImageSource, found: Survey, channels: int) -> Iterat
             yield Problem("images with other channels", sentence, str(path), "wrong")
 
 
-def _settings(found: Survey, channels: int) -> Iterator[Problem]:
+def _settings(found: Survey, channels: int, expected: Statistics | None) -> Iterator[Problem]:
     """What a configuration should say of these images."""
     if channels not in COLOURS:
         yield Problem("settings", f"set data.channels={channels}; training reads 3 channels otherwise", "", "note")
-    statistics = found.by_channels[channels].statistics() if channels in found.by_channels else None
-    if statistics is None or channels not in DEFAULT_STATISTICS:
+    usual = Statistics(*DEFAULT_STATISTICS[channels]) if channels in DEFAULT_STATISTICS else None
+    model = expected or usual
+    if channels not in found.by_channels or model is None or len(model.mean) != channels:
         return
-    mean, std = (torch.tensor(values, dtype=torch.float64) for values in DEFAULT_STATISTICS[channels])
-    away = ((torch.tensor(statistics.mean, dtype=torch.float64) - mean).abs() / std).max().item()
-    spread = (torch.tensor(statistics.std, dtype=torch.float64).clamp(min=1e-9) / std).log().abs().max().item()
-    if away > FAR or spread > FAR:
+    away, spread = distance(found.by_channels[channels].statistics(), model)
+    if away > FAR or math.log(spread) > FAR:
+        whose = "those of the weights" if expected else "ImageNet's"
+        used = (
+            "the weights expect their own, which training uses: images like these look new to them"
+            if expected
+            else "training from scratch measures and uses those of the images, except with data.statistics=imagenet, "
+            "which the published recipes set: set data.statistics=own there"
+        )
         sentence = (
-            f"mean and standard deviation are far from ImageNet's (means differ by up to {away:.1f} of "
-            f"ImageNet's standard deviations, spreads by a factor of up to {math.exp(spread):.1f}); set "
-            "data.mean and data.std as in the line above, "
-            "unless the weights file states its own"
+            f"mean and std are far from {whose} (the mean by {away:.1f} of its standard deviations, the std by a "
+            f"factor of {spread:.1f}); {used}"
         )
         yield Problem("settings", sentence, "", "note")
 

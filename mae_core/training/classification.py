@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter as Tally
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from mae_core.atomic import write_json
 from mae_core.data.config import FinetuneData, ImagesConfig, LabelledData
-from mae_core.data.images import ImageFiles, Statistics, check_all, read_some
+from mae_core.data.images import ImageFiles, Statistics, check_all, describe_passed_over, read_some
 from mae_core.data.labelled import (
     LabelledBatch,
     LabelledPaths,
@@ -24,6 +25,7 @@ from mae_core.data.views import check_pictures
 from mae_core.layout import CLASSIFIER, LOADING, METRICS
 from mae_core.models.encoder import Pooling, ViTEncoder
 from mae_core.patches import as_pair
+from mae_core.training import distributed
 from mae_core.training.predictions import evaluate_classifier, evaluate_multi_label
 from mae_core.training.progress import Counter
 from mae_core.training.run import Run
@@ -54,7 +56,10 @@ def read_splits(data: LabelledData) -> Splits:
     """
     several = isinstance(data, FinetuneData) and data.multi_label
     train, val = read_label_lists(data.path) if several else read_image_folder(data.path)
-    source = ImageFiles(train.paths + val.paths, data.channels, data.path)
+    passed_over = Tally(train.passed_over) + Tally(val.passed_over)
+    source = ImageFiles(train.paths + val.paths, data.reading, data.path, passed_over)
+    if passed_over and distributed.announced_rank() == 0:
+        print(f"note: {describe_passed_over(passed_over)}", flush=True)
     check_all_if_asked(source, data)
     for files in (train, val):
         tried = read_some(ImageFiles(files.paths, data.reading), IMAGES_TRIED)

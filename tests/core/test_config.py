@@ -66,7 +66,7 @@ def test_a_key_like_no_other_names_the_known_ones():
         ("data.image_size=225", "225x225 does not split into 16x16 patches; use 240x240"),
         ("data.image_size=[224,230]", "224x230 does not split"),
         ("model.patch_size=15", "does not split into 15x15"),
-        ("data.mean=[0.5]", "mean has 1 values for 3 channels"),
+        ("data.mean=[0.5,0.4]", "data.mean: 2 values for 3 channels; give one for each, or one for all"),
         ("data.channels=17", "data.channels"),
         ("data.std=[0.1,0.1,0]", "data.std: input should be greater than 0 (got 0)"),
         ("data.crop_scale=[0.2,1.2]", "data.crop_scale"),
@@ -305,8 +305,8 @@ def test_what_does_not_go_together_is_blamed_on_who_said_it(tmp_path):
     assert refusal(PretrainConfig, file, ["data.image_size=50"]).startswith("command line: ")
     file.write_text("data: {image_size: 50}\n")
     assert refusal(PretrainConfig, file, ["data.workers=1"]).startswith(f"{file}: ")
-    file.write_text("data: {mean: [0.5]}\n")
-    assert refusal(PretrainConfig, file, ["data.workers=1"]).startswith(f"{file}: data: mean has 1 values")
+    file.write_text("data: {mean: [0.5, 0.4]}\n")
+    assert refusal(PretrainConfig, file, ["data.workers=1"]).startswith(f"{file}: data.mean: 2 values")
 
 
 def test_paths_are_names_and_know_the_home(monkeypatch, tmp_path):

@@ -134,7 +134,7 @@ def test_what_is_passed_over_is_counted_by_ending(tmp_path, write_images):
     assert len(source) == 4 and all(read_image(path, 3).size == (8, 8) for path in source.paths)
     found = passed_over_in(source)
     assert found == {".tif2": 2, "no ending": 1, ".txt": 1, "no regular file": 2 if hasattr(os, "mkfifo") else 1}
-    assert "6 files do not have the ending of an image and are passed over: 2 x .tif2" in describe_passed_over(found)
+    assert "6 files passed over, by ending: 2 x .tif2" in describe_passed_over(found)
     (tmp_path / "only").mkdir()
     (tmp_path / "only" / "x.tif2").write_text("")
     with pytest.raises(UserError, match=r"it holds 1 x \.tif2; looked for"):

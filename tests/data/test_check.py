@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tarfile
 
 import numpy as np
 import pytest
@@ -21,12 +22,14 @@ def checked(*arguments):
     return result.exit_code, result.output
 
 
-def turn(path, orientation):
+def turn(path, orientation, suffix=".jpg"):
     exif = Image.Exif()
     exif[274] = orientation
     with Image.open(path) as image:
-        image.convert("RGB").save(path.with_suffix(".jpg"), exif=exif)
+        turned = image.convert("RGB")
     path.unlink()
+    turned.save(path.with_suffix(suffix), exif=exif)
+    return path.with_suffix(suffix)
 
 
 def test_a_sound_folder_of_images_is_clean(tmp_path, write_images):
@@ -44,7 +47,73 @@ def test_a_note_is_no_fault(tmp_path, write_images):
     assert code == 0 and said.endswith("nothing is wrong\n")
     assert f"note: 2 images with the orientation tag 6, the first is {tmp_path / '000.jpg'}" in said
     assert "note: 1 image with the orientation tag 3" in said
-    assert "3 files do not have the ending of an image and are passed over: 2 x .xcf, 1 x .txt" in said
+    assert "3 files passed over, by ending: 2 x .xcf, 1 x .txt" in said
+
+
+def in_shard(root, paths):
+    with tarfile.open(root / "a.tar", "w") as archive:
+        for path in paths:
+            archive.add(path, path.name)
+    return [root / "a.tar"]
+
+
+def in_table(root, paths):
+    datasets = pytest.importorskip("datasets")
+    cells = [{"bytes": path.read_bytes(), "path": None} for path in paths]
+    datasets.Dataset.from_dict({"image": cells}, datasets.Features({"image": datasets.Image()})).save_to_disk(
+        root / "t"
+    )
+    return [root / "t"]
+
+
+@pytest.mark.parametrize("put", [in_shard, in_table])
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif"])
+def test_turned_photos_inside_of_other_files_are_noted(tmp_path, write_images, put, suffix):
+    paths = [turn(path, 6, suffix) for path in write_images(tmp_path / "images", 3)]
+    code, said = checked("images", *put(tmp_path, paths))
+    assert code == 0 and "note: 3 images with the orientation tag 6, the first is " in said
+
+
+def test_members_of_a_shard_without_an_image_are_counted(tmp_path, write_images):
+    paths = write_images(tmp_path, 2)
+    for name in ("000.json", "strange.jxl", "other.jxl", "other.txt"):
+        (tmp_path / name).write_text("{}")
+    code, said = checked("images", *in_shard(tmp_path, [*paths, *tmp_path.glob("*.j*"), *tmp_path.glob("*.txt")]))
+    assert code == 0 and "3 files passed over, by ending: 2 x .jxl, 1 x .txt" in said
+
+
+def test_an_unreadable_image_is_named_once(tmp_path, write_images):
+    write_images(tmp_path, 2)
+    (tmp_path / "cut.png").write_bytes(b"")
+    assert checked("images", tmp_path)[1].count("cut.png") == 1
+    counted = CliRunner().invoke(app, ["data-stats", str(tmp_path)]).output
+    assert counted.count("cut.png") == 1 and counted.splitlines()[-1].startswith("data: {channels: 3")
+
+
+def test_images_are_compared_with_the_statistics_of_the_weights(tmp_path, write_images, write_classes):
+    from mae_core.models.encoder import ViTEncoder
+    from mae_core.weights.encoder_file import describe_encoder
+    from mae_core.weights.files import write_weights
+
+    encoder = ViTEncoder("nano", image_size=16, patch_size=8)
+    for mean, far in ((0.5, False), (0.01, True)):
+        file = tmp_path / f"{mean}.safetensors"
+        write_weights(file, encoder.state_dict(), {**describe_encoder(encoder), "mean": [mean] * 3, "std": [0.25] * 3})
+        for kind, place in (("images", tmp_path / "flat"), ("folders", tmp_path / "set")):
+            if not place.exists():
+                write_images(place, 3) if kind == "images" else write_classes(place)
+            code, said = checked(kind, place, "--weights", file)
+            assert code == 0 and ("far from those of the weights" in said) == far
+
+
+def test_what_lies_beside_the_classes_is_counted_by_the_check_and_the_training(tmp_path, write_images, write_classes):
+    root = write_classes(tmp_path / "set")
+    write_images(root / "train", 2)
+    next((root / "val").iterdir()).joinpath("a.jxl").write_text("")
+    code, said = checked("folders", root)
+    assert code == 0 and "2 files passed over, by ending: 2 x image outside a class folder" in said
+    train, val = read_image_folder(root)
+    assert dict(train.passed_over) == {"image outside a class folder": 2} and dict(val.passed_over) == {".jxl": 1}
 
 
 def test_what_a_pre_training_leaves_out_ends_in_exit_code_2(tmp_path, write_images):

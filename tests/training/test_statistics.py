@@ -105,6 +105,7 @@ def test_what_is_measured(options, weights, measured):
         (["weights=x"], {"mean": [0.1] * 3, "std": [0.2] * 3}, (0.1, 0.1, 0.1), "those of the weights"),
         (["weights=x"], {}, IMAGENET_MEAN, "ImageNet's: the weights file does not state them"),
         (["from_scratch=true", "data.mean=[0.3,0.3,0.3]", "data.std=[1,1,1]"], None, (0.3, 0.3, 0.3), "as configured"),
+        (["from_scratch=true", "data.mean=[0.3]", "data.std=[1]"], None, (0.3, 0.3, 0.3), "as configured"),
     ],
 )
 def test_every_training_says_what_it_uses(tmp_path, capsys, given, weights, mean, said):
@@ -116,7 +117,7 @@ def test_every_training_says_what_it_uses(tmp_path, capsys, given, weights, mean
     found = statistics_of(config.data, weights)
     assert found.mean == (mean or measure_statistics(source).statistics.mean)
     told = capsys.readouterr().out
-    assert said in told and describe_statistics(found) in told and "passed over: 1 x .xyz" in told
+    assert said in told and describe_statistics(found) in told and "1 file passed over, by ending: 1 x .xyz" in told
 
 
 def configured(tmp_path: Path, *more: str) -> PretrainConfig:

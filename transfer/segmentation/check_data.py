@@ -62,7 +62,7 @@ def check_folders(folders: LabelledFolders, *, most: int = MOST_CHECKED, seed: i
     Raises ``UserError`` for a missing or empty folder.
     """
     pairs = possible_pairs(folders.images, folders.label_maps, map_suffix=folders.map_suffix)
-    problems = list(stray_maps(pairs, folders.images, folders.label_maps, folders.map_suffix))
+    problems = list(stray_maps(pairs, folders.images, folders.label_maps))
     whole = [pair for pair in pairs if pair.label_map.is_file()]
     found = survey(whole, folders.coding, channels=folders.channels, names=folders.origin, most=most, seed=seed)
     problems += found.problems

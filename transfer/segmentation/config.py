@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from mae_core.config.schema import hint
+from mae_core.data.images import DEFAULT_STATISTICS, Statistics
+from mae_core.data.statistics import Measured, describe_statistics
 from mae_core.errors import UserError
 from mae_core.models.sizes import SIZES, size_of
 from mae_core.texts import read_text
@@ -22,6 +24,8 @@ from mae_core.weights.load import settled
 BACKBONE = "MAECoreViT"
 CPU_MIXED = "MAECoreCPUMixed"
 """The optimizer wrapper for bfloat16 on a CPU: mmengine's own wants a GPU."""
+SCALE = 255
+"""mmseg's means and deviations are of pixels in 0..255, those of weights files in 0..1."""
 BASES = "_base_"
 READERS = ("LoadImageFromFile", "NamedImage")
 LABEL_READERS = ("LoadAnnotations", "NamedLabels")
@@ -150,20 +154,93 @@ def fit_to_weights(config: MutableMapping[str, Any], source: EncoderFile, option
     )
     backbone.update({name.removeprefix(place): value for name, value in settled_facts.items()})
     backbone["weights"] = str(source.path)
-    notes = []
-    preprocessor = config["model"].get("data_preprocessor") or config["data_preprocessor"]
+    return fit_statistics_of(config, source.metadata, str(source.path), options)
+
+
+def fit_to_run(
+    config: MutableMapping[str, Any], stored: Mapping[str, Any], checkpoint: Path, options: Collection[str]
+) -> list[str]:
+    """As ``fit_to_weights``, with what a resumed run started with: ``stored`` is the config in its checkpoint."""
+    theirs, backbone = stored.get("model", {}).get("backbone", {}), config["model"]["backbone"]
+    backbone.pop("weights", None)
+    sizes = [section["size"] for section in (theirs, backbone) if section.get("size") is not None]
+    if backbone["type"] == BACKBONE and len(sizes) == 2 and len({size_of(size).trunk for size in sizes}) == 1:
+        backbone["size"] = sizes[0]  # with the weights' epsilon and activation, which a name of a size does not state
+    preprocessor = preprocessor_of(stored) if stored else {}
+    facts = {key: [value / SCALE for value in preprocessor.get(key) or []] for key in ("mean", "std")}
+    return fit_statistics_of(config, facts, str(checkpoint), options)
+
+
+def preprocessor_of(config: Mapping[str, Any]) -> MutableMapping[str, Any]:
+    """The section that standardises pixels: of the model or, in older configs, beside it."""
+    found: MutableMapping[str, Any] = config["model"].get("data_preprocessor") or config["data_preprocessor"]
+    return found
+
+
+def fit_statistics_of(
+    config: Mapping[str, Any], facts: Mapping[str, Any], path: str, options: Collection[str]
+) -> list[str]:
+    """Put the mean and std (of pixels in 0..1) that a file states into a config; returns what to tell the user.
+
+    Raises ``UserError`` where an option the user gave (``options``: their keys) says otherwise.
+    """
+    preprocessor, notes = preprocessor_of(config), []
     for key in ("mean", "std"):
-        if not source.metadata.get(key):
+        if not facts.get(key):
             continue
-        found = [round(255 * value, 4) for value in source.metadata[key]]
+        found = [round(SCALE * value, 4) for value in facts[key]]
         stated = list(preprocessor.get(key) or [])
         if len(stated) == len(found) and all(abs(a - b) < 0.01 for a, b in zip(stated, found, strict=True)):
             continue
-        if f"model.data_preprocessor.{key}" in options:
-            raise UserError(f"{key}={stated} was asked for, but {source.path} was trained with {found}; leave it out")
+        if stated and f"model.data_preprocessor.{key}" in options:
+            raise UserError(f"{key}={stated} was asked for, but {path} was trained with {found}; leave it out")
         preprocessor[key] = found
-        notes.append(f"{key} {found} of the weights replaces {stated} of the config")
+        if stated:
+            notes.append(f"{key} {found} of {path} replaces {stated} of the config")
     return notes
+
+
+def fit_statistics(
+    config: Mapping[str, Any], weights: Mapping[str, Any] | None, measure: Callable[[], Measured]
+) -> list[str]:
+    """Fill the mean and std that a config leaves open (None); returns which are used and where they come from.
+
+    weights  what the file of the encoder states; None from scratch. Weights that state none were trained with
+             ImageNet's
+    measure  the statistics of the training images, for a training from scratch
+
+    Raises ``UserError`` where they are of another number of channels, and where weights that state none do not have
+    ImageNet's channels.
+    """
+    preprocessor, channels = preprocessor_of(config), channels_of(config)
+    stated = {key: preprocessor.get(key) for key in ("mean", "std")}
+    for key, values in stated.items():
+        if values is not None and len(values) not in (1, channels):
+            raise UserError(
+                f"model.data_preprocessor.{key} has {len(values)} numbers, but the encoder takes {channels} channels; "
+                f"give {channels}, 255 times what mae data-stats finds, or None for those of the training images"
+            )
+    if config["model"]["backbone"]["type"] != BACKBONE:
+        return []
+    notes: list[str] = []
+    if all(stated.values()):
+        where, usual = "those of the weights" if weights and weights.get("mean") else "as configured", None
+    elif weights is None:
+        usual, images, notes = measure()
+        where = f"measured on {images} training images"
+    elif channels in DEFAULT_STATISTICS:
+        where, usual = "ImageNet's: the weights file does not state them", Statistics(*DEFAULT_STATISTICS[channels])
+    else:
+        raise UserError(
+            f"there is no default mean and std for {channels} channels, and the weights file states none; set "
+            f"model.data_preprocessor.mean and model.data_preprocessor.std to {channels} numbers each, 255 times what "
+            "mae data-stats finds"
+        )
+    for key, values in stated.items():
+        chosen = values or [SCALE * value for value in getattr(usual, key)]
+        preprocessor[key] = [round(value, 4) for value in (chosen * channels if len(chosen) == 1 else chosen)]
+    used = Statistics(*(tuple(value / SCALE for value in preprocessor[key]) for key in stated))
+    return [f"pixels are standardised with {describe_statistics(used)} ({where})", *(f"note: {note}" for note in notes)]
 
 
 def check_frozen_blocks_have_weights(config: Mapping[str, Any]) -> None:
@@ -188,20 +265,10 @@ def channels_of(config: Mapping[str, Any]) -> int:
 def fit_channels(config: MutableMapping[str, Any]) -> list[str]:
     """Make every pipeline read as many channels as the encoder takes; returns what to tell the user.
 
-    What distorts colours is left out where there are not three. Raises ``UserError`` where mean and std are of another
-    number of channels.
+    What distorts colours is left out where there are not three.
     """
     channels = channels_of(config)
-    preprocessor = config["model"].get("data_preprocessor") or config["data_preprocessor"]
-    for key in ("mean", "std"):
-        stated = preprocessor.get(key)
-        if stated is not None and len(stated) not in (1, channels):
-            raise UserError(
-                f"model.data_preprocessor.{key} has {len(stated)} numbers, but the encoder takes {channels} "
-                "channels; "
-                f"set model.data_preprocessor.mean and model.data_preprocessor.std to {channels} numbers each, 255 "
-                "times what mae data-stats finds"
-            )
+    preprocessor = preprocessor_of(config)
     if (
         channels not in (1, 3)
         and preprocessor.get("mean") is not None

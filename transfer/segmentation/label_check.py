@@ -17,7 +17,7 @@ from mae_core.data.images import Unreadable
 from mae_core.data.orientation import ON_THEIR_SIDE, orientation_of
 from mae_core.errors import UserError
 from transfer.segmentation.label_coding import LabelCoding, Names, coding_mistake
-from transfer.segmentation.label_maps import Colour, LabelledImage, files_below, read_label_map
+from transfer.segmentation.label_maps import Colour, LabelledImage, files_below, missing_maps, read_label_map
 from transfer.segmentation.pixels import WrongChannels, read_pixels
 
 MOST_CHECKED = 2000
@@ -174,26 +174,15 @@ def read_pair(pair: LabelledImage, coding: LabelCoding, channels: int) -> Readin
     return Reading(values, problems, label_map.colours(), unreadable)
 
 
-def stray_maps(pairs: Sequence[LabelledImage], images: Path, label_maps: Path, map_suffix: str) -> Iterator[Problem]:
-    """The names that do not match, from both sides; says which suffix would match them, where one would."""
+def stray_maps(pairs: Sequence[LabelledImage], images: Path, label_maps: Path) -> Iterator[Problem]:
+    """The names that do not match, from both sides."""
+    for pair, sentence in missing_maps(pairs):
+        yield Problem("images without a label map", sentence, str(pair.image))
     wanted = {pair.label_map for pair in pairs}
-    strays = [path for path in files_below(label_maps) if path not in wanted]
-    missing = [pair for pair in pairs if not pair.label_map.is_file()]
-    suffixes: Counter[str] = Counter()
-    for pair in missing[:MOST_CHECKED]:
-        stem = pair.image.relative_to(images).with_suffix("").as_posix()
-        names = [path.relative_to(label_maps).as_posix() for path in strays[:MOST_CHECKED]]
-        suffixes.update(
-            name.removeprefix(stem) for name in names if name.startswith(stem) and not name[len(stem)].isalnum()
-        )
-    ((suffix, count),) = suffixes.most_common(1) or [("", 0)]
-    remedy = f"set seg_map_suffix={suffix}" if count > len(missing) / 2 else "add it, or remove the image"
-    for pair in missing:
-        told = f"image {pair.image} has no label map {pair.label_map}; {remedy}"
-        yield Problem("images without a label map", told, str(pair.image))
-    for path in strays:
-        told = f"label map {path} has no image of the same name below {images}; add it, or remove the map"
-        yield Problem("label maps without an image", told, str(path), "wrong")
+    for path in files_below(label_maps):
+        if path not in wanted:
+            told = f"label map {path} has no image of the same name below {images}; add it, or remove the map"
+            yield Problem("label maps without an image", told, str(path), "wrong")
 
 
 def check_label_maps(

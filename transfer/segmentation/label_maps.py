@@ -6,6 +6,7 @@ A label map is a one-channel image of the same size as its image; what its value
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,8 @@ from mae_core.errors import UserError, first_line
 from mae_core.texts import read_lines
 
 ONE_CHANNEL_MODES = ("1", "L", "P", "I", "F")
+MOST_COMPARED = 2000
+"""Names that are compared to find the suffix of label maps."""
 LOSSY = {"JPEG", "MPO", "JPEG2000"}
 """Formats of Pillow's whose compression changes values."""
 LOSSY_IN_TIFF = {6, 7, 33003, 33004, 33005, 34712, 34887}
@@ -76,12 +79,30 @@ def files_below(folder: Path) -> list[Path]:
 
 def check_maps_exist(pairs: Sequence[LabelledImage]) -> None:
     """Raise ``UserError`` with the number and the first of the images that have no label map."""
-    without = [pair for pair in pairs if not pair.label_map.is_file()]
-    if without:
-        raise UserError(
-            f"{len(without)} of {len(pairs)} images have no label map, such as {without[0].image}, whose map would be "
-            f"{without[0].label_map}; add the maps or remove the images"
+    missing = missing_maps(pairs)
+    if missing:
+        more = f" ({len(missing) - 1} more like it; mae check labels lists them)" if len(missing) > 1 else ""
+        raise UserError(missing[0][1] + more)
+
+
+def missing_maps(pairs: Sequence[LabelledImage]) -> list[tuple[LabelledImage, str]]:
+    """The images that have no label map, each with a sentence that says which suffix would match, where one would."""
+    missing = [pair for pair in pairs if not pair.label_map.is_file()]
+    wanted = {pair.label_map for pair in pairs}
+    beside: dict[Path, list[str]] = {}
+    suffixes: Counter[str] = Counter()
+    for pair in missing[:MOST_COMPARED]:
+        folder, stem = pair.label_map.parent, pair.image.stem
+        if folder not in beside:
+            entries = sorted(folder.iterdir()) if folder.is_dir() else []
+            found = [path for path in entries if path.suffix.lower() in IMAGE_SUFFIXES and path not in wanted]
+            beside[folder] = [path.name for path in found[:MOST_COMPARED]]
+        suffixes.update(
+            name[len(stem) :] for name in beside[folder] if name.startswith(stem) and not name[len(stem)].isalnum()
         )
+    ((suffix, count),) = suffixes.most_common(1) or [("", 0)]
+    remedy = f"set seg_map_suffix={suffix}" if count > len(missing) / 2 else "add it, or remove the image"
+    return [(pair, f"image {pair.image} has no label map {pair.label_map}; {remedy}") for pair in missing]
 
 
 def read_classes(

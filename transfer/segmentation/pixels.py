@@ -19,6 +19,7 @@ from mae_core.data.decoding import (
     to_tensor,
     with_channels,
 )
+from mae_core.data.images import ImageFiles
 from mae_core.errors import UserError
 
 TIFF_SUFFIXES = (".tif", ".tiff")
@@ -53,6 +54,16 @@ def read_pixels(path: Path | str, channels: int) -> Pixels:
         f"image {path} has {found} channel{'s' * (found > 1)}, and the encoder takes {channels}; use weights for "
         f"{found}, or set model.backbone.in_chans={found} to train from scratch"
     )
+
+
+class SegmentationImages(ImageFiles):
+    """Image files by their paths, with ``read_pixels`` in the encoder's channels: what statistics are measured on."""
+
+    read_as: int
+
+    def read(self, index: int) -> Pixels:
+        """See ``read_pixels``."""
+        return read_pixels(self.paths[index], self.read_as)
 
 
 def _bands_with_alpha(path: Path) -> int | None:

@@ -4,9 +4,9 @@ model = dict(
     type="EncoderDecoder",
     data_preprocessor=dict(
         type="SegDataPreProcessor",
-        # ImageNet's, as in the released MAE; train_net.py replaces them by those of the weights file
-        mean=[123.675, 116.28, 103.53],
-        std=[58.395, 57.12, 57.375],
+        # None: train_net.py fills in those of the weights file or, from scratch, of the training images
+        mean=None,
+        std=None,
         bgr_to_rgb=True,
         pad_val=0,
         seg_pad_val=255,

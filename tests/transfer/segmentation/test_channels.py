@@ -10,6 +10,9 @@ import torch
 from PIL import Image
 
 from mae_core.data.decoding import read_image, to_tensor
+from mae_core.data.images import Statistics
+from mae_core.data.statistics import Measured
+from mae_core.errors import UserError
 from transfer.segmentation.pixels import WrongChannels, as_mmseg_reads, picture_of, read_pixels
 
 mmseg = pytest.importorskip("mmseg", reason="mmseg is not installed; pip install mae-transfer[segmentation]")
@@ -21,6 +24,7 @@ from mmseg.utils import register_all_modules
 
 from transfer.segmentation.export import export
 from transfer.segmentation.predict import predict
+from transfer.segmentation.segmenter_file import read_segmenter
 from transfer.segmentation.train_net import evaluate_segmenter, train_segmenter
 
 DIGITS = Path(__file__).parents[3] / "configs" / "segmentation" / "digits.py"
@@ -137,11 +141,66 @@ def test_a_wrong_number_of_channels_is_refused_before_the_training(tmp_path, ref
     weights = write_encoder(tmp_path / "e.safetensors", in_chans=4, mean=[0.5] * 4, std=[0.2] * 4)
     assert "has 3 channels, and the encoder takes 4; use weights for 3" in refused("--weights", str(weights))
     bare = write_encoder(tmp_path / "bare.safetensors", in_chans=4)
-    error = refused("--weights", str(bare))
-    assert "mean has 3 numbers, but the encoder takes 4 channels; set model.data_preprocessor.mean and" in error
     four = write_set(tmp_path / "four", 4, np.uint8)
+    error = refused("--weights", str(bare), data_root=four, num_classes=2)
+    assert "mean has 3 numbers, but the encoder takes 4 channels; give 4, 255 times what mae data-stats finds" in error
+    silent = {"model.data_preprocessor.mean": None, "model.data_preprocessor.std": None}
+    error = refused("--weights", str(bare), data_root=four, num_classes=2, **silent)
+    assert "there is no default mean and std for 4 channels, and the weights file states none" in error
     error = refused(data_root=four, num_classes=2)
     assert "has 4 channels, and the encoder takes 3; use weights for 4, or set model.backbone.in_chans=4" in error
+
+
+def open_config(channels=3, mean=None, std=None):
+    backbone = {"type": "MAECoreViT", "in_chans": channels}
+    return {"model": {"backbone": backbone, "data_preprocessor": {"mean": mean, "std": std}}}
+
+
+@pytest.mark.parametrize(
+    ("given", "weights", "mean", "said"),
+    [
+        ({}, None, [25.5] * 3, "mean 0.1; std 0.2 (measured on 4 training images)"),
+        ({"mean": [51.0]}, None, [51.0] * 3, "mean 0.2; std 0.2 (measured on 4"),
+        ({"mean": [51.0], "std": [25.5]}, None, [51.0] * 3, "mean 0.2; std 0.1 (as configured)"),
+        ({}, {}, [123.675, 116.28, 103.53], "std 0.229, 0.224, 0.225 (ImageNet's: the weights file does not state"),
+        ({"mean": [1, 2, 3], "std": [4, 5, 6]}, {"mean": [0.1]}, [1, 2, 3], "(those of the weights)"),
+    ],
+)
+def test_which_statistics_a_config_gets(given, weights, mean, said):
+    from transfer.segmentation import config as configs
+
+    config = open_config(**given)
+    notes = configs.fit_statistics(config, weights, lambda: Measured(Statistics((0.1,) * 3, (0.2,) * 3), 4, ["x"]))
+    assert config["model"]["data_preprocessor"]["mean"] == mean and len(mean) == 3
+    assert said in notes[0] and notes[1:] == ["note: x"] * ("measured" in said)
+
+
+def darken(root: Path, times: int) -> None:
+    for path in (root / "images" / "training").iterdir():
+        Image.fromarray(np.asarray(Image.open(path)) // times).save(path)
+
+
+@pytest.mark.parametrize(
+    "weights", [None, {"mean": [0.1, 0.2, 0.3], "std": [0.3, 0.2, 0.1]}], ids=["scratch", "weights"]
+)
+def test_a_run_keeps_its_statistics_when_it_is_resumed(tmp_path, tiny, scenes, capsys, write_encoder, weights):
+    darken(scenes, 4)
+    pixels = np.concatenate([np.asarray(Image.open(path)) for path in (scenes / "images/training").iterdir()]) / 255.0
+    expected = weights or {"mean": pixels.mean((0, 1)), "std": pixels.std((0, 1))}
+    file = weights and write_encoder(tmp_path / "encoder.safetensors", **weights)
+    options = {**tiny, "iterations": 3, "default_hooks.checkpoint.interval": 3}
+    options |= {"model.data_preprocessor.mean": None, "model.data_preprocessor.std": None}
+    train_segmenter(DIGITS, weights=file, work_dir=tmp_path / "run", cfg_options=options)
+    assert ("those of the weights" if weights else "measured on 8 training images") in capsys.readouterr().out
+    darken(scenes, 2)
+    longer = {**options, "iterations": 4}
+    train_segmenter(DIGITS, work_dir=tmp_path / "run", cfg_options=longer, resume=True)
+    used = read_segmenter(tmp_path / "run").config["model"]["data_preprocessor"]
+    for key, values in expected.items():
+        np.testing.assert_allclose(np.divide(used[key], 255), values, rtol=1e-3)
+    with pytest.raises(UserError, match="was asked for, but"):
+        asked = {**longer, "iterations": 5, "model.data_preprocessor.mean": [1, 2, 3]}
+        train_segmenter(DIGITS, work_dir=tmp_path / "run", cfg_options=asked, resume=True)
 
 
 def test_colours_are_distorted_in_rgb_of_8_bits_alone(tmp_path, capsys):

@@ -132,7 +132,7 @@ def test_hidden_files_are_no_images(folder):
 
 def test_images_without_maps_are_counted(folder):
     (folder / "maps" / "city" / "1.png").unlink()
-    with pytest.raises(UserError, match=r"1 of 3 images have no label map, such as .*1\.png, whose map would be"):
+    with pytest.raises(UserError, match=r"image .*1\.png has no label map .*1\.png; add it, or remove the image"):
         check(folder)
 
 

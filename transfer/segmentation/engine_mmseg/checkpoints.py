@@ -14,6 +14,7 @@ from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
 
 from mae_core.errors import UserError, first_line
+from transfer.segmentation.segmenter_file import literal_config
 
 np_multiarray: Any = getattr(np, "_core" if hasattr(np, "_core") else "core").multiarray
 
@@ -42,18 +43,36 @@ SAFE_GLOBALS: list[Any] = [
 
 
 def load_safely(filename: str, map_location: Any = None) -> dict[str, Any]:
-    """A local checkpoint, read without running code in it; takes the place of mmengine's loader, which would run it.
+    """``read_checkpoint`` in the place of mmengine's loader; without the stored config, which mmengine executes."""
+    checkpoint = read_checkpoint(Path(filename).expanduser(), map_location)
+    if isinstance(checkpoint, dict) and isinstance(checkpoint.get("meta"), dict):
+        checkpoint["meta"].pop("cfg", None)
+        checkpoint["meta"].pop("config", None)
+    return checkpoint
 
-    The stored config is left out: mmengine executes it. Raises ``UserError`` for a file that holds anything else.
+
+def stored_config(path: Path) -> dict[str, Any]:
+    """The config of the run that wrote a checkpoint, as nested dicts; empty where the checkpoint holds none that is
+    literal."""
+    checkpoint = read_checkpoint(path)
+    try:
+        return literal_config(checkpoint["meta"]["cfg"])
+    except (KeyError, TypeError, ValueError, SyntaxError):
+        return {}
+
+
+def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """A local checkpoint, read without running code in it.
+
+    Raises ``UserError`` for a file that holds anything else.
     """
-    path = Path(filename).expanduser()
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist")
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path} is truncated or not a checkpoint; give one that this toolkit wrote")
     try:
         with torch.serialization.safe_globals(SAFE_GLOBALS):
-            checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+            checkpoint: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:
         # torch's own message is a page about weights_only=False
         asked = re.search(r"(?:GLOBAL|attribute) (\S+)", str(error))
@@ -61,9 +80,6 @@ def load_safely(filename: str, map_location: Any = None) -> dict[str, Any]:
             f"checkpoint {path} is refused: it is broken, or holds more than tensors and plain values "
             f"({asked[0] if asked else first_line(error)[:200]}); use one that this toolkit wrote"
         ) from None
-    if isinstance(checkpoint, dict) and isinstance(checkpoint.get("meta"), dict):
-        checkpoint["meta"].pop("cfg", None)
-        checkpoint["meta"].pop("config", None)
     return checkpoint
 
 

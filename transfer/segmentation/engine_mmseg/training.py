@@ -6,6 +6,7 @@ import math
 import time
 import uuid
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from mae_core import layout
 from mae_core.atomic import write_json
+from mae_core.data.statistics import measure_statistics
 from mae_core.errors import UserError
 from mae_core.training.distributed import barrier, world_size
 from mae_core.training.precision import choose_precision, prepare_process
@@ -26,7 +28,7 @@ from mae_core.training.run import environment
 from mae_core.weights.encoder_file import EncoderFile
 from mae_core.weights.load import read_encoder
 from transfer.segmentation import config as configs
-from transfer.segmentation.engine_mmseg.checkpoints import load_safely
+from transfer.segmentation.engine_mmseg.checkpoints import load_safely, stored_config
 from transfer.segmentation.engine_mmseg.checks import (
     check_batches,
     check_data,
@@ -41,6 +43,7 @@ from transfer.segmentation.engine_mmseg.options import read_config
 from transfer.segmentation.engine_mmseg.record import RunRecord
 from transfer.segmentation.engine_mmseg.runner import SegmentationRunner, bare_model, trained_model, worker_errors
 from transfer.segmentation.engine_mmseg.segmenter import load_segmenter, write_segmenter
+from transfer.segmentation.pixels import SegmentationImages
 from transfer.segmentation.run_report import write_run_report
 from transfer.segmentation.segmenter_file import SEGMENTER, SegmenterFile, read_segmenter
 
@@ -64,26 +67,27 @@ def train(
     source: EncoderFile | None = None
     if world_size() > 1:
         notes.append(f"ranks: {world_size()}; the batch size is per rank")
+    weights = weights or view["model"]["backbone"].get("weights")
     if checkpoint is not None:
         configs.check_steps_left(checkpoint, view)
-        load_safely(str(checkpoint), "cpu")
-    if weights is not None and checkpoint is None:
+        notes.append(f"weights: from {checkpoint}")
+        notes += configs.fit_to_run(view, stored_config(checkpoint), checkpoint, list(options))
+    elif weights is not None:
         source = read_encoder(weights)
         notes += configs.fit_to_weights(view, source, list(options))
-    elif checkpoint is not None:
-        notes.append(f"weights: from {checkpoint}")
-        view["model"]["backbone"].pop("weights", None)
-    elif not view["model"]["backbone"].get("weights"):
+    else:
         configs.check_frozen_blocks_have_weights(view)
         notes.append("weights: none, training from scratch; --weights FILE starts from a pre-trained encoder")
-    notes += configs.fit_channels(view)
     notes += fit_to_machine(view, amp)
     configs.check_widths(view)
     configs.check_schedule(view)
     notes += [f"{part}: {found}" for part, found in check_data(view).items()]
+    pairs, *_ = labelled_images(view["train_dataloader"]["dataset"])
+    images = SegmentationImages([pair.image for pair in pairs], configs.channels_of(view))
+    stated = None if source is None else source.metadata
+    notes += configs.fit_statistics(view, stated, partial(measure_statistics, images))
+    notes += configs.fit_channels(view)
     check_batches(view, synchronised=world_size() > 1 and torch.cuda.is_available())
-    if source is None and view["model"]["backbone"].get("weights"):
-        source = read_encoder(view["model"]["backbone"]["weights"])
     check_optimizer(check_model(view, source), view)
     for note in notes if is_main_process() else ():
         print(note, flush=True)
@@ -131,6 +135,9 @@ def evaluate(
     if file is not None:
         view["model"].update(take_model(file, view["model"]))
         notes.append(f"model, mean and std come from {file.path}; data, metric and test mode from the config")
+    else:
+        notes += configs.fit_to_run(view, stored_config(checkpoint), checkpoint, list(options))
+        notes += configs.fit_statistics(view, {}, partial(measure_statistics, SegmentationImages([], 0)))
     notes += configs.fit_channels(view)
     fit_to_machine(view)
     _, classes, coding = labelled_images(view["val_dataloader"]["dataset"])
