@@ -1,9 +1,11 @@
 """Installs `mae_core`, `transfer` and the `mae` command. Lower bounds are here, the tested set in constraints.txt."""
 
 import re
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).resolve().parent
 
@@ -21,6 +23,19 @@ def read_description() -> str:
     """Return the README's text, or an empty text where a source archive lacks it."""
     readme = HERE / "README.md"
     return readme.read_text(encoding="utf-8") if readme.exists() else ""
+
+
+class WithRecipes(build_py):
+    """Puts ``configs/`` into the package, where ``mae_core.config.recipes`` finds it when there is no clone."""
+
+    def run(self) -> None:
+        """Build, then copy; an editable install uses the clone's own."""
+        super().run()
+        if not self.editable_mode:
+            without = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(
+                HERE / "configs", Path(self.build_lib, "mae_core/configs"), ignore=without, dirs_exist_ok=True
+            )
 
 
 CORE = [
@@ -95,6 +110,7 @@ setup(
     license_files=["LICENSE"],
     packages=find_packages(include=["mae_core", "mae_core.*", "transfer", "transfer.*"]),
     package_data={"mae_core": ["**/*.yaml"], "transfer": ["**/*.yaml", "report/*.html", "report/*.md"]},
+    cmdclass={"build_py": WithRecipes},
     python_requires=">=3.10",
     install_requires=CORE,
     extras_require={
@@ -114,6 +130,10 @@ setup(
         "mae_core.checks": [
             "coco = transfer.detection.check_data:main",
             "labels = transfer.segmentation.check_data:main",
+        ],
+        "mae_core.tasks": [
+            "detect = transfer.detection.commands:app",
+            "segment = transfer.segmentation.commands:app",
         ],
         "mae_core.feature_readers": ["mmseg = transfer.segmentation.engine_mmseg.published:run_backbone"],
     },

@@ -23,7 +23,7 @@ CODE = sorted({*SOURCES, *OTHERS, ROOT / "setup.py"})
 SCRIPT_FOLDERS = ("mae_core/cli", "transfer", "transfer/detection", "transfer/segmentation")
 
 LAYERS = (
-    ("errors", "atomic", "seeds", "layout", "texts", "resuming"),
+    ("errors", "atomic", "seeds", "layout", "texts", "resuming", "dialects"),
     ("patches", "pos_embed", "masking", "tokenizers", "targets"),
     ("models",),
     ("config",),

@@ -7,26 +7,40 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperCommand
 
+from mae_core.dialects import other_word
 from mae_core.errors import UserError
 from mae_core.resuming import HELP, meaning, one_word
 
 ConfigAndOverrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[CONFIG.yaml] [KEY=VALUE]...",
-        help="A configuration file, and options that override it, such as data.path=images optim.epochs=100.",
+        metavar="[RECIPE] [KEY=VALUE]...",
+        help="A recipe by name or a configuration file, and options that override it, such as data.path=images "
+        "optim.epochs=100; mae config keys lists them.",
         show_default=False,
     ),
 ]
 Resume = Annotated[str, typer.Option("--resume", metavar="[auto]", help=HELP, show_default=False)]
 
 
-class Resumable(TyperCommand):
-    """A command that takes ``--resume`` and ``--resume auto``."""
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the plan of the run, its memory and its time, and write nothing.")
+]
+
+
+class Configured(TyperCommand):
+    """A command with a recipe and ``key=value``: takes ``--resume`` and ``--resume auto``, and answers the words of
+    other command lines."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the command line."""
-        return super().parse_args(ctx, one_word(args))
+        try:
+            return super().parse_args(ctx, one_word(args))
+        except Exception as error:  # typer brings its own click, whose errors have no public name
+            told = other_word(getattr(error, "option_name", ""), "mae")
+            if told is not None:
+                raise typer.BadParameter(told, ctx=ctx, param_hint="the command line") from None
+            raise
 
 
 def read_resume(value: str) -> bool | Literal["auto"]:
@@ -37,11 +51,16 @@ def read_resume(value: str) -> bool | Literal["auto"]:
         raise UserError(str(error)) from None
 
 
-def read_arguments(schema: Any, arguments: list[str] | None) -> Any:
-    """A configuration from a command line: at most one file, anywhere, and overrides."""
-    from mae_core.config.load import load_config
-
+def split_arguments(arguments: list[str] | None) -> tuple[str | None, list[str]]:
+    """The recipe of a command line, if there is one, and its overrides. Raises ``UserError`` for two recipes."""
     files = [argument for argument in arguments or [] if "=" not in argument]
     if len(files) > 1:
         raise UserError(f"one configuration file at a time, got {', '.join(files)}; options are written key=value")
-    return load_config(schema, files[0] if files else None, [a for a in arguments or [] if "=" in a])
+    return files[0] if files else None, [argument for argument in arguments or [] if "=" in argument]
+
+
+def read_arguments(schema: Any, arguments: list[str] | None) -> Any:
+    """A configuration from a command line: at most one recipe, anywhere, and overrides."""
+    from mae_core.config.load import load_config
+
+    return load_config(schema, *split_arguments(arguments))

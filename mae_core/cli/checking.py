@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mae_core.cli.tasks import PASSED_ON
 from mae_core.errors import UserError, user_errors
 
 if TYPE_CHECKING:
@@ -141,8 +142,7 @@ def _add_check(name: str, place: str, of_what: str) -> None:
                 raise UserError(f"mae check {name} needs {error.name}, which is not installed") from None
             command(context.args, prog=f"mae check {name}")
 
-    options = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-    check.command(name, context_settings=options, help=f"{of_what[0].upper()}{of_what[1:]}; --help says more.")(run)
+    check.command(name, context_settings=PASSED_ON, help=f"{of_what[0].upper()}{of_what[1:]}; --help says more.")(run)
 
 
 for _name, _found in _checks_elsewhere().items():

@@ -2,8 +2,25 @@
 
 from __future__ import annotations
 
-from mae_core.cli.arguments import ConfigAndOverrides, Resume, read_arguments, read_resume
+import typer
+
+from mae_core.cli.arguments import ConfigAndOverrides, Configured, Resume, read_arguments, read_resume
+from mae_core.cli.checking import check_folders
+from mae_core.cli.weights import export
 from mae_core.errors import user_errors
+
+
+def finetune(arguments: ConfigAndOverrides = None, resume: Resume = "no") -> None:
+    """Fine-tune an encoder on train/<class>/* and evaluate on val/<class>/*. Writes classifier.safetensors,
+    metrics.json.
+
+    Example: mae finetune configs/finetune/tiny_96.yaml weights=runs/mine data.path=labelled output=runs/classes
+    """
+    with user_errors():
+        from mae_core.training.finetune import finetune as run
+        from mae_core.training.finetune_config import FinetuneConfig
+
+        run(read_arguments(FinetuneConfig, arguments), resume=read_resume(resume))
 
 
 def linprobe(arguments: ConfigAndOverrides = None, resume: Resume = "no") -> None:
@@ -56,3 +73,10 @@ def evaluate(arguments: ConfigAndOverrides = None) -> None:
         from mae_core.training.frozen_config import EvaluateConfig
 
         run(read_arguments(EvaluateConfig, arguments))
+
+
+classify = typer.Typer(no_args_is_help=True, help="Classification on an encoder, from a folder per class.")
+classify.command("train", cls=Configured)(finetune)
+classify.command("evaluate", cls=Configured)(evaluate)
+classify.command("check")(check_folders)
+classify.command("export")(export)

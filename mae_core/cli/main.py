@@ -7,30 +7,45 @@ from typing import Annotated
 
 import typer
 
-from mae_core.cli.arguments import ConfigAndOverrides, Resumable, Resume, read_arguments, read_resume
+import mae_core
+from mae_core.cli.arguments import ConfigAndOverrides, Configured, DryRun, Resume, read_arguments, read_resume
 from mae_core.cli.checking import check, data_stats
-from mae_core.cli.classification import evaluate, features, knn, linprobe
+from mae_core.cli.classification import classify, evaluate, features, finetune, knn, linprobe
+from mae_core.cli.configuring import config
 from mae_core.cli.looking import reconstruct
+from mae_core.cli.tasks import task_groups
 from mae_core.cli.weights import catalogue, convert, export, inspect
 from mae_core.errors import user_errors
 
 app = typer.Typer(
     name="mae",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
-    help="Pre-train a ViT on your own images with a masked autoencoder, look at it, and fine-tune it. "
-    "Detection: python transfer/detection/train_net.py. Segmentation: python transfer/segmentation/train_net.py.",
+    help="Pre-train a ViT on your own images with a masked autoencoder, look at it, and turn it into a classifier, a "
+    "detector or a segmenter.",
 )
 
 
-@app.command(cls=Resumable)
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"mae-transfer {mae_core.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def about(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Options of ``mae`` itself."""
+
+
+@app.command(cls=Configured)
 def pretrain(
     arguments: ConfigAndOverrides = None,
     resume: Resume = "no",
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan of the run, its memory and its time, and write nothing.")
-    ] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Pre-train on a folder of images without labels. Writes encoder.safetensors.
 
@@ -68,7 +83,7 @@ def fit_pca(
         run(read_arguments(PretrainConfig, arguments), out, components=components, images=images)
 
 
-@app.command("train-tokenizer", cls=Resumable)
+@app.command("train-tokenizer", cls=Configured)
 def train_tokenizer(arguments: ConfigAndOverrides = None, resume: Resume = "no") -> None:
     """Train a small discrete VAE, whose tokens target.kind=tokens predicts. Writes tokenizer.safetensors.
 
@@ -80,20 +95,6 @@ def train_tokenizer(arguments: ConfigAndOverrides = None, resume: Resume = "no")
         from mae_core.training.tokenizer_config import TokenizerConfig
 
         run(read_arguments(TokenizerConfig, arguments), resume=read_resume(resume))
-
-
-@app.command(cls=Resumable)
-def finetune(arguments: ConfigAndOverrides = None, resume: Resume = "no") -> None:
-    """Fine-tune an encoder on train/<class>/* and evaluate on val/<class>/*. Writes classifier.safetensors,
-    metrics.json.
-
-    Example: mae finetune configs/finetune/tiny_96.yaml weights=runs/mine data.path=labelled output=runs/classes
-    """
-    with user_errors():
-        from mae_core.training.finetune import finetune as run
-        from mae_core.training.finetune_config import FinetuneConfig
-
-        run(read_arguments(FinetuneConfig, arguments), resume=read_resume(resume))
 
 
 @app.command()
@@ -127,11 +128,15 @@ def digits(
 
 app.command()(reconstruct)
 app.command("data-stats")(data_stats)
-app.command(cls=Resumable)(linprobe)
-for command in (knn, features, evaluate, inspect, convert, export):
-    app.command()(command)
-app.add_typer(check, name="check")
-app.add_typer(catalogue, name="weights")
+for configured in (finetune, linprobe, knn, features, evaluate):
+    app.command(cls=Configured)(configured)
+app.command()(inspect)
+app.command()(convert)
+app.command()(export)
+for name, group in {"check": check, "classify": classify, "config": config, "weights": catalogue}.items():
+    app.add_typer(group, name=name)
+for name, group in task_groups().items():
+    app.add_typer(group, name=name)
 
 
 def main() -> None:

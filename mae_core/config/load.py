@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
+from mae_core.config.recipes import find_recipe, which_recipe
 from mae_core.config.schema import ConfigError, Schema, is_path, leaf_names, section_of, takes_paths
 from mae_core.errors import UserError
 from mae_core.texts import read_text
@@ -29,14 +30,15 @@ def load_config(schema: type[Config], path: Path | str | None, overrides: Sequen
 
     A file may name another with ``base: other.yaml``, relative to itself, and then states what differs from it.
 
+    ``path`` may also be the name of a recipe of the schema's kind.
+
     Raises ``ConfigError`` with every unknown key (and a guess at the one meant) and every bad value, each with its
     origin.
     """
-    layers = {} if path is None else _read_layers(Path(path))
-    typed = _read_overrides([override for override in overrides if not _names_path(schema, override)])
-    for override in overrides:
-        if _names_path(schema, override):
-            _set_path(schema, typed, override)
+    if path is not None:
+        path = named_config(schema, path)
+    layers = {} if path is None else read_layers(Path(path))
+    typed = read_overrides(schema, overrides)
     below = [schema.without_file(typed)] if path is None else layers.values()
     given: dict[str, Any] = {}
     try:
@@ -53,6 +55,16 @@ def load_config(schema: type[Config], path: Path | str | None, overrides: Sequen
     raise ConfigError("; ".join(lines) if len(lines) == 1 else "\n  ".join([f"{len(lines)} problems:", *lines]))
 
 
+def named_config(schema: type[Schema], given: Path | str) -> Path:
+    """The file that ``given`` is, or whose name it is. Raises ``ConfigError``, with a guess, where there is none."""
+    path = find_recipe(given, schema.recipes)
+    if path.is_file():
+        return path
+    near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
+    told = f"did you mean {path.parent / near[0]}?" if near else which_recipe(path, schema.recipes)
+    raise ConfigError(f"config file {path} does not exist; {told}")
+
+
 def dump_config(config: Schema) -> str:
     """The configuration as YAML that ``load_config`` reads back to an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
@@ -60,20 +72,21 @@ def dump_config(config: Schema) -> str:
 
 def config_differences(one: Schema, other: Schema) -> list[str]:
     """``key: value -> value`` for every leaf that differs."""
-    left, right = _leaves(one.model_dump(mode="json")), _leaves(other.model_dump(mode="json"))
+    left, right = flattened(one.model_dump(mode="json")), flattened(other.model_dump(mode="json"))
     return [
         f"{key}: {left.get(key)} -> {right.get(key)}" for key in {**left, **right} if left.get(key) != right.get(key)
     ]
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flattened(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value of every leaf."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+        flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return flat
 
 
-def _read_layers(path: Path, named_by: tuple[Path, ...] = ()) -> dict[Path, dict[str, Any]]:
+def read_layers(path: Path, named_by: tuple[Path, ...] = ()) -> dict[Path, dict[str, Any]]:
     """The content of a file by its path, after that of the base it names, and of the base's base.
 
     Raises ``ConfigError`` where files name each other in a circle.
@@ -86,18 +99,14 @@ def _read_layers(path: Path, named_by: tuple[Path, ...] = ()) -> dict[Path, dict
         return {path: content}
     if not isinstance(base, str):
         raise ConfigError(f"{path}: base must be the path of another configuration file, not {base!r}")
-    below = path.parent / Path(base).expanduser()
+    beside = path.parent / Path(base).expanduser()
+    below = beside if beside.is_file() else find_recipe(base, "")
     if not below.is_file():
-        raise ConfigError(f"{path}: its base {below} does not exist; the path is relative to {path.parent}")
-    return {**_read_layers(below, (*named_by, path)), path: content}
+        raise ConfigError(f"{path}: its base {beside} does not exist; the path is relative to {path.parent}")
+    return {**read_layers(below, (*named_by, path)), path: content}
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
-        raise ConfigError(
-            f"config file {path} does not exist" + (f"; did you mean {path.parent / near[0]}?" if near else "")
-        )
     try:
         content = OmegaConf.to_container(OmegaConf.create(read_text(path) or "{}"))
     except UserError as error:
@@ -109,7 +118,16 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-def _read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+def read_overrides(schema: type[BaseModel], overrides: Sequence[str]) -> dict[str, Any]:
+    """``a.b=c`` texts as nested keys and values; paths stay as they were typed. Raises ``ConfigError``."""
+    typed = _read_values([override for override in overrides if not _names_path(schema, override)])
+    for override in overrides:
+        if _names_path(schema, override):
+            _set_path(schema, typed, override)
+    return typed
+
+
+def _read_values(overrides: Sequence[str]) -> dict[str, Any]:
     for override in overrides:
         if "=" not in override or override.startswith(("=", "-")):
             raise ConfigError(f"{override!r} is not an override; write key=value, such as optim.epochs=100")

@@ -6,7 +6,7 @@ import difflib
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
 
 from pydantic import (
     AfterValidator,
@@ -44,6 +44,8 @@ class Schema(BaseModel):
     """Base of all configuration sections: frozen, unknown keys and infinite numbers refused, ``~`` is the home."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    recipes: ClassVar[str] = ""
+    """Folder of ``configs/`` that holds recipes of this kind."""
 
     @classmethod
     def without_file(cls, typed: Mapping[str, Any]) -> dict[str, Any]:

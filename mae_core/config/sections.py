@@ -48,14 +48,16 @@ class ModelConfig(TrunkOptions):
 class ScheduleConfig(Schema):
     """Linear warm-up, half-cosine decay. lr = base_lr * batch_size / 256."""
 
-    epochs: Annotated[float, Field(gt=0)]
-    warmup_epochs: Annotated[float, Field(ge=0)]
+    epochs: Annotated[float, Field(gt=0)] = Field(description="passes over the training images")
+    warmup_epochs: Annotated[float, Field(ge=0)] = Field(description="in which the learning rate rises linearly")
     batch_size: Count = Field(description="images per step, over all ranks and accumulation rounds")
     micro_batch: Count | None = Field(
         None, description="maximum images per device at once; gradients of the rest are accumulated"
     )
-    base_lr: Annotated[float, Field(gt=0)]
-    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    base_lr: Annotated[float, Field(gt=0)] = Field(
+        description="learning rate per 256 images: lr = base_lr * batch_size / 256"
+    )
+    min_lr: Annotated[float, Field(ge=0)] = Field(0.0, description="learning rate at the end")
     clip_grad: Annotated[float, Field(gt=0)] | None = Field(
         None, description="gradients are clipped to this norm; the paper does not clip"
     )
@@ -69,8 +71,10 @@ class ScheduleConfig(Schema):
 class OptimConfig(ScheduleConfig):
     """AdamW."""
 
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    betas: tuple[Beta, Beta]
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        0.05, description="decoupled, as in AdamW; none for biases and norms"
+    )
+    betas: tuple[Beta, Beta] = Field(description="of AdamW: decay of the mean of the gradients and of their squares")
 
 
 class LogConfig(Schema):
@@ -78,7 +82,7 @@ class LogConfig(Schema):
 
     every: Count = Field(20, description="a line in log.jsonl, TensorBoard and on the screen")
     pictures_every: Count = Field(1000, description="reconstruction strips, or drawn predictions")
-    checkpoint_every: Count = 1000
+    checkpoint_every: Count = Field(1000, description="a checkpoint, from which --resume continues")
     checkpoint_minutes: Annotated[float, Field(gt=0)] = Field(10, description="save too when the last is older")
     keep_checkpoints: Count = Field(2, description="older ones are deleted")
 
@@ -90,13 +94,13 @@ class JobConfig(Schema):
     precision: Literal["auto", "bf16", "fp32", "tf32"] = Field(
         "auto", description="auto: bf16 on a GPU or CPU that has it, else fp32; tf32: fp32 with TF32 products on a GPU"
     )
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
 
 
 class RunConfig(JobConfig):
     """What every training has."""
 
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of all that is random in the run")
     log: LogConfig = LogConfig()
 
 

@@ -15,7 +15,7 @@ class ImagesConfig(Schema):
     """How images are read, in every task."""
 
     path: Path | None = Field(None, description="the folder; see each command for the layout it expects")
-    image_size: Size = 224
+    image_size: Size = Field(224, description="side, or [height, width], of what the network sees, in pixels")
     channels: Annotated[int, Field(ge=1, le=16)] = Field(
         3, description="1 reads images as greyscale, 3 as RGB, any other number as stored (TIFF, .npy)"
     )
@@ -27,7 +27,7 @@ class ImagesConfig(Schema):
     mean: tuple[float, ...] | None = Field(
         None, description="per channel, or one for all, of pixels in 0..1; see statistics when empty"
     )
-    std: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    std: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(None, description="per channel, as mean")
     max_pixels: Count = Field(
         MAX_PIXELS, description="height times width of the largest image that is read; guards against broken headers"
     )
@@ -130,9 +130,9 @@ class FinetuneData(LabelledData):
         False, description="any number of classes per image, from path/train.csv and path/val.csv: file,labels"
     )
     auto_augment: str | None = Field("rand-m9-mstd0.5-inc1", description="timm's auto-augment string; null for none")
-    crop_scale: CropScale = (0.08, 1.0)
-    hflip: Fraction = 0.5
-    random_erasing: Fraction = 0.25
-    mixup: Annotated[float, Field(ge=0)] = 0.8
-    cutmix: Annotated[float, Field(ge=0)] = 1.0
-    label_smoothing: Fraction = 0.1
+    crop_scale: CropScale = Field((0.08, 1.0), description="area of the random crop, as a share of the image's")
+    hflip: Fraction = Field(0.5, description="probability of a horizontal flip")
+    random_erasing: Fraction = Field(0.25, description="probability that a rectangle is erased")
+    mixup: Annotated[float, Field(ge=0)] = Field(0.8, description="alpha of mixup; 0: none")
+    cutmix: Annotated[float, Field(ge=0)] = Field(1.0, description="alpha of CutMix; 0: none")
+    label_smoothing: Fraction = Field(0.1, description="share of a label that is spread over all classes")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -23,14 +23,16 @@ class FinetuneOptim(OptimConfig):
     base_lr: Annotated[float, Field(gt=0)] = 5e-4
     min_lr: Annotated[float, Field(ge=0)] = 1e-6
     betas: tuple[Beta, Beta] = (0.9, 0.999)
-    layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.65
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.65, description="factor of the learning rate from a block to the one before it; 1 is none"
+    )
 
 
 class ClassifierConfig(ModelConfig):
     """The classifier; the trunk's size comes from the weights file where one is given."""
 
-    pooling: Literal["mean", "cls"] = "mean"
-    drop_path: Fraction = 0.1
+    pooling: Literal["mean", "cls"] = Field("mean", description="of the patch tokens, or the cls token")
+    drop_path: Fraction = Field(0.1, description="stochastic depth of the last block; rises linearly from 0")
     init: Literal["mae", "timm"] = Field(
         "mae",
         description="initialisation with from_scratch=true: mae, xavier-uniform and sine-cosine positions, "
@@ -62,6 +64,7 @@ files ``configs/finetune/*_scratch.yaml`` are Table 11."""
 class FinetuneConfig(TransferConfig):
     """``mae finetune``."""
 
+    recipes: ClassVar[str] = "finetune"
     output: Path = Path("runs/finetune")
     trainable_blocks: float | None = Field(
         None, description="train only the last N blocks; 0.5: only the MLP of the last block; empty: all blocks"
@@ -73,7 +76,7 @@ class FinetuneConfig(TransferConfig):
     data: FinetuneData = FinetuneData()
     optim: FinetuneOptim = FinetuneOptim()
     evaluate_every: Annotated[float, Field(gt=0)] = Field(10, description="epochs between evaluations; also at the end")
-    evaluation_batch: Count = 64
+    evaluation_batch: Count = Field(64, description="images at once when measuring")
 
     @classmethod
     def without_file(cls, typed: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -63,20 +63,21 @@ class ProbeConfig(Schema):
 class ProbeOptim(ScheduleConfig):
     """LARS (paper, Table 10), or SGD with momentum."""
 
-    kind: Literal["lars", "sgd"] = "lars"
+    kind: Literal["lars", "sgd"] = Field("lars", description="the optimiser")
     epochs: Positive = 90
     warmup_epochs: Annotated[float, Field(ge=0)] = 10
     batch_size: Count = 16384
     base_lr: Positive = 0.1
     sweep: Rates = Field((), description="further base learning rates, tried in the same pass")
-    momentum: Beta = 0.9
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    momentum: Beta = Field(0.9, description="of the optimiser")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="of the linear layer")
     trust_coefficient: Positive = Field(0.001, description="of the layer-wise rates of LARS")
 
 
 class LinprobeConfig(RunConfig):
     """``mae linprobe``."""
 
+    recipes: ClassVar[str] = "linprobe"
     output: Path = Path("runs/linprobe")
     weights: Encoder = None
     cache: Path | None = Field(
@@ -87,7 +88,7 @@ class LinprobeConfig(RunConfig):
     data: ProbeData = ProbeData()
     optim: ProbeOptim = ProbeOptim()
     evaluate_every: Positive = Field(10, description="epochs between evaluations; also at the end")
-    evaluation_batch: Count = 64
+    evaluation_batch: Count = Field(64, description="images at once when measuring")
 
     @model_validator(mode="after")
     def _pools_one_way(self) -> LinprobeConfig:
@@ -112,7 +113,7 @@ class KnnConfig(JobConfig):
     cache: Path | None = Field(None, description="folder for cached features, which later runs reuse")
     model: FrozenModel = FrozenModel()
     data: LabelledData = LabelledData()
-    evaluation_batch: Count = 64
+    evaluation_batch: Count = Field(64, description="images at once when measuring")
 
 
 class FeaturesConfig(JobConfig):
@@ -127,16 +128,17 @@ class FeaturesConfig(JobConfig):
     cache: Path | None = Field(None, description="folder for cached features, which later runs reuse")
     model: FrozenModel = FrozenModel()
     data: EvaluationData = EvaluationData()
-    evaluation_batch: Count = 64
+    evaluation_batch: Count = Field(64, description="images at once when measuring")
 
 
 class EvaluateConfig(JobConfig):
     """``mae evaluate``."""
 
+    recipes: ClassVar[str] = "evaluate"
     output: Path = Path("runs/evaluate")
     weights: Path | None = Field(None, description="a classifier.safetensors, a run, or an official fine-tuned file")
     kind: Annotated[str, row_of(KINDS)] = Field("folder", description="a row of mae_core.measures.robustness.KINDS")
     model: ClassifierModel = ClassifierModel()
     save_logits: bool = Field(False, description="write logits.npz too: all scores of every image")
     data: EvaluationData = EvaluationData()
-    evaluation_batch: Count = 64
+    evaluation_batch: Count = Field(64, description="images at once when measuring")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -18,16 +18,16 @@ from mae_core.targets import TARGETS
 class DecoderConfig(Schema):
     """The pre-training decoder (paper, Table 1a and 1b)."""
 
-    width: Count = 512
-    depth: Count = 8
-    heads: Count = 16
+    width: Count = Field(512, description="width of a token")
+    depth: Count = Field(8, description="number of blocks")
+    heads: Count = Field(16, description="attention heads")
 
 
 class MaskingConfig(Schema):
     """What the encoder may not see (paper, Table 1f and Figure 5)."""
 
     kind: Annotated[str, row_of(MASKERS)] = Field("random", description="a row of mae_core.masking.MASKERS")
-    ratio: float = Field(0.75, gt=0, lt=1)
+    ratio: float = Field(0.75, gt=0, lt=1, description="share of the patches that is hidden")
     options: dict[str, Any] = Field({}, validate_default=True, description="further options of the strategy, by name")
     mask_tokens_in_encoder: bool = Field(
         False, description="the encoder runs on all patches, with mask tokens (paper, Table 1c: worse, and slower)"
@@ -87,7 +87,7 @@ class WatchConfig(Schema):
     )
     path: Path | None = Field(None, description="other images for the held-out loss, in place of a share")
     labelled: Path | None = Field(None, description="train/<class>/* and val/<class>/*, for k-NN top-1")
-    neighbours: Count = 20
+    neighbours: Count = Field(20, description="k of the k-NN")
     most_images: Count = Field(5000, description="of each kind, spread over all")
     batch: Count = Field(64, description="images at once")
 
@@ -128,6 +128,7 @@ class AdaptConfig(Schema):
 class PretrainConfig(RunConfig):
     """``mae pretrain``."""
 
+    recipes: ClassVar[str] = "pretrain"
     output: Path = Path("runs/pretrain")
     weights: Path | None = Field(
         None, description="start from these: an encoder, alone or with its decoder, of any known format; a new schedule"

@@ -100,7 +100,7 @@ def test_a_missing_file_suggests_its_neighbour(tmp_path):
     (tmp_path / "tiny_96.yaml").write_text("")
     message = refusal(PretrainConfig, tmp_path / "tiny96.yaml")
     assert message.endswith(f"does not exist; did you mean {tmp_path / 'tiny_96.yaml'}?")
-    assert refusal(PretrainConfig, tmp_path / "other" / "x.yaml").endswith("does not exist")
+    assert "x.yaml does not exist; as a recipe" in refusal(PretrainConfig, tmp_path / "other" / "x.yaml")
 
 
 @pytest.mark.parametrize(

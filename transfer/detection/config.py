@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -39,24 +39,26 @@ class DetectorConfig(TrunkOptions):
     positions: Literal["canvas", "weights"] = Field(
         "canvas", description="the grid of the learned positions: the canvas', or the weights', resized on every pass"
     )
-    pyramid: Annotated[str, row_of(PYRAMIDS)] = "four_stage"
+    pyramid: Annotated[str, row_of(PYRAMIDS)] = Field(
+        "four_stage", description="maps from four depths, as the MAE paper's detector, or from the last block (ViTDet)"
+    )
     head: Annotated[str, row_of(HEADS)] = Field("mask_rcnn", description="faster_rcnn: boxes alone, no masks needed")
     cascade: bool = Field(False, description="three box heads, one after another (Cascade R-CNN); engine detectron2")
-    drop_path: Fraction = 0.1
+    drop_path: Fraction = Field(0.1, description="stochastic depth of the last block; rises linearly from 0")
     trainable_blocks: Annotated[int, Field(ge=0)] | None = Field(
         None,
         description="number of last trunk blocks that learn, the others keep the weights of the file; 0: none",
     )
     checkpointing: bool = Field(False, description="recompute blocks in the backward pass: less memory, more time")
     norm: Annotated[str, row_of(NORMS)] = Field("sync_bn", description="in FPN and heads; gn or ln for small batches")
-    fpn_channels: Count = 256
+    fpn_channels: Count = Field(256, description="width of the pyramid's maps")
     anchor_scale: Positive = Field(8.0, description="side of an anchor in strides of its level: 32..512 with patch 16")
     anchor_ratios: tuple[Positive, ...] = Field((0.5, 1.0, 2.0), min_length=1, description="height / width")
-    rpn_convs: Count = 2
-    head_channels: Count = 256
-    box_convs: Annotated[int, Field(ge=0)] = 4
-    box_features: Count = 1024
-    mask_convs: Annotated[int, Field(ge=0)] = 4
+    rpn_convs: Count = Field(2, description="convolutions of the proposal network")
+    head_channels: Count = Field(256, description="width of the heads' convolutions")
+    box_convs: Annotated[int, Field(ge=0)] = Field(4, description="convolutions of the box head")
+    box_features: Count = Field(1024, description="width of the box head's linear layer")
+    mask_convs: Annotated[int, Field(ge=0)] = Field(4, description="convolutions of the mask head")
 
 
 class SamplingConfig(Schema):
@@ -64,7 +66,7 @@ class SamplingConfig(Schema):
 
     rpn_anchors: Count = Field(256, description="anchors per image in the loss of the proposal network")
     pre_nms_train: Count = Field(2000, description="proposals per level before suppression")
-    pre_nms_test: Count = 1000
+    pre_nms_test: Count = Field(1000, description="the same, when measuring")
     proposals: Count = Field(1000, description="proposals per image after suppression")
     rois: Count = Field(512, description="proposals per image in the loss of the heads, a quarter of them positive")
 
@@ -72,8 +74,8 @@ class SamplingConfig(Schema):
 class InferenceConfig(Schema):
     """From the heads' outputs to detections."""
 
-    score_threshold: Fraction = 0.05
-    nms_threshold: Fraction = 0.5
+    score_threshold: Fraction = Field(0.05, description="detections with a lower score are dropped")
+    nms_threshold: Fraction = Field(0.5, description="IoU above which of two boxes of a class the better one stays")
     detections: Count = Field(100, description="maximum detections per image")
     test_batch: Count = Field(1, description="images at once")
     picture_score: Fraction = Field(
@@ -89,13 +91,13 @@ class DetectionData(ImagesConfig):
     """
 
     image_size: Size = Field(1024, description="side, or (height, width), of the canvas every image is put on")
-    train_images: Path | None = None
-    train_annotations: Path | None = None
-    val_images: Path | None = None
-    val_annotations: Path | None = None
+    train_images: Path | None = Field(None, description="folder of the training images, if not path/train")
+    train_annotations: Path | None = Field(None, description="their COCO json")
+    val_images: Path | None = Field(None, description="folder of the validation images, if not path/val")
+    val_annotations: Path | None = Field(None, description="their COCO json")
     resize_scale: tuple[Positive, Positive] = Field((0.1, 2.0), description="range of the jitter; (1, 1) for none")
     filter_empty: bool = Field(True, description="train without the images that have no object, as detectron2 does")
-    hflip: Fraction = 0.5
+    hflip: Fraction = Field(0.5, description="probability of a horizontal flip")
     vflip: Fraction = Field(0.0, description="for images without an up, such as microscopy")
 
     @model_validator(mode="after")
@@ -148,8 +150,9 @@ class DetectionOptim(OptimConfig):
 class DetectionConfig(TransferConfig):
     """``transfer/detection/train_net.py``."""
 
+    recipes: ClassVar[str] = "detection"
     output: Path = Path("runs/detection")
-    engine: Annotated[str, row_of(DETECTION)] = "torchvision"
+    engine: Annotated[str, row_of(DETECTION)] = Field("torchvision", description="torchvision, or detectron2")
     weights: Path | None = Field(None, description="an encoder, or a run that has one; with --eval-only a detector")
     ema: Share | None = Field(
         None, description="decay of a moving average of the weights; when set, the average is scored and written"

@@ -48,6 +48,7 @@ from transfer.detection.results import PREDICTIONS, coco_results, truth_and_pred
 from transfer.detection.samples import WholeImages
 from transfer.engines import DETECTION
 
+SCRIPT = "predict.py"
 IMAGES = "images.json"
 MOST_AT_ONCE = 64
 """Images that are read ahead of what is written."""
@@ -260,14 +261,18 @@ def _as_coco(coco: CocoSet, found: Iterable[Detections], names: Sequence[str]) -
     return {"info": {}, "images": images, "annotations": [], "categories": categories}
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> None:
     """The command; exits with code 2 on a mistake of the user's."""
     parser = argparse.ArgumentParser(
-        prog="predict.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     default = InferenceConfig().picture_score
     add = parser.add_argument
-    add("--weights", type=Path, required=True, metavar="FILE", help="a run directory, or its detector.safetensors")
+    a_run = "a run directory, or its detector.safetensors"
+    if prog == SCRIPT:
+        add("--weights", type=Path, required=True, metavar="RUN", help=a_run)
+    else:
+        add("weights", type=Path, metavar="RUN", help=a_run)
     add(
         "images",
         nargs="+",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mae_core.config.load import load_config
+from mae_core.dialects import other_word
 from mae_core.errors import UserError, user_errors
 from mae_core.resuming import AUTO, HELP, Resume, meaning, one_word
 from mae_core.training import distributed
@@ -26,7 +27,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "weights=runs/pretrain/encoder.safetensors data.path=DATA output=runs/detection",
     )
     parser.add_argument(
-        "--config-file", type=Path, help="yaml, such as those in configs/detection, or a LazyConfig .py"
+        "--config-file",
+        type=Path,
+        help="a recipe of configs/detection by name, a yaml file, or a LazyConfig .py",
     )
     parser.add_argument("--eval-only", action="store_true", help="score weights=detector.safetensors, or its run")
     parser.add_argument("--resume", type=meaning, default=False, metavar="[auto]", help=HELP)
@@ -42,7 +45,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     known, rest = parser.parse_known_intermixed_args(one_word(sys.argv[1:] if arguments is None else arguments))
     flags = [word for word in rest if word.startswith("-")]
     if flags:
-        parser.error(f"unknown option {flags[0]}; options of the run are written key=value")
+        told = other_word(flags[0], "detectron2") or f"unknown option {flags[0]}"
+        parser.error(f"{told}; options of the run are written key=value")
+    recipes = [word for word in known.overrides if "=" not in word]
+    if recipes and known.config_file is None:
+        parser.error(f"{recipes[0]} is no option; a recipe is given by --config-file {recipes[0]}")
     if known.eval_only and known.resume:
         parser.error("--eval-only and --resume exclude each other")
     return known

@@ -6,12 +6,14 @@ Nothing here imports mmseg; a config is its nested dicts and lists.
 from __future__ import annotations
 
 import ast
+import difflib
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mae_core.config.recipes import which_recipe
 from mae_core.config.schema import hint
 from mae_core.data.images import DEFAULT_STATISTICS, Statistics
 from mae_core.data.statistics import Measured, describe_statistics
@@ -21,6 +23,8 @@ from mae_core.texts import read_text
 from mae_core.weights.encoder_file import EncoderFile
 from mae_core.weights.load import settled
 
+RECIPES = "segmentation"
+"""Folder of ``configs/`` that holds the recipes."""
 BACKBONE = "MAECoreViT"
 CPU_MIXED = "MAECoreCPUMixed"
 """The optimizer wrapper for bfloat16 on a CPU: mmengine's own wants a GPU."""
@@ -36,8 +40,9 @@ COLOUR_STEPS = ("PhotoMetricDistortion", "EightBitDistortion", "RGB2Gray", "CLAH
 def check_config_exists(path: Path) -> None:
     """Raise ``UserError``, with a guess, unless ``path`` is a Python file."""
     if not path.is_file() or path.suffix != ".py":
-        near = hint(path.name, [other.name for other in path.parent.glob("*.py")])
-        raise UserError(f"config {path} does not exist or is not a .py file; {near}")
+        near = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*.py")], n=1)
+        told = f"did you mean {path.parent / near[0]}?" if near else which_recipe(path, RECIPES)
+        raise UserError(f"config {path} does not exist or is not a .py file; {told}")
 
 
 def variables_of(path: Path) -> set[str]:

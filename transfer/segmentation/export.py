@@ -50,10 +50,10 @@ def export(segmenter: Path | str, to: str, out: Path | str, *, size: Sequence[in
         return exporting.write_onnx(file, (size[0], size[1]), out)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None, prog: str = "export.py") -> None:
     """The command; exits with code 2 on a mistake of the user's."""
     parser = argparse.ArgumentParser(
-        prog="export.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("segmenter", type=Path, metavar="SEGMENTER", help="a run directory, or its segmenter.safetensors")

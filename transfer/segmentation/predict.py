@@ -99,10 +99,10 @@ def save(picture: Image.Image, path: Path) -> None:
         picture.save(temporary, format="PNG")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None, prog: str = "predict.py") -> None:
     """The command; exits with code 2 on a mistake of the user's."""
     parser = argparse.ArgumentParser(
-        prog="predict.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("segmenter", type=Path, metavar="SEGMENTER", help="a run directory, or its segmenter.safetensors")

@@ -23,11 +23,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from mae_core.config.recipes import find_recipe
+from mae_core.dialects import DialectParser
 from mae_core.errors import UserError, user_errors
 from mae_core.resuming import AUTO, HELP, Resume, meaning, one_word
-from mae_core.training.distributed import leave
+from mae_core.training.distributed import Place, leave
 from transfer.engines import require
-from transfer.segmentation.config import check_config_exists
+from transfer.segmentation.config import RECIPES, check_config_exists
 from transfer.segmentation.launching import LAUNCHERS, join_launched
 from transfer.segmentation.quiet import quietly
 from transfer.segmentation.segmenter_file import LAST_CHECKPOINT, SEGMENTER
@@ -43,27 +45,37 @@ def train_segmenter(
     cfg_options: Mapping[str, Any] | Sequence[str] | None = None,
     resume: Resume = False,
     amp: bool | None = None,
+    dry_run: bool = False,
     launcher: str | None = None,
 ) -> dict[str, Any]:
     """Train what an mmseg config describes and return its last evaluation, which is also written to metrics.json.
 
+    config_path  a file, or the name of a recipe of configs/segmentation
     weights      any file the loader takes; None trains from scratch
     work_dir     the run directory, new or empty unless ``resume``; "auto" continues where there is a checkpoint
     cfg_options  ``key=value`` texts or a mapping, keys as in ``model.backbone.drop_path``; variables of the config too
     amp          mixed precision, whatever the config says; None: what it says
+    dry_run      print what the training would be and take, write nothing and return an empty mapping
     launcher     ``pytorch``, ``slurm`` or ``none``; None: torchrun's ranks if it started this process
     returns      mIoU, mAcc, aAcc and per_class (name -> IoU, Acc) in percent, steps, seconds
 
     Data, weights and options are checked first: ``UserError`` comes before anything is written. May be called again in
     the same process.
     """
-    engine = prepare(Path(config_path), launcher)
-    checkpoint = find_checkpoint(Path(work_dir), resume=resume)
+    config_path = find_recipe(config_path, RECIPES)
+    engine = prepare(config_path, launcher)
+    checkpoint = None if dry_run else find_checkpoint(Path(work_dir), resume=resume)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=ENGINE_MODULES)
         options = cfg_options if isinstance(cfg_options, Mapping) else engine.parse_options(cfg_options or ())
         return engine.train(
-            config_path, weights=weights, work_dir=work_dir, options=options, checkpoint=checkpoint, amp=amp
+            config_path,
+            weights=weights,
+            work_dir=work_dir,
+            options=options,
+            checkpoint=checkpoint,
+            amp=amp,
+            dry_run=dry_run,
         )
 
 
@@ -80,7 +92,8 @@ def evaluate_segmenter(
 
     checkpoint  ``segmenter.safetensors``, a run directory, or a checkpoint of mmengine's that fits the config's model
     """
-    engine = prepare(Path(config_path), launcher)
+    config_path = find_recipe(config_path, RECIPES)
+    engine = prepare(config_path, launcher)
     find_checkpoint(Path(work_dir), resume=False)
     if not Path(checkpoint).exists():
         raise UserError(f"--eval-only {checkpoint} does not exist; give a run directory or its segmenter.safetensors")
@@ -124,11 +137,10 @@ def find_checkpoint(work_dir: Path, *, resume: Resume) -> Path | None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command; exits with code 2 on a mistake of the user's."""
-    parser = argparse.ArgumentParser(
-        prog="train_net.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = DialectParser(prog="train_net.py", description=__doc__, formatter_class=layout, dialect="mmseg")
     add = parser.add_argument
-    add("config", type=Path, metavar="CONFIG", help="an mmseg config, such as one of configs/segmentation")
+    add("config", type=Path, metavar="CONFIG", help="an mmseg config, or the name of one of configs/segmentation")
     add("--weights", type=Path, metavar="FILE", help="encoder.safetensors, a run directory or an official file")
     add("--work-dir", type=Path, metavar="DIR", help="run directory; runs/segmentation/<config> when left out")
     add("--resume", type=meaning, default=False, metavar="[auto]", help=HELP)
@@ -137,6 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         action=argparse.BooleanOptionalAction,
         help="mixed precision (bf16, or fp16 where the GPU has no bf16), or fp32; what the config says when left out",
     )
+    add("--dry-run", action="store_true", help="print what the training would be and take, and write nothing")
     add("--eval-only", type=Path, metavar="CKPT", help="train nothing: evaluate this segmenter or run directory")
     add("--launcher", choices=LAUNCHERS, help="launcher that started the processes; torchrun is recognised without it")
     add(
@@ -152,21 +165,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     work_dir = given.work_dir or Path("runs/segmentation") / stem
     with user_errors():
         place = join_launched(given.launcher)
-        if given.eval_only and (given.weights or given.resume or given.amp is not None):
-            raise UserError("--eval-only trains nothing; leave out --weights, --resume and --amp")
+        if given.eval_only and (given.weights or given.resume or given.dry_run or given.amp is not None):
+            raise UserError("--eval-only trains nothing; leave out --weights, --resume, --dry-run and --amp")
         shared = {"work_dir": work_dir, "cfg_options": given.cfg_options, "launcher": given.launcher}
         if given.eval_only:
             results = evaluate_segmenter(given.config, given.eval_only, **shared)
         else:
-            training = {"weights": given.weights, "resume": given.resume, "amp": given.amp}
+            training = {name: getattr(given, name) for name in ("weights", "resume", "amp", "dry_run")}
             results = train_segmenter(given.config, **training, **shared)
-        if "mIoU" not in results:
-            raise UserError(f"{given.config} evaluates no mIoU; set val_evaluator to PerClassIoUMetric")
-        leave()
-        if place.is_main:
-            print(describe(results))
-            model = "" if given.eval_only else ", segmenter.safetensors"
-            print(f"wrote {work_dir}/ in {results['seconds']:.0f} s: metrics.json, report.html, pictures/{model}")
+        report(results, given.config, work_dir, place, wrote_model=not given.eval_only)
+
+
+def report(results: Mapping[str, Any], config: Path, work_dir: Path, place: Place, *, wrote_model: bool) -> None:
+    """Say what was measured and where it is; nothing after a dry run."""
+    if results and "mIoU" not in results:
+        raise UserError(f"{config} evaluates no mIoU; set val_evaluator to PerClassIoUMetric")
+    leave()
+    if results and place.is_main:
+        print(describe(results))
+        model = ", segmenter.safetensors" if wrote_model else ""
+        print(f"wrote {work_dir}/ in {results['seconds']:.0f} s: metrics.json, report.html, pictures/{model}")
 
 
 def describe(results: Mapping[str, Any]) -> str:

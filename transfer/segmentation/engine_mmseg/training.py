@@ -40,6 +40,7 @@ from transfer.segmentation.engine_mmseg.data import name_bad_files
 from transfer.segmentation.engine_mmseg.faults import Faults
 from transfer.segmentation.engine_mmseg.metric import PerClassIoUMetric
 from transfer.segmentation.engine_mmseg.options import read_config
+from transfer.segmentation.engine_mmseg.plan import plan_lines
 from transfer.segmentation.engine_mmseg.record import RunRecord
 from transfer.segmentation.engine_mmseg.runner import SegmentationRunner, bare_model, trained_model, worker_errors
 from transfer.segmentation.engine_mmseg.segmenter import load_segmenter, write_segmenter
@@ -56,6 +57,7 @@ def train(
     options: Mapping[str, Any],
     checkpoint: Path | None,
     amp: bool | None,
+    dry_run: bool = False,
 ) -> dict[str, Any]:
     """Train, evaluate and write the run directory; returns what metrics.json holds. See `train_net.train_segmenter`."""
     register_all_modules()
@@ -88,9 +90,14 @@ def train(
     notes += configs.fit_statistics(view, stated, partial(measure_statistics, images))
     notes += configs.fit_channels(view)
     check_batches(view, synchronised=world_size() > 1 and torch.cuda.is_available())
-    check_optimizer(check_model(view, source), view)
+    model = check_model(view, source)
+    check_optimizer(model, view)
     for note in notes if is_main_process() else ():
         print(note, flush=True)
+    if dry_run:
+        for line in [*plan_lines(view, model), "dry run: nothing was written"] if is_main_process() else ():
+            print(line, flush=True)
+        return {}
 
     config.resume, config.load_from = checkpoint is not None, str(checkpoint or "") or None
     runner = build_runner(config, Path(config_path).stem, work_dir)
