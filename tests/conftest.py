@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -48,6 +49,17 @@ def _picture(rng: np.random.Generator, side: tuple[int, int]) -> Image.Image:
     """Smooth random colours: something an autoencoder could learn, and every file another."""
     coarse = rng.integers(0, 256, (5, 4, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize(side, Image.Resampling.BICUBIC)
+
+
+def pytest_collection_finish() -> None:
+    """What collection has imported stays: garbage collections need not go through a million objects of it again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Libraries that look for leaks as the interpreter ends find none."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -97,8 +109,17 @@ def pretrain_options() -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="session")
+def run_forked() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """(arguments of the interpreter, ranks=1) -> a finished process, its output as text: see ``processes.py``."""
+    from tests.processes import run
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """(arguments of the interpreter) -> a finished process, its output as text."""
+    """(arguments of the interpreter) -> a finished process, its output as text. A fresh interpreter takes seconds to
+    import torch: ``run_forked`` unless that is what a test is about."""
 
     def run(arguments: Sequence[str | Path], *, timeout: float = 240) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, *map(str, arguments)]

@@ -12,14 +12,14 @@ DEMO = runpy.run_path(str(ROOT / "examples" / "demo" / "run.py"))
 
 
 @pytest.mark.parametrize("start", [["examples/demo/run.py"], ["-m", "transfer.demo"]])
-def test_both_ways_to_start_the_demo_show_the_same_options(run_python, start):
-    result = run_python([*start, "--help"])
+def test_both_ways_to_start_the_demo_show_the_same_options(run_forked, start):
+    result = run_forked([*start, "--help"])
     assert result.returncode == 0, result.stderr
     assert "--seeds" in result.stdout and "--out" in result.stdout
 
 
-def test_a_demo_without_a_seed_is_refused(run_python, tmp_path):
-    result = run_python(["examples/demo/run.py", "--seeds", "0", "--out", tmp_path / "demo"])
+def test_a_demo_without_a_seed_is_refused(run_forked, tmp_path):
+    result = run_forked(["examples/demo/run.py", "--seeds", "0", "--out", tmp_path / "demo"])
     assert result.returncode == 2 and not (tmp_path / "demo").exists()
     assert result.stderr == "error: --seeds 0: at least one run of each arm is needed, two to see a spread\n"
 

@@ -14,7 +14,8 @@ from mae_core.training.pretrain_config import PretrainConfig
 from mae_core.weights.files import read_weights
 
 pytestmark = pytest.mark.slow
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "mae_core.cli.main"]
+MAE = ["-m", "mae_core.cli.main"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
 def losses_of(run: Path) -> list[float]:
@@ -43,7 +44,7 @@ def assert_same_run(run: Path, expected: Path) -> None:
 
 def test_two_ranks_compute_the_losses_of_one(tmp_path, one_rank, run_python):
     expected, options = one_rank
-    result = run_python([*TORCHRUN, "pretrain", *options, f"output={tmp_path / 'two'}"])
+    result = run_python([*TORCHRUN, *MAE, "pretrain", *options, f"output={tmp_path / 'two'}"])
     assert result.returncode == 0, result.stderr
     assert_same_run(tmp_path / "two", expected)
     assert result.stdout.count("step 10/10") == 1, "only one rank talks"
@@ -69,11 +70,11 @@ def test_a_batch_that_does_not_divide_is_refused_before_anything_is_written(tmp_
     assert not torch.distributed.is_initialized()
 
 
-def test_two_ranks_count_every_validation_image_once(tmp_path, write_classes, run_python):
+def test_two_ranks_count_every_validation_image_once(tmp_path, write_classes, run_forked):
     data = write_classes(tmp_path / "data", train=3, val=3)  # 9 validation images: no rank gets half of them
     options = ["from_scratch=true", "model.size=nano", "model.patch_size=16", "data.image_size=32", "data.workers=0"]
     options += ["optim.epochs=1", "optim.warmup_epochs=0", "optim.batch_size=4", "device=cpu", "evaluation_batch=2"]
-    result = run_python([*TORCHRUN, "finetune", *options, f"data.path={data}", f"output={tmp_path / 'run'}"])
+    result = run_forked([*MAE, "finetune", *options, f"data.path={data}", f"output={tmp_path / 'run'}"], ranks=2)
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["images"] == 9
 
@@ -93,22 +94,20 @@ assert linprobe.linprobe(load_config(LinprobeConfig, None, sys.argv[1:]))["image
 """
 
 
-def test_two_ranks_measure_one_probe(tmp_path, write_classes, pretrained, run_python):
+def test_two_ranks_measure_one_probe(tmp_path, write_classes, pretrained, run_forked):
     """Batch norm sees other images on each rank; what is measured has the statistics of what is saved."""
-    (tmp_path / "program.py").write_text(PROBE)
     options = [f"weights={pretrained}", f"data.path={write_classes(tmp_path / 'data')}", "data.workers=0", "device=cpu"]
     options += ["optim.epochs=1", "optim.batch_size=4", "optim.warmup_epochs=0", f"output={tmp_path / 'run'}"]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "program.py"]
-    result = run_python([*launcher, *options])
+    result = run_forked(["-c", PROBE, *options], ranks=2)
     assert result.returncode == 0, result.stderr
 
 
-def test_unreadable_images_of_every_rank_are_named_and_counted(tmp_path, write_images, pretrain_options, run_python):
+def test_unreadable_images_of_every_rank_are_named_and_counted(tmp_path, write_images, pretrain_options, run_forked):
     paths = write_images(tmp_path / "images", 8)
     for path in paths[1::2]:
         path.write_bytes(b"broken")
     options = [*pretrain_options, f"data.path={tmp_path / 'images'}", f"output={tmp_path / 'run'}", "optim.epochs=1"]
-    result = run_python([*TORCHRUN, "pretrain", *options])
+    result = run_forked([*MAE, "pretrain", *options], ranks=2)
     assert result.returncode == 0, result.stderr
     assert "4 unreadable images were skipped" in result.stdout
     entries = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]

@@ -222,13 +222,11 @@ evaluate(load_config(EvaluateConfig, None, sys.argv[1:]))
 """
 
 
-def test_any_number_of_ranks_counts_every_image_once(tmp_path, data, classifier, run_python):
+def test_any_number_of_ranks_counts_every_image_once(tmp_path, data, classifier, run_forked):
     """Nine images on two ranks, in batches of four."""
     options = [*OPTIONS, f"weights={classifier}", f"data.path={data}", "save_logits=true"]
     alone = run_evaluate(f"weights={classifier}", f"data.path={data}", "save_logits=true", f"output={tmp_path / '1'}")
-    (tmp_path / "program.py").write_text(RANKS)
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", tmp_path / "program.py"]
-    result = run_python([*launcher, *options, f"output={tmp_path / '2'}"])
+    result = run_forked(["-c", RANKS, *options, f"output={tmp_path / '2'}"], ranks=2)
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "2" / "metrics.json").read_text()) == alone
     assert (tmp_path / "2" / "predictions.csv").read_text() == (tmp_path / "1" / "predictions.csv").read_text()

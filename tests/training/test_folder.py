@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -147,15 +148,16 @@ def test_a_lock_that_cannot_be_read_is_taken_over_and_one_of_a_reused_number_too
     assert not (tmp_path / LOCK).exists()
 
 
-CLAIM = (
-    "import sys, time, pathlib; from mae_core.training.lock import claim; claim(pathlib.Path(sys.argv[1])); print(1)"
-)
+CLAIM = "import sys, pathlib; from mae_core.training.lock import claim; claim(pathlib.Path(sys.argv[1])); print(1)"
 
 
 def test_of_two_at_once_one_wins(tmp_path):
-    command = [sys.executable, "-c", f"{CLAIM}; time.sleep(4)", str(tmp_path)]
-    pair = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    results = [process.communicate(timeout=60) for process in pair]
+    command, pipe = [sys.executable, "-c", f"{CLAIM}; sys.stdin.read()", str(tmp_path)], subprocess.PIPE
+    pair = [subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) for _ in range(2)]
+    deadline = time.monotonic() + 60
+    while all(process.poll() is None for process in pair) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    results = [process.communicate(timeout=60) for process in pair]  # ends the standard input that the winner reads
     assert sorted(process.returncode for process in pair) == [0, 1]
     assert sum("is being written by process" in errors for _, errors in results) == 1
 
@@ -175,12 +177,12 @@ def small_disk(folder: Path, size: str):
 
 
 @pytest.mark.parametrize("size", ["9m", "34m"])
-def test_a_full_disk_ends_in_one_sentence_and_leaves_what_was_saved(tmp_path, options, size, run_python):
+def test_a_full_disk_ends_in_one_sentence_and_leaves_what_was_saved(tmp_path, options, size, run_forked):
     disk = tmp_path / "disk"
     small_disk(disk, size)
     try:
         options = [*options, f"output={disk / 'run'}", "log.checkpoint_every=1", "log.keep_checkpoints=9"]
-        result = run_python(["-m", "mae_core.cli.main", "pretrain", *options])
+        result = run_forked(["-m", "mae_core.cli.main", "pretrain", *options])
         assert result.returncode == 2, result.stderr
         assert f"error: cannot write to {disk / 'run'}: No space left on device; " in result.stderr
         assert "Traceback" not in result.stderr

@@ -138,11 +138,11 @@ print(json.dumps(kilobytes("VmHWM") - before))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="the system does not say what a process takes")
-def test_one_block_takes_less_than_half_the_memory(run_python):
+def test_one_block_takes_less_than_half_the_memory(run_forked):
     """Measured by the operating system, in processes of their own."""
     found = {}
     for blocks in (None, 1):
-        result = run_python(["-c", PEAK, json.dumps(blocks)])
+        result = run_forked(["-c", PEAK, json.dumps(blocks)])
         assert result.returncode == 0, result.stderr
         found[blocks] = int(result.stdout)
     print(found)

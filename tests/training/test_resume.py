@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,6 +16,7 @@ from mae_core.errors import UserError
 from mae_core.layout import complete_checkpoints
 from mae_core.training.pretrain import pretrain
 from mae_core.training.pretrain_config import PretrainConfig
+from tests.processes import kill, started
 
 pytestmark = pytest.mark.slow
 
@@ -29,23 +27,18 @@ def steps_of(run: Path) -> list[dict]:
 
 
 def kill_after_first_checkpoint(command: list[str], run: Path) -> int:
-    """Start a run in its own process group, SIGKILL it once a checkpoint is complete; returns its exit status."""
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, text=True
-    )
+    """Start a run, SIGKILL it and its workers once a checkpoint is complete; returns its exit status."""
     deadline = time.monotonic() + 200
-    try:
-        while process.poll() is None and not complete_checkpoints(run):
+    with started(command, run.with_name("output")) as process:
+        while process.is_alive() and not complete_checkpoints(run):
             assert time.monotonic() < deadline, "no checkpoint in 200 s"
             time.sleep(0.005)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    return process.returncode
+        kill(process)
+        process.join()
+    return process.exitcode
 
 
-def test_a_killed_and_resumed_run_ends_in_the_same_weights(tmp_path, write_images, pretrain_options, run_python):
+def test_a_killed_and_resumed_run_ends_in_the_same_weights(tmp_path, write_images, pretrain_options, run_forked):
     write_images(tmp_path / "images", 10)
     options = [
         *pretrain_options,
@@ -59,12 +52,12 @@ def test_a_killed_and_resumed_run_ends_in_the_same_weights(tmp_path, write_image
     pretrain(load_config(PretrainConfig, None, [*options, f"output={whole}"]))  # 80 steps, no worker process
 
     command = ["-m", "mae_core.cli.main", "pretrain", *options, "data.workers=1", f"output={killed}"]
-    assert kill_after_first_checkpoint([sys.executable, *command], killed) == -signal.SIGKILL
+    assert kill_after_first_checkpoint(command, killed) == -signal.SIGKILL
     assert not (killed / "encoder.safetensors").exists(), "it ended before it was killed"
     done = int(complete_checkpoints(killed)[-1].name.removeprefix("step_"))
     assert 10 <= done < 80
 
-    resumed = run_python([*command, "--resume"])
+    resumed = run_forked([*command, "--resume"])
     assert resumed.returncode == 0, resumed.stderr
     assert f"after step {done}" in resumed.stdout
 

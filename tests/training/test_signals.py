@@ -60,12 +60,12 @@ with Signals() as signals:
 """
 
 
-def test_a_second_signal_ends_at_once_and_handlers_come_back(run_python):
+def test_a_second_signal_ends_at_once_and_handlers_come_back(run_forked):
     before = signal.getsignal(signal.SIGTERM)
     with Signals():
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
-    result = run_python(["-c", PROGRAM])
+    result = run_forked(["-c", PROGRAM])
     assert result.returncode == -signal.SIGTERM and result.stdout.count("noted") == 2
 
 

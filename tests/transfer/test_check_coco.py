@@ -251,7 +251,7 @@ def test_turned_photos_are_told_and_their_sides_decide(copied, capsys, drawn, to
     assert told in said.replace("reads them", "read them")
 
 
-def test_the_command_of_the_toolkit_and_both_scripts_say_the_same(copied, run_python, tmp_path):
+def test_the_command_of_the_toolkit_and_both_scripts_say_the_same(copied, run_forked, tmp_path):
     from typer.testing import CliRunner
 
     from mae_core.cli.main import app
@@ -261,6 +261,6 @@ def test_the_command_of_the_toolkit_and_both_scripts_say_the_same(copied, run_py
     assert result.exit_code == 2 and "boxes outside the image: 1" in result.output
     (found,) = json.loads((tmp_path / "a.json").read_text())["sets"]
     assert found["objects"] == 8 and found["problems"][0]["severity"] == "wrong"
-    script = run_python(["transfer/detection/coco.py", part.annotations])
+    script = run_forked(["transfer/detection/coco.py", part.annotations])
     assert script.returncode == 2 and result.output == script.stdout + script.stderr
     assert "usage: mae check coco" in CliRunner().invoke(app, ["check", "coco", "--help"]).output

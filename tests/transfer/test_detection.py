@@ -408,9 +408,9 @@ def test_a_corrupt_image_refuses_the_run_where_asked_to(tmp_path, write_coco, co
     assert "002.png" in (tmp_path / "run" / "log.jsonl").read_text()
 
 
-def test_the_command_answers_a_mistake_with_one_sentence_and_exit_code_2(run_python, tmp_path):
+def test_the_command_answers_a_mistake_with_one_sentence_and_exit_code_2(run_forked, tmp_path):
     script = "transfer/detection/train_net.py"
-    done = run_python([script, "from_scratch=true", f"data.path={tmp_path}", f"output={tmp_path / 'run'}"])
+    done = run_forked([script, "from_scratch=true", f"data.path={tmp_path}", f"output={tmp_path / 'run'}"])
     assert done.returncode == 2
     assert done.stderr.startswith("error: annotation file ") and done.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()

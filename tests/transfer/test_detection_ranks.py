@@ -18,12 +18,11 @@ def first_loss(run: Path) -> float:
 
 
 def test_two_ranks_train_one_detector_and_score_every_image_once(
-    detection_root, tiny_detector, configure_detection, run_python, tmp_path
+    detection_root, tiny_detector, configure_detection, run_forked, tmp_path
 ):
     run = tmp_path / "two"
     options = [*tiny_detector, f"data.path={detection_root}", "optim.epochs=2", "optim.base_lr=0.06", "log.every=1"]
-    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", TRAIN]
-    result = run_python([*ranks, *options, f"output={run}"])
+    result = run_forked([TRAIN, *options, f"output={run}"], ranks=2)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("wrote ") == 1, "only one rank talks"
     train_detector(configure_detection("log.every=1"))

@@ -2,9 +2,7 @@
 """The mmseg engine: backbone, layer decay, metric, configs, and whole trainings of a few steps on tiny scenes."""
 
 import json
-import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -247,20 +245,15 @@ def test_small_data_config_needs_no_class_file(scenes):
     assert classes(num_classes=3) == ["class 0", "class 1", "class 2"]
 
 
-def test_two_ranks_of_torchrun_train_as_one(tmp_path, tiny):
+def test_two_ranks_of_torchrun_train_as_one(tmp_path, tiny, monkeypatch, run_forked):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     script = REPOSITORY / "transfer" / "segmentation" / "train_net.py"
     options = {**tiny, "iterations": 3, "custom_hooks.0.interval": 1, "batch_size": 2}
     options["model.backbone.taps"] = [0, 1, 2, 3]  # of six blocks: the others would get no gradient, which DDP refuses
     options.pop("visualizer.vis_backends")
     settings = [f"{key}={value}".replace(" ", "") for key, value in options.items()]
     command = [str(script), str(DIGITS), "--work-dir", str(tmp_path / "run")]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*torchrun, *command, "--launcher", "pytorch", "--cfg-options", *settings],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )
+    done = run_forked([*command, "--launcher", "pytorch", "--cfg-options", *settings], ranks=2)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("ranks: 2") == done.stdout.count("percent)") == 1
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
