@@ -6,6 +6,7 @@ import gc
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -142,3 +143,11 @@ def pretrained(
     options = [*pretrain_options, f"data.path={root / 'images'}", f"output={root / 'run'}", "optim.epochs=2"]
     pretrain(load_config(PretrainConfig, None, options))
     return root / "run"
+
+
+@pytest.fixture
+def opens(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each file was opened for its tensors, by its name."""
+    from tests.opens import count_opens
+
+    return count_opens(monkeypatch.setattr)

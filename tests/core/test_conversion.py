@@ -98,9 +98,17 @@ CASES = [
     ("huge", 1, (4, 1), 13),
 ]
 """Size, blocks, grid, channels; a number of patches that is no square is more than transformers' ViTMAE holds."""
+FEATURES = pytest.mark.parametrize(
+    "case, source",
+    [(case, HUB) for case in CASES] + [(CASES[1], name) for name in EIGHT if name != HUB],
+    indirect=["case"],
+    ids=lambda given: given if isinstance(given, str) else "-".join(map(str, given)).replace(" ", ""),
+)
+"""Every size from one format, and every format at one size: what is renamed does not depend on the size, and each
+format holds the hub's tensors to the bit (above), on a grid that is not square."""
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda c: f"{c[0]}-{c[1]}-blocks-{c[2][0]}x{c[2][1]}-{c[3]}")
+@pytest.fixture(scope="module")
 def case(request, official_state):
     """A size at its true width and patch: (official state, image size, heads, images, timm's tokens, the same before
     the final norm)."""
@@ -117,7 +125,7 @@ def case(request, official_state):
     return state, size, shape["heads"], images, tokens, unnormed
 
 
-@pytest.mark.parametrize("source", EIGHT)
+@FEATURES
 def test_timm_gives_the_same_features_from_every_format(case, source):
     state, size, heads, images, tokens, _ = case
     there = mae_core.convert(state, "official", source)[0]
@@ -138,7 +146,7 @@ LOST_BY_BACKBONES = {
 
 @pytest.mark.extra("transformers")
 @pytest.mark.parametrize("names", ["huggingface", "huggingface_5"])
-@pytest.mark.parametrize("source", EIGHT)
+@FEATURES
 def test_transformers_gives_the_same_features(case, source, names):
     from transformers import ViTConfig, ViTMAEConfig, ViTMAEForPreTraining, ViTModel
 
@@ -182,7 +190,7 @@ def test_transformers_gives_the_same_features(case, source, names):
         assert (mae.eval().vit(images, noise=noise).last_hidden_state - tokens).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("source", EIGHT)
+@FEATURES
 def test_mmseg_gives_the_same_features(case, source):
     backbones = pytest.importorskip("mmseg.models.backbones")
     state, size, heads, images, _, unnormed = case

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,6 @@ from mae_core.training.linprobe import linprobe
 from mae_core.training.pretrain import pretrain
 from mae_core.training.pretrain_config import PretrainConfig
 from mae_core.training.viewer import reconstruct_files
-from mae_core.weights import files
 from mae_core.weights.encoder_file import EncoderInfo, describe_encoder
 from mae_core.weights.files import write_weights
 from mae_core.weights.load import load_mae, read_encoder
@@ -30,25 +28,6 @@ from mae_core.weights.tools.inspect import inspect_file
 TRUNK = ViTSize(96, 3, 3, norm_eps=1e-5, activation="relu")
 QUICK = ("data.workers=0", "device=cpu")
 TRAINING = ("optim.epochs=1", "optim.batch_size=4", "optim.warmup_epochs=0")
-
-
-@pytest.fixture
-def opens(monkeypatch) -> Counter[str]:
-    """How often each file was opened for its tensors."""
-    counted: Counter[str] = Counter()
-
-    def counting(name):
-        real = getattr(files, name)
-
-        def count(path, *arguments, **options):
-            counted[Path(path).name] += 1
-            return real(path, *arguments, **options)
-
-        monkeypatch.setattr(files, name, count)
-
-    for name in ("_read_safetensors", "_read_torch"):
-        counting(name)
-    return counted
 
 
 @pytest.fixture(scope="module")

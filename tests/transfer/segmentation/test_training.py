@@ -16,6 +16,7 @@ from mae_core.errors import UserError
 from mae_core.models.encoder import ViTEncoder
 from mae_core.weights.files import read_weights, write_weights
 from mae_core.weights.load import read_encoder
+from tests.processes import free_port
 from transfer.segmentation.train_net import evaluate_segmenter, train_segmenter
 
 mmseg = pytest.importorskip("mmseg", reason="mmseg is not installed; pip install mae-transfer[segmentation]")
@@ -245,17 +246,19 @@ def test_small_data_config_needs_no_class_file(scenes):
     assert classes(num_classes=3) == ["class 0", "class 1", "class 2"]
 
 
-def test_two_ranks_of_torchrun_train_as_one(tmp_path, tiny, monkeypatch, run_forked):
+def test_two_ranks_of_torchrun_train_as_one(tmp_path, tiny, monkeypatch, write_encoder, run_forked):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    script = REPOSITORY / "transfer" / "segmentation" / "train_net.py"
+    weights = write_encoder(tmp_path / "encoder.safetensors")
     options = {**tiny, "iterations": 3, "custom_hooks.0.interval": 1, "batch_size": 2}
     options["model.backbone.taps"] = [0, 1, 2, 3]  # of six blocks: the others would get no gradient, which DDP refuses
     options.pop("visualizer.vis_backends")
     settings = [f"{key}={value}".replace(" ", "") for key, value in options.items()]
-    command = [str(script), str(DIGITS), "--work-dir", str(tmp_path / "run")]
-    done = run_forked([*command, "--launcher", "pytorch", "--cfg-options", *settings], ranks=2)
+    command = [str(DIGITS), "--weights", str(weights), "--work-dir", str(tmp_path / "run"), "--launcher", "pytorch"]
+    program = [("transfer.segmentation.train_net:main", [*command, "--cfg-options", *settings], free_port())]
+    done = run_forked(["-m", "tests.opens", json.dumps(program)], ranks=2)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("ranks: 2") == done.stdout.count("percent)") == 1
+    assert done.stdout.count('opens [{"encoder.safetensors": 1}]') == 2, "each rank opens the weights once"
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 3]
 
