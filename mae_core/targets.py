@@ -15,6 +15,8 @@ from mae_core.patches import PatchGrid, as_pair, patchify
 from mae_core.tokenizers import Tokenizer, rebuild_tokenizer
 
 EPSILON = 1e-6
+"""Added to the variance of a patch by the official code (models_mae.py); in the units of the model's standardised
+pixels."""
 
 
 class Target(nn.Module):
@@ -86,10 +88,18 @@ class PixelTarget(Target):
 
 
 class NormalizedPixelTarget(Target):
-    """Pixels standardised by the mean and the (unbiased) variance of their own patch: better features in the paper."""
+    """Pixels standardised by the mean and the (unbiased) variance of their own patch: better features in the paper.
+
+    ``eps`` is added to the variance. The published one, ``EPSILON``, gives a patch of nothing but noise as large a
+    target as any other; a larger one keeps such a target small.
+    """
 
     name = "normalized_pixels"
     shows_truth = True
+
+    def __init__(self, eps: float = EPSILON) -> None:
+        super().__init__()
+        self.eps = eps
 
     def dim(self, grid: PatchGrid, channels: int) -> int:
         """patch * patch * channels; a patch of a single number has no variance and is refused."""
@@ -99,20 +109,33 @@ class NormalizedPixelTarget(Target):
         return values
 
     def forward(self, images: Tensor, patch: int) -> Tensor:
-        """(B, C, H, W) -> (B, N, patch*patch*C), mean 0 and variance 1 in each patch."""
+        """(B, C, H, W) -> (B, N, patch*patch*C), mean 0 and variance v / (v + eps) in a patch of variance v."""
         patches = patchify(images, patch)
-        mean, std = _patch_statistics(patches)
+        mean, std = self._statistics(patches)
         return (patches - mean) / std
 
     def to_pixels(self, prediction: Tensor, images: Tensor, patch: int) -> Tensor:
         """Undo the normalisation with the statistics of the true patches."""
-        mean, std = _patch_statistics(patchify(images, patch))
+        mean, std = self._statistics(patchify(images, patch))
         return prediction * std + mean
 
+    def _statistics(self, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, N, P) -> mean and std of each patch, (B, N, 1); channels are pooled together, as in the official code."""
+        return patches.mean(dim=-1, keepdim=True), (patches.var(dim=-1, keepdim=True) + self.eps).sqrt()
 
-def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, N, P) -> mean and std of each patch, (B, N, 1); channels are pooled together, as in the official code."""
-    return patches.mean(dim=-1, keepdim=True), (patches.var(dim=-1, keepdim=True) + EPSILON).sqrt()
+    @classmethod
+    def options(cls) -> tuple[str, ...]:
+        """None: ``target.eps`` is a key of its own in a configuration."""
+        return ()
+
+    def describe(self) -> dict[str, Any]:
+        """Its eps."""
+        return {"eps": self.eps}
+
+    @classmethod
+    def rebuild(cls, described: Mapping[str, Any], state: Mapping[str, Tensor]) -> NormalizedPixelTarget:
+        """Of a file that states no eps: with the published one."""
+        return cls(described.get("eps", EPSILON))
 
 
 class FittedTarget(Target):

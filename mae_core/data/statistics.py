@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,6 +73,42 @@ class Moments:
         """Mean and (population) standard deviation per channel."""
         std = (self.squares / self.count.clamp(min=1)).sqrt()
         return Statistics(tuple(self.mean.tolist()), tuple(std.tolist()))
+
+
+@dataclass
+class PatchVariances:
+    """How much the pixels of a patch differ, counted over any number of images, in ``BINS`` steps of a tenth of a
+    decade.
+
+    A patch is ``SIDE`` x ``SIDE`` pixels of an image as it is stored; its variance is the mean of its channels'.
+    """
+
+    SIDE: ClassVar[int] = 16
+    BINS: ClassVar[int] = 160
+    counts: Tensor = field(default_factory=lambda: torch.zeros(PatchVariances.BINS, dtype=torch.int64))
+
+    @classmethod
+    def of(cls, pixels: Pixels) -> PatchVariances:
+        """Of one image; what is left at its right and its lower edge does not count."""
+        values = to_tensor(pixels)
+        values = values.float() if values.is_floating_point() else values.float() / 255
+        rows, columns = (side // cls.SIDE for side in values.shape[1:])
+        whole = values[:, : rows * cls.SIDE, : columns * cls.SIDE].nan_to_num()
+        patches = whole.unflatten(2, (columns, cls.SIDE)).unflatten(1, (rows, cls.SIDE)) if rows and columns else None
+        if patches is None:
+            return cls()
+        variances = patches.var(dim=(2, 4), correction=0).mean(dim=0).flatten()
+        places = (10 * variances.clamp(min=1e-15).log10()).floor().long() + cls.BINS
+        return cls(torch.bincount(places.clamp(0, cls.BINS - 1), minlength=cls.BINS))
+
+    def add(self, other: PatchVariances) -> None:
+        """Take in other patches."""
+        self.counts = self.counts + other.counts
+
+    def share_below(self, variance: float) -> float:
+        """The share of the patches whose variance is below ``variance``, to a tenth of a decade; 0 of no patches."""
+        edge = round(10 * math.log10(variance)) + self.BINS
+        return float(self.counts[: max(edge, 0)].sum()) / max(int(self.counts.sum()), 1)
 
 
 class Measured(NamedTuple):

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -24,7 +24,7 @@ from mae_core.data.images import (
 from mae_core.data.labelled import LabelledPaths, read_image_folder, read_label_lists
 from mae_core.data.reading import Notes, notes_taken
 from mae_core.data.sources import JoinedSources, damaged_parts, open_places
-from mae_core.data.statistics import Moments, distance
+from mae_core.data.statistics import Moments, PatchVariances, distance
 from mae_core.errors import UserError
 
 EXAMPLES = 10
@@ -36,6 +36,14 @@ FAR = 1.0
 """Standard deviations of ImageNet's pixels that the mean of a set may be away, or factors of e between the two spreads,
 before the check says so."""
 
+FLAT = 3e-3
+"""A patch is near-constant where its variance is below this share of the set's: in 8-bit photos some grey levels, in
+dark microscopy one, which is noise."""
+MANY_FLAT = 0.25
+"""Share of near-constant patches from which the check says what to set."""
+DAMPING_EPS = 1e-2
+"""target.eps that keeps the target of a patch at ``FLAT`` at half its size (0.48), where 1e-6 gives it the full one."""
+
 OnProgress = Callable[[int, int], None]
 
 
@@ -46,6 +54,7 @@ class Survey:
     sizes     (height, width) -> images
     channels  channels as stored -> images
     numbers   what a channel's values are -> images
+    patches   variances of the patches of all images
     by_channels  channels -> moments of the images that have them, or can be brought to them
     stored_as    channels as stored, image by image; 0 where it cannot be read
     orientations images with an orientation tag other than 1, and the tag
@@ -61,11 +70,18 @@ class Survey:
     stored_as: list[int] = field(default_factory=list)
     orientations: list[tuple[Path | str, int]] = field(default_factory=list)
     noticed: Notes = field(default_factory=Notes)
+    patches: PatchVariances = field(default_factory=PatchVariances)
 
     @property
     def usual_channels(self) -> int:
         """The number of channels that most images have."""
         return self.channels.most_common(1)[0][0]
+
+    def flat_share(self, channels: int) -> float:
+        """The share of near-constant patches, beside the spread of the images with ``channels`` channels."""
+        std = self.by_channels[channels].statistics().std
+        variance = sum(value * value for value in std) / len(std)
+        return self.patches.share_below(FLAT * variance) if variance else 1.0
 
     def as_dict(self) -> dict[str, Any]:
         """For a JSON file."""
@@ -77,8 +93,20 @@ class Survey:
             "channels": dict(sorted(self.channels.items())),
             "numbers": dict(self.numbers),
             "statistics": {count: statistics._asdict() for count, statistics in found.items()},
+            "near_constant_patches": {count: round(self.flat_share(count), 4) for count in found},
             "unreadable": [entry._asdict() for entry in self.unreadable],
         }
+
+
+class Seen(NamedTuple):
+    """What one image tells: (height, width), channels as stored, what its values are, what is measured and noticed."""
+
+    size: tuple[int, int]
+    stored: int
+    numbers: str
+    moments: Moments
+    patches: PatchVariances
+    noticed: Notes
 
 
 def survey(source: ImageSource, *, channels: int | None = None, on_progress: OnProgress | None = None) -> Survey:
@@ -90,33 +118,34 @@ def survey(source: ImageSource, *, channels: int | None = None, on_progress: OnP
     found = Survey(len(source), unreadable=damaged_parts(source))
     names: Sequence[Path | str] = [path or name for path, name in zip(paths_of(source), source.names, strict=True)]
 
-    def look(index: int) -> tuple[tuple[int, int], int, str, Moments, Notes] | Unreadable:
+    def look(index: int) -> Seen | Unreadable:
         try:
             with notes_taken() as noticed:
                 pixels = source.read(index)
             stored = len(to_tensor(pixels))
             try:
-                moments = Moments.of(with_channels(pixels, channels))
+                brought = with_channels(pixels, channels)
+                moments, patches = Moments.of(brought), PatchVariances.of(brought)
             except ValueError as error:
                 raise UnreadableImage(names[index], str(error)) from None
         except UnreadableImage as error:
             return error.unreadable
-        return size_of(pixels), stored, kind_of_numbers(pixels), moments, noticed
+        return Seen(size_of(pixels), stored, kind_of_numbers(pixels), moments, patches, noticed)
 
     for done, result in enumerate(in_threads(look, len(source)), start=1):
         if isinstance(result, Unreadable):
             found.unreadable.append(result)
             found.stored_as.append(0)
         else:
-            size, stored, numbers, moments, noticed = result
-            found.sizes[size] += 1
-            found.channels[stored] += 1
-            found.numbers[numbers] += 1
-            found.by_channels.setdefault(channels or stored, Moments()).add(moments)
-            found.stored_as.append(stored)
-            found.noticed.update(noticed)
-            if noticed.orientation is not None:
-                found.orientations.append((names[done - 1], noticed.orientation))
+            found.sizes[result.size] += 1
+            found.channels[result.stored] += 1
+            found.numbers[result.numbers] += 1
+            found.by_channels.setdefault(channels or result.stored, Moments()).add(result.moments)
+            found.patches.add(result.patches)
+            found.stored_as.append(result.stored)
+            found.noticed.update(result.noticed)
+            if result.noticed.orientation is not None:
+                found.orientations.append((names[done - 1], result.noticed.orientation))
         if on_progress is not None:
             on_progress(done, len(source))
     if not found.sizes:
@@ -165,6 +194,8 @@ def describe(found: Survey, channels: int | None = None) -> str:
             f"these are of the images with {chosen} channels; {others} images have another number of "
             f"channels; add --channels {chosen} to read them as training does"
         )
+    if found.patches.counts.any():
+        lines.append(f"near-constant: {found.flat_share(chosen):.0%} of the patches of {PatchVariances.SIDE} pixels")
     numbers = [", ".join(f"{value:.6g}" for value in values) for values in (mean, std)]
     lines.append(f"data: {{channels: {chosen}, mean: [{numbers[0]}], std: [{numbers[1]}]}}")
     return "\n".join(lines)
@@ -259,6 +290,12 @@ def _other_channels(images: ImageSource, found: Survey, channels: int) -> Iterat
 
 def _settings(found: Survey, channels: int, expected: Statistics | None) -> Iterator[Problem]:
     """What a configuration should say of these images."""
+    if channels in found.by_channels and (share := found.flat_share(channels)) >= MANY_FLAT:
+        sentence = (
+            f"{share:.0%} of the patches are near-constant; the normalised target makes as much of their noise as of "
+            f"any other patch: pre-train with target.eps={DAMPING_EPS:g}, or target.kind=pixels"
+        )
+        yield Problem("settings", sentence, "", "note")
     if channels not in COLOURS:
         yield Problem("settings", f"set data.channels={channels}; training reads 3 channels otherwise", "", "note")
     usual = Statistics(*DEFAULT_STATISTICS[channels]) if channels in DEFAULT_STATISTICS else None

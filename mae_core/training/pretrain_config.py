@@ -12,7 +12,7 @@ from mae_core.config.sections import ModelConfig, OptimConfig, RunConfig
 from mae_core.data.config import PretrainData
 from mae_core.masking import MASKERS, masker_options, num_visible
 from mae_core.patches import PatchGrid
-from mae_core.targets import TARGETS
+from mae_core.targets import EPSILON, TARGETS, NormalizedPixelTarget
 
 
 class DecoderConfig(Schema):
@@ -45,6 +45,11 @@ class TargetConfig(Schema):
 
     kind: Annotated[str, row_of(TARGETS)] = Field("normalized_pixels", description="a row of mae_core.targets.TARGETS")
     options: dict[str, Any] = Field({}, validate_default=True, description="options of the target, by name")
+    eps: Annotated[float, Field(gt=0)] = Field(
+        EPSILON,
+        description="of kind normalized_pixels: added to the variance of a patch; as published, or larger where many "
+        "patches are near-constant, whose noise it would otherwise blow up (`mae check images` counts them)",
+    )
     pca: Path | None = Field(None, description="of kind pca: the file that `mae fit-pca` writes")
     tokenizer: Path | None = Field(
         None, description="of kind tokens: a run of `mae train-tokenizer`, its file, or DALL-E's published encoder.pkl"
@@ -59,6 +64,15 @@ class TargetConfig(Schema):
     def _of_the_target(cls, given: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         row = TARGETS.get(info.data.get("kind", ""))
         return given if row is None else checked_options(row, row.options(), given)
+
+    @model_validator(mode="after")
+    def _eps_is_of_normalised_pixels(self) -> TargetConfig:
+        if self.eps != EPSILON and self.kind != NormalizedPixelTarget.name:
+            raise ValueError(
+                f"eps={self.eps:g} applies only to kind={NormalizedPixelTarget.name}, and the kind is {self.kind}; "
+                "leave one of them out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _file_is_named(self) -> TargetConfig:

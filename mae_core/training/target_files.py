@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mae_core.errors import UserError
 from mae_core.layout import TOKENIZER
-from mae_core.targets import TARGETS, PCATarget, Target, TokenTarget
+from mae_core.targets import TARGETS, NormalizedPixelTarget, PCATarget, Target, TokenTarget
 from mae_core.tokenizers import DalleEncoder, DiscreteVAE, rebuild_tokenizer
 from mae_core.training.pretrain_config import TargetConfig
 from mae_core.weights.files import read_weights
@@ -31,10 +31,19 @@ def load_target(options: TargetConfig, *, mean: Sequence[float], std: Sequence[f
 
     Raises ``UserError`` for a file that is missing, is something else, or goes with other pixels.
     """
-    known = {"pca": options.pca, "tokenizer": options.tokenizer, "image_size": options.tokenizer_image_size}
+    known = {
+        "eps": options.eps,
+        "pca": options.pca,
+        "tokenizer": options.tokenizer,
+        "image_size": options.tokenizer_image_size,
+    }
     if options.kind not in READERS:
         return TARGETS[options.kind].named(**options.options)
     return READERS[options.kind](**known, mean=mean, std=std)
+
+
+def _normalized_target(*, eps: float, **_: Any) -> NormalizedPixelTarget:
+    return NormalizedPixelTarget(eps)
 
 
 def _pca_target(*, pca: Path, mean: Sequence[float], std: Sequence[float], **_: Any) -> PCATarget:
@@ -47,8 +56,12 @@ def _token_target(
     return TokenTarget(load_tokenizer(tokenizer), mean=mean, std=std, image_size=image_size)
 
 
-READERS: dict[str, Callable[..., Target]] = {"pca": _pca_target, "tokens": _token_target}
-"""Targets that a file is needed for; the others are built by their name."""
+READERS: dict[str, Callable[..., Target]] = {
+    "normalized_pixels": _normalized_target,
+    "pca": _pca_target,
+    "tokens": _token_target,
+}
+"""Targets with keys of their own in the configuration; the others are built by their name and options."""
 
 
 def load_pca(path: Path | str, *, mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> PCATarget:

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -200,3 +201,17 @@ def test_loss_counts_hidden_patches_only_unless_asked_for_all():
     everywhere = model(images, mask=output.mask).loss
     torch.testing.assert_close(everywhere, errors.mean())
     assert not torch.isclose(everywhere, output.loss)
+
+
+@pytest.mark.parametrize("eps", [1e-6, 1e-2])
+def test_the_epsilon_of_the_normalised_target_is_added_to_the_variance(eps):
+    target, images = NormalizedPixelTarget(eps), images_of(0, 3)
+    images[:, :, :4] *= 1e-3  # near-constant patches
+    patches = images.numpy().reshape(-1, 3, GRID.rows, 4, GRID.cols, 4).transpose(0, 2, 4, 3, 5, 1)
+    patches = patches.reshape(len(images), GRID.num_patches, -1)
+    expected = patches - patches.mean(-1, keepdims=True)
+    expected /= np.sqrt(patches.var(-1, ddof=1, keepdims=True) + eps)
+    np.testing.assert_allclose(target(images, 4).numpy(), expected, rtol=1e-4, atol=1e-5)
+    again = rebuild_target("normalized_pixels", target.describe(), {})
+    assert torch.equal(again(images, 4), target(images, 4))
+    assert rebuild_target("normalized_pixels", {}, {}).eps == 1e-6  # a file from before it was an option

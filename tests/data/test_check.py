@@ -11,9 +11,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from mae_core.cli.main import app
+from mae_core.config.load import load_config
 from mae_core.data.check import Problem, Report, conclude, refuse
 from mae_core.data.labelled import read_image_folder
 from mae_core.errors import UserError
+from mae_core.training.pretrain_config import PretrainConfig
 
 
 def checked(*arguments):
@@ -36,6 +38,22 @@ def test_a_sound_folder_of_images_is_clean(tmp_path, write_images):
     write_images(tmp_path, 4)
     code, said = checked("images", tmp_path)
     assert code == 0 and said.endswith("nothing is wrong\n") and "data: {channels: 3, mean: [" in said
+
+
+@pytest.mark.parametrize("flat, noted", [(3, False), (4, True)])
+def test_near_constant_patches_are_counted_and_what_helps_is_said(tmp_path, flat, noted):
+    """Sixteen patches of 16 pixels, ``flat`` of them dark with the noise of one grey level."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    for place in range(flat):
+        pixels[:16, 16 * place : 16 * place + 16] = rng.integers(9, 11, (16, 16, 3))
+    Image.fromarray(pixels).save(tmp_path / "0.png")
+    code, said = checked("images", tmp_path)
+    assert code == 0 and f"near-constant: {flat / 16:.0%} of the patches of 16 pixels" in said
+    assert ("of the patches are near-constant" in said) == noted
+    if noted:  # and the advice is an option
+        eps = said.split("pre-train with ")[1].split(",")[0]
+        assert load_config(PretrainConfig, None, [eps]).target.eps == 1e-2
 
 
 def test_a_note_is_no_fault(tmp_path, write_images):

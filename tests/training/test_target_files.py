@@ -14,6 +14,7 @@ from mae_core.config.load import load_config
 from mae_core.errors import UserError
 from mae_core.tokenizers import DalleEncoder
 from mae_core.training.pca import PatchMoments, fit_pca
+from mae_core.training.plan import differences_from_paper
 from mae_core.training.pretrain import pretrain
 from mae_core.training.pretrain_config import PretrainConfig
 from mae_core.training.tokenizer import temperature_at, train_tokenizer
@@ -204,3 +205,12 @@ def test_a_stopped_tokenizer_training_goes_on_where_it_was(tmp_path, images, mon
 def test_the_temperature_falls_along_half_a_cosine():
     values = [temperature_at(step, 10, (1.0, 0.1)) for step in (0, 5, 10, 12)]
     assert values == pytest.approx([1.0, 0.55, 0.1, 0.1])
+
+
+def test_the_epsilon_of_a_configuration_reaches_the_file(options, tmp_path):
+    config = config_of(options, "target.eps=1e-2", f"output={tmp_path / 'run'}")
+    assert "  target.eps: 1e-06 -> 0.01" in differences_from_paper(config)
+    pretrain(config)
+    assert load_mae(tmp_path / "run").target.eps == 0.01
+    with pytest.raises(UserError, match=r"eps=0.01 applies only to kind=normalized_pixels, and the kind is pixels"):
+        config_of(options, "target.eps=1e-2", "target.kind=pixels")
