@@ -1,7 +1,8 @@
 """Attention of tokens that lie on a grid: windows of it, and relative positions. No engine in it.
 
-Every kind goes through ``attend``, which chooses the kernel: a table of biases is added to its logits, ViTDet's
-decomposed positions are extra entries of queries and keys, whose products are the biases.
+Every kind goes through ``attend``, which chooses the kernel: a table of biases is added to its logits. ViTDet's
+decomposed positions are biases too where attention is computed as products; elsewhere they are extra entries of queries
+and keys, whose products are the biases.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
-from mae_core.models.block import attend
+from mae_core.models.block import as_products, attend, products
 
 Grid = tuple[int, int]
 """(rows, cols) of tokens."""
@@ -93,15 +94,21 @@ class DecomposedAttention(GridAttention):
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * size[1] - 1, self.head_size))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, grid: Grid, bias: Tensor | None) -> Tensor:
-        """As in ``GridAttention``; behind each key its one-hot row and column, so that q . k includes the bias."""
+        """As in ``GridAttention``: as products, or with each key's one-hot row and column behind it, so that a kernel
+        that knows of no bias finds it in q . k."""
         rows, cols = grid
-        by_place = query.unflatten(2, grid)
+        by_place, scale = query.unflatten(2, grid), self.head_size**-0.5
         vertical = torch.einsum("bhyxc,ykc->bhyxk", by_place, of_offsets(self.rel_pos_h, rows).to(query.dtype))
         horizontal = torch.einsum("bhyxc,xkc->bhyxk", by_place, of_offsets(self.rel_pos_w, cols).to(query.dtype))
+        if as_products(query, key, special=True):
+            biases = [vertical.flatten(2, 3)[..., None], horizontal.flatten(2, 3)[..., None, :]]
+            if bias is not None:
+                biases.append(bias.to(query.dtype)[None].unflatten(-1, grid))
+            return products(query, key, value, *biases, scale=scale, grid=grid)
         row = torch.eye(rows, dtype=key.dtype, device=key.device)[:, None].expand(-1, cols, -1)
         col = torch.eye(cols, dtype=key.dtype, device=key.device)[None].expand(rows, -1, -1)
         place = torch.cat([row, col], dim=-1).flatten(0, 1).expand(*key.shape[:2], -1, -1)
-        query = torch.cat([by_place * self.head_size**-0.5, vertical, horizontal], dim=-1).flatten(2, 3)
+        query = torch.cat([by_place * scale, vertical, horizontal], dim=-1).flatten(2, 3)
         key = torch.cat([key, place], dim=-1)
         return attend(query, key, value, None if bias is None else bias.to(query.dtype)[None], scale=1.0)
 

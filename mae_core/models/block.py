@@ -15,13 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LONGEST_AS_PRODUCTS: dict[tuple[str, torch.dtype], tuple[int, int]] = {("cpu", torch.bfloat16): (256, 1024)}
+LONGEST_AS_PRODUCTS: dict[tuple[str, torch.dtype], tuple[int, int]] = {
+    ("cpu", torch.bfloat16): (256, 1280),
+    ("cpu", torch.float32): (0, 1280),
+}
 """By device type and dtype, the longest sequence whose attention is computed as batched products: plain attention, and
 attention with biases or with values that are narrower than the keys. No row: none.
 
 On a CPU with AVX-512 BF16, products take 0.5 to 0.7 of the time of ``scaled_dot_product_attention`` at 37 to 197 tokens
-in bfloat16, backward included; for biases that learn, torch's own way computes in float32 there. In float32 products
-take 1.1 to 2.3 times as long, with biases 0.9 to 1.2 times. GPUs have flash attention.
+in bfloat16, backward included; for biases that learn, torch's own way computes in float32 there. In float32 plain
+products take 0.8 to 2.3 times as long; with a table of biases 0.9 to 1.2 times, and with decomposed positions, whose
+entries would pad queries, keys and values alike, 0.6 to 0.75 times (AVX2, 196 and 1024 tokens). GPUs have flash
+attention.
 """
 MULTIPLE = 8
 """What fused kernels want the size of a head to be a multiple of."""
@@ -39,6 +44,13 @@ def kernels_as_on(device_type: str) -> Iterator[None]:
         _device_type.reset(token)
 
 
+def as_products(query: Tensor, key: Tensor, *, special: bool) -> bool:
+    """Whether the attention of (B, heads, M, d) and (B, heads, N, d) is computed as batched products here; ``special``
+    as in ``LONGEST_AS_PRODUCTS``."""
+    longest = LONGEST_AS_PRODUCTS.get((_device_type.get() or query.device.type, query.dtype), (0, 0))
+    return max(query.shape[2], key.shape[2]) <= longest[special]
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, scale: float | None = None) -> Tensor:
     """softmax(scale * query key^T + bias) value, by the kernel that suits device, dtype and length.
 
@@ -46,12 +58,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
     to (B, heads, M, N); ``scale`` is d^-0.5 when None.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    plain, special = LONGEST_AS_PRODUCTS.get((_device_type.get() or query.device.type, query.dtype), (0, 0))
     width = value.shape[-1]
-    longest = plain if bias is None and width == query.shape[-1] else special
-    if max(query.shape[2], key.shape[2]) <= longest:
-        attended: Tensor = AttentionProducts.apply(query, key, value, bias, scale)
-        return attended
+    if as_products(query, key, special=bias is not None or width != query.shape[-1]):
+        return products(query, key, value, *(() if bias is None else (bias,)), scale=scale)
     if width != query.shape[-1]:
         room = -query.shape[-1] % MULTIPLE
         query, key = F.pad(query, (0, room)), F.pad(key, (0, room))
@@ -59,30 +68,43 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)[..., :width]
 
 
+def products(
+    query: Tensor, key: Tensor, value: Tensor, *biases: Tensor, scale: float, grid: tuple[int, ...] = (-1,)
+) -> Tensor:
+    """``attend`` as batched products, with any number of biases, each of which broadcasts to (B, heads, M, *grid);
+    ``grid`` is that of the N keys: all of them, or rows and cols."""
+    attended: Tensor = AttentionProducts.apply(query, key, value, scale, grid, *biases)
+    return attended
+
+
 class AttentionProducts(torch.autograd.Function):
     """Attention that keeps its probabilities for the backward pass: cheap at short lengths, faster than new ones."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-        """As ``attend``, in the dtype of ``query``."""
-        logits = (query * scale) @ key.transpose(-2, -1)
-        probabilities = (logits if bias is None else logits.add_(bias)).softmax(dim=-1, dtype=query.dtype)
-        attended = probabilities @ value
-        ctx.save_for_backward(query, key, value, probabilities)
-        ctx.scale, ctx.bias_shape = scale, None if bias is None else bias.shape
-        return attended
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, grid: tuple[int, ...], *biases: Tensor
+    ) -> Tensor:
+        """As ``products``, in the dtype of ``query``."""
+        scaled = query * scale
+        logits = scaled @ key.transpose(-2, -1)
+        for bias in biases:
+            logits.unflatten(-1, grid).add_(bias)
+        probabilities = logits.softmax(dim=-1, dtype=query.dtype)
+        ctx.save_for_backward(scaled, key, value, probabilities)
+        ctx.scale, ctx.grid, ctx.bias_shapes = scale, grid, [bias.shape for bias in biases]
+        return probabilities @ value
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Of the attended (B, heads, M, e) -> of query, key, value and bias."""
-        query, key, value, probabilities = ctx.saved_tensors
+        """Of the attended (B, heads, M, e) -> of query, key, value and biases."""
+        scaled, key, value, probabilities = ctx.saved_tensors
         (gradient,) = gradients
         of_value = probabilities.transpose(-2, -1) @ gradient
         of_probabilities = gradient @ value.transpose(-2, -1)
         of_logits = torch._softmax_backward_data(of_probabilities, probabilities, -1, probabilities.dtype)
-        of_bias = of_logits.sum_to_size(ctx.bias_shape) if ctx.needs_input_grad[3] else None
-        scaled = of_logits * ctx.scale
-        return scaled @ key, scaled.transpose(-2, -1) @ query, of_value, of_bias, None
+        on_grid, wanted = of_logits.unflatten(-1, ctx.grid), ctx.needs_input_grad[5:]
+        of_biases = [on_grid.sum_to_size(s) if w else None for s, w in zip(ctx.bias_shapes, wanted, strict=True)]
+        return of_logits @ (key * ctx.scale), of_logits.transpose(-2, -1) @ scaled, of_value, None, None, *of_biases
 
 
 class Block(timm_vit.Block):

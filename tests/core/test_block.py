@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mae_core import build_mae
 from mae_core.models import block as block_module
-from mae_core.models.block import AttentionProducts, Block, attend
+from mae_core.models.block import Block, attend, products
 
 WIDTH, HEADS = 32, 4
 
@@ -42,7 +42,7 @@ def test_attention_as_products_is_attention(dtype, tolerance, scale, width, bias
     logits = plain[0] @ plain[1].mT * (8**-0.5 if scale is None else scale)
     output = (logits + plain[3] if bias else logits).softmax(dim=-1) @ plain[2]
     expected = [output, *gradients_of(output, plain)]
-    found = AttentionProducts.apply(*ours[:3], ours[3] if bias else None, 8**-0.5 if scale is None else scale)
+    found = products(*ours, scale=8**-0.5 if scale is None else scale)
     assert found.dtype == dtype
     close([found, *gradients_of(found, ours)], expected, tolerance)
     if dtype == torch.float32:
@@ -52,7 +52,9 @@ def test_attention_as_products_is_attention(dtype, tolerance, scale, width, bias
 
 def test_the_table_chooses_the_kernel(monkeypatch):
     used = []
-    monkeypatch.setattr(block_module.AttentionProducts, "apply", lambda q, k, v, b, _: used.append((len(q[0, 0]), b)))
+    monkeypatch.setattr(
+        block_module.AttentionProducts, "apply", lambda q, k, v, _, grid, *biases: used.append((len(q[0, 0]), biases))
+    )
 
     def of(length, dtype=torch.bfloat16, **more):
         x = torch.zeros(1, 1, length, 8, dtype=dtype)
@@ -61,12 +63,14 @@ def test_the_table_chooses_the_kernel(monkeypatch):
     of(256)
     of(257)
     of(17, torch.float32)
-    assert used == [(256, None)], "bf16 on a CPU, short"
-    bias = torch.zeros(1, 1, 300, 300, dtype=torch.bfloat16)
-    of(300, bias=bias)
-    of(300, value=torch.zeros(1, 1, 300, 5, dtype=torch.bfloat16))
-    of(1025, value=torch.zeros(1, 1, 1025, 5, dtype=torch.bfloat16))
-    assert used[1:] == [(300, bias), (300, None)]
+    assert used == [(256, ())], "bf16 on a CPU, short"
+    for dtype in (torch.bfloat16, torch.float32):
+        used.clear()
+        bias = torch.zeros(1, 1, 300, 300, dtype=dtype)
+        of(300, dtype, bias=bias)
+        of(300, dtype, value=torch.zeros(1, 1, 300, 5, dtype=dtype))
+        of(1281, dtype, value=torch.zeros(1, 1, 1281, 5, dtype=dtype))
+        assert used == [(300, (bias,)), (300, ())]
 
 
 @pytest.mark.parametrize("options", [{}, {"init_values": 0.5}, {"drop_path": 0.5}])

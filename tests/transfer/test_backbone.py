@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from mae_core.errors import UserError
+from mae_core.models.block import kernels_as_on
 from mae_core.models.encoder import ViTEncoder
 from mae_core.models.sizes import SIZES
 from mae_core.weights.encoder_file import describe_encoder
@@ -133,19 +134,30 @@ def test_tables_for_another_grid_are_resized():
     torch.testing.assert_close(of_offsets(vector, 5), longer[offsets(5) + 4])
 
 
+@pytest.mark.parametrize("device_type, shared", [("cpu", False), ("cpu", True), ("cuda", False), ("cuda", True)])
 @pytest.mark.parametrize("window", [None, 3])
-def test_decomposed_positions_are_the_products_with_the_unscaled_query(window):
+def test_decomposed_positions_are_the_products_with_the_unscaled_query(window, device_type, shared):
+    """By each kernel, in values and gradients, with a bias that all images share too."""
     vit = stir(DenseViT("nano", image_size=(40, 56), patch_size=8, window=window, relative_positions="decomposed"))
     attention, grid = vit.blocks[1].attn, (3, 3) if window else (5, 7)
     rows, cols = grid
-    query, key, value = torch.randn(3, 2, 4, rows * cols, 32).unbind(0)
+    query, key, value = (torch.randn(2, 4, rows * cols, 32, requires_grad=True) for _ in range(3))
+    table = torch.randn(4, rows * cols, rows * cols, requires_grad=True) if shared else None
     vertical = torch.einsum("bhyxc,ykc->bhyxk", query.unflatten(2, grid), attention.rel_pos_h[offsets(rows) + rows - 1])
     horizontal = torch.einsum(
         "bhyxc,xkc->bhyxk", query.unflatten(2, grid), attention.rel_pos_w[offsets(cols) + cols - 1]
     )
     bias = (vertical[..., :, None] + horizontal[..., None, :]).flatten(4).flatten(2, 3)
+    bias = bias if table is None else bias + table
     expected = (query @ key.mT / 32**0.5 + bias).softmax(-1) @ value
-    torch.testing.assert_close(attention.attend(query, key, value, grid, None), expected, rtol=1e-5, atol=1e-5)
+    with kernels_as_on(device_type):
+        found = attention.attend(query, key, value, grid, table)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    weights, learned = torch.randn_like(expected), [query, key, value, attention.rel_pos_h, attention.rel_pos_w]
+    learned += [] if table is None else [table]
+    of_found, of_expected = (torch.autograd.grad((x * weights).sum(), learned) for x in (found, expected))
+    for mine, plain in zip(of_found, of_expected, strict=True):
+        torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("relative", RELATIVE_POSITIONS)
