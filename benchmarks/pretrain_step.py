@@ -2,24 +2,21 @@
 
     python -m benchmarks.pretrain_step --cases tiny96 base224 --dtypes fp32 bf16 --out benchmarks/results/pretrain_step
     python -m benchmarks.pretrain_step --cases tiny96 --official ~/mae    # beside your checkout of the authors' code
+    python -m benchmarks.pretrain_step --cases base224 --mmpretrain ~/mmpretrain
 
-Each contestant lives in a process of its own and takes a step when it is its turn, round after round: what else the
-machine does meets all of them alike, and what one sets for its process (allocator, oneDNN) helps no other. ``ours``
-is set up as ``mae pretrain`` does; ``timm`` is a MAE of timm's blocks and ``transformers`` is ViTMAE, as anyone would
-use them. ``official`` is a checkout of facebookresearch/mae: its models on blocks that multiply out attention, as the
-timm 0.3.2 that it names. Peak memory is that of a process above what it held before it built its model. Writes
-``OUT.json``, a case and dtype at a time, and ``OUT.md``.
+``ours`` is set up as ``mae pretrain`` does; ``timm`` is a MAE of timm's blocks and ``transformers`` is ViTMAE, as
+anyone would use them. ``official`` is a checkout of facebookresearch/mae: its models on blocks that multiply out
+attention, as the timm 0.3.2 that it names. ``mmpretrain`` is a checkout of open-mmlab/mmpretrain, of which only the
+files of its MAE are imported; they need mmcv, mmengine and einops. How it is measured: ``benchmarks.side_by_side``.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import resource
-import statistics
-import subprocess
+import importlib
 import sys
 import time
+import types
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,21 +26,27 @@ import numpy as np
 import timm.models.vision_transformer as timm_vit
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.side_by_side import (
+    DTYPES,
+    MATMUL,
+    Contestant,
+    Prepared,
+    add_common_options,
+    compare,
+    counted,
+    machine_lines,
+    matmul,
+    serve,
+    table,
+    write_results,
+)
 from mae_core import build_mae
-from mae_core.atomic import write_json, write_text
 from mae_core.models.sizes import size_of
 from mae_core.patches import patchify
 from mae_core.pos_embed import sincos_2d
 from mae_core.training.precision import choose_precision, prepare_process
 from mae_core.training.run import environment
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-MATMUL = "matmul"
-SIDE = 2048
-"""The peak is measured with square matrices of this side."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ class PlainMAE(nn.Module):
         """(B, 3, H, W) -> the loss at a mask ratio of 0.75."""
         x = self.embed(images) + self.positions[:, 1:]
         B, N, D = x.shape
-        order = torch.rand(B, N).argsort(dim=1)
+        order = torch.rand(B, N, device=x.device).argsort(dim=1)
         back, keep = order.argsort(dim=1), order[:, : N // 4]
         x = x.gather(1, keep[:, :, None].expand(-1, -1, D))
         x = torch.cat([(self.cls_token + self.positions[:, :1]).expand(B, -1, -1), x], dim=1)
@@ -102,13 +105,12 @@ class PlainMAE(nn.Module):
         predicted = self.head(self.decoder_norm(self.decoder_blocks(x)))[:, 1:]
         truth = patchify(images, self.patch)
         truth = (truth - truth.mean(-1, keepdim=True)) / (truth.var(-1, keepdim=True) + 1e-6).sqrt()
-        mask = torch.ones(B, N).scatter(1, keep, 0.0)
+        mask = torch.ones(B, N, device=x.device).scatter(1, keep, 0.0)
         return ((predicted - truth).square().mean(-1) * mask).sum() / mask.sum()
 
 
 def ours(case: Case, _: argparse.Namespace) -> tuple[nn.Module, LossOf]:
-    """This project, as ``mae pretrain`` runs it."""
-    prepare_process(torch.device("cpu"))
+    """This project, as ``mae pretrain`` runs it: masks come with the images, as its loader draws them."""
     width, depth, heads = case.decoder
     model = build_mae(
         case.size,
@@ -118,7 +120,8 @@ def ours(case: Case, _: argparse.Namespace) -> tuple[nn.Module, LossOf]:
         decoder_depth=depth,
         decoder_heads=heads,
     )
-    return model, lambda images: model(images, predict_visible=False).loss
+    mask = model.masker(case.batch, model.encoder.grid, None)
+    return model, lambda images: model(images, mask=mask.to(images.device), predict_visible=False).loss
 
 
 def timm_blocks(case: Case, _: argparse.Namespace) -> tuple[nn.Module, LossOf]:
@@ -180,120 +183,115 @@ def official(case: Case, given: argparse.Namespace) -> tuple[nn.Module, LossOf]:
     return model, lambda images: model(images)[0]
 
 
-CONTESTANTS = {"ours": ours, "timm": timm_blocks, "transformers": transformers, "official": official}
+def mmpretrain(case: Case, given: argparse.Namespace) -> tuple[nn.Module, LossOf]:
+    """open-mmlab/mmpretrain from the user's checkout. Its packages import all that they hold, much of it for other
+    versions of other libraries; here they are empty, and the files of the MAE are imported one by one."""
+    sys.path.insert(0, str(given.mmpretrain))
+    for name in ("", *(f".models{part}" for part in ("", ".backbones", ".selfsup", ".necks", ".heads", ".losses"))):
+        package = types.ModuleType(f"mmpretrain{name}")
+        package.__path__ = [str(given.mmpretrain.joinpath(*package.__name__.split(".")))]
+        sys.modules[package.__name__] = package
+    trunk = importlib.import_module("mmpretrain.models.backbones.vision_transformer").VisionTransformer
+    for name in ("VisionTransformer", "HiViT"):  # of the second there is only the name, which its mae.py asks for
+        setattr(sys.modules["mmpretrain.models"], name, trunk)
+    for name in ("selfsup.mae", "necks.mae_neck", "heads.mae_head", "losses.reconstruction_loss"):
+        importlib.import_module(f"mmpretrain.models.{name}")
+    from mmpretrain.registry import MODELS
+
+    shape, (width, depth, heads) = size_of(case.size), case.decoder
+    trunk_shape = {"embed_dims": shape.width, "num_layers": shape.depth, "num_heads": shape.heads}
+    trunk_shape["feedforward_channels"] = 4 * shape.width
+    sides = {"patch_size": case.patch}
+    decoder = {"decoder_embed_dim": width, "decoder_depth": depth, "decoder_num_heads": heads}
+    loss = {"type": "PixelReconstructionLoss", "criterion": "L2"}
+    model = MODELS.build(
+        {
+            "type": "MAE",
+            "backbone": {"type": "MAEViT", "arch": trunk_shape, "img_size": case.image, **sides},
+            "neck": {
+                "type": "MAEPretrainDecoder",
+                "num_patches": (case.image // case.patch) ** 2,
+                "embed_dim": shape.width,
+                **sides,
+                **decoder,
+            },
+            "head": {"type": "MAEPretrainHead", "norm_pix": True, "loss": loss, **sides},
+        }
+    )
+    return model, lambda images: model.loss(images, [])["loss"]
 
 
-def resident() -> int:
-    """Bytes of this process in memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+CONTESTANTS = {
+    "ours": ours,
+    "timm": timm_blocks,
+    "transformers": transformers,
+    "official": official,
+    "mmpretrain": mmpretrain,
+}
+CHECKOUTS = ("official", "mmpretrain")
+"""Contestants that are the user's own checkouts, each given by an option of its name."""
+
+
+def train_step(
+    name: str,
+    case: Case,
+    dtype: torch.dtype,
+    device: torch.device,
+    given: argparse.Namespace,
+    *,
+    compiled: bool = False,
+) -> Callable[[], Tensor]:
+    """A contestant's step on one batch of noise, as the one who measures calls it; it returns the loss."""
+    with device:  # initialised there: on a CPU that takes longer than the step
+        model, loss_of = CONTESTANTS[name](case, given)
+    model.to(device).train()
+    fused = {"fused": True} if name == "ours" else {}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, **fused)
+    images = torch.randn(case.batch, 3, case.image, case.image, device=device)
+    loss_of = torch.compile(loss_of) if compiled else loss_of
+
+    def step() -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = loss_of(images)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
 
 
 def work(given: argparse.Namespace) -> None:
-    """A contestant: a step for each line that comes in, and what it took; its cost once there are no more."""
-    case, dtype = CASES[given.cases[0]], DTYPES[given.dtypes[0]]
+    """A contestant's process."""
+    case, dtype, device = CASES[given.cases[0]], DTYPES[given.dtypes[0]], torch.device(given.device)
     torch.manual_seed(0)
-    if given.worker == MATMUL:
-        prepare_process(torch.device("cpu"))
-        a, b = torch.randn(2, SIDE, SIDE).to(dtype)
-        step: Callable[[], Any] = lambda: a @ b  # noqa: E731
-        before, flops = resident(), 2 * SIDE**3
-    else:
-        before = resident()
-        model, loss_of = CONTESTANTS[given.worker](case, given)
-        model.train()
-        fused = {"fused": True} if given.worker == "ours" else {}
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, **fused)
-        images = torch.randn(case.batch, 3, case.image, case.image)
+    if given.worker in ("ours", MATMUL):
+        prepare_process(device)
 
-        def step() -> None:
-            optimizer.zero_grad(set_to_none=True)
-            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-                loss = loss_of(images)
-            loss.backward()
-            optimizer.step()
+    def prepare() -> Prepared:
+        if given.worker == MATMUL:
+            return matmul(dtype, device)
+        step = train_step(given.worker, case, dtype, device, given)
+        return Prepared(step, lambda: counted(step))
 
-    for _ in sys.stdin:
-        began, spent = time.perf_counter(), time.process_time()
-        step()
-        took = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - spent}
-        print(json.dumps(took), flush=True)
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    if given.worker != MATMUL:
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            step()
-        flops = counter.get_total_flops()
-    print(json.dumps({"peak_bytes": peak, "flops": flops}), flush=True)
+    serve(prepare, device)
 
 
-def start(name: str, case: str, dtype: str, given: argparse.Namespace) -> subprocess.Popen[str]:
+def contestant(name: str, case: str, dtype: str, given: argparse.Namespace) -> Contestant:
     """A process of ``work``."""
     command = [sys.executable, "-m", "benchmarks.pretrain_step", "--worker", name, "--cases", case, "--dtypes", dtype]
-    command += ["--official", str(given.official)] if given.official else []
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    command += ["--device", given.device]
+    for option in CHECKOUTS:
+        if path := getattr(given, option):
+            command += [f"--{option}", str(path)]
+    return Contestant(name, command, None if name == MATMUL else CASES[case].batch)
 
 
-def ask(process: subprocess.Popen[str]) -> dict[str, Any]:
-    """One step of a contestant."""
-    assert process.stdin is not None and process.stdout is not None
-    print("step", file=process.stdin, flush=True)
-    line = process.stdout.readline()
-    if not line:
-        raise RuntimeError(f"{' '.join(map(str, process.args))} ended")  # type: ignore[arg-type]
-    return json.loads(line)
-
-
-def measure(case: str, dtype: str, names: list[str], given: argparse.Namespace, deadline: float) -> dict[str, Any]:
-    """Rounds of one step each, after one that is not counted -> by contestant, what it took."""
-    processes = {name: start(name, case, dtype, given) for name in names}
-    try:
-        taken: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-        for number in range(given.rounds + 1):
-            for name, process in processes.items():
-                found = ask(process)
-                if number:
-                    taken[name].append(found)
-            if number and time.monotonic() > deadline:
-                break
-        ends = {name: json.loads(process.communicate()[0]) for name, process in processes.items()}
-    finally:
-        for process in processes.values():
-            process.kill()
-            process.wait()
-    peak = ends[MATMUL]["flops"] / statistics.median(t["seconds"] for t in taken[MATMUL])
-    rows = {}
-    for name in names:
-        seconds = sorted(t["seconds"] for t in taken[name])
-        middle = statistics.median(seconds)
-        rows[name] = {
-            "seconds": middle,
-            "fastest": seconds[0],
-            "slowest": seconds[-1],
-            "cpu_seconds": statistics.median(t["cpu_seconds"] for t in taken[name]),
-            "images_per_second": CASES[case].batch / middle if name != MATMUL else None,
-            "share_of_matmul_peak": ends[name]["flops"] / middle / peak,
-            **ends[name],
-        }
-    return {"rounds": len(taken[names[0]]), "matmul_gflops": peak / 1e9, "contestants": rows}
-
-
-def table(results: dict[str, Any]) -> str:
+def page(results: dict[str, Any]) -> str:
     """The results as Markdown."""
-    lines = ["# A pre-training step", "", *(f"* {name}: {text}" for name, text in results["machine"].items()), ""]
-    head = "seconds (fastest to slowest)", "CPU seconds", "images/s", "ours is faster by", "peak GiB", "of matmul peak"
+    lines = ["# A pre-training step", "", *machine_lines(results["machine"])]
     for entry in results["measured"]:
-        title = (
-            f"{entry['case']}, {entry['dtype']}: {entry['rounds']} rounds, matmul {entry['matmul_gflops']:.0f} GFLOP/s"
-        )
-        lines += [f"## {title}", "", f"| | {' | '.join(head)} |", "|---|" + "---:|" * len(head)]
-        mine = entry["contestants"]["ours"]["seconds"]
-        for name, row in entry["contestants"].items():
-            if name != MATMUL:
-                lines.append(
-                    f"| {name} | {row['seconds']:.3f} ({row['fastest']:.3f} to {row['slowest']:.3f}) "
-                    f"| {row['cpu_seconds']:.3f} | {row['images_per_second']:.1f} | {row['seconds'] / mine:.2f} "
-                    f"| {row['peak_bytes'] / 2**30:.2f} | {row['share_of_matmul_peak']:.0%} |"
-                )
-        lines.append("")
+        lines += table(f"{entry['case']}, {entry['dtype']}", entry, "ours")
     return "\n".join([*lines, *defaults(results["measured"])])
 
 
@@ -303,7 +301,7 @@ def defaults(measured: list[dict[str, Any]]) -> list[str]:
     by_place = {(entry["case"], entry["dtype"]): entry["contestants"] for entry in measured}
     lines = []
     for case in {entry["case"]: None for entry in measured}:
-        if {(case, mine), (case, "fp32")} <= by_place.keys():
+        if {(case, mine), (case, "fp32")} <= by_place.keys() and "ours" in by_place[case, mine]:
             ours_takes = by_place[case, mine]["ours"]["seconds"]
             others = {n: row["seconds"] for n, row in by_place[case, "fp32"].items() if n not in ("ours", MATMUL)}
             texts = ", ".join(f"{name} {seconds / ours_takes:.2f}" for name, seconds in others.items())
@@ -316,30 +314,28 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=["tiny96", "base224"])
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["fp32"])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--minutes", type=float, default=60.0, help="no new round after so many")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1")
     parser.add_argument("--official", type=Path, help="a checkout of facebookresearch/mae")
+    parser.add_argument("--mmpretrain", type=Path, help="a checkout of open-mmlab/mmpretrain")
     parser.add_argument("--only", nargs="+", choices=list(CONTESTANTS), help="beside ours")
-    parser.add_argument("--out", type=Path, help="writes OUT.json and OUT.md")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    add_common_options(parser, minutes=60)
     given = parser.parse_args(arguments)
     if given.worker:
         work(given)
         return
-    others = [n for n in given.only or CONTESTANTS if n != "ours" and (n != "official" or given.official)]
-    results: dict[str, Any] = {"machine": environment(torch.device("cpu")), "measured": []}
+    absent = [name for name in CHECKOUTS if not getattr(given, name)]
+    others = [name for name in given.only or CONTESTANTS if name not in ("ours", *absent)]
+    results: dict[str, Any] = {"machine": environment(torch.device(given.device)), "measured": []}
     deadline = time.monotonic() + 60 * given.minutes
     for case in given.cases:
         for dtype in given.dtypes:
             if time.monotonic() > deadline:
                 break
-            found = measure(case, dtype, [MATMUL, "ours", *others], given, deadline)
+            contestants = [contestant(name, case, dtype, given) for name in (MATMUL, "ours", *others)]
+            found = compare(contestants, rounds=given.rounds, deadline=deadline)
             results["measured"].append({"case": case, **asdict(CASES[case]), "dtype": dtype, **found})
-            if given.out:
-                given.out.parent.mkdir(parents=True, exist_ok=True)
-                write_json(given.out.with_suffix(".json"), results)
-                write_text(given.out.with_suffix(".md"), table(results))
-    print(table(results))
+            write_results(results, given.out)
+    print(page(results))
 
 
 if __name__ == "__main__":
