@@ -72,6 +72,7 @@ def stop_after_parsing(monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(config_load, "load_config", load)
     monkeypatch.setattr("transfer.detection.train_net.load_config", load)
+    monkeypatch.setattr("mae_core.config.describing.load_config", load)
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
     monkeypatch.setattr(argparse.ArgumentParser, "parse_intermixed_args", parse_intermixed)
 
@@ -96,6 +97,9 @@ def check_mae(words: list[str]) -> None:
     """A command of ``mae``: its options, and its configuration where it takes one."""
     command: Any = typer.main.get_command(app)
     context = None
+    if words[0].startswith("--"):
+        assert words[0] in {option for parameter in command.params for option in parameter.opts}
+        return
     while hasattr(command, "commands"):
         assert words and words[0] in command.commands, f"mae has no command {words[0] if words else ''!r}"
         context, command, words = command, command.commands[words[0]], words[1:]
@@ -112,7 +116,7 @@ def check_mentioned(words: list[str]) -> None:
     """A command that is named, or shortened by ``...``: it exists, and so do the options that are shown."""
     if words[0] == "mae":
         command: Any = typer.main.get_command(app)
-        while hasattr(command, "commands") and len(words) > 1:
+        while hasattr(command, "commands") and len(words) > 1 and not words[1].startswith("--"):
             assert words[1] in command.commands, f"mae has no command {words[1]!r}"
             command, words = command.commands[words[1]], words[1:]
         known = {option for parameter in command.params for option in parameter.opts}

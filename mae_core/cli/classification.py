@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated, Literal
+
 import typer
 
 from mae_core.cli.arguments import ConfigAndOverrides, Configured, Resume, read_arguments, read_resume
 from mae_core.cli.checking import check_folders
 from mae_core.cli.weights import export
 from mae_core.errors import user_errors
+
+Device = Literal["auto", "cpu", "cuda"]
+OnError = Literal["skip", "raise"]
 
 
 def finetune(arguments: ConfigAndOverrides = None, resume: Resume = "no") -> None:
@@ -75,8 +81,27 @@ def evaluate(arguments: ConfigAndOverrides = None) -> None:
         run(read_arguments(EvaluateConfig, arguments))
 
 
+def predict(
+    run: Annotated[Path, typer.Argument(help="A run of a classifier, or its classifier.safetensors.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
+    out: Annotated[Path, typer.Option(help="New folder for predictions.csv and contact_sheet.png.")],
+    top: Annotated[int, typer.Option(help="Number of likeliest classes to list.")] = 3,
+    device: Annotated[Device, typer.Option(help="auto: a GPU where there is one.")] = "auto",
+    on_error: Annotated[OnError, typer.Option(help="What to do about an image that cannot be read.")] = "skip",
+) -> None:
+    """Classify images without labels: a table of names and probabilities, and a picture of the least certain ones.
+
+    Example: mae classify predict runs/classes photos --out named
+    """
+    with user_errors():
+        from mae_core.training.classify_images import predict_folder
+
+        typer.echo(f"wrote {predict_folder(run, images, out, top=top, device=device, on_error=on_error)}")
+
+
 classify = typer.Typer(no_args_is_help=True, help="Classification on an encoder, from a folder per class.")
 classify.command("train", cls=Configured)(finetune)
 classify.command("evaluate", cls=Configured)(evaluate)
+classify.command("predict")(predict)
 classify.command("check")(check_folders)
 classify.command("export")(export)
