@@ -59,6 +59,8 @@ DETECTION = ["pycocotools>=2.0.8"]
 SEGMENTATION = ["onedl-mmcv>=2.3.6", "onedl-mmengine>=0.10.12", "onedl-mmsegmentation>=1.4.2", "jinja2>=3.1"]
 # Tar shards and Hugging Face data sets; folders and file lists need neither.
 DATA = ["webdataset>=1.0", "datasets>=3.0"]
+# JPEG straight from libjpeg-turbo: a third less time than Pillow for the same pixels.
+FAST = ["simplejpeg>=1.7"]
 # TIFF and JPEG 2000 that neither Pillow nor tifffile decodes alone: LZW of 16-bit colours, 12 bits, predictors.
 TIFF = ["imagecodecs>=2024.1.1"]
 # Adapters of low rank for pre-training that starts from weights: adapt.mode=lora.
@@ -117,13 +119,14 @@ setup(
         "detection": DETECTION,
         "segmentation": SEGMENTATION,
         "data": DATA,
+        "fast": FAST,
         "tiff": TIFF,
         "lora": LORA,
         "demo": DEMO,
         "onnx": ONNX,
         "docs": DOCS,
         "dev": DEV,
-        "all": [*DEMO, *DATA, *TIFF, *LORA, *ONNX, *DOCS, *DEV],
+        "all": [*DEMO, *DATA, *FAST, *TIFF, *LORA, *ONNX, *DOCS, *DEV],
     },
     entry_points={
         "console_scripts": ["mae = mae_core.cli.main:main"],

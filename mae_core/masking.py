@@ -119,8 +119,8 @@ def _noise(batch: int, size: int, generator: Randomness) -> Tensor:
 
 def keep_lowest(noise: Tensor, kept: int) -> PatchMask:
     """(B, N) -> the mask that leaves the ``kept`` patches of lowest value visible in each sample."""
-    order = noise.argsort(dim=1)
-    return PatchMask.from_hidden(torch.ones_like(noise, dtype=torch.bool).scatter_(1, order[:, :kept], False))
+    visible, hidden = (ids.sort(dim=1).values for ids in noise.argsort(dim=1).tensor_split([kept], dim=1))
+    return PatchMask(torch.ones_like(noise, dtype=torch.bool).scatter_(1, visible, False), visible, hidden)
 
 
 @dataclass(frozen=True)
@@ -257,11 +257,11 @@ def describe_masker(masker: Masker) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class SampleMasks:
-    """Draws the mask of one sample from a seed: what the workers of a loader do."""
+    """Draws the masks of samples, each from a seed of its own: what the workers of a loader do."""
 
     masker: Masker
     grid: PatchGrid
 
-    def draw(self, seed: int) -> PatchMask:
-        """The mask of a batch of one."""
-        return self.masker(1, self.grid, [torch.Generator().manual_seed(seed)])
+    def draw(self, *seeds: int) -> PatchMask:
+        """The masks of a batch, a seed each: each is what it would be alone."""
+        return self.masker(len(seeds), self.grid, [torch.Generator().manual_seed(seed) for seed in seeds])

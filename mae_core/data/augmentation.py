@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
+from typing import NamedTuple, TypeAlias
 
 import torch
+from torch.nn.functional import interpolate
 from torchvision.transforms import InterpolationMode, v2
 
+from mae_core.config.schema import CropScale
 from mae_core.data.config import PretrainData
-from mae_core.data.decoding import Pixels, fill_no_data
+from mae_core.data.decoding import Pixels, fill_no_data, size_of, to_tensor
 from mae_core.data.images import Statistics
 from mae_core.patches import as_pair
 
@@ -34,31 +37,65 @@ class NoDataAsMean(torch.nn.Module):
         return fill_no_data(image, self.mean)
 
 
-class QuarterTurn(torch.nn.Module):
-    """A turn by 0, 90, 180 or 270 degrees, each as likely, of a picture or a tensor (C, H, W)."""
+class Box(NamedTuple):
+    """A part of an image, in pixels."""
 
-    def forward(self, image: Pixels) -> Pixels:
-        """Draws from torch's global generator."""
-        turns = int(torch.randint(4, ()))
-        if isinstance(image, torch.Tensor):
-            return torch.rot90(image, turns, (-2, -1))
-        return image.rotate(90 * turns, expand=True)
+    top: int
+    left: int
+    height: int
+    width: int
+
+    def on(self, size: Size, whole: Size) -> Box:
+        """The same part of an image of ``whole`` size that was decoded at ``size``."""
+        if size == whole:
+            return self
+        down, right = size[0] / whole[0], size[1] / whole[1]
+        top, left = min(round(self.top * down), size[0] - 1), min(round(self.left * right), size[1] - 1)
+        bottom, end = round((self.top + self.height) * down), round((self.left + self.width) * right)
+        return Box(top, left, max(1, min(bottom, size[0]) - top), max(1, min(end, size[1]) - left))
 
 
-def _centre(size: Size, data: PretrainData) -> list[Callable[[Pixels], Pixels]]:
+class RandomCrop:
+    """torchvision's ``RandomResizedCrop`` (bicubic), its box drawn apart from the cut, so that an image can be decoded
+    at a smaller scale in between."""
+
+    def __init__(self, size: Size, scale: CropScale) -> None:
+        self.size = size
+        self._drawn = v2.RandomResizedCrop(list(size), scale=scale, interpolation=BICUBIC)
+
+    def draw(self, whole: Size) -> Box:
+        """The box in an image of this size; draws from torch's global generator."""
+        return Box(**self._drawn.make_params([torch.empty((1, *whole), device="meta")]))
+
+    def cut(self, image: torch.Tensor, box: Box) -> torch.Tensor:
+        """The part of (C, H, W), resized."""
+        part = image[None, :, box.top : box.top + box.height, box.left : box.left + box.width]
+        if part.shape[2:] == self.size:
+            return part[0]
+        return interpolate(part, self.size, mode="bicubic", antialias=True)[0]
+
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        """Draw and cut."""
+        return self.cut(image, self.draw(size_of(image)))
+
+
+Step: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _centre(size: Size, data: PretrainData) -> list[Step]:
     return [centre_part(size)]
 
 
-def _fixed_crop(size: Size, data: PretrainData) -> list[Callable[[Pixels], Pixels]]:
+def _fixed_crop(size: Size, data: PretrainData) -> list[Step]:
     larger: Size = (round(size[0] / CROP_RATIO), round(size[1] / CROP_RATIO))
     return [v2.Lambda(partial(_resize_to_cover, size=larger)), v2.RandomCrop(list(size))]
 
 
-def _random_crop(size: Size, data: PretrainData) -> list[Callable[[Pixels], Pixels]]:
-    return [v2.RandomResizedCrop(list(size), scale=data.crop_scale, interpolation=BICUBIC)]
+def _random_crop(size: Size, data: PretrainData) -> list[Step]:
+    return [RandomCrop(size, data.crop_scale)]
 
 
-AUGMENTATIONS: dict[str, Callable[[Size, PretrainData], list[Callable[[Pixels], Pixels]]]] = {
+AUGMENTATIONS: dict[str, Callable[[Size, PretrainData], list[Step]]] = {
     "none": _centre,
     "fixed_crop": _fixed_crop,
     "random_crop": _random_crop,
@@ -67,24 +104,60 @@ AUGMENTATIONS: dict[str, Callable[[Size, PretrainData], list[Callable[[Pixels], 
 in ``mae_core.config.Augmentation``."""
 
 
-def training_view(data: PretrainData, statistics: Statistics) -> v2.Compose:
-    """Image -> (C, H, W), random as ``data`` says; draws from torch's global generator."""
-    steps: list[Callable[..., object]] = [NoDataAsMean(statistics)]
-    steps += [QuarterTurn()] if data.quarter_turns else []
-    steps += AUGMENTATIONS[data.augmentation](as_pair(data.image_size), data)
-    if data.flip_probability:
-        steps.append(v2.RandomHorizontalFlip(data.flip_probability))
-    if data.vflip:
-        steps.append(v2.RandomVerticalFlip(data.vflip))
-    if data.color_jitter:
+FACTORS = (8, 4, 2)
+"""By which libjpeg can divide the sides of an image as it decodes it."""
+
+
+class TrainingView:
+    """Image -> (C, H, W) as ``data`` says, uint8 or float32 like its source and not standardised yet; draws from
+    torch's global generator."""
+
+    def __init__(self, data: PretrainData, statistics: Statistics) -> None:
+        self.size: Size = as_pair(data.image_size)
+        self.fill = NoDataAsMean(statistics)
+        self.turns = data.quarter_turns
+        self.steps = AUGMENTATIONS[data.augmentation](self.size, data)
+        self.flips = tuple((axis, p) for axis, p in ((-1, data.flip_probability), (-2, data.vflip)) if p)
         strength = data.color_jitter
-        steps.append(v2.ColorJitter(strength, strength, strength, strength / 4))
-    return v2.Compose([*steps, to_normalized(statistics)])
+        self.jitter = v2.ColorJitter(strength, strength, strength, strength / 4) if strength else None
+
+    def __call__(self, image: Pixels, whole: Size | None = None) -> torch.Tensor:
+        """``whole``: the size of an image that was decoded at a smaller scale; its crop is drawn on the former."""
+        pixels = to_tensor(self.fill(image))
+        quarters = self._quarters()
+        pixels = torch.rot90(pixels, quarters, (-2, -1)) if quarters else pixels
+        for step in self.steps:
+            if whole is not None and isinstance(step, RandomCrop):
+                size = _turned(whole, quarters)
+                pixels = step.cut(pixels, step.draw(size).on(size_of(pixels), size))
+            else:
+                pixels = step(pixels)
+        for axis, probability in self.flips:
+            if torch.rand(1) < probability:
+                pixels = pixels.flip(axis)
+        return (pixels if self.jitter is None else self.jitter(pixels)).contiguous()
+
+    def factor(self, height: int, width: int) -> int:
+        """How much smaller an image of this size may be decoded for the crop that the call will draw, which stays at
+        least as large as what it becomes."""
+        size = _turned((height, width), self._quarters())
+        (crop,) = (step for step in self.steps if isinstance(step, RandomCrop))
+        box = crop.draw(size)
+        times = min(box.height / self.size[0], box.width / self.size[1])
+        return next((factor for factor in FACTORS if times >= factor), 1)
+
+    def _quarters(self) -> int:
+        """Turns by 90 degrees, each as likely."""
+        return int(torch.randint(4, ())) if self.turns else 0
+
+
+def _turned(size: Size, quarters: int) -> Size:
+    return (size[1], size[0]) if quarters % 2 else size
 
 
 def centre_view(size: Size, statistics: Statistics) -> v2.Compose:
     """Image -> (C, H, W): the largest centred part of the target's aspect ratio, resized (bicubic), standardised."""
-    return v2.Compose([NoDataAsMean(statistics), centre_part(size), to_normalized(statistics)])
+    return v2.Compose([NoDataAsMean(statistics), to_tensor, centre_part(size), to_normalized(statistics)])
 
 
 def centre_part(size: Size) -> v2.Compose:
@@ -94,9 +167,22 @@ def centre_part(size: Size) -> v2.Compose:
 
 def to_normalized(statistics: Statistics) -> v2.Compose:
     """Image -> (C, H, W) float32, standardised per channel."""
-    return v2.Compose(
-        [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(statistics.mean), list(statistics.std))]
-    )
+    return v2.Compose([to_tensor, partial(standardised, statistics=statistics)])
+
+
+def standardised(pixels: torch.Tensor, statistics: Statistics) -> torch.Tensor:
+    """(..., C, H, W) uint8, or float32 in shares, on any device -> float32 with mean 0 and standard deviation 1 per
+    channel, by the operations of torchvision's ``ToDtype`` and ``Normalize``, in place of their copies."""
+    mean, std = _constants(statistics, pixels.device)
+    if pixels.dtype == torch.uint8:
+        return pixels.float().mul_(1 / 255).sub_(mean).div_(std)
+    return (pixels - mean).div_(std)
+
+
+@lru_cache(maxsize=16)
+def _constants(statistics: Statistics, device: torch.device) -> list[torch.Tensor]:
+    """Mean and std (C, 1, 1): a copy to a GPU waits for it, so it is made once."""
+    return [torch.tensor(values, device=device)[:, None, None] for values in statistics]
 
 
 def _crop_to_ratio(image: Pixels, size: Size) -> Pixels:

@@ -88,6 +88,19 @@ class PretrainData(ImagesConfig):
         description="strength of brightness, contrast and saturation jitter, hue by a quarter of it "
         "(paper, Table 1e: worse)",
     )
+    repeats: Count = Field(
+        1, description="crops, with a mask each, of one decoded image in a batch; each counts as an image of an epoch"
+    )
+    scaled_decoding: bool = Field(
+        False,
+        description="decode a JPEG at 1/2, 1/4 or 1/8 where a random_crop is at least so many times image_size: "
+        "faster for large photos, with other pixels than a resize of the whole",
+    )
+
+    @property
+    def reading(self) -> Reading:
+        """How the files become pixels: tensors all."""
+        return super().reading._replace(tensors=True)
 
     @property
     def flip_probability(self) -> float:
@@ -100,6 +113,8 @@ class PretrainData(ImagesConfig):
     def _jitter_has_colours(self) -> PretrainData:
         if self.color_jitter and self.channels not in (1, 3):
             raise ValueError(f"color_jitter is for 1 or 3 channels, not {self.channels}; set it to 0")
+        if self.scaled_decoding and self.augmentation != "random_crop":
+            raise ValueError("scaled_decoding works with augmentation=random_crop; set scaled_decoding=false")
         if isinstance(self.path, tuple) and not self.path:
             raise ValueError("path is an empty list; name a folder")
         return self

@@ -19,6 +19,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from mae_core.data.deep_pictures import read_deep
+from mae_core.data.jpeg import JPEG, read_jpeg
 from mae_core.data.orientation import UPRIGHT, orientation_in, upright
 from mae_core.data.reading import ALPHA, ReadAs, Reading, note, reading_of, turned
 from mae_core.data.tiff import read_tiff
@@ -79,12 +80,18 @@ def read_image(path: Path, read_as: ReadAs) -> Pixels:
 def decode_image(file: BinaryIO, name: str, read_as: ReadAs) -> Pixels:
     """Like ``read_image``, of an open file that can seek; ``name`` is for the error."""
     reading = reading_of(read_as)
+    if reading.max_pixels > 2 * (Image.MAX_IMAGE_PIXELS or reading.max_pixels):
+        Image.MAX_IMAGE_PIXELS = reading.max_pixels  # asked for, and never lowered: other threads may be reading
     try:
         head = file.read(12)
         file.seek(0)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return with_channels(_as_stored(file, head, reading), reading.channels)
+        pixels = _jpeg(file, reading) if head.startswith(JPEG) else None
+        if pixels is None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                pixels = _as_stored(file, head, reading)
+        pixels = with_channels(pixels, reading.channels)
+        return to_tensor(pixels) if reading.tensors else pixels
     except UnidentifiedImageError:
         raise UnreadableImage(name, "not an image") from None
     except Image.DecompressionBombError as error:
@@ -102,8 +109,12 @@ def decode_bytes(content: bytes, name: str, read_as: ReadAs) -> Pixels:
 
 
 def to_tensor(pixels: Pixels) -> Tensor:
-    """(C, H, W), uint8 or float32."""
-    return pixels if isinstance(pixels, Tensor) else F.pil_to_tensor(pixels)
+    """(C, H, W), uint8 or float32; of a picture with its channels last in memory, as torch resizes it fastest."""
+    return pixels if isinstance(pixels, Tensor) else _channels_first(np.array(pixels))
+
+
+def _channels_first(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(array if array.ndim == 3 else array[:, :, None]).permute(2, 0, 1)
 
 
 def to_picture(pixels: Pixels) -> Image.Image:
@@ -141,7 +152,7 @@ def with_channels(pixels: Pixels, channels: int | None) -> Pixels:
             return pixels.convert("L" if channels == 1 else "RGB")
         if channels is None and pixels.mode in ("L", "RGB"):
             return pixels
-        pixels = F.pil_to_tensor(pixels)
+        pixels = to_tensor(pixels)
     if len(pixels) == 1 and channels == 3:
         return pixels.repeat(3, 1, 1)
     if len(pixels) == 3 and channels == 1:
@@ -156,14 +167,12 @@ def _as_stored(file: BinaryIO, head: bytes, reading: Reading) -> Pixels:
     """All bands of a file; the channels asked for only say which axis of an array they may be."""
     if head.startswith(_NUMPY):
         return from_array(_load_array(file, reading), reading.channels)
-    if reading.max_pixels > 2 * (Image.MAX_IMAGE_PIXELS or reading.max_pixels):
-        Image.MAX_IMAGE_PIXELS = reading.max_pixels  # asked for, and never lowered: other threads may be reading
     if head.startswith(_TIFFS):
-        found = read_tiff(file, reading)
-        if isinstance(found, Image.Image):
-            with found:
-                return from_picture(found, reading)
-        return _turned(_from_planes(found.planes, found.bits), found.orientation)
+        tiff = read_tiff(file, reading)
+        if isinstance(tiff, Image.Image):
+            with tiff:
+                return from_picture(tiff, reading)
+        return _turned(_from_planes(tiff.planes, tiff.bits), tiff.orientation)
     with Image.open(file) as image:
         frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # a phone's photo with its preview
         if frames > 1 and reading.pages != "first":
@@ -178,6 +187,18 @@ def _as_stored(file: BinaryIO, head: bytes, reading: Reading) -> Pixels:
         note(ALPHA)
         planes = planes[:-1]
     return _turned(_from_planes(planes), orientation)
+
+
+def _jpeg(file: BinaryIO, reading: Reading) -> Pixels | None:
+    """See ``read_jpeg``; a tensor where one is asked for in the channels that there are."""
+    found = read_jpeg(file.read(), reading)
+    file.seek(0)
+    if found is None:
+        return None
+    stored = found.pixels
+    if reading.tensors and reading.channels in (None, stored.shape[2]):
+        return _turned(_channels_first(stored), found.orientation)
+    return _turned(Image.fromarray(stored[:, :, 0] if stored.shape[2] == 1 else stored), found.orientation)
 
 
 def _load_array(file: BinaryIO, reading: Reading) -> np.ndarray:

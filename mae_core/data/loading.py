@@ -47,12 +47,21 @@ def share_of(batch_size: int, world: int) -> int:
     return batch_size // world
 
 
+def check_repeats(batch_size: int, world: int, repeats: int) -> None:
+    """Raise ``UserError`` where a rank's share of a batch does not hold every image ``repeats`` times."""
+    if share_of(batch_size, world) % repeats:
+        ranks = f" and {world} ranks" if world > 1 else ""
+        raise UserError(
+            f"batch size {batch_size} does not divide by data.repeats={repeats}{ranks}; set optim.batch_size to a "
+            f"multiple of {repeats * world}"
+        )
+
+
 class StepSampler(Sampler[list[Place]]):
     """A batch sampler: one list of (epoch, index) per optimizer step, this rank's share of it.
 
     The order is the seeded permutations of all epochs, one after another; a batch may span two epochs, so that a data
-    set
-    of any size works and no tail is lost. All of its state is the step.
+    set of any size works and no tail is lost. All of its state is the step.
     """
 
     def __init__(
@@ -65,7 +74,10 @@ class StepSampler(Sampler[list[Place]]):
         start_step: int = 0,
         rank: int = 0,
         world: int = 1,
+        repeats: int = 1,
     ) -> None:
+        check_repeats(batch_size, world, repeats)
+        self.repeats = repeats
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.start_step, self.total_steps = start_step, total_steps
         self.rank, self.share = rank, share_of(batch_size, world)
@@ -79,18 +91,19 @@ class StepSampler(Sampler[list[Place]]):
             yield self.places(step, orders)
 
     def places(self, step: int, orders: dict[int, list[int]] | None = None) -> list[Place]:
-        """(epoch, index) of this rank's share of a step; ``orders`` keeps the permutations of the last two epochs."""
+        """(epoch, index) of this rank's share of a step; ``orders`` keeps the permutations of the last two passes."""
         orders = {} if orders is None else orders
-        first = step * self.batch_size + self.rank * self.share
+        first = (step * self.batch_size + self.rank * self.share) // self.repeats
         places = []
-        for position in range(first, first + self.share):
-            epoch, cursor = divmod(position, self.length)
-            if epoch not in orders:
-                for old in [kept for kept in orders if kept != epoch - 1]:
+        for position in range(first, first + self.share // self.repeats):
+            turn, cursor = divmod(position, self.length)
+            if turn not in orders:
+                for old in [kept for kept in orders if kept != turn - 1]:
                     del orders[old]
-                generator = generator_at(self.seed, SHUFFLE, epoch)
-                orders[epoch] = torch.randperm(self.length, generator=generator).tolist()
-            places.append((epoch, orders[epoch][cursor]))
+                generator = generator_at(self.seed, SHUFFLE, turn)
+                orders[turn] = torch.randperm(self.length, generator=generator).tolist()
+            index = orders[turn][cursor]
+            places += [(turn * self.repeats + repeat, index) for repeat in range(self.repeats)]
         return places
 
 
@@ -106,6 +119,7 @@ def make_loader(
         num_workers=workers,
         pin_memory=pin,
         prefetch_factor=4 if workers else None,
+        persistent_workers=workers > 0,  # of a loader that is gone through again: an evaluation's
         worker_init_fn=_outlive_first_signal,
     )
 

@@ -21,11 +21,13 @@ class Reading(NamedTuple):
     max_pixels  an image of more is refused before it is decoded
     pages       of a file of several pages: "bands" are the channels of one image, "first" reads the first alone; "auto"
                 takes them for bands where ``channels`` is their number and neither 1 nor 3
+    tensors     pictures of 8 bits are tensors too, not PIL images: the fast way to a view of torchvision's
     """
 
     channels: int | None = None
     max_pixels: int = MAX_PIXELS
     pages: Pages = "auto"
+    tensors: bool = False
 
     def check_size(self, height: int, width: int, channels: int = 1) -> None:
         """Raise ``ValueError`` for an image that is too large, with the option that allows it."""

@@ -203,7 +203,7 @@ def bad_files(batches: Iterable[Batch], batch: Batch, step: int) -> list[str]:
 
     A loader says which images they are by ``batch_sampler.places`` and ``dataset.name_of``.
     """
-    pixels = getattr(batch, "pixels", None)
+    pixels = getattr(batch.to(torch.device("cpu")), "pixels", None)
     sampler, name_of = (
         getattr(batches, "batch_sampler", None),
         getattr(getattr(batches, "dataset", None), "name_of", None),

@@ -120,7 +120,7 @@ def moments_of(config: PretrainConfig, grid: PatchGrid, images: int, *, least: i
             refuse_unreadable(batch.unreadable)
         for path, reason in batch.unreadable:
             print(f"skipped unreadable image {path} ({reason})")
-        moments.add(patchify(batch.pixels, grid.patch).flatten(0, 1))
+        moments.add(patchify(batch.to(torch.device("cpu")).pixels, grid.patch).flatten(0, 1))
         progress(moments.count // grid.num_patches, seen)
     return moments
 

@@ -7,6 +7,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from mae_core.config.load import config_differences
 from mae_core.config.sections import ScheduleConfig
 from mae_core.data.images import statistics_of
-from mae_core.data.loading import share_of
+from mae_core.data.loading import check_repeats, share_of
 from mae_core.data.sources import damaged_parts, open_source
-from mae_core.data.unlabelled import PretrainBatch, UnlabelledImages, collate
+from mae_core.data.unlabelled import UnlabelledImages, collate
 from mae_core.masking import PatchMask, SampleMasks
 from mae_core.models.block import kernels_as_on
 from mae_core.models.mae import MaskedAutoencoder
@@ -77,6 +78,7 @@ def print_plan(config: PretrainConfig, say: Callable[[str], None] = print) -> No
     watched = split_images(config, source)
     images = UnlabelledImages(watched.training, config.data, config.seed)
     images.fixed_views(1)
+    check_repeats(config.optim.batch_size, distributed.world_size(), config.data.repeats)
     settings = FitSettings.of(config.optim, len(images))
     seed_everything(config.seed)
     model = build_pretrain_model(config, start).train()
@@ -118,7 +120,7 @@ def plan(config: PretrainConfig, model: MaskedAutoencoder, settings: FitSettings
     seen = model.encoder.grid.num_patches if model.mask_token is not None else visible
     dropped = round(length // optim.batch_size * optim.epochs)
     return [
-        batch_line(optim, world),
+        batch_line(optim, world) + repeats_in_words(config),
         f"{rate_line(optim, settings)}; weight decay {optim.weight_decay:g}, betas {optim.betas[0]:g}, "
         f"{optim.betas[1]:g}",
         steps_line(optim, settings, length)
@@ -141,6 +143,14 @@ def batch_line(optim: ScheduleConfig, devices: int) -> str:
     if micro == share:
         return line
     return f"{line}, in {math.ceil(share / micro)} micro-batches of {'at most ' if share % micro else ''}{micro}"
+
+
+def repeats_in_words(config: PretrainConfig) -> str:
+    """How many images are decoded for a batch, where it is not as many as it has."""
+    repeats = config.data.repeats
+    if repeats == 1:
+        return ""
+    return f"; {config.optim.batch_size // repeats} images decoded, {repeats} crops and masks of each"
 
 
 def rate_line(optim: ScheduleConfig, settings: FitSettings) -> str:
@@ -210,9 +220,10 @@ def measure_speed(
 ) -> Speed:
     """Time reading and a few optimizer steps of the model, which is changed by them."""
     count = min(IMAGES_READ, max(len(images), 2))
+    chosen = [index * len(images) // count for index in range(count)]
     before = time.perf_counter()
-    samples = [images[(0, index * len(images) // count)] for index in range(count)]
-    reading = (time.perf_counter() - before) / count
+    samples = images.__getitems__([(repeat, index) for index in chosen for repeat in range(config.data.repeats)])
+    reading = (time.perf_counter() - before) / len(samples)
     batch: Any = collate(samples)
     model.to(run.device)
     optimizer = pretrain_optimizer(model, config)
@@ -221,7 +232,7 @@ def measure_speed(
     def step(at_once: int) -> float:
         chosen = [index % len(batch) for index in range(at_once)]
         mask = PatchMask.cat([batch.mask.samples(index, index + 1) for index in chosen])
-        part: Any = PretrainBatch(batch.pixels[chosen], mask, [])
+        part: Any = replace(batch, pixels=batch.pixels[chosen], mask=mask)
         if run.device.type == "cuda":
             torch.cuda.synchronize()
         started = time.perf_counter()

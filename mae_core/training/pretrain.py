@@ -9,7 +9,8 @@ from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
 from mae_core.data.images import check_all, refuse_unreadable, statistics_of
-from mae_core.data.loading import make_loader, steps_for
+from mae_core.data.jpeg import describe_decoder
+from mae_core.data.loading import check_repeats, make_loader, steps_for
 from mae_core.data.sources import damaged_parts, open_source
 from mae_core.data.unlabelled import PretrainBatch, UnlabelledImages, collate
 from mae_core.errors import UserError
@@ -87,6 +88,7 @@ def pretrain(config: PretrainConfig, *, resume: Resume = False) -> FitResult:
         refuse_unreadable(damaged_parts(source))
         for images_read in (source, *watched.only_looked_at(config.data.reading)):
             check_all(images_read, on_progress=Counter("checking images"))
+    check_repeats(config.optim.batch_size, distributed.world_size(), config.data.repeats)
     settings = FitSettings.of(config.optim, len(watched.training))
     config = with_statistics(config, source, resume=resume, weights=weights_facts(start))
     images = UnlabelledImages(watched.training, config.data, config.seed)
@@ -109,7 +111,13 @@ def pretrain(config: PretrainConfig, *, resume: Resume = False) -> FitResult:
     frozen_steps = steps_for(len(images), config.optim.batch_size, frozen) if frozen else 0
     adapted.set_frozen(first_step < frozen_steps)
     announce(run.say, config, model, len(images), settings)
-    sampler = run.sampler(len(images), config.optim.batch_size, total_steps=settings.total_steps, start_step=first_step)
+    sampler = run.sampler(
+        len(images),
+        config.optim.batch_size,
+        total_steps=settings.total_steps,
+        start_step=first_step,
+        repeats=config.data.repeats,
+    )
     loader = make_loader(images, sampler, collate, workers=config.data.workers, pin=run.device.type == "cuda")
     mask = fixed_mask(model, len(views), config.seed)
 
@@ -167,3 +175,4 @@ def announce(
         f"{settings.total_steps} steps of {config.optim.batch_size} images = {config.optim.epochs:g} epochs, "
         f"warm-up {settings.warmup_steps} steps, peak lr {settings.lr:.3g}; writing to {config.output}"
     )
+    say(f"JPEG decoder: {describe_decoder()}")

@@ -262,7 +262,9 @@ class Run:
                 self.note_unreadable([entry for entry in found if entry.path not in self.unreadable])
         self._untold = []
 
-    def sampler(self, length: int, batch_size: int, *, total_steps: int, start_step: int = 0) -> StepSampler:
+    def sampler(
+        self, length: int, batch_size: int, *, total_steps: int, start_step: int = 0, repeats: int = 1
+    ) -> StepSampler:
         """This rank's share of the places of ``length`` training images, ``batch_size`` a step over all ranks."""
         return StepSampler(
             length,
@@ -272,6 +274,7 @@ class Run:
             start_step=start_step,
             rank=self.rank,
             world=self.world,
+            repeats=repeats,
         )
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mae_core.data.images import Statistics, check_all, refuse_unreadable, statistics_of
-from mae_core.data.loading import make_loader
+from mae_core.data.loading import check_repeats, make_loader
 from mae_core.data.sources import damaged_parts, open_source
 from mae_core.data.unlabelled import PretrainBatch, UnlabelledImages, collate
 from mae_core.layout import TOKENIZER
@@ -64,6 +64,7 @@ def train_tokenizer(config: TokenizerConfig, *, resume: Resume = False) -> FitRe
     if config.data.on_error == "raise":
         refuse_unreadable(damaged_parts(source))
         check_all(source, on_progress=Counter("checking images"))
+    check_repeats(config.optim.batch_size, distributed.world_size(), config.data.repeats)
     settings = FitSettings.of(config.optim, len(source))
     config = with_statistics(config, source, resume=resume)
     dataset = UnlabelledImages(source, config.data, config.seed)
@@ -105,7 +106,13 @@ def train_tokenizer(config: TokenizerConfig, *, resume: Resume = False) -> FitRe
             run.picture(f"step_{step:08d}", token_strip(tokenizer, views, statistics), step)
 
     cool(start)
-    sampler = run.sampler(len(dataset), config.optim.batch_size, total_steps=settings.total_steps, start_step=start)
+    sampler = run.sampler(
+        len(dataset),
+        config.optim.batch_size,
+        total_steps=settings.total_steps,
+        start_step=start,
+        repeats=config.data.repeats,
+    )
     loader = make_loader(dataset, sampler, collate, workers=config.data.workers, pin=run.device.type == "cuda")
     hooks = [(1, cool), (config.log.pictures_every, draw)]
     parts = (training, loader, tokenizer_loss, optimizer)

@@ -184,7 +184,7 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(tmp_path, write_images):
     images[(0, 0)], images[(1, 2)]
     again = pretrain_set(paths)[(2, 3)]
     assert torch.equal(first.pixels, again.pixels) and torch.equal(first.mask.hidden, again.mask.hidden)
-    assert first.pixels.shape == (3, 16, 16) and first.pixels.dtype == torch.float32
+    assert first.pixels.shape == (3, 16, 16) and first.pixels.dtype == torch.uint8
     for other in (images[(3, 3)], images[(2, 1)], pretrain_set(paths, seed=1)[(2, 3)]):
         assert not torch.equal(first.pixels, other.pixels)
         assert not torch.equal(first.mask.hidden, other.mask.hidden)

@@ -73,3 +73,27 @@ def test_a_batch_must_divide_among_the_ranks():
 )
 def test_steps_of_a_run(length, batch_size, epochs, steps):
     assert steps_for(length, batch_size, epochs) == steps
+
+
+@given(lengths, st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), seeds, st.integers(1, 8))
+def test_repeats_stand_in_a_row_as_samples_of_as_many_epochs(length, share, repeats, world, seed, steps):
+    options = {"length": length, "batch_size": share * repeats * world, "seed": seed, "repeats": repeats}
+    options["total_steps"] = steps
+    ranks = [joined(StepSampler(**options, rank=rank, world=world)) for rank in range(world)]
+    for places in ranks:
+        for start in range(0, len(places), repeats):
+            epochs, indices = zip(*places[start : start + repeats], strict=True)
+            assert len(set(indices)) == 1 and epochs == tuple(range(epochs[0], epochs[0] + repeats))
+            assert epochs[0] % repeats == 0
+    alone = joined(StepSampler(**options))
+    assert sorted(joined(ranks)) == sorted(alone) and len(set(alone)) == len(alone)
+    plain = {**options, "batch_size": share * world, "repeats": 1}
+    assert [index for _, index in alone[::repeats]] == [index for _, index in joined(StepSampler(**plain))]
+    resumed = joined(StepSampler(**options, start_step=steps - 1))
+    assert resumed == alone[(steps - 1) * share * repeats * world :]
+
+
+def test_a_batch_must_divide_among_the_repeats_of_every_rank():
+    with pytest.raises(UserError, match=r"batch size 6 does not divide by data.repeats=2 and 2 ranks.*multiple of 4"):
+        StepSampler(10, 6, 0, total_steps=1, world=2, repeats=2)
+    StepSampler(10, 8, 0, total_steps=1, world=2, repeats=2)

@@ -169,3 +169,20 @@ def test_data_may_move_but_not_change(finished, pretrained, tmp_path):
     with pytest.raises(UserError, match="was started on other images"):
         pretrain(configuration(finished, f"data.path={moved}"), resume=True)
     assert contents(finished) == before
+
+
+def test_repeats_resume_exactly_count_as_samples_and_must_divide_the_batch(tmp_path, write_images, pretrain_options):
+    write_images(tmp_path / "images", 6)
+    options = [*pretrain_options, f"data.path={tmp_path / 'images'}", "data.repeats=2", "log.checkpoint_every=5"]
+    whole, stopped = ([*options, f"output={tmp_path / name}", "optim.epochs=6"] for name in ("whole", "stopped"))
+    pretrain(load_config(PretrainConfig, None, whole))
+    assert len(steps_of(tmp_path / "whole")) == 9  # of 4 samples: 6 epochs of 6
+    pretrain(load_config(PretrainConfig, None, stopped))
+    shutil.rmtree(complete_checkpoints(tmp_path / "stopped")[-1])
+    (tmp_path / "stopped" / "encoder.safetensors").unlink()
+    pretrain(load_config(PretrainConfig, None, [*stopped, "data.workers=1"]), resume=True)
+    one, other = (tmp_path / name / "encoder.safetensors" for name in ("whole", "stopped"))
+    assert one.read_bytes() == other.read_bytes()
+    with pytest.raises(UserError, match=r"batch size 4 does not divide by data.repeats=3; .* a multiple of 3"):
+        pretrain(load_config(PretrainConfig, None, [*options, "data.repeats=3", f"output={tmp_path / 'new'}"]))
+    assert not (tmp_path / "new").exists()
