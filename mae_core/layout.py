@@ -37,6 +37,8 @@ LONGEST_HEADER = 100 * 2**20
 """Bytes; the limit of the format."""
 WHOLE_NETWORK = "mae_core_"
 """How the ``format`` of a file begins that holds another network than an encoder's; the rest is the network's name."""
+ATTENTIVE_FORMAT = f"{WHOLE_NETWORK}classifier_with_attentive_pooling"
+"""Of the file of an attentive probe."""
 
 
 class Marker(NamedTuple):

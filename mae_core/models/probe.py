@@ -154,6 +154,22 @@ class AttentiveProbe(Probe):
         return {**pool, "head.weight": weight, "head.bias": bias}
 
 
+class AttentiveClassifier(nn.Module):
+    """What an attentive probe leaves: a trunk without pooling, learned queries that pool its patch tokens, and a linear
+    layer, into which the batch norm was folded. The trunk is a part of it, under the names of its file."""
+
+    def __init__(self, trunk: ViTEncoder, num_classes: int, queries: int) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.pool = AttentivePool(trunk.embed_dim, queries)
+        self.head = nn.Linear(trunk.embed_dim, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, classes)."""
+        logits: Tensor = self.head(self.pool(self.trunk(images)[:, 1:].float()))
+        return logits
+
+
 def standardiser(width: int, batch_norm: bool) -> nn.Module:
     """Batch norm with nothing to learn, or nothing."""
     return nn.BatchNorm1d(width, affine=False, eps=NORM_EPS) if batch_norm else nn.Identity()

@@ -12,7 +12,7 @@ from typing import Literal, overload
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from mae_core.atomic import atomic_folder, check_new_folder
 from mae_core.data.contact_sheet import MOST, contact_sheet, thumbnail
@@ -22,11 +22,10 @@ from mae_core.data.images import Statistics, statistics_of
 from mae_core.data.views import evaluation_view
 from mae_core.errors import UserError
 from mae_core.layout import PREDICTIONS
-from mae_core.models.encoder import ViTEncoder
 from mae_core.patches import as_pair
 from mae_core.training import distributed
 from mae_core.training.frozen_config import EvaluateConfig
-from mae_core.training.frozen_trunk import classifier_of, weights_of
+from mae_core.training.frozen_trunk import classifier_file, classifier_of
 from mae_core.training.run import Run
 from mae_core.weights.load import with_file
 
@@ -85,7 +84,7 @@ class Classifier:
     """A trained classifier that answers as ``mae evaluate`` measures it: same view, same precision."""
 
     def __init__(
-        self, model: ViTEncoder, config: EvaluateConfig, statistics: Statistics, classes: list[str], multi_label: bool
+        self, model: nn.Module, config: EvaluateConfig, statistics: Statistics, classes: list[str], multi_label: bool
     ) -> None:
         self._run = Run(config, distributed.join(config.device))
         self.model = model.to(self._run.device).eval()
@@ -150,7 +149,7 @@ def load_classifier(
     Raises ``UserError`` where the file holds no classifier, or another number of classes than are named.
     """
     config = EvaluateConfig(weights=Path(weights), device=device)
-    source = weights_of(config)
+    source = classifier_file(config)
     config = with_file(source, config, frozen=True)
     model, _ = classifier_of(source, image_size=config.data.image_size)
     number = source.num_classes

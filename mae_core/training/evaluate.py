@@ -22,7 +22,7 @@ from mae_core.training import distributed
 from mae_core.training.classification import IMAGES_TRIED, check_all_if_asked, in_words
 from mae_core.training.features import Rows, Viewer, rows_of
 from mae_core.training.frozen_config import EvaluateConfig
-from mae_core.training.frozen_trunk import classifier_of, weights_of
+from mae_core.training.frozen_trunk import classifier_file, classifier_of
 from mae_core.training.run import Run, check_output, open_run
 from mae_core.training.tables import PredictionTable, write_logits, write_per_class
 from mae_core.weights.encoder_file import EncoderFile
@@ -137,7 +137,7 @@ def as_kind_says(config: EvaluateConfig) -> EvaluateConfig:
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Measure a classifier; returns what metrics.json holds. Raises ``UserError`` for what a user can get wrong."""
-    source = weights_of(config)
+    source = classifier_file(config)
     config = with_file(source, as_kind_says(config), frozen=True)
     check_output(config, resume=False)
     model: nn.Module

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from mae_core.errors import UserError
+from mae_core.layout import ATTENTIVE, ATTENTIVE_FORMAT, CLASSIFIER, stated_format
 from mae_core.models.encoder import Pooling, ViTEncoder
-from mae_core.weights.encoder_file import EncoderFile
+from mae_core.models.probe import AttentiveClassifier
+from mae_core.weights.encoder_file import EncoderFile, EncoderInfo
+from mae_core.weights.files import read_weights
 from mae_core.weights.load import fit_state, heads_given, read_encoder, vit_of
 from mae_core.weights.report import LoadReport
 
+QUERIES = "pool.queries"
+"""The tensor that tells the classifier of an attentive probe."""
 NORM_AFTER_POOLING = {"norm.weight": "fc_norm.weight", "norm.bias": "fc_norm.bias"}
 
 
@@ -19,6 +27,18 @@ def weights_of(config: Any) -> EncoderFile:
     if config.weights is None:
         raise UserError("no weights given; set weights=FILE, such as the encoder.safetensors of a run")
     return read_encoder(config.weights, heads=heads_given(config))
+
+
+def classifier_file(config: Any) -> EncoderFile:
+    """As ``weights_of``, and of an attentive probe, which is no encoder's file, what ``classifier_of`` takes."""
+    path = None if config.weights is None else Path(config.weights)
+    if path is not None and path.is_dir() and not (path / CLASSIFIER).is_file():
+        path = path / ATTENTIVE
+    if path is None or not path.is_file() or stated_format(path) != ATTENTIVE_FORMAT:
+        return weights_of(config)
+    tensors, metadata = read_weights(path)
+    info = EncoderInfo.from_metadata(metadata).with_facts(format="mae_core")
+    return EncoderFile(path, info, tensors, {name: [name] for name in tensors}, LoadReport(str(path)))
 
 
 def trunk_from(
@@ -44,8 +64,10 @@ def trunk_from(
 
 def classifier_of(
     source: EncoderFile, *, image_size: int | Sequence[int] | None = None
-) -> tuple[ViTEncoder, LoadReport]:
+) -> tuple[nn.Module, LoadReport]:
     """The trained classifier of a file of ours or of the official fine-tuned layout, in eval mode, and the report.
+
+    ``source``: see ``classifier_file``.
 
     Raises ``UserError`` where the file is an encoder without a head.
     """
@@ -54,6 +76,11 @@ def classifier_of(
             f"{source.path} is a pre-trained encoder without a head, not a classifier; fine-tune it with mae finetune, "
             "or measure it with mae linprobe or mae knn"
         )
+    if QUERIES in source.tensors:
+        trunk = vit_of(source, image_size)
+        attentive = AttentiveClassifier(trunk, source.num_classes, len(source.tensors[QUERIES]))
+        rename = {name: f"trunk.{name}" for name in source.tensors if not name.startswith(("pool.", "head."))}
+        return attentive.eval(), fit_state(attentive, source, grid=trunk.grid[:2], rename=rename)
     pooling: Pooling = "cls" if source.has_norm else "mean"
     model = vit_of(source, image_size, pooling=pooling, num_classes=source.num_classes)
     return model.eval(), fit_state(model, source, grid=model.grid[:2])

@@ -22,7 +22,7 @@ from mae_core.data.labelled import (
 from mae_core.data.loading import Place, make_loader, share_of
 from mae_core.data.views import probe_view
 from mae_core.errors import UserError
-from mae_core.layout import ATTENTIVE, CLASSIFIER, WHOLE_NETWORK
+from mae_core.layout import ATTENTIVE, ATTENTIVE_FORMAT, CLASSIFIER
 from mae_core.measures.accuracy import Tally
 from mae_core.models.encoder import ViTEncoder
 from mae_core.models.probe import AttentiveProbe, LinearProbe, Probe
@@ -48,7 +48,6 @@ from mae_core.training.predictions import predict, total_of
 from mae_core.training.run import Run, check_output, open_run
 from mae_core.weights.load import with_file
 
-ATTENTIVE_FORMAT = f"{WHOLE_NETWORK}classifier_with_attentive_pooling"
 ROWS_AT_ONCE = 4096
 """Cached features in a batch of the evaluation."""
 
@@ -73,13 +72,14 @@ def rates_of(optim: ProbeOptim) -> list[float]:
     return list(dict.fromkeys((optim.base_lr, *optim.sweep)))
 
 
-def build_probe(config: ProbeConfig, trunk: ViTEncoder, num_classes: int, *, heads: int, cached: bool) -> Probe:
-    """The probe of a configuration on ``trunk``, or with ``cached`` on what it says. Raises ``UserError`` where the
-    queries do not divide its width."""
-    on, queries = None if cached else trunk, config.queries
+def build_probe(
+    config: ProbeConfig, trunk: ViTEncoder | None, width: int, num_classes: int, *, heads: int
+) -> LinearProbe | AttentiveProbe:
+    """The probe of a configuration on ``trunk``, or without one on what a trunk of ``width`` says. Raises ``UserError``
+    where the queries do not divide the width."""
     if config.kind == "linear":
-        return LinearProbe(on, trunk.embed_dim, num_classes, heads=heads, batch_norm=config.batch_norm)
-    return AttentiveProbe(on, trunk.embed_dim, num_classes, queries=queries, heads=heads, batch_norm=config.batch_norm)
+        return LinearProbe(trunk, width, num_classes, heads=heads, batch_norm=config.batch_norm)
+    return AttentiveProbe(trunk, width, num_classes, queries=config.queries, heads=heads, batch_norm=config.batch_norm)
 
 
 def probe_optimizer(probe: Probe, optim: ProbeOptim, lr: float) -> torch.optim.Optimizer:
@@ -192,8 +192,8 @@ def linprobe(config: LinprobeConfig, *, resume: Resume = False) -> dict[str, Any
     """Train and measure; returns what metrics.json holds: the best head's numbers, and every learning rate's.
 
     classifier.safetensors holds the trunk, as it was, and the best head with its batch norm folded in; of an attentive
-    probe it is attentive_classifier.safetensors, with the pooling, which no other command takes. Raises ``UserError``
-    for what a user can get wrong.
+    probe it is attentive_classifier.safetensors, with the pooling; evaluating and classifying take both. Raises
+    ``UserError`` for what a user can get wrong.
     """
     source = weights_of(config)
     source.check_pretrained()
@@ -209,7 +209,8 @@ def linprobe(config: LinprobeConfig, *, resume: Resume = False) -> dict[str, Any
     trunk, report = trunk_from(source, pooling=pooling, image_size=config.data.image_size)
     seed_everything(config.seed)
     rates, cached = rates_of(config.optim), config.cache is not None
-    probe = build_probe(config.probe, trunk, len(splits.classes), heads=len(rates), cached=cached)
+    on = None if cached else trunk
+    probe = build_probe(config.probe, on, trunk.embed_dim, len(splits.classes), heads=len(rates))
     if config.cache is not None and attentive:
         images = len(splits.train.paths) + len(splits.val.paths)
         check_tokens_fit(images, trunk, config.cache, torch.device("cpu"))

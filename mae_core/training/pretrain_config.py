@@ -102,6 +102,10 @@ class WatchConfig(Schema):
     path: Path | None = Field(None, description="other images for the held-out loss, in place of a share")
     labelled: Path | None = Field(None, description="train/<class>/* and val/<class>/*, for k-NN top-1")
     neighbours: Count = Field(20, description="k of the k-NN")
+    probes: tuple[Literal["linear", "attentive"], ...] = Field(
+        (), description="trained on the frozen encoder of the moment too, on the images of labelled, unaugmented"
+    )
+    probe_epochs: Count = Field(50, description="passes of a probe over the training images of labelled")
     most_images: Count = Field(5000, description="of each kind, spread over all")
     batch: Count = Field(64, description="images at once")
 
@@ -109,6 +113,10 @@ class WatchConfig(Schema):
     def _one_way_to_hold_out(self) -> WatchConfig:
         if self.share and self.path is not None:
             raise ValueError("give either share or path, not both")
+        if self.probes and self.labelled is None:
+            raise ValueError(
+                "probes learn from labelled images; set watch.labelled=FOLDER too, or leave watch.probes out"
+            )
         return self
 
 

@@ -1,9 +1,11 @@
-"""What is measured while a pre-training runs: the loss on images kept out of it, and k-NN where labels exist."""
+"""What is measured while a pre-training runs: the loss on images kept out of it, and where labels exist k-NN and, by
+option, probes."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from mae_core.data.augmentation import centre_view
 from mae_core.data.config import PretrainData
 from mae_core.data.decoding import UnreadableImage
 from mae_core.data.images import ImageFiles, ImageSource, read_some, statistics_of
-from mae_core.data.labelled import LabelledPaths, LabelledSample, read_image_folder
+from mae_core.data.labelled import LabelledBatch, LabelledPaths, LabelledSample, read_image_folder
 from mae_core.data.labelled import collate_readable as collate_labelled
 from mae_core.data.loading import make_loader
 from mae_core.data.reading import ReadAs
@@ -23,16 +25,22 @@ from mae_core.errors import UserError
 from mae_core.masking import SampleMasks
 from mae_core.measures.knn import knn_accuracy
 from mae_core.models.mae import MaskedAutoencoder
-from mae_core.patches import as_pair
+from mae_core.patches import PatchGrid, as_pair
 from mae_core.seeds import SPLIT, generator_at
 from mae_core.training import distributed
-from mae_core.training.frozen_config import FrozenModel
+from mae_core.training.frozen_config import ProbeConfig, ProbeOptim
+from mae_core.training.linprobe import ROWS_AT_ONCE, build_probe, probe_loss, probe_optimizer, rates_of
+from mae_core.training.loop import FitSettings, cosine_schedule
+from mae_core.training.memory import GIB, available_memory
 from mae_core.training.pretrain_config import PretrainConfig
 from mae_core.training.run import Run
 
 IMAGES_TRIED = 4
-POOLING = FrozenModel().pooling
-"""What k-NN looks at: the default of ``mae knn``, so that both measure the same."""
+PROBE_BATCH, PROBE_RATES = 256, (0.3, 1.0, 3.0, 10.0, 30.0)
+"""Of LARS; the rates learn side by side, and the best on the validation images counts, as in a sweep of
+``mae linprobe``."""
+Rows = tuple[Tensor, Tensor]
+"""(n, 1 + N, D) normalised tokens or, where no probe needs the others, the (n, 1, D) cls token; (n,) int64 labels."""
 
 
 class Watched(NamedTuple):
@@ -78,10 +86,25 @@ def split_images(config: PretrainConfig, source: ImageSource) -> Watched:
                 f"{watch.labelled}/train; lower it"
             )
         labelled = train, val
+        if "attentive" in watch.probes:
+            _check_tokens_fit(config, len(train.paths) + len(val.paths))
     watched = Watched(training, held_out, labelled)
     for images in watched.only_looked_at(config.data.reading):
         read_some(images, IMAGES_TRIED)
     return watched
+
+
+def _check_tokens_fit(config: PretrainConfig, images: int) -> None:
+    """Raise ``UserError`` where the tokens of so many images take more than half of the memory."""
+    trunk = config.model.trunk
+    grid = PatchGrid.of(config.data.image_size, config.model.patch_size or trunk.patch_size)
+    needed = images * (1 + grid.num_patches) * trunk.width * torch.float32.itemsize
+    free = available_memory(torch.device("cpu")) // 2
+    if needed > free:
+        raise UserError(
+            f"watch.probes=[attentive] keeps the tokens of {images} images, {needed / GIB:.1f} GiB, and "
+            f"{free / GIB:.1f} GiB of memory are free for it; lower watch.most_images, or leave the probe out"
+        )
 
 
 def spread(length: int, count: int) -> list[int]:
@@ -113,18 +136,62 @@ def held_out_loss(model: MaskedAutoencoder, source: ImageSource, config: Pretrai
     return float(total[0] / total[1]) if total[1] else None
 
 
-@torch.inference_mode()
-def knn_top1(
+def labelled_top1(
     model: MaskedAutoencoder, labelled: tuple[LabelledPaths, LabelledPaths], config: PretrainConfig, run: Run
-) -> float | None:
-    """Top-1 accuracy in percent of the validation images by their nearest training images; features are those of
-    ``mae knn`` by default. None where too few images can be read any more."""
-    (bank, bank_labels), (queries, labels) = (_features(model, files, config, run) for files in labelled)
-    if len(bank) < config.watch.neighbours or not len(queries):
-        return None
-    k = config.watch.neighbours
-    classes = len(labelled[0].classes)
-    return 100 * knn_accuracy(queries, labels, bank, bank_labels, classes, neighbours=(k,))[k]
+) -> dict[str, float | None]:
+    """Top-1 accuracy in percent of the validation images: ``knn_top1`` by their nearest training images, of the cls
+    token as in ``mae knn`` by default, and of each probe. None where too few images can be read any more."""
+    train, val = (_rows(model, files, config, run) for files in labelled)
+    classes, k = len(labelled[0].classes), config.watch.neighbours
+    names = ["knn_top1", *(f"{kind}_top1" for kind in config.watch.probes)]
+    if len(train[1]) < k or not len(val[1]):
+        return dict.fromkeys(names)
+    found = [100 * knn_accuracy(val[0][:, 0], val[1], train[0][:, 0], train[1], classes, neighbours=(k,))[k]]
+    found += [probe_top1(kind, train, val, classes, config, run.device) for kind in config.watch.probes]
+    return dict(zip(names, found, strict=True))
+
+
+def probe_top1(
+    kind: Literal["linear", "attentive"],
+    train: Rows,
+    val: Rows,
+    classes: int,
+    config: PretrainConfig,
+    device: torch.device,
+) -> float:
+    """Top-1 accuracy in percent of a probe that learns from ``train``, the best of ``PROBE_RATES`` on ``val``.
+
+    Everything random comes from the run's seed, and nothing outside changes: equal encoders, equal numbers, and the
+    same on every rank.
+    """
+    rows, labels = train if kind == "attentive" else (train[0][:, 0], train[1])
+    queries = val[0] if kind == "attentive" else val[0][:, 0]
+    batch = min(PROBE_BATCH, len(rows))
+    steps = config.watch.probe_epochs * max(len(rows) // batch, 1)
+    optim = ProbeOptim(batch_size=256, base_lr=PROBE_RATES[0], sweep=PROBE_RATES[1:])
+    options = ProbeConfig() if kind == "linear" else ProbeConfig(kind=kind, queries=math.gcd(8, rows.shape[-1]))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        probe = build_probe(options, None, rows.shape[-1], classes, heads=len(rates_of(optim))).to(device)
+    optimizer = probe_optimizer(probe, optim, optim.lr)
+    schedule = cosine_schedule(optimizer, FitSettings(steps, steps // 10, optim.lr))
+    generator = torch.Generator().manual_seed(config.seed)
+    order = torch.empty(0, dtype=torch.int64)
+    for step in range(steps):
+        if len(order) < batch:
+            order = torch.randperm(len(rows), generator=generator)
+        chosen, order = order[:batch], order[batch:]
+        schedule.step_update(step)
+        optimizer.zero_grad(set_to_none=True)
+        probe_loss(probe, LabelledBatch(rows[chosen].to(device), labels[chosen].to(device), []))["loss"].backward()
+        optimizer.step()
+    probe.eval()
+    with torch.inference_mode():
+        right = [
+            (probe(part.to(device)).argmax(dim=2).cpu() == truth).sum(dim=1)
+            for part, truth in zip(queries.split(ROWS_AT_ONCE), val[1].split(ROWS_AT_ONCE), strict=True)
+        ]
+    return 100 * float(torch.stack(right).sum(dim=0).max()) / len(queries)
 
 
 class _LabelledViews(Dataset[LabelledSample]):
@@ -144,20 +211,20 @@ class _LabelledViews(Dataset[LabelledSample]):
             return LabelledSample(None, self.labels[index], [error.unreadable])
 
 
-def _features(
-    model: MaskedAutoencoder, files: LabelledPaths, config: PretrainConfig, run: Run
-) -> tuple[Tensor, Tensor]:
-    """(n, D) features and (n,) labels of all ranks' images."""
-    features, labels = [torch.zeros(0, model.encoder.embed_dim)], [torch.zeros(0, dtype=torch.int64)]
+@torch.inference_mode()
+def _rows(model: MaskedAutoencoder, files: LabelledPaths, config: PretrainConfig, run: Run) -> Rows:
+    """Of all ranks' images."""
+    whole = "attentive" in config.watch.probes
+    kept = 1 + model.encoder.grid.num_patches if whole else 1
+    rows, labels = [torch.zeros(0, kept, model.encoder.embed_dim)], [torch.zeros(0, dtype=torch.int64)]
     for batch in _loader(_LabelledViews(files, config.data), collate_labelled, config, run):
         run.note_unreadable(batch.unreadable)
         if len(batch):
             with run.autocast():
                 tokens = model.encoder.encode(batch.pixels.to(run.device))
-            pooled = tokens[:, 0] if POOLING == "cls" else tokens[:, 1:].float().mean(dim=1)
-            features.append(pooled.float().cpu())
+            rows.append(tokens[:, :kept].float().cpu())
             labels.append(batch.labels)
-    parts = distributed.gather((torch.cat(features), torch.cat(labels)))
+    parts = distributed.gather((torch.cat(rows), torch.cat(labels)))
     return torch.cat([part for part, _ in parts]), torch.cat([part for _, part in parts])
 
 
@@ -175,10 +242,15 @@ def measure(model: MaskedAutoencoder, watched: Watched, config: PretrainConfig, 
     if watched.held_out is not None:
         found["held_out_loss"] = held_out_loss(model, watched.held_out, config, run)
     if watched.labelled is not None:
-        found["knn_top1"] = knn_top1(model, watched.labelled, config, run)
+        found |= labelled_top1(model, watched.labelled, config, run)
     if found:
         run.record({"step": step, **found})
-        told = {"held_out_loss": "loss on images kept out {:.4f}", "knn_top1": "k-NN top-1 {:.2f} %"}
+        told = {
+            "held_out_loss": "loss on images kept out {:.4f}",
+            "knn_top1": "k-NN top-1 {:.2f} %",
+            "linear_top1": "linear probe {:.2f} %",
+            "attentive_top1": "attentive probe {:.2f} %",
+        }
         texts = [
             f"{name} not measured, too few images can be read" if value is None else told[name].format(value)
             for name, value in found.items()

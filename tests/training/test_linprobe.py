@@ -20,6 +20,7 @@ from mae_core.data.views import SingleDrawCrop
 from mae_core.errors import UserError
 from mae_core.layout import complete_checkpoints
 from mae_core.models.probe import AttentivePool, AttentiveProbe, LinearProbe
+from mae_core.training.classify_images import load_classifier
 from mae_core.training.evaluate import evaluate
 from mae_core.training.frozen_config import EvaluateConfig, LinprobeConfig, ProbeOptim
 from mae_core.training.frozen_trunk import classifier_of, trunk_from
@@ -350,7 +351,7 @@ def test_a_step_of_sgd_is_torchs(tmp_path):
 ATTENTIVE = ("probe.kind=attentive", "probe.queries=4", "optim.epochs=4")
 
 
-def test_an_attentive_probe_sweeps_caches_and_is_refused_by_name_elsewhere(tmp_path, data, pretrained):
+def test_an_attentive_probe_sweeps_caches_and_can_be_evaluated_and_used(tmp_path, data, pretrained):
     options = [f"weights={pretrained}", f"data.path={data}", f"cache={tmp_path / 'cache'}", *ATTENTIVE]
     options += ["optim.base_lr=1", "optim.sweep=[30]"]
     first = linprobe(configuration(*options, f"output={tmp_path / 'first'}"))
@@ -365,10 +366,16 @@ def test_an_attentive_probe_sweeps_caches_and_is_refused_by_name_elsewhere(tmp_p
     before, _ = read_weights(pretrained / "encoder.safetensors")
     assert state.keys() == before.keys() | {"pool.queries", "pool.value.weight", "head.weight", "head.bias"}
     assert metadata["pooling"] == "4 queries over patch tokens" and metadata["classes"] == ["ash", "birch", "cedar"]
-    for given in (tmp_path / "first", tmp_path / "first" / "attentive_classifier.safetensors"):
-        places = [f"weights={given}", f"data.path={data / 'val'}", f"output={tmp_path / 'no'}", "device=cpu"]
-        with pytest.raises(UserError, match="it is a classifier with attentive pooling; give the encoder"):
-            evaluate(load_config(EvaluateConfig, None, places))
+    for number, given in enumerate((tmp_path / "first", tmp_path / "first" / "attentive_classifier.safetensors")):
+        places = [f"weights={given}", f"data.path={data / 'val'}", f"output={tmp_path / str(number)}", "device=cpu"]
+        again = evaluate(load_config(EvaluateConfig, None, places))
+        assert again["top1"] == first["top1"] and again["images"] == first["images"]
+    classifier = load_classifier(tmp_path / "first", device="cpu")
+    files = sorted((data / "val").glob("*/*.png"))
+    right = sum(answer.name == file.parent.name for file, answer in zip(files, classifier.predict(files), strict=True))
+    assert 100 * right / len(files) == pytest.approx(first["top1"], abs=0.01)
+    with pytest.raises(UserError, match="it is a classifier with attentive pooling; give the encoder"):
+        linprobe(configuration(f"weights={tmp_path / 'first'}", f"data.path={data}", f"output={tmp_path / 'no'}"))
 
 
 def test_an_attentive_probe_of_augmented_images_resumes_to_the_bit(tmp_path, data, pretrained, monkeypatch):

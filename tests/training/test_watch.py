@@ -12,7 +12,7 @@ from mae_core.training import distributed
 from mae_core.training.pretrain import pretrain
 from mae_core.training.pretrain_config import PretrainConfig
 from mae_core.training.run import Run
-from mae_core.training.watch import held_out_loss, knn_top1, split_images
+from mae_core.training.watch import held_out_loss, labelled_top1, probe_top1, split_images
 from mae_core.weights.load import load_mae
 
 
@@ -58,7 +58,7 @@ def test_a_run_measures_every_so_often_and_what_it_measures_can_be_measured_agai
     model = load_mae(tmp_path / "run")
     watched = split_images(config, open_source(config.data))
     assert held_out_loss(model, watched.held_out, config, run) == pytest.approx(entries[-1]["held_out_loss"], rel=1e-6)
-    assert knn_top1(model, watched.labelled, config, run) == pytest.approx(entries[-1]["knn_top1"])
+    assert labelled_top1(model, watched.labelled, config, run) == {"knn_top1": pytest.approx(entries[-1]["knn_top1"])}
     small = config.model_copy(update={"watch": config.watch.model_copy(update={"batch": 1})})
     assert held_out_loss(model, watched.held_out, small, run) == pytest.approx(entries[-1]["held_out_loss"], rel=1e-5)
 
@@ -69,9 +69,10 @@ def test_to_be_watched_changes_nothing(options, tmp_path, write_classes, write_i
     plain, watched = tmp_path / "plain", tmp_path / "watched"
     pretrain(configured(options, f"output={plain}"))
     watch = [f"watch.path={tmp_path / 'other'}", f"watch.labelled={labelled}", "watch.neighbours=3"]
+    watch += ["watch.probes=[linear,attentive]", "watch.probe_epochs=2"]
     pretrain(configured(options, f"output={watched}", *watch))
     assert (plain / "encoder.safetensors").read_bytes() == (watched / "encoder.safetensors").read_bytes()
-    assert sum("knn_top1" in entry for entry in log_of(watched)) == 2
+    assert sum({"knn_top1", "linear_top1", "attentive_top1"} <= entry.keys() for entry in log_of(watched)) == 2
 
 
 def test_nearest_neighbours_of_classes_that_differ_are_found(options, tmp_path):
@@ -89,9 +90,26 @@ def test_nearest_neighbours_of_classes_that_differ_are_found(options, tmp_path):
     assert [e["knn_top1"] for e in log_of(tmp_path / "run") if "knn_top1" in e] == [100.0]
 
 
+@pytest.mark.parametrize("kind, of_cls, of_patches", [("linear", 100.0, 50.0), ("attentive", 50.0, 100.0)])
+def test_a_probe_learns_what_its_tokens_tell_and_the_same_every_time(options, kind, of_cls, of_patches):
+    """Two classes that differ in the cls token alone, or in one patch token alone."""
+    config = configured(options)
+    generator = torch.Generator().manual_seed(0)
+    for place, expected in ((0, of_cls), (3, of_patches)):
+        rows = 0.1 * torch.randn(80, 5, 16, generator=generator)
+        labels = torch.arange(80) % 2
+        rows[:, place, 0] += 4.0 * labels
+        train, val = (rows[:60], labels[:60]), (rows[60:], labels[60:])
+        before = torch.random.get_rng_state()
+        found = [probe_top1(kind, train, val, 2, config, torch.device("cpu")) for _ in range(2)]
+        assert found[0] == found[1] and torch.equal(torch.random.get_rng_state(), before)
+        assert found[0] == pytest.approx(expected, abs=25 if expected < 100 else 0)
+
+
 @pytest.mark.parametrize(
     "more, message",
     [
+        (["watch.probes=[linear]"], r"probes learn from labelled images; set watch.labelled=FOLDER"),
         (["watch.share=0.99"], "keeps 12 of 12 images out"),
         (["watch.path=/none"], "image folder /none does not exist"),
         (["watch.labelled=/none"], "has no train/ folder"),
@@ -109,6 +127,14 @@ def test_too_few_labelled_images_are_refused(options, tmp_path, write_classes):
     config = configured(options, f"watch.labelled={labelled}", f"output={tmp_path / 'run'}")
     with pytest.raises(UserError, match=r"watch\.neighbours=20 is more than the 12 images"):
         pretrain(config)
+
+
+def test_tokens_of_too_many_labelled_images_are_refused(options, tmp_path, write_classes, monkeypatch):
+    monkeypatch.setattr("mae_core.training.watch.available_memory", lambda device: 1000)
+    more = [f"watch.labelled={write_classes(tmp_path / 'labelled')}", "watch.neighbours=2"]
+    with pytest.raises(UserError, match=r"keeps the tokens of 21 images, .* lower watch.most_images"):
+        pretrain(configured(options, *more, "watch.probes=[attentive]", f"output={tmp_path / 'run'}"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_unreadable_labelled_images_refuse_the_run_before_it_where_asked_to(options, tmp_path, write_classes):
