@@ -5,6 +5,7 @@ For pre-training only.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -17,6 +18,36 @@ from mae_core.models.block import Block
 from mae_core.models.encoder import init_linear_and_norm
 from mae_core.patches import PatchGrid
 from mae_core.pos_embed import sincos_2d
+
+
+class BlockFusion(nn.Module):
+    """What the decoder reads where it reads more than the last block (MFF, arXiv 2308.00261): the outputs of
+    ``blocks``, each through a linear layer, and that of the last block as it is, averaged with learned weights that
+    add up to 1.
+
+    ``blocks`` are 0-based. The weights are equal at the start. Belongs to pre-training alone: the encoder is the same
+    with and without it. Raises ``UserError`` where ``blocks`` do not ascend below the last block of ``depth``.
+    """
+
+    def __init__(self, width: int, depth: int, blocks: Sequence[int]) -> None:
+        super().__init__()
+        self.blocks = tuple(blocks)
+        if list(self.blocks) != sorted({*self.blocks}) or not all(0 <= block < depth - 1 for block in self.blocks):
+            raise UserError(
+                f"decoder.fuse_blocks={list(blocks)}: give blocks from 0 to {depth - 2}, ascending; the decoder reads "
+                f"the last of the {depth} blocks in any case"
+            )
+        self.project = nn.ModuleList(nn.Linear(width, width) for _ in self.blocks)
+        self.logits = nn.Parameter(torch.zeros(len(self.blocks) + 1))
+        init_linear_and_norm(self)
+
+    def forward(self, outputs: Sequence[Tensor]) -> Tensor:
+        """(B, n, D) of each of ``blocks`` and of the last block -> (B, n, D), not normalised."""
+        weights = self.logits.softmax(dim=0)
+        fused = weights[-1] * outputs[-1]
+        for weight, project, output in zip(weights, self.project, outputs, strict=False):
+            fused = fused + weight * project(output)
+        return fused
 
 
 class MAEDecoder(nn.Module):

@@ -129,6 +129,20 @@ class ViTEncoder(VisionTransformer):
     def encode_visible(self, images: Tensor, mask: PatchMask) -> Tensor:
         """(B, C, H, W) and a mask -> (B, 1 + V, D): the encoder's pass over the visible patches alone (paper, section
         3)."""
+        return self.norm(self.blocks(self._visible(images, mask)))
+
+    def visible_outputs(self, images: Tensor, mask: PatchMask, blocks: Sequence[int]) -> list[Tensor]:
+        """(B, C, H, W) and a mask -> (B, 1 + V, D) of each of ``blocks`` (0-based, ascending) and of the last block,
+        not normalised."""
+        tokens, found = self._visible(images, mask), []
+        for number, block in enumerate(self.blocks):
+            tokens = block(tokens)
+            if number in blocks:
+                found.append(tokens)
+        return [*found, tokens]
+
+    def _visible(self, images: Tensor, mask: PatchMask) -> Tensor:
+        """(B, 1 + V, D): cls token and visible patches as the first block takes them."""
         self.check_images(images)
         pixels, positions = patchify(images, self.grid.patch), self.pos_embed[:, 1:].expand(len(images), -1, -1)
         pixels, positions = (
@@ -144,12 +158,12 @@ class ViTEncoder(VisionTransformer):
         self.check_images(images)
         patches = self.patch_embed(images)
         tokens = torch.where(mask.hidden[:, :, None], mask_token.to(patches.dtype), patches)
-        return self._with_cls(tokens + self.pos_embed[:, 1:])
+        return self.norm(self.blocks(self._with_cls(tokens + self.pos_embed[:, 1:])))
 
     def _with_cls(self, tokens: Tensor) -> Tensor:
-        """(B, n, D), positions added -> (B, 1 + n, D) through all blocks, normalised."""
+        """(B, n, D), positions added -> (B, 1 + n, D)."""
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
-        return self.norm(self.blocks(torch.cat([cls, tokens], dim=1)))
+        return torch.cat([cls, tokens], dim=1)
 
 
 def init_linear_and_norm(module: nn.Module) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mae_core.errors import UserError
 from mae_core.masking import Masker, PatchMask, Randomness, build_masker, describe_masker
-from mae_core.models.decoder import MAEDecoder
+from mae_core.models.decoder import BlockFusion, MAEDecoder
 from mae_core.models.encoder import ViTEncoder
 from mae_core.models.sizes import AnySize
 from mae_core.patches import patchify, unpatchify
@@ -42,7 +42,8 @@ class MaskedAutoencoder(nn.Module):
 
     ``mask_tokens_in_encoder``: the encoder runs on all patches, a learned token in place of the hidden ones, as the
     paper's Table 1c tries (worse, and several times slower). The attribute ``loss_on_all_patches`` counts visible
-    patches too (the paper's footnote 1: about 0.5 % less accurate).
+    patches too (the paper's footnote 1: about 0.5 % less accurate). ``fuse_blocks``: blocks that the decoder reads
+    beside the last one, see ``BlockFusion``.
     """
 
     def __init__(
@@ -54,13 +55,19 @@ class MaskedAutoencoder(nn.Module):
         *,
         mask_tokens_in_encoder: bool = False,
         loss_on_all_patches: bool = False,
+        fuse_blocks: Sequence[int] = (),
     ) -> None:
         super().__init__()
+        if fuse_blocks and mask_tokens_in_encoder:
+            raise UserError(
+                "decoder.fuse_blocks and masking.mask_tokens_in_encoder exclude each other; leave one of them out"
+            )
         self.encoder = encoder
         self.decoder = decoder
         self.masker = masker
         self.target = target
         self.loss_on_all_patches = loss_on_all_patches
+        self.fusion = BlockFusion(encoder.embed_dim, len(encoder.blocks), fuse_blocks) if fuse_blocks else None
         self.mask_token = nn.Parameter(torch.zeros(1, 1, encoder.embed_dim)) if mask_tokens_in_encoder else None
         if self.mask_token is not None:
             nn.init.normal_(self.mask_token, std=0.02)
@@ -100,7 +107,10 @@ class MaskedAutoencoder(nn.Module):
                 f"of {self.encoder.grid.num_patches} patches"
             )
         mask = mask.to(images.device)
-        if self.mask_token is None:
+        if self.fusion is not None:
+            outputs = self.encoder.visible_outputs(images, mask, self.fusion.blocks)
+            tokens = self.encoder.norm(self.fusion(outputs))
+        elif self.mask_token is None:
             tokens = self.encoder.encode_visible(images, mask)
         else:
             tokens = self.encoder.encode_with_mask_tokens(images, mask, self.mask_token)
@@ -121,6 +131,7 @@ class MaskedAutoencoder(nn.Module):
             "target_options": self.target.describe(),
             **describe_masker(self.masker),
             "decoder_heads": self.decoder.heads,
+            "fuse_blocks": None if self.fusion is None else list(self.fusion.blocks),
             "mask_tokens_in_encoder": self.mask_token is not None,
             "loss_on_all_patches": self.loss_on_all_patches,
         }
@@ -166,6 +177,7 @@ def build_mae(
     masking: str | Masker = "random",
     mask_ratio: float = 0.75,
     mask_tokens_in_encoder: bool = False,
+    fuse_blocks: Sequence[int] = (),
 ) -> MaskedAutoencoder:
     """A masked autoencoder with the paper's defaults.
 
@@ -183,7 +195,8 @@ def build_mae(
     )
     decoder = {"width": decoder_width, "depth": decoder_depth, "heads": decoder_heads}
     masks: dict[str, Any] = {"masking": masking, "mask_ratio": mask_ratio}
-    return assemble_mae(encoder, target, decoder, mask_tokens_in_encoder=mask_tokens_in_encoder, **masks)
+    masks |= {"mask_tokens_in_encoder": mask_tokens_in_encoder}
+    return assemble_mae(encoder, target, decoder, fuse_blocks=fuse_blocks, **masks)
 
 
 def assemble_mae(
@@ -195,6 +208,7 @@ def assemble_mae(
     mask_ratio: float = 0.75,
     masking_options: Mapping[str, Any] | None = None,
     mask_tokens_in_encoder: bool = False,
+    fuse_blocks: Sequence[int] = (),
 ) -> MaskedAutoencoder:
     """A masked autoencoder around an encoder; ``decoder``: width, depth, heads and MLP ratio of ``MAEDecoder``, whose
     norms and activation are the encoder's. Raises ``UserError`` as ``build_mae`` does."""
@@ -212,4 +226,5 @@ def assemble_mae(
         mask_tokens=not mask_tokens_in_encoder,
         **decoder,
     )
-    return MaskedAutoencoder(encoder, decoder_model, masker, objective, mask_tokens_in_encoder=mask_tokens_in_encoder)
+    more: dict[str, Any] = {"mask_tokens_in_encoder": mask_tokens_in_encoder, "fuse_blocks": fuse_blocks}
+    return MaskedAutoencoder(encoder, decoder_model, masker, objective, **more)

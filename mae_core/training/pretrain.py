@@ -51,6 +51,7 @@ def build_pretrain_model(config: PretrainConfig, start: EncoderFile | None = Non
         target=load_target(config.target, **statistics_of(config.data)._asdict()),
         masking=build_masker(config.masking.kind, config.masking.ratio, config.masking.options),
         mask_tokens_in_encoder=config.masking.mask_tokens_in_encoder,
+        fuse_blocks=config.decoder.fuse_blocks,
     )
     model.loss_on_all_patches = config.target.loss_on_all_patches
     return model

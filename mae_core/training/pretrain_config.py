@@ -21,6 +21,11 @@ class DecoderConfig(Schema):
     width: Count = Field(512, description="width of a token")
     depth: Count = Field(8, description="number of blocks")
     heads: Count = Field(16, description="attention heads")
+    fuse_blocks: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (),
+        description="encoder blocks (0-based) that the decoder reads beside the last one, with learned weights "
+        "(MFF, arXiv 2308.00261)",
+    )
 
 
 class MaskingConfig(Schema):

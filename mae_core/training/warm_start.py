@@ -98,6 +98,7 @@ def decoder_facts(file: EncoderFile) -> dict[str, Any]:
         "width": file.tensors["decoder_embed.weight"].shape[0],
         "depth": len(blocks) or None,
         "heads": file.info.decoder_heads,
+        "fuse_blocks": file.info.fuse_blocks,
     }
 
 
@@ -106,9 +107,11 @@ def load_start(model: MaskedAutoencoder, start: EncoderFile) -> LoadReport:
     whose notes say why a decoder is random. Raises ``UserError`` where the encoder does not fit."""
     why = decoder_obstacle(model, start)
     rename = {name: name_in_mae(name) for name in start.tensors if not why or not is_decoder(name)}
-    new = ["target.*", "mask_token", *(["decoder.*"] if why else [])]
+    fusion = model.fusion is not None and model.fusion.blocks == tuple(start.info.fuse_blocks or ()) and not why
+    new = ["target.*", "mask_token", *(["decoder.*"] if why else []), *([] if fusion else ["fusion.*"])]
     unused = {"decoder_*": why, "mask_token": why} if why else {}
-    rename = {name: target for name, target in rename.items() if not target.startswith("target.")}
+    apart = ("target.",) if fusion else ("target.", "fusion.")
+    rename = {name: target for name, target in rename.items() if not target.startswith(apart)}
     report = fit_state(model, start, grid=model.encoder.grid[:2], new=new, unused=unused, rename=rename)
     report.notes.append(f"the decoder is random: {why}" if why else "the decoder is the file's")
     if not why and start.info.decoder_heads is None:

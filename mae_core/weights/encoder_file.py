@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ class EncoderInfo:
     mean, std         of the pixels, channel by channel, after scaling to [0, 1]
     pooling           what a classifier reads
     decoder_heads     attention heads of the decoder; masking, mask_ratio, target ...: of the pre-training
+    fuse_blocks       encoder blocks that the decoder reads beside the last one
     other             keys that this version does not know, kept as they are
     """
 
@@ -77,6 +78,7 @@ class EncoderInfo:
     masking_options: Mapping[str, Any] | None = None
     mask_ratio: float | None = None
     decoder_heads: int | None = None
+    fuse_blocks: Sequence[int] | None = None
     mask_tokens_in_encoder: bool | None = None
     loss_on_all_patches: bool | None = None
     mean: Any = None

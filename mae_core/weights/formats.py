@@ -340,9 +340,10 @@ KEPT_APART = {"q_bias": 0, "v_bias": 2}
 OWN_ONLY = "own."
 """Before our names of what only our own format carries: see ``OWN_TENSORS``."""
 
-OWN_TENSORS = ("target.", "mask_token")
+OWN_TENSORS = ("target.", "mask_token", "fusion.")
 """Beginnings of names in a run's model.safetensors that belong to neither encoder nor decoder: what was fitted for its
-target (PCA axes, a tokenizer), and the mask token of an encoder that sees hidden patches."""
+target (PCA axes, a tokenizer), the mask token of an encoder that sees hidden patches, and what fuses blocks for the
+decoder."""
 
 SHAPES: dict[str, tuple[str, ...]] = {
     "cls_token": ("1", "1", "D"),

@@ -410,7 +410,7 @@ def load_mae(
         info.target_options or {},
         {name.removeprefix(fitted): each for name, each in tensors.items() if name.startswith(fitted)},
     )
-    model = assemble_mae(vit_of(source), objective, decoder, **masking_of(info))
+    model = assemble_mae(vit_of(source), objective, decoder, fuse_blocks=info.fuse_blocks or (), **masking_of(info))
     model.loss_on_all_patches = bool(info.loss_on_all_patches)
     rename = {name: name_in_mae(name) for name in tensors}
     load_state(model, tensors, source.path, rename=rename, names=source.names, remedy="it is not a complete MAE")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 
+import numpy as np
 import pytest
 import torch
 from timm.optim import param_groups_weight_decay
@@ -15,6 +16,7 @@ from mae_core import build_mae, load_mae
 from mae_core.errors import UserError
 from mae_core.masking import PatchMask
 from mae_core.models.mae import MaskedAutoencoder
+from mae_core.models.sizes import ViTSize
 from mae_core.patches import patchify
 from mae_core.targets import PCATarget, TokenTarget
 from mae_core.tokenizers import DalleEncoder, DiscreteVAE
@@ -222,3 +224,56 @@ def test_a_checkpoint_alone_is_enough_to_build_the_model_again(tmp_path, options
 def test_a_decoder_without_numbers_is_refused(option, message):
     with pytest.raises(UserError, match=message):
         build_mae("nano", image_size=32, **{"decoder_width": 32, "decoder_heads": 2, **option})
+
+
+# ---- fused blocks
+
+
+def fused(blocks, **options):
+    torch.manual_seed(0)
+    size = ViTSize(32, 4, 2)
+    shape = {"image_size": 16, "patch_size": 4, "decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}
+    return build_mae(size, **shape, fuse_blocks=blocks, **options)
+
+
+def test_fused_blocks_are_a_weighted_mean_of_mapped_outputs():
+    """Golden: block after block, matrix after matrix, without the module's own forward."""
+    model, images = fused([0, 2]), torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        model.fusion.logits.copy_(torch.tensor([0.3, -0.7, 1.1]))
+        mask = model.masker(2, model.encoder.grid, torch.Generator().manual_seed(1))
+        tokens = model.encoder.patch_embed(images) + model.encoder.pos_embed[:, 1:]
+        tokens = torch.stack([each[ids] for each, ids in zip(tokens, mask.visible_ids, strict=True)])
+        tokens = torch.cat([(model.encoder.cls_token + model.encoder.pos_embed[:, :1]).expand(2, -1, -1), tokens], 1)
+        found = []
+        for block in model.encoder.blocks:
+            tokens = block(tokens)
+            found.append(tokens)
+        w = np.exp([0.3, -0.7, 1.1]) / np.exp([0.3, -0.7, 1.1]).sum()
+        (a, b), (c, d) = ((layer.weight, layer.bias) for layer in model.fusion.project)
+        mean = w[0] * (found[0] @ a.T + b) + w[1] * (found[2] @ c.T + d) + w[2] * found[3]
+        expected = model.decoder(model.encoder.norm(mean.float()), mask)
+        torch.testing.assert_close(model(images, mask=mask).prediction, expected, rtol=1e-5, atol=1e-5)
+    model(images, mask=mask).loss.backward()
+    assert all(
+        parameter.grad.abs().sum() > 0 for name, parameter in model.fusion.named_parameters() if "bias" not in name
+    )
+
+
+def test_without_weight_on_the_others_it_is_the_model_without_fusion():
+    model, plain, images = fused([1]), fused([]), torch.randn(1, 3, 16, 16)
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("fusion.")}
+    plain.load_state_dict(state)
+    assert plain.fusion is None and plain.encoder.state_dict().keys() == model.encoder.state_dict().keys()
+    with torch.no_grad():
+        model.fusion.logits.copy_(torch.tensor([-100.0, 0.0]))
+        mask = model.masker(1, model.encoder.grid, torch.Generator().manual_seed(1))
+        torch.testing.assert_close(model(images, mask=mask).prediction, plain(images, mask=mask).prediction)
+
+
+@pytest.mark.parametrize("blocks", [[3], [1, 1], [2, 0], [-1]])
+def test_blocks_that_cannot_be_fused_are_refused(blocks):
+    with pytest.raises(UserError, match=r"give blocks from 0 to 2, ascending; the decoder reads the last of the 4"):
+        fused(blocks)
+    with pytest.raises(UserError, match="exclude each other"):
+        fused([0], mask_tokens_in_encoder=True)

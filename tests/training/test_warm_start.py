@@ -300,3 +300,25 @@ def test_the_plan_of_a_warm_start_says_what_learns(tmp_path, images, full_file, 
     told = capsys.readouterr().out
     assert "adapt.mode=decoder: 0.0 M parameters learn" in told and "adapt.mode: full -> decoder" in told
     assert not (tmp_path / "run").exists()
+
+
+def test_fused_blocks_come_from_a_configuration_and_go_on_with_the_weights(tmp_path, images, pretrain_options):
+    shape = [*(f"model.{name}={value}" for name, value in SMALL.items()), f"data.path={images}", "optim.epochs=0.5"]
+    first, plain, second, other = (tmp_path / name for name in ("first", "plain", "second", "other"))
+    options = [word for word in pretrain_options if not word.startswith("model.")]
+
+    def run(output: Path, *more: str) -> None:
+        pretrain(load_config(PretrainConfig, None, [*options, *shape, *more, f"output={output}"]))
+
+    run(first, "decoder.fuse_blocks=[0]")
+    run(plain)
+    assert load_file(first / "encoder.safetensors").keys() == load_file(plain / "encoder.safetensors").keys()
+    fused = load_mae(first)
+    assert fused.fusion is not None and fused.fusion.blocks == (0,)
+
+    run(second, f"weights={first}", "optim.base_lr=1e-12")
+    again = load_mae(second)
+    assert again.fusion is not None
+    torch.testing.assert_close(again.fusion.project[0].weight, fused.fusion.project[0].weight)
+    run(other, f"weights={first}", "decoder.fuse_blocks=[]")
+    assert load_mae(other).fusion is None
