@@ -172,7 +172,7 @@ def _as_stored(file: BinaryIO, head: bytes, reading: Reading) -> Pixels:
         if isinstance(tiff, Image.Image):
             with tiff:
                 return from_picture(tiff, reading)
-        return _turned(_from_planes(tiff.planes, tiff.bits), tiff.orientation)
+        return _turned(from_planes(tiff.planes, tiff.bits), tiff.orientation)
     with Image.open(file) as image:
         frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # a phone's photo with its preview
         if frames > 1 and reading.pages != "first":
@@ -186,7 +186,7 @@ def _as_stored(file: BinaryIO, head: bytes, reading: Reading) -> Pixels:
     if len(planes) in (2, 4) and reading.channels != len(planes):
         note(ALPHA)
         planes = planes[:-1]
-    return _turned(_from_planes(planes), orientation)
+    return _turned(from_planes(planes), orientation)
 
 
 def _jpeg(file: BinaryIO, reading: Reading) -> Pixels | None:
@@ -265,7 +265,7 @@ def from_array(array: np.ndarray, channels: int | None) -> Tensor:
             f"an array {tuple(array.shape)} of {array.dtype}; numbers (H, W), (H, W, C) or (C, H, W) are needed"
         )
     planes = array[None] if array.ndim == 2 else np.moveaxis(array, _channel_axis(array.shape, channels), 0)
-    values = _from_planes(planes)
+    values = from_planes(planes)
     if bool(values.isnan().any()):
         raise ValueError("it holds NaN; replace them, or save it as TIFF with the tag GDAL_NODATA=nan")
     return values
@@ -279,7 +279,7 @@ def _channel_axis(shape: tuple[int, ...], channels: int | None) -> int:
     return 0 if shape[0] < shape[2] else 2
 
 
-def _from_planes(planes: np.ndarray, bits: int | None = None) -> Tensor:
+def from_planes(planes: np.ndarray, bits: int | None = None) -> Tensor:
     """(C, H, W): uint8 as it is; wider unsigned integers as shares of the largest that ``bits`` (or else their type)
     can be; the rest as it is, in float32, NaN where it was.
 

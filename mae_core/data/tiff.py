@@ -70,7 +70,7 @@ def _read(tiff: Any, file: BinaryIO, reading: Reading) -> TiffImage | Image.Imag
         reading.check_size(height, width, page.samplesperpixel if first_only else bands)
     except ValueError as error:
         raise _Refused(str(error)) from None
-    _check_stored(page, tiff)
+    check_stored(page, tiff)
     masks = [p for p in tiff.pages if p.subfiletype & _MASK and p.shape[:2] == page.shape[:2]]
     single = first_only or len(series[0].pages) == 1
     if single and not masks and _NO_DATA_TAG not in page.tags and (picture := _by_pillow(page, file)) is not None:
@@ -81,9 +81,9 @@ def _read(tiff: Any, file: BinaryIO, reading: Reading) -> TiffImage | Image.Imag
     if first_only:
         axes = page.axes
     planes = _planes(array, axes)
-    kept = _without_alpha(len(planes), page, reading)
-    missing = _missing(planes[kept], page)
-    planes, bits = _meant(planes[kept], page)
+    kept = without_alpha(len(planes), page, reading)
+    missing = missing_pixels(planes[kept], page)
+    planes, bits = meant(planes[kept], page)
     if masks:
         missing = missing | (masks[0].asarray() == 0)[None]
     if missing.any():
@@ -122,7 +122,7 @@ def _check_pages(pages: int, images: int, bands: int, reading: Reading) -> None:
         )
 
 
-def _check_stored(page: Any, tiff: Any) -> None:
+def check_stored(page: Any, tiff: Any) -> None:
     """Raise for an uncompressed image that is larger than its file: before memory is taken for it."""
     size = page.imagelength * (-(-page.imagewidth * page.samplesperpixel * page.bitspersample // 8))
     if page.compression == 1 and size > tiff.filehandle.size:
@@ -176,7 +176,7 @@ def _planes(array: np.ndarray, axes: str) -> np.ndarray:
     return moved.reshape(-1, *moved.shape[-2:])
 
 
-def _without_alpha(samples: int, page: Any, reading: Reading) -> list[int]:
+def without_alpha(samples: int, page: Any, reading: Reading) -> list[int]:
     """The samples that are no alpha; all of them where so many channels are asked for."""
     first_extra = samples - len(page.extrasamples)
     alphas = [first_extra + n for n, kind in enumerate(page.extrasamples) if kind in (1, 2)]
@@ -186,7 +186,7 @@ def _without_alpha(samples: int, page: Any, reading: Reading) -> list[int]:
     return [sample for sample in range(samples) if sample not in alphas]
 
 
-def _meant(planes: np.ndarray, page: Any) -> tuple[np.ndarray, int]:
+def meant(planes: np.ndarray, page: Any) -> tuple[np.ndarray, int]:
     """What the photometric interpretation says that the samples are, and their bits: brighter is larger, colours are
     RGB."""
     kind, bits = page.photometric, page.bitspersample
@@ -203,7 +203,7 @@ def _meant(planes: np.ndarray, page: Any) -> tuple[np.ndarray, int]:
     return planes, bits
 
 
-def _missing(planes: np.ndarray, page: Any) -> np.ndarray:
+def missing_pixels(planes: np.ndarray, page: Any) -> np.ndarray:
     """(C, H, W) bool: the pixels that GDAL's tag says are no data."""
     tag = page.tags.get(_NO_DATA_TAG)
     if tag is None:

@@ -97,7 +97,7 @@ def engines_note(file: WeightsFile, engine: str) -> str:
     return "" if trained == engine else f"{file.path} was trained with engine {trained}; it runs with engine {engine}"
 
 
-def load_detector(
+def trained_detector(
     file: WeightsFile, config: DetectionConfig, engine: DetectorEngine, categories: Sequence[Category] = ()
 ) -> Trained:
     """The trained detector in a file.

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from transfer.detection.coco import CocoImage, CocoSet, decode_masks
+from transfer.detection.coco import CocoImage, decode_masks
 from transfer.detection.heads import Detections
-from transfer.detection.masks import decode_codes
+from transfer.detection.masks import decode_codes, part_of_code
 
 COLOURS = (
     (230, 25, 75), (60, 180, 75), (0, 130, 200), (245, 130, 48), (145, 30, 180),
@@ -23,34 +23,60 @@ MASK_OPACITY = 0.45
 MOST_NAMES = 12
 
 
-def draw_truth(coco: CocoSet, image: CocoImage, pixels: Image.Image, drawn: Collection[str]) -> Image.Image:
+def draw_truth(classes: Sequence[str], image: CocoImage, pixels: Image.Image, drawn: Collection[str]) -> Image.Image:
     """The image with what ``drawn`` names (boxes, masks) of its objects; the class beside each where there are several;
     crowds are left out."""
     instances = [instance for instance in image.instances if not instance.crowd]
     boxes = [(x, y, x + w, y + h) for x, y, w, h in (instance.box for instance in instances)]
     labels = [instance.label for instance in instances]
-    one_class = len(coco.categories) == 1
-    names = ["" if one_class else coco.names[label - 1] for label in labels]
+    one_class = len(classes) == 1
+    names = ["" if one_class else classes[label - 1] for label in labels]
     masks = decode_masks(image, instances) if "masks" in drawn else None
     return _draw(pixels, boxes, masks, labels, names, one_class, outlined="boxes" in drawn)
 
 
 def draw_detections(
-    coco: CocoSet, detections: Detections, pixels: Image.Image, least: float, drawn: Collection[str]
+    classes: Sequence[str], found: Detections, pixels: Image.Image, drawn: Collection[str], *, scale: float = 1.0
 ) -> Image.Image:
-    """The image with what ``drawn`` names (boxes, masks) of the detections of a score of at least ``least``: class and
-    score beside each, or the score alone where there is one class."""
-    kept = [n for n, score in enumerate(detections.scores.tolist()) if score >= least]
-    masks = None
-    if "masks" in drawn and detections.codes is not None:
-        masks = decode_codes([detections.codes[n] for n in kept], *pixels.size[::-1])
-    labels = [int(detections.labels[n]) for n in kept]
-    scores = [float(detections.scores[n]) for n in kept]
-    one_class = len(coco.categories) == 1
-    classes = ["" if one_class else f"{coco.names[label - 1]} " for label in labels]
-    names = [f"{name}{score:.2f}" for name, score in zip(classes, scores, strict=True)]
-    boxes = [tuple(detections.boxes[n].tolist()) for n in kept]
-    return _draw(pixels, boxes, masks, labels, names, one_class, outlined="boxes" in drawn)
+    """The image with what ``drawn`` names (boxes, masks) of the objects found in it: class and score beside each, or
+    the score alone where there is one class. ``scale``: of a picture that was made smaller than the image."""
+    if scale < 1:
+        return _draw_small(classes, found, pixels, drawn, scale)
+    with_masks = "masks" in drawn and found.codes is not None
+    masks = decode_codes(found.codes or [], *pixels.size[::-1]) if with_masks else None
+    one_class, labels = len(classes) == 1, found.labels.tolist()
+    prefixes = ["" if one_class else f"{classes[label - 1]} " for label in labels]
+    names = [f"{prefix}{score:.2f}" for prefix, score in zip(prefixes, found.scores.tolist(), strict=True)]
+    return _draw(pixels, found.boxes.tolist(), masks, labels, names, one_class, outlined="boxes" in drawn)
+
+
+def _draw_small(
+    classes: Sequence[str], found: Detections, pixels: Image.Image, drawn: Collection[str], scale: float
+) -> Image.Image:
+    """Masks tinted, or boxes outlined where there are none, on a picture of ``scale``; without names."""
+    labels = found.labels.tolist()
+    colours = [COLOURS[(n if len(classes) == 1 else label - 1) % len(COLOURS)] for n, label in enumerate(labels)]
+    tinted = np.array(pixels.convert("RGB"))
+    if "masks" in drawn and found.codes is not None:
+        for code, colour in zip(found.codes, colours, strict=True):
+            (top, left), mask = part_of_code(code)
+            spans = []
+            for first, length, most in ((top, mask.shape[0], tinted.shape[0]), (left, mask.shape[1], tinted.shape[1])):
+                places = np.arange(int(first * scale), min(int((first + length) * scale) + 1, most))
+                source = ((places + 0.5) / scale).astype(int) - first
+                inside = (source >= 0) & (source < length)
+                spans.append((places[inside], source[inside]))
+            (rows, source_rows), (cols, source_cols) = spans
+            area = np.ix_(rows, cols)
+            shown = mask[np.ix_(source_rows, source_cols)][..., None]
+            mixed = (1 - MASK_OPACITY) * tinted[area] + MASK_OPACITY * np.array(colour)
+            tinted[area] = np.where(shown, mixed, tinted[area]).astype(np.uint8)
+        return Image.fromarray(tinted)
+    canvas = Image.fromarray(tinted)
+    pen = ImageDraw.Draw(canvas)
+    for box, colour in zip((found.boxes * scale).tolist(), colours, strict=True):
+        pen.rectangle((box[0], box[1], max(box[0], box[2]), max(box[1], box[3])), outline=colour)
+    return canvas
 
 
 def beside(columns: Sequence[tuple[str, Image.Image]], *, gap: int = 8) -> Image.Image:

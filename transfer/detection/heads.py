@@ -75,3 +75,11 @@ class Detections(NamedTuple):
     scores: Tensor
     labels: Tensor
     codes: list[dict[str, Any]] | None
+
+    def above(self, score: float) -> Detections:
+        """Those with a score of ``score`` or more."""
+        kept = self.scores >= score
+        codes = self.codes
+        if codes is not None:
+            codes = [code for code, keep in zip(codes, kept.tolist(), strict=True) if keep]
+        return self._replace(boxes=self.boxes[kept], scores=self.scores[kept], labels=self.labels[kept], codes=codes)

@@ -6,54 +6,42 @@
 --weights is a run directory or its detector.safetensors, of either engine; IMAGES are files or folders. The new folder
 gets pictures/*.png, predictions.json (everything with a score from test.score_threshold on, as COCO's scores want it)
 and images.json: the images and categories that predictions.json means, as a COCO file without annotations.
+
+    python transfer/detection/predict.py --weights runs/detector slide.tif --out found --tile 1024 --overlap 0.2
+
+searches images of any size in tiles, in bounded memory where the file is a TIFF or an array on disk; objects that
+seams cut are joined.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import nn
-
-from mae_core.atomic import atomic_folder, write_text
-from mae_core.config.load import load_config
+from mae_core.atomic import atomic_folder, check_new_folder, write_text
 from mae_core.data.decoding import Unreadable, UnreadableImage
 from mae_core.data.given import named_images
+from mae_core.data.reading import Reading
+from mae_core.data.windows import open_windows, tiles_of
 from mae_core.errors import UserError, user_errors
 from mae_core.layout import PICTURES
 from mae_core.training import distributed
-from mae_core.training.run import Run
-from mae_core.weights.files import WeightsFile
 from transfer.detection.annotations import Instance, categories_of, instance_of, read_json, typed_image
 from transfer.detection.coco import CocoImage, CocoSet, check_same_categories
-from transfer.detection.config import DetectionConfig, InferenceConfig
-from transfer.detection.detector_file import (
-    DETECTOR,
-    engines_note,
-    head_of,
-    is_detector,
-    load_detector,
-    read_detector,
-)
-from transfer.detection.engine import DetectorEngine, load_engine
+from transfer.detection.config import InferenceConfig
+from transfer.detection.detector import OVERLAP, Detector, load_detector
 from transfer.detection.headers import header_of
 from transfer.detection.heads import Detections
 from transfer.detection.results import PREDICTIONS, coco_results, truth_and_prediction
 from transfer.detection.samples import WholeImages
-from transfer.engines import DETECTION
 
 SCRIPT = "predict.py"
 IMAGES = "images.json"
-MOST_AT_ONCE = 64
-"""Images that are read ahead of what is written."""
-OF_TRAINING = ("optim", "log", "ema")
-"""Sections of a recipe that a finished detector has nothing of."""
 OPTION = re.compile(r"[a-z_]+(\.[a-z_]+)*=")
 """A word among the images that is no file: an option, such as test.detections=500."""
 
@@ -75,6 +63,8 @@ def predict(
     truth: Path | str | None = None,
     config_file: Path | str | None = None,
     overrides: Sequence[str] = (),
+    tile: int | None = None,
+    overlap: float = OVERLAP,
     on_error: str = "skip",
     say: Callable[[str], None] = print,
 ) -> Predicted:
@@ -83,40 +73,41 @@ def predict(
     score        minimum score of the objects drawn and counted; ``test.picture_score`` when None
     truth        a COCO json with these images: its ids are used, its objects are drawn beside what was found
     config_file  the recipe of a file that does not say how its network is built: a detector of detectron2's model zoo
+    tile         side of the square tiles in which large images are searched, and which share ``overlap``
     overrides    options as for training, such as ``device=cpu`` and ``test.detections=500``
     on_error     ``skip`` names an unreadable image and goes on, ``raise`` stops
 
     Everything is checked before ``out`` is made. Raises ``UserError``, also where no image could be read.
     """
     out = Path(out)
-    _check_request(out, score)
+    _check_request(out, score, tile, overlap)
     files = dict(named_images(images))
-    file = read_detector(Path(weights))
-    config = _configuration(file, None if config_file is None else Path(config_file), out, overrides)
-    engine = load_engine(config.engine)
     known = () if truth is None else categories_of(Path(truth), read_json(Path(truth))["categories"])
-    masks = head_of(file, config).learns_masks
-    model, categories, statistics, config = load_detector(file, config, engine, known)
-    if note := engines_note(file, config.engine):
-        say(note)
-    readable, unreadable = _sizes(files, config.data.channels)
+    detector = load_detector(weights, overrides=overrides, config_file=config_file, categories=known)
+    config, categories = detector.config, detector.categories
+    if detector.note:
+        say(detector.note)
+    readable, unreadable = _sizes(files, config.data.reading, in_windows=tile is not None)
     refuse = on_error == "raise" or len(files) == 1
     _tell_unreadable(unreadable, refuse, say)
     coco = CocoSet(Path(IMAGES), tuple(readable.values()), categories)
     if truth is not None:
-        coco = annotated(coco, list(readable), Path(truth), Path(weights), masks=masks)
+        coco = annotated(coco, list(readable), Path(truth), Path(weights), masks=detector.head.learns_masks)
     least = config.test.picture_score if score is None else score
-    run = Run(config, distributed.join(config.device))
-    model.to(run.device)
-    whole, names, found = WholeImages(coco, config.data, statistics), list(readable), list[Detections]()
+    whole, names, found = WholeImages(coco, config.data, detector.statistics), list(readable), list[Detections]()
     title = "image" if truth is None else "truth"
     with atomic_folder(out) as folder:
-        for part, cut in _detections(engine, model, whole, run, config):
+        results = detector.detect(whole) if tile is None else _in_tiles(detector, coco, tile, overlap)
+        for part, cut in results:
             _tell_unreadable(cut, refuse, say)
             for detections in part:
                 name = names[detections.image_index]
                 say(f"{name}: {counted(coco, detections, least)}")
-                picture = truth_and_prediction(coco, detections, config, least=least, title=title)
+                if tile is None:
+                    picture = truth_and_prediction(coco, detections, config, least=least, title=title)
+                else:
+                    source = open_windows(coco.images[detections.image_index].path, config.data.reading, name)
+                    picture = detector.result(detections, coco, source).draw(least)
                 if picture is not None:
                     drawn = folder / PICTURES / f"{name}.png"
                     drawn.parent.mkdir(parents=True, exist_ok=True)
@@ -137,30 +128,27 @@ def predict(
     return Predicted(coco, found, unreadable)
 
 
-def _detections(
-    engine: DetectorEngine, model: nn.Module, images: WholeImages, run: Run, config: DetectionConfig
+def _in_tiles(
+    detector: Detector, coco: CocoSet, tile: int, overlap: float
 ) -> Iterator[tuple[list[Detections], list[Unreadable]]]:
-    """What is found in the images, ``MOST_AT_ONCE`` at a time, and those that could not be decoded."""
-    for first in range(0, len(images), MOST_AT_ONCE):
-        indices = range(first, min(first + MOST_AT_ONCE, len(images)))
-        workers = config.data.workers if len(indices) == MOST_AT_ONCE else 0  # they take seconds to start
-        yield engine.detect(model, images, run, indices, batch_size=config.test.test_batch, workers=workers)
+    """What is found in each image, and those that could not be decoded, as ``Detector.detect`` gives them."""
+    for index, image in enumerate(coco.images):
+        try:
+            source = open_windows(image.path, detector.config.data.reading, str(image.path))
+            yield [detector.detect_in_tiles(source, tile, overlap, index)], []
+        except UnreadableImage as error:
+            yield [], [error.unreadable._replace(path=str(image.path))]
 
 
-def _check_request(out: Path, score: float | None) -> None:
-    """Raise ``UserError`` where ``out`` is not empty or cannot be made, for a score out of range, under torchrun."""
+def _check_request(out: Path, score: float | None, tile: int | None, overlap: float) -> None:
+    """Raise ``UserError`` where ``out`` is not empty or cannot be made, for numbers out of range, under torchrun."""
+    if tile is not None:
+        tiles_of(1, 1, tile, overlap)
     if score is not None and not 0 <= score <= 1:
         raise UserError(f"--score is {score}; give a number from 0 to 1")
     if distributed.world_size() > 1:
         raise UserError("predict.py runs in one process; start it without torchrun")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is not empty; give another --out")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {out.parent}: {error.strerror}; give another --out") from None
-    if not os.access(out.parent, os.W_OK):
-        raise UserError(f"cannot write to {out.parent}: it is read-only; give another --out")
+    check_new_folder(out)
 
 
 def _tell_unreadable(unreadable: Iterable[Unreadable], refuse: bool, say: Callable[[str], None]) -> None:
@@ -170,37 +158,19 @@ def _tell_unreadable(unreadable: Iterable[Unreadable], refuse: bool, say: Callab
         say(f"skipped {path}: {reason}")
 
 
-def _configuration(file: WeightsFile, recipe: Path | None, out: Path, overrides: Sequence[str]) -> DetectionConfig:
-    """The configuration of inference: the engine of a file that train_net.py wrote is the file's. Raises ``UserError``
-    for a file that is no detector."""
-    without_effect = (*OF_TRAINING, "model") if is_detector(file) else OF_TRAINING
-    unread = [word for word in overrides if re.split("[.=]", word)[0] in without_effect]
-    if unread:
-        raise UserError(f"{unread[0]} has no effect on the predictions of {file.path}; leave it out")
-    options = [f"weights={file.path}", f"output={out}"]
-    if is_detector(file):
-        options.append(f"engine={file.metadata['engine']}")
-    elif recipe is None:
-        raise UserError(
-            f"{file.path} is not a detector that train_net.py wrote; give a {DETECTOR}, or its run (for a detector of "
-            "detectron2's model zoo, add --config-file RECIPE.yaml and --truth JSON)"
-        )
-    else:
-        options += [f"engine={name}" for name, engine in DETECTION.items() if engine.zoo][:1]
-    return load_config(DetectionConfig, recipe, [*options, *overrides])
-
-
-def _sizes(files: Mapping[str, Path], channels: int) -> tuple[dict[str, CocoImage], list[Unreadable]]:
+def _sizes(
+    files: Mapping[str, Path], reading: Reading, *, in_windows: bool
+) -> tuple[dict[str, CocoImage], list[Unreadable]]:
     """The images by name, numbered from 1, and those of which not even the size can be read."""
     readable: dict[str, CocoImage] = {}
     unreadable: list[Unreadable] = []
     for number, (name, path) in enumerate(files.items(), start=1):
         try:
-            header = header_of(path, channels)
+            opened = open_windows(path, reading, name) if in_windows else header_of(path, reading.channels)
         except UnreadableImage as error:
             unreadable.append(error.unreadable)
         else:
-            readable[name] = CocoImage(number, path, header.height, header.width, ())
+            readable[name] = CocoImage(number, path, opened.height, opened.width, ())
     return readable, unreadable
 
 
@@ -288,6 +258,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = SCRIPT) -> None:
         help="a COCO json with these images: its objects are drawn beside, its ids are used",
     )
     add("--config-file", type=Path, metavar="YAML", help="recipe for a detector of detectron2's model zoo")
+    add("--tile", type=int, metavar="N", help="search large images in square tiles of N pixels, joined at their seams")
+    add("--overlap", type=float, default=OVERLAP, metavar="X", help="share of a tile that its neighbours see too")
     add("--on-error", choices=("skip", "raise"), default="skip", help="what to do about an image that cannot be read")
     given = vars(parser.parse_intermixed_args(arguments))
     options = [word for word in given["images"] if OPTION.match(word) and not Path(word).exists()]

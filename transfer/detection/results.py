@@ -214,5 +214,6 @@ def truth_and_prediction(
     except UnreadableImage:
         return None
     drawn = HEADS[config.model.head].drawn
-    prediction = draw_detections(coco, detections, pixels, least, drawn)
-    return beside([(title, draw_truth(coco, record, pixels, drawn)), (f"prediction, score from {least:g}", prediction)])
+    truth = draw_truth(coco.names, record, pixels, drawn)
+    prediction = draw_detections(coco.names, detections.above(least), pixels, drawn)
+    return beside([(title, truth), (f"prediction, score from {least:g}", prediction)])

@@ -28,8 +28,8 @@ from transfer.detection.detector_file import (
     describe_detector,
     engines_note,
     head_of,
-    load_detector,
     read_detector,
+    trained_detector,
 )
 from transfer.detection.engine import DetectorEngine, Job, build_network, builder_of, load_engine
 from transfer.detection.samples import WholeImages
@@ -138,7 +138,7 @@ def evaluate_detector(config: DetectionConfig) -> dict[str, Any]:
     val = locate(config.data, "val")
     file = read_detector(config.weights)
     val_set = read_coco(val, masks=head_of(file, config).learns_masks)
-    model, categories, statistics, config = load_detector(file, config, engine, val_set.categories)
+    model, categories, statistics, config = trained_detector(file, config, engine, val_set.categories)
     check_same_categories(categories, config.weights or Path(), val_set.categories, val_set.path)
     check_images(config.data, val_set)
     run = Run(config, distributed.join(config.device))

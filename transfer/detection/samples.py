@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +24,9 @@ from transfer.detection.annotations import Instance
 from transfer.detection.coco import CocoImage, CocoSet, decode_masks
 from transfer.detection.config import DetectionData
 from transfer.detection.headers import Header
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Target = dict[str, Tensor]
 """boxes (n, 4) float32 x1 y1 x2 y2 in canvas pixels; labels (n,) int64 from 1; masks (n, H, W) bool of the canvas,
@@ -238,9 +242,19 @@ class WholeImages(Dataset[Sample]):
         record = self.coco.images[index]
         return place_whole(record.height, record.width, self.canvas)
 
+    def read(self, index: int) -> Pixels:
+        """The pixels of image ``index``. Raises ``UnreadableImage``."""
+        return read_checked(self.coco.images[index], self.data.reading)
+
+    def with_statistics(self, statistics: Statistics) -> Self:
+        """The same images, standardised by other statistics."""
+        other = copy(self)
+        other.statistics = statistics
+        return other
+
     def __getitem__(self, index: int) -> Sample:
         try:
-            image = read_checked(self.coco.images[index], self.data.reading)
+            image = self.read(index)
         except UnreadableImage as error:
             return Sample(None, self.canvas, {}, index, [error.unreadable])
         placement = self.placement(index)

@@ -19,6 +19,7 @@ from mae_core.data.decoding import (
     to_tensor,
     with_channels,
 )
+from mae_core.data.given import AnyImage, pixels_of
 from mae_core.data.images import ImageFiles
 from mae_core.errors import UserError
 
@@ -100,6 +101,6 @@ def as_mmseg_reads(pixels: Pixels, no_data: Sequence[float] | None = None) -> np
     return np.ascontiguousarray(array[..., ::-1] if array.ndim == 3 and array.shape[2] == 3 else array)
 
 
-def picture_of(path: Path | str) -> Image.Image:
-    """An image file as something to look at: RGB, upright."""
-    return to_picture(read_image(Path(path), None)).convert("RGB")
+def picture_of(image: AnyImage) -> Image.Image:
+    """An image as something to look at: RGB, upright."""
+    return to_picture(pixels_of(image, None, "given")).convert("RGB")

@@ -5,15 +5,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 
+import transfer
+from mae_core.data.windows import open_windows
 from mae_core.errors import UserError
 from mae_core.weights.files import read_weights, write_weights
 from transfer.segmentation.config import inference_mode, inference_pipeline
 from transfer.segmentation.export import main as export_main
 from transfer.segmentation.predict import main, predict
 from transfer.segmentation.segmenter_file import literal_config, read_segmenter
+from transfer.segmentation.tiles import layout_of, seamless
 
 pytest.importorskip("mmseg", reason="mmseg is not installed; pip install mae-transfer[segmentation]")
 pytest.importorskip("transfer.segmentation.engine_mmseg", reason="mmseg is here without mmcv or mmengine")
@@ -336,3 +340,100 @@ def test_export_refuses_in_one_sentence(trained, tmp_path, capsys):
         with pytest.raises(SystemExit) as stopped:
             export_main([run, *map(str, arguments)])
         assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- from Python
+
+
+def test_label_maps_from_python_are_those_that_predict_writes(trained, tmp_path):
+    run, scenes = trained
+    paths = sorted((scenes / "images" / "validation").glob("*.png"))[:3]
+    Image.open(paths[0]).resize((56, 32)).save(tmp_path / "larger.png")
+    paths.append(tmp_path / "larger.png")
+    written = [np.asarray(Image.open(path)) for path in predict(run, paths, tmp_path / "out", device="cpu")]
+    segmenter = transfer.load_segmenter(run, device="cpu")
+    found = segmenter.predict(paths)
+    for one, other in zip(found, written, strict=True):
+        assert np.array_equal(one.labels, other) and one.labels.dtype == np.uint8
+    assert found[0].classes == ["ground", "box", "disc"] and found[0].values == [0, 1, 2]
+    drawn = Image.open(tmp_path / "out" / "overlays" / f"{paths[0].stem}.png")
+    assert np.array_equal(np.asarray(found[0].draw(0.5)), np.asarray(drawn))
+
+
+def test_pictures_and_arrays_are_labelled_as_files(trained):
+    run, scenes = trained
+    path = scenes / "images" / "validation" / "2.png"
+    array = np.asarray(Image.open(path))
+    segmenter = transfer.load_segmenter(run, device="cpu")
+    found = segmenter.predict([path, Image.open(path), array, array.astype(np.uint16) * 257])
+    for other in found[1:3]:
+        assert np.array_equal(other.indices, found[0].indices)
+    assert (found[3].indices == found[0].indices).mean() > 0.99
+    assert segmenter.predict(array[..., 0]).labels.shape == (24, 40)
+    with pytest.raises(UserError, match=r"image number 0 \(ndarray\) cannot be read \(it has 5 channels"):
+        segmenter.predict([np.zeros((9, 9, 5), np.float32)])
+
+
+# ---------------------------------------------------------------- large images
+
+
+@pytest.fixture
+def mosaic(trained, tmp_path):
+    """A TIFF of 4 x 3 scenes, 96 x 120 pixels, in compressed tiles."""
+    images = [np.asarray(Image.open(path)) for path in sorted((trained[1] / "images" / "validation").glob("*.png"))]
+    rows = [np.concatenate([images[(row + col) % 8] for col in range(3)], axis=1) for row in range(4)]
+    path = tmp_path / "mosaic.tif"
+    tifffile.imwrite(path, np.concatenate(rows), tile=(32, 48), compression="zlib", photometric="rgb")
+    return path
+
+
+@pytest.mark.parametrize("most", [2**29, 2**14])
+@pytest.mark.parametrize("crop, stride", [(32, 20), (40, 40)])
+def test_windows_of_a_large_image_average_to_the_sliding_inference_on_the_whole(trained, mosaic, crop, stride, most):
+    """The class scores, everywhere: the same windows, summed a stripe at a time."""
+    predictor = Predictor(read_segmenter(trained[0]), mode="slide", crop_size=crop, stride=stride)
+    whole = predictor._answer(mosaic, "whole").seg_logits.data.numpy()
+    layout = layout_of(read_segmenter(trained[0]).config, predictor.section, 999, 0.5)
+    assert layout.window == (crop, crop) and layout.stride == (stride, stride) and not layout.own
+    found, covered = np.zeros_like(whole), np.zeros(whole.shape[1:], int)
+    source = open_windows(mosaic, 3, "mosaic")
+    for window, scores in seamless(source, predictor.scores_in(layout.window_in(source)), layout, most=most):
+        part = (slice(window.top, window.bottom), slice(window.left, window.right))
+        found[(slice(None), *part)] = scores
+        covered[part] += 1
+    assert (covered == 1).all()
+    np.testing.assert_allclose(found, whole, atol=1e-5)
+
+
+def test_tiles_are_labelled_as_images_of_their_own(trained, mosaic):
+    """A segmenter that sees images whole: tiles in place of windows, with the same average."""
+    whole = transfer.load_segmenter(trained[0], device="cpu")
+    slide = transfer.load_segmenter(trained[0], device="cpu", mode="slide", crop_size=48, stride=36)
+    tiled = whole.predict(mosaic, tile=48, overlap=0.25)
+    assert np.array_equal(tiled.indices, slide.predict(mosaic).indices)
+    small = whole.predict(mosaic, tile=500)  # one tile: the image
+    assert np.array_equal(small.indices, whole.predict(mosaic).indices)
+
+
+def test_large_label_maps_are_tiled_tiffs_read_by_windows(trained, mosaic, tmp_path, monkeypatch):
+    monkeypatch.setattr("mae_core.data.windows.read_image", lambda *given: pytest.fail("the file is read whole"))
+    main([str(trained[0]), str(mosaic), "--out", str(tmp_path / "out"), "--tile", "48", "--device", "cpu"])
+    path = tmp_path / "out" / "labels" / "mosaic.tif"
+    with tifffile.TiffFile(path) as file:
+        assert file.pages[0].is_tiled and file.pages[0].compression == 8
+        labels = file.asarray()
+    expected = transfer.load_segmenter(trained[0], device="cpu").predict(str(mosaic), tile=48)
+    assert labels.dtype == np.uint8 and np.array_equal(labels, expected.labels)
+    assert [entry.name for entry in path.parent.iterdir()] == ["mosaic.tif"]
+    with Image.open(tmp_path / "out" / "overlays" / "mosaic.png") as drawn:
+        assert drawn.width >= 120
+    with pytest.raises(UserError, match="leave --scales and --flip out"):
+        predict(trained[0], [mosaic], tmp_path / "other", tile=48, flip=True)
+    with pytest.raises(UserError, match="leave scales and flip out"):
+        transfer.load_segmenter(trained[0], device="cpu", flip=True).predict(mosaic, tile=48)
+
+
+def test_a_segmenter_of_resized_images_sees_resized_tiles(trained):
+    config = {"model": {}, "val_dataloader": {"dataset": {"pipeline": [{"type": "Resize"}]}}}
+    layout = layout_of(config, {"mode": "slide", "crop_size": (32, 32), "stride": (20, 20)}, 100, 0.25)
+    assert layout == ((100, 100), (75, 75), 1, True)

@@ -34,7 +34,7 @@ class WholeRecords:
     """Batches of records of whole images, this rank's share, for inference; unreadable images are left out."""
 
     def __init__(self, images: WholeImages, run: Run, indices: Sequence[int], batch_size: int, workers: int) -> None:
-        plain = WholeImages(images.coco, images.data, plain_pixels(len(images.statistics.mean)))
+        plain = images.with_statistics(plain_pixels(len(images.statistics.mean)))
         share = BatchSampler(list(indices)[run.rank :: run.world], batch_size, drop_last=False)
         pin = run.device.type == "cuda"
         self.loader = make_loader(plain, share, collate_readable, workers=workers, pin=pin)

@@ -98,7 +98,9 @@ class NamedImage(LoadImageFromFile):
         """As mmcv's; None makes the data set draw another image."""
         path = results["img_path"]
         try:
-            image = as_mmseg_reads(read_pixels(path, self.channels), self.no_data)
+            pixels = results.get("pixels")  # of an image in memory
+            pixels = read_pixels(path, self.channels) if pixels is None else pixels
+            image = as_mmseg_reads(pixels, self.no_data)
         except UnreadableImage as error:
             reason = error.unreadable.reason
             if self.on_error == "raise":

@@ -22,7 +22,7 @@ from mae_core.errors import UserError
 from mae_core.models.onnx_export import require_onnx
 from transfer.segmentation.config import BACKBONE, LABEL_READERS, READERS, inference_mode
 from transfer.segmentation.engine_mmseg.data import ManyChannelPreProcessor
-from transfer.segmentation.engine_mmseg.segmenter import build_segmenter, load_segmenter
+from transfer.segmentation.engine_mmseg.segmenter import build_segmenter, fill_segmenter
 from transfer.segmentation.segmenter_file import SegmenterFile
 
 MOST_GIGABYTES = 2.0
@@ -138,7 +138,7 @@ def write_mmseg(file: SegmenterFile, out: Path) -> str:
         rest = {key: value for key, value in model["data_preprocessor"].items() if key not in ("mean", "std")}
         model["data_preprocessor"] = {**rest, "type": "SegDataPreProcessor"}
     theirs = MODELS.build(Config({"model": model}).model)
-    load_segmenter(theirs, mmseg_state(ours, theirs.state_dict()), str(file.path))
+    fill_segmenter(theirs, mmseg_state(ours, theirs.state_dict()), str(file.path))
     if folded:
         fold_normalisation(theirs.backbone.patch_embed.projection, mean, std)
     theirs.eval()

@@ -58,10 +58,10 @@ def build_segmenter(file: SegmenterFile, device: torch.device | str = "cpu") -> 
         raise UserError(
             f"{file.path}: its model cannot be built: {type(error).__name__}: {first_line(error)}"
         ) from None
-    load_segmenter(model, file.state, str(file.path))
+    fill_segmenter(model, file.state, str(file.path))
     return model.to(device).eval()
 
 
-def load_segmenter(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+def fill_segmenter(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """Put all tensors of a trained segmenter into ``model``; ``UserError`` unless names and shapes are the same."""
     load_state(model, state, source, remedy="use the config it was trained with")

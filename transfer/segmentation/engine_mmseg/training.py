@@ -43,7 +43,7 @@ from transfer.segmentation.engine_mmseg.options import read_config
 from transfer.segmentation.engine_mmseg.plan import plan_lines
 from transfer.segmentation.engine_mmseg.record import RunRecord
 from transfer.segmentation.engine_mmseg.runner import SegmentationRunner, bare_model, trained_model, worker_errors
-from transfer.segmentation.engine_mmseg.segmenter import load_segmenter, write_segmenter
+from transfer.segmentation.engine_mmseg.segmenter import fill_segmenter, write_segmenter
 from transfer.segmentation.pixels import SegmentationImages
 from transfer.segmentation.run_report import write_run_report
 from transfer.segmentation.segmenter_file import SEGMENTER, SegmenterFile, read_segmenter
@@ -153,7 +153,7 @@ def evaluate(
         told = f"{wrong[0]!r} against {wrong[1]!r}" if wrong else f"{len(file.classes)} against {len(classes)}"
         raise UserError(f"{file.path} was trained on other classes than the data has ({told}); correct classes.txt")
     notes += [f"{part}: {found}" for part, found in check_data(view, ("val",)).items()]
-    load_segmenter(check_model(view), state, str(checkpoint))
+    fill_segmenter(check_model(view), state, str(checkpoint))
     if view.get("tta_model") and view.get("tta_pipeline"):
         config.model = {**view["tta_model"], "module": view["model"]}
         config.val_dataloader.batch_size = 1
@@ -170,7 +170,7 @@ def evaluate(
     config.test_cfg = {"type": "TestLoop"}
     config.val_dataloader = config.val_evaluator = config.val_cfg = None
     runner = build_runner(config, Path(config_path).stem, Path(work_dir))
-    load_segmenter(trained_model(runner.model), state, str(checkpoint))
+    fill_segmenter(trained_model(runner.model), state, str(checkpoint))
     with worker_errors():
         runner.test()
     return finish(runner, runner.test_evaluator, started, write_model=False)
