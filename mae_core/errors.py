@@ -28,6 +28,17 @@ def naming(path: object) -> Iterator[None]:
 
 
 @contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Around the code of others, which raises what it likes: it becomes a ``UserError`` that begins with ``what``."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what}: {type(error).__name__}: {first_line(error)}") from None
+
+
+@contextmanager
 def user_errors() -> Iterator[None]:
     """Around the body of a command: a ``UserError`` becomes ``error: ...`` on stderr and exit code 2, without a
     traceback."""

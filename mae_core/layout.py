@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+from safetensors import SafetensorError, safe_open
+
 from mae_core.atomic import checksum
 from mae_core.errors import UserError
 
@@ -33,8 +35,6 @@ TRAINING_STATE = "training.pt"
 COMPLETE = "COMPLETE"
 CHECKPOINT_FORMAT = 1
 """Of the checkpoints that this version writes; it reads older ones, and refuses newer ones. 0 had no checksums."""
-LONGEST_HEADER = 100 * 2**20
-"""Bytes; the limit of the format."""
 WHOLE_NETWORK = "mae_core_"
 """How the ``format`` of a file begins that holds another network than an encoder's; the rest is the network's name."""
 ATTENTIVE_FORMAT = f"{WHOLE_NETWORK}classifier_with_attentive_pooling"
@@ -99,13 +99,10 @@ def _refuse_other_networks(path: Path, files: list[Path]) -> None:
 def stated_format(file: Path) -> str:
     """What a safetensors file says its format is; empty where it says nothing, or is another kind of file."""
     try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if length > LONGEST_HEADER:
-                return ""
-            stated = json.loads(stream.read(length)).get("__metadata__", {}).get("format", "")
-            return str(json.loads(stated)) if stated.startswith('"') else str(stated)
-    except (OSError, ValueError, AttributeError):
+        with safe_open(file, framework="pt") as opened:
+            stated = (opened.metadata() or {}).get("format", "")
+        return str(json.loads(stated)) if stated.startswith('"') else stated
+    except (SafetensorError, OSError, ValueError):
         return ""
 
 

@@ -7,6 +7,7 @@ import difflib
 import os
 import shlex
 import unicodedata
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
@@ -96,6 +97,11 @@ def missing_hint(folder: Path, name: str) -> str:
     if not near and present:
         near = [present[key][0] for key in difflib.get_close_matches(_spelled(wanted.name), present, n=1, cutoff=0.8)]
     return f"; there is {near[0]}" if near else ""
+
+
+def shortened(names: Sequence[object], most: int = 5) -> str:
+    """The first ``most`` of ``names``, and dots where there are more."""
+    return ", ".join(map(str, names[:most])) + (", ..." if len(names) > most else "")
 
 
 def same_spelling(one: str, other: str) -> bool:

@@ -128,14 +128,8 @@ class DiscreteVAE(nn.Module):
 
     def describe(self) -> dict[str, Any]:
         """Its shape; JSON values."""
-        return {
-            "kind": self.kind,
-            "vocabulary": self.vocabulary,
-            "stride": self.stride,
-            "width": self.width,
-            "depth": self.depth,
-            "channels": self.channels,
-        }
+        shape = ("kind", "vocabulary", "stride", "width", "depth", "channels")
+        return {name: getattr(self, name) for name in shape}
 
     @classmethod
     def rebuild(cls, described: Mapping[str, Any]) -> DiscreteVAE:

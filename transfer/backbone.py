@@ -139,9 +139,9 @@ class DenseViT(ViTEncoder):
             maps += [x[:, prefix:].transpose(1, 2).unflatten(2, grid)] * self.taps.count(index)
         return maps
 
-    def freeze(self, trainable_blocks: int) -> None:
-        """Let the last ``trainable_blocks`` blocks alone learn; 0 freezes all. Biases that blocks share learn where a
-        learning block has them. Raises ``UserError`` where there are fewer blocks."""
+    def freeze(self, trainable_blocks: int | None) -> None:
+        """Let the last ``trainable_blocks`` blocks alone learn; 0 freezes all, None nothing. Biases that blocks share
+        learn where a learning block has them. Raises ``UserError`` where there are fewer blocks."""
         self.frozen_blocks = freeze_below(self, trainable_blocks)
         if self.relative_positions == "shared_table":
             learning = {_kind(self._window(index)) for index in range(self.frozen_blocks, len(self.blocks))}

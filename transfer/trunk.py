@@ -62,7 +62,8 @@ def build_trunk(
         vit = DenseViT(
             size, image_size=stored, patch_size=patch_size, in_chans=in_chans, taps=taps(size_of(size)), **options
         )
-        return Trunk(frozen_as_asked(vit, trainable_blocks), None)
+        vit.freeze(trainable_blocks)
+        return Trunk(vit, None)
     given = {"size": None if size is None else size_of(size).name, "patch_size": patch_size, "in_chans": in_chans}
     found = {"size": source.size, "patch_size": source.patch_size, "in_chans": source.in_chans}
     settled(source.path, given, must=found)
@@ -74,24 +75,8 @@ def build_trunk(
         **options,
     )
     report = load_pretrained(vit, source, allow_missing=allow_missing)
-    return Trunk(frozen_as_asked(vit, trainable_blocks), report)
-
-
-def frozen_as_asked(vit: DenseViT, trainable_blocks: int | None) -> DenseViT:
-    """``vit``, with what ``trainable_blocks`` leaves out frozen."""
-    if trainable_blocks is not None:
-        vit.freeze(trainable_blocks)
-    return vit
-
-
-def learning_line(model: nn.Module, trainable_blocks: int | None) -> str:
-    """How much of ``model`` learns, for the start of a run; empty where all does."""
-    if trainable_blocks is None:
-        return ""
-    learning, whole = (
-        sum(p.numel() for p in model.parameters() if p.requires_grad or everything) for everything in (False, True)
-    )
-    return f"trainable_blocks={trainable_blocks}: {learning:,} parameters learn, {learning / whole:.1%} of the model"
+    vit.freeze(trainable_blocks)
+    return Trunk(vit, report)
 
 
 def load_pretrained(

@@ -20,6 +20,10 @@ ConfigAndOverrides = Annotated[
         show_default=False,
     ),
 ]
+Heads = Annotated[int | None, typer.Option(min=1, help="Attention heads, if the file does not state them.")]
+DecoderHeads = Annotated[
+    int | None, typer.Option(min=1, help="Attention heads of the decoder, if the file does not state them.")
+]
 Resume = Annotated[str, typer.Option("--resume", metavar="[auto]", help=HELP, show_default=False)]
 
 

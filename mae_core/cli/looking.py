@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from mae_core.cli.arguments import DecoderHeads, Heads
 from mae_core.errors import UserError, user_errors
 
 
@@ -32,10 +33,8 @@ def reconstruct(
     target: Annotated[
         str | None, typer.Option(help="What the decoder predicts, if the file does not state it.")
     ] = None,
-    heads: Annotated[int | None, typer.Option(min=1, help="Attention heads, if the file does not state them.")] = None,
-    decoder_heads: Annotated[
-        int | None, typer.Option(min=1, help="Attention heads of the decoder, if the file does not state them.")
-    ] = None,
+    heads: Heads = None,
+    decoder_heads: DecoderHeads = None,
     seed: Annotated[int, typer.Option(help="Seed of the masks.")] = 0,
     most: Annotated[int, typer.Option(min=1, help="Draw at most this many images.")] = 12,
 ) -> None:

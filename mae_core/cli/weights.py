@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from mae_core.cli.arguments import DecoderHeads, Heads
 from mae_core.errors import UserError, user_errors
 
 catalogue = typer.Typer(no_args_is_help=True, help="Published MAE weights: list them, get them.")
@@ -60,10 +61,8 @@ def convert(
         ),
     ] = False,
     drop: Annotated[list[str] | None, typer.Option(help="Pattern of tensors to leave out; repeatable.")] = None,
-    heads: Annotated[int | None, typer.Option(min=1, help="Attention heads, if the file does not state them.")] = None,
-    decoder_heads: Annotated[
-        int | None, typer.Option(min=1, help="Attention heads of the decoder, if the file does not state them.")
-    ] = None,
+    heads: Heads = None,
+    decoder_heads: DecoderHeads = None,
     check: Annotated[
         bool,
         typer.Option(
@@ -121,7 +120,7 @@ def _one_of(option: str, value: str | None, known: tuple[str, ...]) -> str | Non
 def inspect(
     file: File,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
-    heads: Annotated[int | None, typer.Option(min=1, help="Attention heads, if the file does not state them.")] = None,
+    heads: Heads = None,
 ) -> None:
     """Show what a weights file holds: format, architecture, sizes, target, what it can be used for and what it
     lacks."""
@@ -141,10 +140,8 @@ def export(
         bool, typer.Option("--huggingface", help="A folder for from_pretrained, with a card.")
     ] = False,
     check: Annotated[bool, typer.Option("--check", help="Compare source and result on the same images first.")] = False,
-    heads: Annotated[int | None, typer.Option(min=1, help="Attention heads, if the file does not state them.")] = None,
-    decoder_heads: Annotated[
-        int | None, typer.Option(min=1, help="Attention heads of the decoder, if the file does not state them.")
-    ] = None,
+    heads: Heads = None,
+    decoder_heads: DecoderHeads = None,
 ) -> None:
     """Write weights for others: a folder of timm or transformers, or the encoder as ONNX.
 

@@ -10,6 +10,7 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -81,11 +82,9 @@ class Report:
         return {"name": self.name, **self.data, "problems": [problem._asdict() for problem in self.problems]}
 
 
-def _print(text: str) -> None:
-    print(text, flush=True)
-
-
-def conclude(reports: Iterable[Report], json_file: Path | None = None, say: Callable[[str], None] = _print) -> None:
+def conclude(
+    reports: Iterable[Report], json_file: Path | None = None, say: Callable[[str], None] = partial(print, flush=True)
+) -> None:
     """Print every report as it comes, write all of them to ``json_file``, and print the outcome.
 
     Raises ``UserError`` (exit code 2 of a command) where anything is more than a note, and where the file exists.

@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextvars import Context, copy_context
+from contextvars import copy_context
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -186,11 +186,15 @@ def check_found(samples: Iterable[MaybePixels], suspects: str = "data.path") -> 
             )
 
 
+def spread_indices(total: int, count: int) -> list[int]:
+    """At most ``count`` indices spread evenly over ``total``."""
+    count = min(count, total)
+    return [number * total // count for number in range(count)]
+
+
 def read_some(source: ImageSource, count: int) -> list[Pixels]:
     """At most ``count`` images spread over ``source``. Raises ``UserError`` where none of those tried can be read."""
-    total = len(source)
-    count = min(count, total)
-    starts = [number * total // count for number in range(count)] + [total]
+    starts = [*spread_indices(len(source), count), len(source)]
     images: list[Pixels] = []
     problems: list[Unreadable] = []
     for start, stop in pairwise(starts):
@@ -233,11 +237,8 @@ def in_threads(function: Callable[[int], Found], count: int, *, threads: int = 4
     with ThreadPoolExecutor(threads) as pool:
         for start in range(0, count, chunk):
             places = range(start, min(start + chunk, count))
-            yield from pool.map(lambda context, place: context.run(function, place), map(_context, places), places)
-
-
-def _context(place: int) -> Context:
-    return copy_context()
+            contexts = (copy_context() for _ in places)
+            yield from pool.map(lambda context, place: context.run(function, place), contexts, places)
 
 
 class Statistics(NamedTuple):

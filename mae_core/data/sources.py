@@ -120,7 +120,7 @@ class HuggingFaceImages:
             found = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path))
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             raise UserError(
-                f"{path} is not a data set that Hugging Face datasets can load ({_one_line(error)})"
+                f"{path} is not a data set that Hugging Face datasets can load ({' '.join(str(error).split())})"
             ) from None
         if hasattr(found, "keys"):
             splits = list(found.keys())
@@ -294,7 +294,3 @@ def require(package: str) -> Any:
         raise UserError(
             f"this needs {package}, which is not installed; run: pip install 'mae-transfer[{EXTRA}]'"
         ) from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -11,20 +11,21 @@ HALF_BLOCK = 0.5
 """The MLP sub-block of the last block alone."""
 
 
-def freeze_below(model: ViTEncoder, trainable_blocks: float) -> int:
+def freeze_below(model: ViTEncoder, trainable_blocks: float | None) -> int:
     """Freeze all of ``model`` below its last ``trainable_blocks`` blocks; the head and the norm before it always learn.
     Returns the number of blocks that are frozen in whole.
 
-    ``HALF_BLOCK`` leaves the MLP of the last block with the norm before it; all blocks are full fine-tuning, embeddings
-    included (the paper's right-most point). What is frozen needs no gradients, so that nothing is kept for a backward
-    pass through it, and drops no paths: the paper does not say, and a frozen trunk is best read as it was trained.
+    ``HALF_BLOCK`` leaves the MLP of the last block with the norm before it; None and all blocks are full fine-tuning,
+    embeddings included (the paper's right-most point). What is frozen needs no gradients, so that nothing is kept for a
+    backward pass through it, and drops no paths: the paper does not say, and a frozen trunk is best read as it was
+    trained.
     Raises ``UserError`` where the model has fewer blocks.
     """
     depth = len(model.blocks)
+    if trainable_blocks is None or trainable_blocks == depth:
+        return 0
     if trainable_blocks > depth:
         raise UserError(f"trainable_blocks={trainable_blocks:g} was asked for, but ViT-{model.size} has {depth} blocks")
-    if trainable_blocks == depth:
-        return 0
     below = depth - (1 if trainable_blocks == HALF_BLOCK else int(trainable_blocks))
     frozen: list[nn.Module] = [model.patch_embed, *model.blocks[:below]]
     for block in model.blocks[:below]:
@@ -37,6 +38,15 @@ def freeze_below(model: ViTEncoder, trainable_blocks: float) -> int:
     for parameter in (*tokens, *(p for module in frozen for p in module.parameters())):
         parameter.requires_grad_(False)
     return below
+
+
+def learning_line(model: nn.Module, trainable_blocks: float | None) -> str:
+    """How much of ``model`` learns, for the start of a run; empty where all does."""
+    if trainable_blocks is None:
+        return ""
+    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    share = learning / sum(p.numel() for p in model.parameters())
+    return f"trainable_blocks={trainable_blocks:g}: {learning:,} parameters learn, {share:.1%} of the model"
 
 
 def initialize_as_timm(model: ViTEncoder) -> None:

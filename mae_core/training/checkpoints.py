@@ -206,7 +206,8 @@ def optimizer_fault(state: Any, optimizer: torch.optim.Optimizer, step: int) -> 
 
 def _moment_fault(name: str, value: Any, parameter: Tensor, step: int) -> str | None:
     if name == "step":
-        return None if isinstance(value, int | float | Tensor) and _counts(value, step) else "is not its step count"
+        count = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+        return None if isinstance(count, int | float) and 0 <= count <= step else "is not its step count"
     if value is None:
         return None
     if not isinstance(value, Tensor):
@@ -216,9 +217,3 @@ def _moment_fault(name: str, value: Any, parameter: Tensor, step: int) -> str | 
     if value.untyped_storage().nbytes() < value.numel() * value.element_size():
         return "claims more numbers than it holds"
     return None if bool(torch.isfinite(value).all()) else "is not finite"
-
-
-def _counts(value: int | float | Tensor, most: int) -> bool:
-    if isinstance(value, Tensor) and value.numel() != 1:
-        return False
-    return 0 <= float(value) <= most

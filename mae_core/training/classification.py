@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import DataLoader
 
 from mae_core.atomic import write_json
 from mae_core.data.config import FinetuneData, ImagesConfig, LabelledData
@@ -20,7 +20,6 @@ from mae_core.data.labelled import (
     read_image_folder,
     read_label_lists,
 )
-from mae_core.data.loading import make_loader
 from mae_core.data.views import check_pictures
 from mae_core.layout import CLASSIFIER, LOADING, METRICS
 from mae_core.models.encoder import Pooling, ViTEncoder
@@ -79,20 +78,16 @@ def evaluation_loader(
 ) -> DataLoader[Any]:
     """This rank's share of ``files`` as they are evaluated, each image on one rank and once."""
     images = TestImages(files, data, as_pair(data.image_size), statistics)
-    mine = BatchSampler(range(run.rank, len(files.paths), run.world), batch, drop_last=False)
-    return make_loader(images, mine, collate_readable, workers=data.workers, pin=run.device.type == "cuda")
+    return run.loader(images, collate_readable, batch)
 
 
-def measure(model: nn.Module, batches: Iterable[LabelledBatch], run: Run, classes: list[str]) -> dict[str, Any]:
-    """The metrics of a classifier with one label per image, in per cent, as metrics.json holds them."""
-    return evaluate_classifier(model, batches, run, len(classes)).as_dict(classes)
-
-
-def measure_multi_label(
-    model: nn.Module, batches: Iterable[LabelledBatch], run: Run, classes: list[str]
+def measure(
+    model: nn.Module, batches: Iterable[LabelledBatch], run: Run, classes: list[str], *, multi_label: bool
 ) -> dict[str, Any]:
-    """The metrics of a classifier with several labels per image, in per cent, as metrics.json holds them."""
-    return evaluate_multi_label(model, batches, run).as_dict(classes)
+    """The metrics of a classifier with one label per image, or several, in per cent, as metrics.json holds them."""
+    if multi_label:
+        return evaluate_multi_label(model, batches, run).as_dict(classes)
+    return evaluate_classifier(model, batches, run, len(classes)).as_dict(classes)
 
 
 def headline(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -18,6 +18,7 @@ from mae_core.layout import METRICS
 from mae_core.measures.accuracy import Accuracy, Tally
 from mae_core.measures.average_precision import MultiLabelScores, average_precision
 from mae_core.measures.robustness import ALEXNET_ERROR, KINDS, Kind, corruption_errors, find_corruptions, severities_of
+from mae_core.texts import shortened
 from mae_core.training import distributed
 from mae_core.training.classification import IMAGES_TRIED, check_all_if_asked, in_words
 from mae_core.training.features import Rows, Viewer, rows_of
@@ -72,7 +73,7 @@ def classes_of(source: EncoderFile, folder: Path) -> list[str]:
         if strangers:
             raise UserError(
                 f"{folder} has labels that are not classes of {source.path}: {', '.join(strangers[:5])}; its classes "
-                f"are {', '.join(stated[:5])}{', ...' if len(stated) > 5 else ''}"
+                f"are {shortened(stated)}"
             )
         return list(stated)
     if len(folders) != source.num_classes:
@@ -114,17 +115,14 @@ def choose(model: nn.Module, files: LabelledPaths) -> tuple[nn.Module, LabelledP
     return ChosenClasses(model, places.tolist()), chosen
 
 
-def accuracy_of(files: LabelledPaths, found: Rows) -> Accuracy:
-    """Counts of right and wrong over rows of logits."""
-    tally = Tally(len(files.classes), torch.device("cpu"))
-    tally.add(found.values, torch.tensor(files.labels)[found.indices])
-    return tally.counts()
-
-
-def average_precision_of(files: LabelledPaths, found: Rows) -> MultiLabelScores:
-    """Mean average precision over rows of logits."""
+def scores_of(files: LabelledPaths, found: Rows) -> Accuracy | MultiLabelScores:
+    """Counts of right and wrong over rows of logits; with several labels an image, average precisions."""
     targets = torch.stack([torch.as_tensor(files.target(index)) for index in found.indices.tolist()])
-    return MultiLabelScores(average_precision(found.values, targets), len(targets))
+    if isinstance(files.labels[0], tuple):
+        return MultiLabelScores(average_precision(found.values, targets), len(targets))
+    tally = Tally(len(files.classes), torch.device("cpu"))
+    tally.add(found.values, targets)
+    return tally.counts()
 
 
 def as_kind_says(config: EvaluateConfig) -> EvaluateConfig:
@@ -192,8 +190,7 @@ def measure_parts(parts: list[Part], viewer: Viewer, run: Run, config: EvaluateC
         for part in parts:
             found = rows_of(part.files.paths, viewer, run)
             table.add(part.files, found)
-            several = isinstance(part.files.labels[0], tuple)
-            scores.append(average_precision_of(part.files, found) if several else accuracy_of(part.files, found))
+            scores.append(scores_of(part.files, found))
             if part.corruption is not None:
                 top1 = scores[-1].top1  # type: ignore[union-attr]
                 errors.setdefault(part.corruption, {})[part.severity] = 1 - top1

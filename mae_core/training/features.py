@@ -12,12 +12,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler
 
 from mae_core.data.config import EvaluationData
 from mae_core.data.images import Statistics
 from mae_core.data.labelled import LabelledPaths, TestImages, collate_readable
-from mae_core.data.loading import make_loader
 from mae_core.errors import UserError
 from mae_core.models.encoder import ViTEncoder
 from mae_core.models.probe import digest_of
@@ -54,9 +52,7 @@ def rows_of(paths: Sequence[Path], viewer: Viewer, run: Run) -> Rows:
     # An image's place takes the place of its label, so that each row knows its image.
     files = LabelledPaths(list(paths), range(len(paths)), [])
     images = TestImages(files, viewer.data, as_pair(viewer.data.image_size), viewer.statistics)
-    mine = BatchSampler(range(run.rank, len(paths), run.world), viewer.batch, drop_last=False)
-    pin = run.device.type == "cuda"
-    loader = make_loader(images, mine, collate_readable, workers=viewer.data.workers, pin=pin)
+    loader = run.loader(images, collate_readable, viewer.batch)
     found = [(values.cpu(), places.cpu()) for values, places in predict(viewer.model, loader, run)]
     parts = [pair for part in gather(found) for pair in part]
     if not parts:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from mae_core.data.config import FinetuneData
 from mae_core.data.images import ImageFiles, Statistics, statistics_of
 from mae_core.data.labelled import LabelledBatch, TrainImages, collate
-from mae_core.data.loading import make_loader, share_of
+from mae_core.data.loading import share_of
 from mae_core.errors import UserError
-from mae_core.models.classifier import freeze_below, initialize_as_timm
+from mae_core.models.classifier import freeze_below, initialize_as_timm, learning_line
 from mae_core.models.encoder import ViTEncoder
 from mae_core.patches import as_pair
 from mae_core.resuming import Resume
@@ -27,7 +27,6 @@ from mae_core.training.classification import (
     headline,
     in_words,
     measure,
-    measure_multi_label,
     read_splits,
     steps_between,
     tell_of_weights,
@@ -71,8 +70,7 @@ def build_model(
     config: FinetuneConfig, num_classes: int, source: EncoderFile | None = None
 ) -> tuple[ViTEncoder, LoadReport | None, Statistics]:
     """The classifier, from ``source`` (the weights, read before) or from scratch, the report of its weights, and the
-    pixel statistics its encoder
-    was trained with. Raises ``UserError`` where the weights do not fit."""
+    pixel statistics its encoder was trained with. Raises ``UserError`` where the weights do not fit."""
     options: dict[str, Any] = {
         "num_classes": num_classes,
         "pooling": config.model.pooling,
@@ -87,16 +85,11 @@ def build_model(
         )
         if config.model.init == "timm":
             initialize_as_timm(model)
-        return frozen_as_asked(model, config), None, statistics_of(config.data)
-    model, report = classifier_from(source, **options, allow_missing=config.allow_missing)
-    return frozen_as_asked(model, config), report, statistics_of(config.data, source.metadata)
-
-
-def frozen_as_asked(model: ViTEncoder, config: FinetuneConfig) -> ViTEncoder:
-    """``model``, with what ``trainable_blocks`` leaves out frozen."""
-    if config.trainable_blocks is not None:
         freeze_below(model, config.trainable_blocks)
-    return model
+        return model, None, statistics_of(config.data)
+    model, report = classifier_from(source, **options, allow_missing=config.allow_missing)
+    freeze_below(model, config.trainable_blocks)
+    return model, report, statistics_of(config.data, source.metadata)
 
 
 def finetune_loss(config: FinetuneConfig, num_classes: int) -> LossOf:
@@ -176,20 +169,20 @@ def finetune(config: FinetuneConfig, *, resume: Resume = False) -> dict[str, Any
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=config.optim.betas, fused=True)
     average = None if config.ema is None else attach_average(optimizer, model, config.ema)
     start = run.restore(model, optimizer)
-    on_gpu = run.device.type == "cuda"
-    sampler = run.sampler(len(images), config.optim.batch_size, total_steps=settings.total_steps, start_step=start)
-    train_batches = make_loader(images, sampler, collate, workers=config.data.workers, pin=on_gpu)
+    train_batches = run.training_loader(images, collate, total_steps=settings.total_steps, start_step=start)
     test_batches = evaluation_loader(splits.val, config.data, statistics, config.evaluation_batch, run)
     announce(config, run, model, settings, len(images), len(splits.val.paths), len(splits.classes))
-    measured = measure_multi_label if config.data.multi_label else measure
     metrics: dict[str, Any] = {}
 
+    def measured(classifier: nn.Module) -> dict[str, Any]:
+        return measure(classifier, test_batches, run, splits.classes, multi_label=config.data.multi_label)
+
     def evaluate(step: int) -> None:
-        metrics.update(measured(model if average is None else average, test_batches, run, splits.classes))
+        metrics.update(measured(model if average is None else average))
         run.record({"step": step, **headline(metrics)})
         run.say(f"step {step}: {in_words(metrics)}")
         if average is not None:
-            metrics["without_ema"] = headline(measured(model, test_batches, run, splits.classes))
+            metrics["without_ema"] = headline(measured(model))
             run.record({"step": step, **{f"{name}_without_ema": v for name, v in metrics["without_ema"].items()}})
 
     metadata = classifier_metadata(
@@ -233,12 +226,8 @@ def announce(
         f"{training} training and {validation} validation images of {num_classes} classes; "
         f"{settings.total_steps} steps of {config.optim.batch_size}, peak lr {settings.lr:.3g}; writing to {run.folder}"
     )
-    if config.trainable_blocks is not None:
-        learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        share = learning / sum(p.numel() for p in model.parameters())
-        run.say(
-            f"trainable_blocks={config.trainable_blocks:g}: {learning:,} parameters learn, {share:.1%} of the model"
-        )
+    if learning := learning_line(model, config.trainable_blocks):
+        run.say(learning)
     if config.ema is not None and steps_averaged(config.ema) > settings.total_steps:
         run.say(
             f"ema={config.ema} averages over {steps_averaged(config.ema):.0f} steps, more than the "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -95,7 +96,7 @@ class SkippedSteps:
         self.total += 1
         self.steps += 1
         self.files.update(dict.fromkeys(files))
-        what = "gradient" if loss is None or is_finite(loss) else "loss"
+        what = "gradient" if loss is None or math.isfinite(loss) else "loss"
         numbers = {"loss": str(loss), "gradient_norm": str(norm)}  # as texts: JSON has no NaN
         entry = {"event": f"non-finite {what}, step skipped", "step": step, "numbers": numbers}
         self.record({**entry, "files": list(files)} if files else entry)
@@ -129,11 +130,6 @@ class SkippedSteps:
 def listed(files: Sequence[str]) -> str:
     """The first three, and how many there are besides."""
     return ", ".join(files[:3]) + (f" and {len(files) - 3} others" if len(files) > 3 else "")
-
-
-def is_finite(value: float) -> bool:
-    """Whether a number is neither NaN nor infinite."""
-    return value - value == 0
 
 
 def bad_samples(pixels: Tensor) -> list[int]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from timm.optim import Lars
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from mae_core.data.images import statistics_of
 from mae_core.data.labelled import (
@@ -19,7 +19,7 @@ from mae_core.data.labelled import (
     collate,
     collate_readable,
 )
-from mae_core.data.loading import Place, make_loader, share_of
+from mae_core.data.loading import Place, share_of
 from mae_core.data.views import probe_view
 from mae_core.errors import UserError
 from mae_core.layout import ATTENTIVE, ATTENTIVE_FORMAT, CLASSIFIER
@@ -172,9 +172,7 @@ def probe_data(config: LinprobeConfig, splits: Splits, frozen: Viewer, run: Run)
         for files in (splits.train, splits.val)
     )
     at_once = ROWS_AT_ONCE if val.features.values.ndim == 2 else config.evaluation_batch
-    mine = BatchSampler(range(run.rank, len(val), run.world), at_once, drop_last=False)
-    batches = make_loader(val, mine, collate_readable, workers=0, pin=run.device.type == "cuda")
-    return ProbeData(train, len(train), batches)
+    return ProbeData(train, len(train), run.loader(val, collate_readable, at_once, workers=0))
 
 
 def check_batches(optim: ProbeOptim) -> None:
@@ -222,10 +220,10 @@ def linprobe(config: LinprobeConfig, *, resume: Resume = False) -> dict[str, Any
     settings = FitSettings.of(config.optim, data.num_images)
     optimizer = probe_optimizer(probe.to(run.device), config.optim, settings.lr)
     start = run.restore(probe, optimizer)
-    sampler = run.sampler(data.num_images, config.optim.batch_size, total_steps=settings.total_steps, start_step=start)
     workers = 0 if cached else config.data.workers
     what = "numbers per patch token" if attentive else f"{config.model.pooling} features"
-    train_batches = make_loader(data.images, sampler, collate, workers=workers, pin=run.device.type == "cuda")
+    steps = {"total_steps": settings.total_steps, "start_step": start}
+    train_batches = run.training_loader(data.images, collate, workers=workers, **steps)
     run.say(
         f"{data.num_images} training and {len(splits.val.paths)} validation images of {len(splits.classes)} classes; "
         f"{trunk.embed_dim} {what} {'kept' if cached else 'of augmented images'}; "

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mae_core.data.images import check_all, refuse_unreadable, statistics_of
 from mae_core.data.jpeg import describe_decoder
-from mae_core.data.loading import check_repeats, make_loader, steps_for
+from mae_core.data.loading import check_repeats, steps_for
 from mae_core.data.sources import damaged_parts, open_source
 from mae_core.data.unlabelled import PretrainBatch, UnlabelledImages, collate
 from mae_core.errors import UserError
@@ -112,14 +112,8 @@ def pretrain(config: PretrainConfig, *, resume: Resume = False) -> FitResult:
     frozen_steps = steps_for(len(images), config.optim.batch_size, frozen) if frozen else 0
     adapted.set_frozen(first_step < frozen_steps)
     announce(run.say, config, model, len(images), settings)
-    sampler = run.sampler(
-        len(images),
-        config.optim.batch_size,
-        total_steps=settings.total_steps,
-        start_step=first_step,
-        repeats=config.data.repeats,
-    )
-    loader = make_loader(images, sampler, collate, workers=config.data.workers, pin=run.device.type == "cuda")
+    steps = {"total_steps": settings.total_steps, "start_step": first_step}
+    loader = run.training_loader(images, collate, repeats=config.data.repeats, **steps)
     mask = fixed_mask(model, len(views), config.seed)
 
     def draw(step: int) -> None:

@@ -7,20 +7,21 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader
 
 from mae_core import __version__
 from mae_core.atomic import atomic_path, said_plainly, write_text
 from mae_core.config.load import config_differences, dump_config, load_config
 from mae_core.config.sections import JobConfig, RunConfig
 from mae_core.data.images import Unreadable, refuse_unreadable
-from mae_core.data.loading import StepSampler
+from mae_core.data.loading import StepSampler, make_loader
 from mae_core.errors import UserError
 from mae_core.layout import (
     ATTENTIVE,
@@ -177,6 +178,9 @@ def check_data(config: JobConfig, found: Mapping[str, Any]) -> None:
         )
 
 
+Collate = Callable[[list[Any]], Any]
+
+
 class Run:
     """A run directory and this process's place in the world; on ranks other than 0 every write is a no-op."""
 
@@ -262,20 +266,40 @@ class Run:
                 self.note_unreadable([entry for entry in found if entry.path not in self.unreadable])
         self._untold = []
 
-    def sampler(
-        self, length: int, batch_size: int, *, total_steps: int, start_step: int = 0, repeats: int = 1
-    ) -> StepSampler:
-        """This rank's share of the places of ``length`` training images, ``batch_size`` a step over all ranks."""
-        return StepSampler(
-            length,
-            batch_size,
-            self.config.seed,
-            total_steps=total_steps,
-            start_step=start_step,
-            rank=self.rank,
-            world=self.world,
-            repeats=repeats,
-        )
+    def training_loader(
+        self,
+        images: Any,
+        collate: Collate,
+        *,
+        total_steps: int,
+        start_step: int = 0,
+        repeats: int = 1,
+        workers: int | None = None,
+    ) -> DataLoader[Any]:
+        """Batches of this rank's share of ``images``, by (epoch, index), ``optim.batch_size`` a step over all ranks.
+        ``workers``: those of the configuration when None."""
+        steps = {"total_steps": total_steps, "start_step": start_step, "repeats": repeats}
+        place = {"rank": self.rank, "world": self.world}
+        sampler = StepSampler(len(images), self.config.optim.batch_size, self.config.seed, **steps, **place)
+        return self._loader(images, sampler, collate, workers)
+
+    def loader(
+        self,
+        images: Any,
+        collate: Collate,
+        batch: int,
+        *,
+        workers: int | None = None,
+        indices: Sequence[int] | None = None,
+    ) -> DataLoader[Any]:
+        """Batches of this rank's share of ``images``, or of those of ``indices``: each on one rank, once, in order.
+        ``workers``: those of the configuration when None."""
+        mine = (range(len(images)) if indices is None else indices)[self.rank :: self.world]
+        return self._loader(images, BatchSampler(mine, batch, drop_last=False), collate, workers)
+
+    def _loader(self, images: Any, sampler: Any, collate: Collate, workers: int | None) -> DataLoader[Any]:
+        workers = self.config.data.workers if workers is None else workers
+        return make_loader(images, sampler, collate, workers=workers, pin=self.device.type == "cuda")
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
         """Load the last whole checkpoint -> steps done, 0 where the run is not a resumed one; the log forgets what came

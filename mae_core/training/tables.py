@@ -90,15 +90,12 @@ def write_per_class(run: Run, scores: Accuracy | MultiLabelScores, classes: list
         table.append((name, int(totals[place]), share, mistaken, int(wrong[place].max())))
     header = ("class", "images", "top1", "most_often_taken_for", "times")
     _write_table(run.folder / PER_CLASS, header, [["" if cell is None else cell for cell in row] for row in table])
-    for name, total, share, mistaken, times in sorted((row for row in table if row[1]), key=_share)[:WORST_SHOWN]:
+    worst = sorted((row for row in table if row[1]), key=lambda row: row[2] or 0.0)[:WORST_SHOWN]
+    for name, total, share, mistaken, times in worst:
         often = f", {times} of them predicted as {mistaken}" if times else ""
         run.say(f"  {name}: {share:.2f} % of {total}{often}")
     title = f"top-1 {100 * scores.top1:.2f} % on {scores.images} images"
     run.picture("confusion", confusion_picture(counts, classes, title=title))
-
-
-def _share(row: tuple[str, int, float | None, str, int]) -> float:
-    return row[2] or 0.0
 
 
 def _write_table(file: Path, header: tuple[str, ...], rows: list[Any]) -> None:

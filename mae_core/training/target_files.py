@@ -7,11 +7,12 @@ import tarfile
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,37 +32,14 @@ def load_target(options: TargetConfig, *, mean: Sequence[float], std: Sequence[f
 
     Raises ``UserError`` for a file that is missing, is something else, or goes with other pixels.
     """
-    known = {
-        "eps": options.eps,
-        "pca": options.pca,
-        "tokenizer": options.tokenizer,
-        "image_size": options.tokenizer_image_size,
-    }
-    if options.kind not in READERS:
-        return TARGETS[options.kind].named(**options.options)
-    return READERS[options.kind](**known, mean=mean, std=std)
-
-
-def _normalized_target(*, eps: float, **_: Any) -> NormalizedPixelTarget:
-    return NormalizedPixelTarget(eps)
-
-
-def _pca_target(*, pca: Path, mean: Sequence[float], std: Sequence[float], **_: Any) -> PCATarget:
-    return load_pca(pca, mean=mean, std=std)
-
-
-def _token_target(
-    *, tokenizer: Path, mean: Sequence[float], std: Sequence[float], image_size: Any, **_: Any
-) -> TokenTarget:
-    return TokenTarget(load_tokenizer(tokenizer), mean=mean, std=std, image_size=image_size)
-
-
-READERS: dict[str, Callable[..., Target]] = {
-    "normalized_pixels": _normalized_target,
-    "pca": _pca_target,
-    "tokens": _token_target,
-}
-"""Targets with keys of their own in the configuration; the others are built by their name and options."""
+    if options.kind == "normalized_pixels":
+        return NormalizedPixelTarget(options.eps)
+    if options.kind == "pca" and options.pca is not None:
+        return load_pca(options.pca, mean=mean, std=std)
+    if options.kind == "tokens" and options.tokenizer is not None:
+        size = options.tokenizer_image_size
+        return TokenTarget(load_tokenizer(options.tokenizer), mean=mean, std=std, image_size=size)
+    return TARGETS[options.kind].named(**options.options)
 
 
 def load_pca(path: Path | str, *, mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> PCATarget:
@@ -78,18 +56,13 @@ def load_pca(path: Path | str, *, mean: Sequence[float] | None = None, std: Sequ
         raise UserError(f"{path} is not a file of mae fit-pca (format {metadata.get('format', 'not stated')!r})")
     for name, asked in (("mean", mean), ("std", std)):
         fitted = metadata.get(name)
-        if asked is not None and not _close(fitted, asked):
+        same = len(fitted or ()) == len(asked or ()) and np.allclose(fitted or (), asked or (), rtol=0, atol=1e-6)
+        if asked is not None and not same:
             raise UserError(
                 f"{path} was fitted on pixels with {name} {fitted}, but this run has {name} {list(asked)}; "
                 f"fit it again with mae fit-pca, or set data.{name}"
             )
     return PCATarget(tensors["components"], tensors["mean"])
-
-
-def _close(one: Sequence[float] | None, other: Sequence[float]) -> bool:
-    if one is None or len(one) != len(other):
-        return False
-    return all(abs(a - b) < 1e-6 for a, b in zip(one, other, strict=True))
 
 
 def load_tokenizer(path: Path | str) -> DiscreteVAE | DalleEncoder:

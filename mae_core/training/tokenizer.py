@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mae_core.data.images import Statistics, check_all, refuse_unreadable, statistics_of
-from mae_core.data.loading import check_repeats, make_loader
+from mae_core.data.loading import check_repeats
 from mae_core.data.sources import damaged_parts, open_source
 from mae_core.data.unlabelled import PretrainBatch, UnlabelledImages, collate
 from mae_core.layout import TOKENIZER
@@ -106,14 +106,8 @@ def train_tokenizer(config: TokenizerConfig, *, resume: Resume = False) -> FitRe
             run.picture(f"step_{step:08d}", token_strip(tokenizer, views, statistics), step)
 
     cool(start)
-    sampler = run.sampler(
-        len(dataset),
-        config.optim.batch_size,
-        total_steps=settings.total_steps,
-        start_step=start,
-        repeats=config.data.repeats,
-    )
-    loader = make_loader(dataset, sampler, collate, workers=config.data.workers, pin=run.device.type == "cuda")
+    steps = {"total_steps": settings.total_steps, "start_step": start}
+    loader = run.training_loader(dataset, collate, repeats=config.data.repeats, **steps)
     hooks = [(1, cool), (config.log.pictures_every, draw)]
     parts = (training, loader, tokenizer_loss, optimizer)
     result = fit(*parts, run=run, settings=settings, start_step=start, hooks=hooks, metadata=metadata)

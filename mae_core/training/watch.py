@@ -4,20 +4,18 @@ option, probes."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from mae_core.data.augmentation import centre_view
 from mae_core.data.config import PretrainData
 from mae_core.data.decoding import UnreadableImage
-from mae_core.data.images import ImageFiles, ImageSource, read_some, statistics_of
+from mae_core.data.images import ImageFiles, ImageSource, read_some, spread_indices, statistics_of
 from mae_core.data.labelled import LabelledBatch, LabelledPaths, LabelledSample, read_image_folder
 from mae_core.data.labelled import collate_readable as collate_labelled
-from mae_core.data.loading import make_loader
 from mae_core.data.reading import ReadAs
 from mae_core.data.sources import Part, open_places
 from mae_core.data.unlabelled import CentreViews, collate_readable
@@ -76,7 +74,7 @@ def split_images(config: PretrainConfig, source: ImageSource) -> Watched:
     elif watch.path is not None:
         held_out = open_places([watch.path], config.data.reading)
     if held_out is not None and len(held_out) > watch.most_images:
-        held_out = Part(held_out, spread(len(held_out), watch.most_images))
+        held_out = Part(held_out, spread_indices(len(held_out), watch.most_images))
     labelled = None
     if watch.labelled is not None:
         train, val = (some_of(files, watch.most_images) for files in read_image_folder(watch.labelled))
@@ -107,15 +105,9 @@ def _check_tokens_fit(config: PretrainConfig, images: int) -> None:
         )
 
 
-def spread(length: int, count: int) -> list[int]:
-    """At most ``count`` indices, evenly over ``length``."""
-    count = min(count, length)
-    return [number * length // count for number in range(count)]
-
-
 def some_of(files: LabelledPaths, count: int) -> LabelledPaths:
     """At most ``count`` files, evenly over all classes."""
-    chosen = spread(len(files.paths), count)
+    chosen = spread_indices(len(files.paths), count)
     return files._replace(paths=[files.paths[i] for i in chosen], labels=[files.labels[i] for i in chosen])
 
 
@@ -124,9 +116,8 @@ def held_out_loss(model: MaskedAutoencoder, source: ImageSource, config: Pretrai
     """The loss on centre crops with a mask per image that is always the same, over all ranks; None where no image can
     be read any more."""
     views = CentreViews(source, config.data, config.seed, SampleMasks(model.masker, model.encoder.grid))
-    loader = _loader(views, collate_readable, config, run)
     total = torch.zeros(2, dtype=torch.float64)
-    for batch in loader:
+    for batch in run.loader(views, collate_readable, config.watch.batch):
         run.note_unreadable(batch.unreadable)
         if len(batch):
             with run.autocast():
@@ -217,7 +208,7 @@ def _rows(model: MaskedAutoencoder, files: LabelledPaths, config: PretrainConfig
     whole = "attentive" in config.watch.probes
     kept = 1 + model.encoder.grid.num_patches if whole else 1
     rows, labels = [torch.zeros(0, kept, model.encoder.embed_dim)], [torch.zeros(0, dtype=torch.int64)]
-    for batch in _loader(_LabelledViews(files, config.data), collate_labelled, config, run):
+    for batch in run.loader(_LabelledViews(files, config.data), collate_labelled, config.watch.batch):
         run.note_unreadable(batch.unreadable)
         if len(batch):
             with run.autocast():
@@ -226,13 +217,6 @@ def _rows(model: MaskedAutoencoder, files: LabelledPaths, config: PretrainConfig
             labels.append(batch.labels)
     parts = distributed.gather((torch.cat(rows), torch.cat(labels)))
     return torch.cat([part for part, _ in parts]), torch.cat([part for _, part in parts])
-
-
-def _loader(
-    images: CentreViews | _LabelledViews, collate: Callable[..., Any], config: PretrainConfig, run: Run
-) -> DataLoader[Any]:
-    mine = BatchSampler(range(run.rank, len(images), run.world), config.watch.batch, drop_last=False)
-    return make_loader(images, mine, collate, workers=config.data.workers, pin=run.device.type == "cuda")
 
 
 def measure(model: MaskedAutoencoder, watched: Watched, config: PretrainConfig, run: Run, step: int) -> None:

@@ -71,7 +71,6 @@ class EncoderInfo:
     image_size: Any = None
     grid: Any = None
     in_chans: int | None = None
-    prefix_tokens: int | None = None
     target: str | None = None
     target_options: Mapping[str, Any] | None = None
     masking: str | None = None

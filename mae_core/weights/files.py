@@ -46,18 +46,25 @@ WRAPPERS = (
 """Keys under which trainers put the weights; where a file has several, the first of them is meant."""
 
 _ARRAY = np.zeros(1)
-_REBUILD, _REBUILD_SCALAR = _ARRAY.__reduce__()[0], np.float64(0).__reduce__()[0]
-_OF_BUFFER = _ARRAY.__reduce_ex__(5)[0]
-HARMLESS: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): OrderedDict,
-    ("_codecs", "encode"): _codecs.encode,
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    **{(f"numpy.{core}.multiarray", "_reconstruct"): _REBUILD for core in ("core", "_core")},
-    **{(f"numpy.{core}.multiarray", "scalar"): _REBUILD_SCALAR for core in ("core", "_core")},
-    **{(f"numpy.{core}.numeric", "_frombuffer"): _OF_BUFFER for core in ("core", "_core")},
+_REBUILD: Any = _ARRAY.__reduce__()[0]
+_REBUILD_SCALAR: Any = np.float64(0).__reduce__()[0]
+_OF_BUFFER: Any = _ARRAY.__reduce_ex__(5)[0]
+HARMLESS: dict[str, Any] = {
+    "collections.OrderedDict": OrderedDict,
+    "_codecs.encode": _codecs.encode,
+    "numpy.ndarray": np.ndarray,
+    "numpy.dtype": np.dtype,
+    **{f"numpy.{core}.multiarray._reconstruct": _REBUILD for core in ("core", "_core")},
+    **{f"numpy.{core}.multiarray.scalar": _REBUILD_SCALAR for core in ("core", "_core")},
+    **{f"numpy.{core}.numeric._frombuffer": _OF_BUFFER for core in ("core", "_core")},
 }
 """All that a pickle may name: what builds arrays, and nothing that does anything else."""
+HARMLESS_BESIDE_TENSORS: list[Any] = [
+    *((value, name) for name, value in HARMLESS.items()),
+    *{type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "u1", "?")},
+    argparse.Namespace,
+]
+"""What torch's reader may build of a torch file besides tensors and plain values."""
 
 
 @dataclass
@@ -217,11 +224,8 @@ def _read_torch(path: Path, mapped: bool) -> WeightsFile:
     broken = f"{path} is truncated or not a weights file; copy or export it again"
     with path.open("rb") as file:
         zipped = file.read(4) == ZIP_START
-    harmless = [argparse.Namespace, np.dtype, *(type(np.dtype(kind)) for kind in ("float64", "int64", "bool"))]
-    rebuild_scalar: Any = np.float64(0).__reduce__()[0]
-    names = [(rebuild_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     try:
-        with torch.serialization.safe_globals([*harmless, *names]), warnings.catch_warnings():
+        with torch.serialization.safe_globals(HARMLESS_BESIDE_TENSORS), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
             if zipped and storage_bytes(content) > path.stat().st_size:
@@ -272,9 +276,9 @@ def storage_bytes(content: Any) -> int:
 
 class _Arrays(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in HARMLESS:
+        if f"{module}.{name}" not in HARMLESS:
             raise pickle.UnpicklingError(f"{module}.{name}")
-        return HARMLESS[module, name]
+        return HARMLESS[f"{module}.{name}"]
 
 
 def _read_pickle(path: Path) -> WeightsFile:
@@ -285,8 +289,7 @@ def _read_pickle(path: Path) -> WeightsFile:
             content = _Arrays(file).load()
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path} holds objects other than arrays, or is truncated ({error}), and loading it could "
-            "execute code; "
+            f"{path} holds objects other than arrays, or is truncated ({error}), and loading it could execute code; "
             "save its arrays alone"
         ) from None
     except Exception as error:  # on foreign bytes the unpickler fails in every way there is

@@ -143,19 +143,23 @@ NO_DECODER = {"decoder": "the format holds no decoder"}
 SEGMENTATION_EXTRAS = {name: name for name in BLOCK_EXTRAS[:3]}
 SEGMENTATION_DROPS = {
     "*.relative_position_index": "a buffer that the model makes itself",
-    "fpn[0-9].*": "the segmenter's pyramid, not the encoder",
-    "backbone.fpn[0-9].*": "the segmenter's pyramid, not the encoder",
-    "neck.*": "the segmenter's pyramid, not the encoder",
-    "decode_head.*": "the segmenter's head, not the encoder",
-    "auxiliary_head.*": "the segmenter's head, not the encoder",
+    **dict.fromkeys(("fpn[0-9].*", "backbone.fpn[0-9].*", "neck.*"), "the segmenter's pyramid, not the encoder"),
+    **dict.fromkeys(("decode_head.*", "auxiliary_head.*"), "the segmenter's head, not the encoder"),
 }
-SEGMENTATION_LACKS = {
+DENSE_LACKS = {
     **NO_DECODER,
     "norm": "dense maps take no final norm",
     "fc_norm": "a classifier's norm",
     "head": "a classifier's head",
 }
-SEGMENTATION_STARTS = {"attn.relative_position_bias_table": "relative positions, which start at zero"}
+RELATIVE_START = "relative positions, which start at zero"
+SEGMENTER: dict[str, Any] = {
+    "lacks": DENSE_LACKS,
+    "drops": SEGMENTATION_DROPS,
+    "fills": {"gamma_1": 1.0, "gamma_2": 1.0},
+    "starts": {"attn.relative_position_bias_table": RELATIVE_START},
+}
+"""What the formats of segmenters have in common."""
 
 
 def _transformers(about: str, blocks: str, block: Mapping[str, Part], decoder_blocks: str) -> Layout:
@@ -182,11 +186,11 @@ TRANSFORMERS_5_SAVED = _transformers(
     TRANSFORMERS_4_BLOCK,
     "decoder.decoder_encoder.layer",
 )
-TRANSFORMERS_DROPS = {
-    "pooler.*": "a pooler that MAE does not train",
-    "vit.pooler.*": "a pooler that MAE does not train",
+TRANSFORMERS: dict[str, Any] = {
+    "lacks": {"fc_norm": "its classifier reads the normalised cls token, not the mean of the patches"},
+    "drops": dict.fromkeys(("pooler.*", "vit.pooler.*"), "a pooler that MAE does not train"),
+    "wrapper": None,
 }
-TRANSFORMERS_LACKS = {"fc_norm": "its classifier reads the normalised cls token, not the mean of the patches"}
 
 
 def _openmmlab(about: str, top: Mapping[str, str], **more: Any) -> Layout:
@@ -246,10 +250,7 @@ FORMATS: dict[str, Format] = {
             "official",
             "facebookresearch/mae: pre-train, _full, visualize and fine-tuned files",
             (OWN_BARE,),
-            drops={
-                "head.mlp.*": "DINO's projection head, not the encoder",
-                "head.last_layer.*": "DINO's projection head, not the encoder",
-            },
+            drops=dict.fromkeys(("head.mlp.*", "head.last_layer.*"), "DINO's projection head, not the encoder"),
         ),
         Format(
             "mae_core",
@@ -262,73 +263,43 @@ FORMATS: dict[str, Format] = {
             "huggingface",
             "transformers' ViTMAE and ViT under the names of transformers 4, which 5 opens too",
             (TRANSFORMERS_4, TRANSFORMERS_5, TRANSFORMERS_5_SAVED),
-            lacks=TRANSFORMERS_LACKS,
-            drops=TRANSFORMERS_DROPS,
-            wrapper=None,
+            **TRANSFORMERS,
         ),
         Format(
             "huggingface_5",
             "transformers' ViTMAE and ViT under the names that transformers 5 has in memory",
             (TRANSFORMERS_5,),
-            lacks=TRANSFORMERS_LACKS,
-            drops=TRANSFORMERS_DROPS,
-            wrapper=None,
+            **TRANSFORMERS,
         ),
         Format(
             "mmpretrain", "mmpretrain's MAE and its VisionTransformer classifier", (MMPRETRAIN,), wrapper="state_dict"
         ),
-        Format(
-            "mmseg",
-            "mmseg's MAE backbone",
-            (MMSEG_MAE,),
-            lacks=SEGMENTATION_LACKS,
-            drops=SEGMENTATION_DROPS,
-            fills={"gamma_1": 1.0, "gamma_2": 1.0},
-            starts=SEGMENTATION_STARTS,
-            wrapper="state_dict",
-        ),
+        Format("mmseg", "mmseg's MAE backbone", (MMSEG_MAE,), wrapper="state_dict", **SEGMENTER),
         Format(
             "mmseg_beit",
             "mmseg's BEiT backbone: query and value bias apart, no absolute positions",
             (MMSEG_BEIT,),
-            lacks=SEGMENTATION_LACKS,
-            drops=SEGMENTATION_DROPS,
             separate_bias=True,
-            fills={"gamma_1": 1.0, "gamma_2": 1.0},
-            starts=SEGMENTATION_STARTS,
             wrapper="state_dict",
+            **SEGMENTER,
         ),
         Format(
             "detectron2",
             "detectron2's ViTDet backbone",
             (DETECTRON2,),
-            lacks={
-                **NO_DECODER,
-                "cls_token": "ViTDet has no cls token",
-                "norm": "dense maps take no final norm",
-                "fc_norm": "a classifier's norm",
-                "head": "a classifier's head",
-            },
+            lacks={**DENSE_LACKS, "cls_token": "ViTDet has no cls token"},
             drops={
                 "backbone.simfp_*": "the detector's pyramid, not the encoder",
-                "proposal_generator.*": "the detector's head, not the encoder",
-                "roi_heads.*": "the detector's head, not the encoder",
-                "pixel_mean": "the detector's normalisation, not the encoder",
-                "pixel_std": "the detector's normalisation, not the encoder",
+                **dict.fromkeys(("proposal_generator.*", "roi_heads.*"), "the detector's head, not the encoder"),
+                **dict.fromkeys(("pixel_mean", "pixel_std"), "the detector's normalisation, not the encoder"),
             },
-            starts={
-                "attn.rel_pos_h": "relative positions, which start at zero",
-                "attn.rel_pos_w": "relative positions, which start at zero",
-            },
+            starts=dict.fromkeys(BLOCK_EXTRAS[3:], RELATIVE_START),
         ),
         Format(
             "mae_segmentation",
             "implus/mae_segmentation and BEiT's segmentation code",
             (MAE_SEGMENTATION, UNILM_BEIT),
-            lacks=SEGMENTATION_LACKS,
-            drops=SEGMENTATION_DROPS,
-            fills={"gamma_1": 1.0, "gamma_2": 1.0},
-            starts=SEGMENTATION_STARTS,
+            **SEGMENTER,
         ),
     )
 }
@@ -345,40 +316,35 @@ OWN_TENSORS = ("target.", "mask_token", "fusion.")
 target (PCA axes, a tokenizer), the mask token of an encoder that sees hidden patches, and what fuses blocks for the
 decoder."""
 
-SHAPES: dict[str, tuple[str, ...]] = {
-    "cls_token": ("1", "1", "D"),
-    "pos_embed": ("1", "N", "D"),
-    "patch_embed.proj.weight": ("D", "C", "P", "P"),
-    "patch_embed.proj.bias": ("D",),
-    **{f"{name}.{leaf}": ("D",) for name in ("norm", "fc_norm") for leaf in ("weight", "bias")},
-    "head.weight": ("K", "D"),
-    "head.bias": ("K",),
-    "mask_token": ("1", "1", "E"),
-    "decoder_pos_embed": ("1", "N", "E"),
-    "decoder_embed.weight": ("E", "D"),
-    "decoder_embed.bias": ("E",),
-    "decoder_norm.weight": ("E",),
-    "decoder_norm.bias": ("E",),
-    "decoder_pred.weight": ("T", "E"),
-    "decoder_pred.bias": ("T",),
+LAYERS: dict[str, tuple[str, ...]] = {
+    "patch_embed.proj": ("D", "C", "P", "P"),
+    "norm": ("D",),
+    "fc_norm": ("D",),
+    "head": ("K", "D"),
+    "decoder_embed": ("E", "D"),
+    "decoder_norm": ("E",),
+    "decoder_pred": ("T", "E"),
     **{
-        f"{blocks}.{{}}.{part}": tuple(side.replace("W", width).replace("H", f"H{width}") for side in sides)
+        f"{blocks}.{{}}.{part}": tuple(side.format(width) for side in sides)
         for blocks, width in (("blocks", "D"), ("decoder_blocks", "E"))
         for part, sides in {
-            "norm1.weight": ("W",),
-            "norm1.bias": ("W",),
-            "attn.qkv.weight": ("3W", "W"),
-            "attn.qkv.bias": ("3W",),
-            "attn.proj.weight": ("W", "W"),
-            "attn.proj.bias": ("W",),
-            "norm2.weight": ("W",),
-            "norm2.bias": ("W",),
-            "mlp.fc1.weight": ("H", "W"),
-            "mlp.fc1.bias": ("H",),
-            "mlp.fc2.weight": ("W", "H"),
-            "mlp.fc2.bias": ("W",),
+            "norm1": ("{}",),
+            "attn.qkv": ("3{}", "{}"),
+            "attn.proj": ("{}", "{}"),
+            "norm2": ("{}",),
+            "mlp.fc1": ("H{}", "{}"),
+            "mlp.fc2": ("{}", "H{}"),
         }.items()
     },
+}
+"""Our layer -> the shape of its weight, whose first side is its bias's."""
+SHAPES: dict[str, tuple[str, ...]] = {
+    **{f"{name}.weight": sides for name, sides in LAYERS.items()},
+    **{f"{name}.bias": sides[:1] for name, sides in LAYERS.items()},
+    "cls_token": ("1", "1", "D"),
+    "pos_embed": ("1", "N", "D"),
+    "mask_token": ("1", "1", "E"),
+    "decoder_pos_embed": ("1", "N", "E"),
     "blocks.{}.gamma_1": ("D",),
     "blocks.{}.gamma_2": ("D",),
 }

@@ -84,16 +84,21 @@ def _check_decoder(parts: Parts, decoder: Mapping[str, Tensor]) -> None:
 
 
 def settled(
-    path: Path, given: Mapping[str, Any], *, must: Mapping[str, Any], may: Mapping[str, Any] | None = None
+    path: Path,
+    given: Mapping[str, Any],
+    *,
+    must: Mapping[str, Any],
+    may: Mapping[str, Any] | None = None,
+    section: str = "",
 ) -> dict[str, Any]:
     """Options of a run on a weights file: what the user gave, else what the file says.
 
     ``given``: option -> value, of those that the user set. ``must``: option -> the file's value, which no option can
     change. ``may``: option -> the file's value, which holds where the user gave none. Values of None say nothing.
-    Raises ``UserError`` where one of ``must`` was given otherwise.
+    ``section``: where the options are, for the message. Raises ``UserError`` where one of ``must`` was given otherwise.
     """
     wrong = [
-        f"{name.removeprefix('model.')} {_shown(given[name])} was asked for, but the file has {_shown(found)}"
+        f"{section}{name} {_shown(given[name])} was asked for, but the file has {_shown(found)}"
         for name, found in must.items()
         if given.get(name) is not None and _shown(given[name]) != _shown(found)
     ]
@@ -118,9 +123,7 @@ def section_with(
     """``settled`` for a section of a configuration, which options ``prefix.name`` set. Raises ``UserError`` where the
     rest of the section does not go with what the file says."""
     given = {name: getattr(section, name) for name in section.model_fields_set}
-    named = [{f"{prefix}.{name}": value for name, value in facts.items()} for facts in (given, must, may or {})]
-    found = settled(path, named[0], must=named[1], may=named[2])
-    new = {name.rpartition(".")[2]: value for name, value in found.items()}
+    new = settled(path, given, must=must, may=may, section="" if prefix == "model" else f"{prefix}.")
     if all(getattr(section, name) == value for name, value in new.items()):
         return section
     try:

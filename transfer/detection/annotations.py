@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mae_core.errors import UserError
-from mae_core.texts import decode_text
+from mae_core.texts import decode_text, shortened
 from transfer.detection.masks import Shape, mask_coder, pixels_of
 
 LARGEST = 2**31
@@ -143,10 +143,9 @@ def instance_of(
         raise UserError(f"{where} has no {', '.join(missing)}; COCO annotations need them")
     category = as_whole_number(annotation["category_id"])
     if isinstance(category, list | dict) or category not in label_of:
-        known = ", ".join(str(i) for i in list(label_of)[:10]) + (", ..." if len(label_of) > 10 else "")
         raise UserError(
-            f"{where} has category_id {annotation['category_id']!r}, which is not among the categories ({known}); "
-            "add the category, or correct the annotation"
+            f"{where} has category_id {annotation['category_id']!r}, which is not among the categories "
+            f"({shortened(list(label_of), 10)}); add the category, or correct the annotation"
         )
     if isinstance(annotation["image_id"], list | dict) or annotation["image_id"] not in records:
         raise UserError(

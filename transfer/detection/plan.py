@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mae_core.data.loading import share_of
 from mae_core.models.block import kernels_as_on
+from mae_core.models.classifier import learning_line
 from mae_core.patches import as_pair
 from mae_core.training import distributed
 from mae_core.training.memory import GIB, StepMemory, step_memory
@@ -20,7 +21,6 @@ from transfer.detection.config import DetectionConfig
 from transfer.detection.data_sets import read_data
 from transfer.detection.engine import build_network, load_engine
 from transfer.detection.run import settings_of, zoo_detector
-from transfer.trunk import learning_line
 
 CASCADE_STAGES = 3
 POSITIVES = 4

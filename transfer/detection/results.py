@@ -17,7 +17,7 @@ from rich.table import Table
 
 from mae_core.atomic import atomic_path, write_json, write_text
 from mae_core.data.decoding import to_picture
-from mae_core.data.images import Unreadable, UnreadableImage
+from mae_core.data.images import Unreadable, UnreadableImage, spread_indices
 from mae_core.errors import UserError
 from mae_core.layout import METRICS, PICTURES
 from mae_core.training.run import Run
@@ -154,12 +154,6 @@ def scores_table(scores: dict[str, Any], head: Head) -> Table:
         cells = ("-" if values[column] is None else f"{100 * values[column]:.1f}" for column in columns)
         table.add_row(f"{name} {kinds[kind]}".strip(), *cells)
     return table
-
-
-def spread_indices(total: int, count: int) -> list[int]:
-    """At most ``count`` indices spread evenly over ``total``."""
-    count = min(count, total)
-    return [number * total // count for number in range(count)]
 
 
 def write_results(

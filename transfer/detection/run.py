@@ -12,6 +12,7 @@ from typing import Any
 from mae_core.data.images import ImageFiles, relative_names
 from mae_core.errors import UserError
 from mae_core.layout import CHECKPOINTS, CLASSIFIER, CONFIG, ENCODER, LOG, METRICS
+from mae_core.models.classifier import learning_line
 from mae_core.resuming import Resume
 from mae_core.training import distributed
 from mae_core.training.classification import tell_of_weights
@@ -33,7 +34,6 @@ from transfer.detection.detector_file import (
 )
 from transfer.detection.engine import DetectorEngine, Job, build_network, builder_of, load_engine
 from transfer.detection.samples import WholeImages
-from transfer.trunk import learning_line
 
 FILES_OF_RUNS = (METRICS, DETECTOR, CONFIG, LOG, CHECKPOINTS, ENCODER, CLASSIFIER)
 

@@ -151,13 +151,7 @@ def fit_to_weights(config: MutableMapping[str, Any], source: EncoderFile, option
         stated = size  # the same trunk under another description: the file has the last word on epsilon and activation
     given = {"size": stated, **{name: backbone.get(name) for name in ("patch_size", "in_chans")}}
     facts = {"size": size, "patch_size": source.patch_size, "in_chans": source.in_chans}
-    place = "model.backbone."
-    settled_facts = settled(
-        source.path,
-        {place + name: value for name, value in given.items()},
-        must={place + name: value for name, value in facts.items()},
-    )
-    backbone.update({name.removeprefix(place): value for name, value in settled_facts.items()})
+    backbone.update(settled(source.path, given, must=facts, section="backbone."))
     backbone["weights"] = str(source.path)
     return fit_statistics_of(config, source.metadata, str(source.path), options)
 
@@ -313,7 +307,8 @@ def check_widths(config: Mapping[str, Any]) -> None:
     size = size if isinstance(size, str) else size_of(size).name
     stated = {"model.neck.embed_dim": [model["neck"]["embed_dim"]]} if model.get("neck") else {}
     for head in heads_of(config):
-        stated["in_channels"] = stated.get("in_channels", []) + list(_flat(head["in_channels"]))
+        widths = head["in_channels"]
+        stated.setdefault("in_channels", []).extend([widths] if isinstance(widths, int) else widths)
     for name, values in stated.items():
         if set(values) != {width}:
             raise UserError(f"{name} is {values}, but maps of a {size} encoder are {width} wide; set width={width}")
@@ -337,10 +332,6 @@ def heads_of(config: Mapping[str, Any]) -> list[Any]:
     """The decode head and the auxiliary heads of a segmentor's config."""
     auxiliary = config["model"].get("auxiliary_head") or []
     return [config["model"]["decode_head"], *([auxiliary] if isinstance(auxiliary, Mapping) else auxiliary)]
-
-
-def _flat(value: Any) -> Sequence[int]:
-    return [value] if isinstance(value, int) else value
 
 
 def fit_to_machine(config: MutableMapping[str, Any], *, gpu: bool, bf16: bool, amp: bool | None = None) -> list[str]:

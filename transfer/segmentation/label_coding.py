@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mae_core.errors import UserError
+from mae_core.texts import shortened
 
 BYTE, WORD = 255, 65535
 """The usual value of ignored pixels in maps of 8 and of 16 bits."""
@@ -99,7 +100,7 @@ class LabelCoding:
         """Which values are allowed, for a message."""
         values = [value for entry in self.classes for value in entry]
         counted = [*range(values[0], values[0] + self.num_classes)] == values
-        shown = f"{values[0]}..{values[-1]}" if counted else _listed(values)
+        shown = f"{values[0]}..{values[-1]}" if counted else shortened(values)
         ignored = sorted(self.ignored, key=lambda value: (value != 0, value))
         tail = "".join(f", {value} = ignored" for value in ignored[:-1]) + f" and {ignored[-1]} = ignored"
         return f"{f'num_classes={self.num_classes}' if counted else 'label_values'} allows {shown}{tail}"
@@ -141,7 +142,7 @@ class LabelCoding:
         if max(wrong) < 0:
             ignored = ",".join(map(str, [*sorted(wrong), *sorted(self.ignored - {0})]))
             remedy = f"set ignored_values=[{ignored}] if that is void"
-        return f"label map {path} holds the value {_listed(wrong)}, but {self.meaning}; {remedy}"
+        return f"label map {path} holds the value {shortened(wrong)}, but {self.meaning}; {remedy}"
 
 
 def written_values(values: Sequence[int]) -> list[int]:
@@ -161,10 +162,6 @@ def _integers(name: str, given: Any) -> tuple[int, ...]:
     if not entries or not all(isinstance(entry, int) and not isinstance(entry, bool) for entry in entries):
         raise UserError(f"{name} holds {given!r}; give integers, such as {name}=[0,255]")
     return tuple(entries)
-
-
-def _listed(values: Sequence[int], most: int = 5) -> str:
-    return ", ".join(map(str, values[:most])) + (", ..." if len(values) > most else "")
 
 
 def coding_mistake(values: Collection[int], coding: LabelCoding, *, names: Names = "unknown") -> str | None:
@@ -193,7 +190,7 @@ def _grey_levels(values: Collection[int], coding: LabelCoding) -> str | None:
         options += " reduce_zero_label=False"
     void = f"; if {BYTE} is void, set ignored_values={BYTE}" if strange == {BYTE} else ""
     many = f", and {coding.meaning}, which leaves {len(known) or 'no'} class{'' if len(known) == 1 else 'es'} to train"
-    shown = _listed(present)
+    shown = shortened(present)
     return f"the values that occur are {shown}{many}; if each of them is a class, set {options}{void}"
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from mae_core.errors import UserError, naming
 from mae_core.layout import EXPORT_CONFIG, EXPORTED
+from mae_core.texts import shortened
 from mae_core.weights.catalogue import published_target
 from mae_core.weights.encoder_file import EncoderInfo, read_json_beside
 from mae_core.weights.features import Geometry
@@ -144,10 +145,9 @@ def summary(report: LoadReport, comparison: Comparison | None, out: Path) -> str
             f"({comparison.what}; {comparison.source} against {comparison.target})"
         )
         if comparison.without:
-            named = ", ".join(comparison.without[:4]) + (", ..." if len(comparison.without) > 4 else "")
             lines.append(
-                f"the comparison leaves out {len(comparison.without)} tensors removed by --drop ({named}); "
-                "with them the source model has other features"
+                f"the comparison leaves out {len(comparison.without)} tensors removed by --drop "
+                f"({shortened(comparison.without, 4)}); with them the source model has other features"
             )
     return "\n".join(lines)
 

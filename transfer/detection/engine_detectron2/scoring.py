@@ -11,11 +11,9 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, DatasetEvaluators, inference_on_dataset
 from detectron2.structures import Instances
 from torch import nn
-from torch.utils.data import BatchSampler
 
 from mae_core.atomic import write_text
 from mae_core.data.images import Unreadable
-from mae_core.data.loading import make_loader
 from mae_core.training import distributed
 from mae_core.training.run import Run
 from transfer.detection.config import DetectionConfig
@@ -35,14 +33,12 @@ class WholeRecords:
 
     def __init__(self, images: WholeImages, run: Run, indices: Sequence[int], batch_size: int, workers: int) -> None:
         plain = images.with_statistics(plain_pixels(len(images.statistics.mean)))
-        share = BatchSampler(list(indices)[run.rank :: run.world], batch_size, drop_last=False)
-        pin = run.device.type == "cuda"
-        self.loader = make_loader(plain, share, collate_readable, workers=workers, pin=pin)
-        self.coco, self.length = images.coco, len(share)
+        self.loader = run.loader(plain, collate_readable, batch_size, workers=workers, indices=indices)
+        self.coco = images.coco
         self.unreadable: list[Unreadable] = []
 
     def __len__(self) -> int:
-        return self.length
+        return len(self.loader)
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         for batch in self.loader:

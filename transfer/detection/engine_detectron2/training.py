@@ -15,7 +15,6 @@ from fvcore.common.param_scheduler import ParamScheduler
 from torch import Tensor, nn
 
 from mae_core.data.images import Statistics
-from mae_core.data.loading import make_loader
 from mae_core.errors import UserError
 from mae_core.seeds import STEP, derive_seed
 from mae_core.training.finite import ADVICE, SkippedSteps, gradient_norm
@@ -40,12 +39,9 @@ def fit(model: nn.Module, job: Job) -> Fitted:
     optimizer = ClippedAdamW(groups, lr=settings.lr, betas=config.optim.betas)
     optimizer.largest_norm, optimizer.skipped = settings.clip_grad, SkippedSteps(run.record, run.say)
     start = run.restore(model, optimizer)
-    sampler = run.sampler(
-        len(job.train_set.images), config.optim.batch_size, total_steps=settings.total_steps, start_step=start
-    )
     masks, plain = HEADS[config.model.head].learns_masks, plain_pixels(config.data.channels)
     samples = TrainingSamples(job.train_set, config.data, plain, config.seed, masks=masks)
-    loader = make_loader(samples, sampler, collate, workers=config.data.workers, pin=run.device.type == "cuda")
+    loader = run.training_loader(samples, collate, total_steps=settings.total_steps, start_step=start)
     devices = [run.device.index] if run.device.type == "cuda" else None
     parallel = create_ddp_model(model, device_ids=devices, broadcast_buffers=False)
     batches = Batches(loader, run, start)

@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler
 
-from mae_core.data.images import Unreadable
-from mae_core.data.loading import make_loader
+from mae_core.data.images import Unreadable, spread_indices
+from mae_core.training import distributed
 from mae_core.training.averaging import attach_average
 from mae_core.training.loop import fit
 from mae_core.training.run import Run
@@ -20,7 +19,7 @@ from transfer.detection.engine import Fitted, Job
 from transfer.detection.engine_torchvision.regions import paste_mask
 from transfer.detection.heads import HEADS, Detections
 from transfer.detection.masks import encode_masks
-from transfer.detection.results import spread_indices, truth_and_prediction, write_results
+from transfer.detection.results import truth_and_prediction, write_results
 from transfer.detection.samples import DetectionBatch, TrainingSamples, WholeImages, collate, collate_readable
 from transfer.trunk import parameter_groups
 
@@ -42,21 +41,17 @@ def detect(
     Under ``torchrun`` each rank takes its share, and every rank gets the whole result.
     """
     model.eval()
-    share = BatchSampler(list(indices)[run.rank :: run.world], batch_size, drop_last=False)
-    loader = make_loader(images, share, collate_readable, workers=workers, pin=run.device.type == "cuda")
     found: list[Detections] = []
     unreadable: list[Unreadable] = []
-    for batch in loader:
+    for batch in run.loader(images, collate_readable, batch_size, workers=workers, indices=indices):
         unreadable += batch.unreadable
         if len(batch):
             with run.autocast():
                 outputs = model(batch.pixels.to(run.device, non_blocking=True), batch.sizes)
             found += [to_original(output, images, index) for output, index in zip(outputs, batch.indices, strict=True)]
-    if run.world > 1:
-        parts: list[Any] = [None] * run.world
-        torch.distributed.all_gather_object(parts, (found, unreadable))
-        found, unreadable = ([entry for part in parts for entry in part[n]] for n in (0, 1))
-    return sorted(found, key=lambda detections: detections.image_index), unreadable
+    parts = distributed.gather((found, unreadable))
+    found = sorted((entry for part in parts for entry in part[0]), key=lambda detections: detections.image_index)
+    return found, [entry for part in parts for entry in part[1]]
 
 
 def to_original(output: dict[str, Tensor], images: WholeImages, index: int) -> Detections:
@@ -83,12 +78,9 @@ def fit_in_core_loop(model: nn.Module, job: Job) -> Fitted:
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=config.optim.betas, fused=True)
     scored = model if config.ema is None else attach_average(optimizer, model, config.ema)
     start = run.restore(model, optimizer)
-    sampler = run.sampler(
-        len(job.train_set.images), config.optim.batch_size, total_steps=settings.total_steps, start_step=start
-    )
     masks = HEADS[config.model.head].learns_masks
     samples = TrainingSamples(job.train_set, config.data, job.statistics, config.seed, masks=masks)
-    loader = make_loader(samples, sampler, collate, workers=config.data.workers, pin=run.device.type == "cuda")
+    loader = run.training_loader(samples, collate, total_steps=settings.total_steps, start_step=start)
     coco = job.images.coco
 
     def draw(step: int) -> None:

@@ -8,15 +8,13 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
 
 from mae_core.errors import UserError, first_line
+from mae_core.weights.files import HARMLESS_BESIDE_TENSORS
 from transfer.segmentation.segmenter_file import literal_config
-
-np_multiarray: Any = getattr(np, "_core" if hasattr(np, "_core") else "core").multiarray
 
 
 def history_method(owner: Any, name: str) -> Any:
@@ -30,14 +28,7 @@ SAFE_GLOBALS: list[Any] = [
     HistoryBuffer,
     (history_method, "builtins.getattr"),
     (history_method, "__builtin__.getattr"),
-    (np.ndarray, "numpy.ndarray"),
-    np.dtype,
-    *{type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "u1", "?")},
-    *(
-        (function, f"numpy.{core}.multiarray.{name}")
-        for core in ("core", "_core")
-        for name, function in (("scalar", np_multiarray.scalar), ("_reconstruct", np_multiarray._reconstruct))
-    ),
+    *HARMLESS_BESIDE_TENSORS,
 ]
 """What mmengine's checkpoints hold besides tensors and plain values."""
 

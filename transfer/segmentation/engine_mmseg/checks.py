@@ -16,7 +16,8 @@ from mmseg.registry import DATASETS, MODELS
 from mmseg.utils import register_all_modules
 from torch import nn
 
-from mae_core.errors import UserError, first_line
+from mae_core.errors import UserError, explained
+from mae_core.texts import shortened
 from mae_core.weights.encoder_file import EncoderFile
 from transfer.segmentation import config as configs
 from transfer.segmentation.engine_mmseg.backbone import MAECoreViT
@@ -127,14 +128,10 @@ def labelled_images(section: Mapping[str, Any]) -> tuple[list[LabelledImage], li
         path = Path(section.get("data_root") or "", folder)
         if not path.is_dir():
             raise UserError(f"data folder {path} does not exist; set data_root, which is {section.get('data_root')!r}")
-    try:
+    with explained(f"the {section.get('type')} data set cannot be read"):
         dataset = DATASETS.build(section)
         records = [dataset.get_data_info(index) for index in range(len(dataset))]
         classes = list(dataset.metainfo["classes"])
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"the {section.get('type')} data set cannot be read: {type(error).__name__}: {error}") from None
     pairs = [LabelledImage(Path(record["img_path"]), Path(record["seg_map_path"])) for record in records]
     check_maps_exist(pairs)
     reduced = bool(dataset.metainfo.get("reduce_zero_label", False))
@@ -144,26 +141,18 @@ def labelled_images(section: Mapping[str, Any]) -> tuple[list[LabelledImage], li
 def _class_count(num_classes: int, part: str, classes: Sequence[str]) -> str:
     return (
         f"the config has num_classes={num_classes}, but the {part} data have {len(classes)} classes "
-        f"({_shorten(classes)}); set num_classes={len(classes)}, or correct classes.txt or reduce_zero_label"
+        f"({shortened(classes, 4)}); set num_classes={len(classes)}, or correct classes.txt or reduce_zero_label"
     )
-
-
-def _shorten(names: Sequence[str]) -> str:
-    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
 def check_model(config: Mapping[str, Any], source: EncoderFile | None = None) -> nn.Module:
     """Build the model, pass an image through it and load its weights (``source``, where they were read before): what
     does not fit is found before anything is written."""
-    try:
+    with explained("the config's model cannot be built"):
         set_random_seed(0)
         model = MODELS.build(config["model"])
         if isinstance(model.backbone, MAECoreViT):
             pass_an_image(model)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"the config's model cannot be built: {type(error).__name__}: {first_line(error)}") from None
     backbone = model.backbone
     if isinstance(backbone, MAECoreViT) and backbone.weights is not None:
         load_pretrained(backbone, source or backbone.weights, allow_missing=backbone.allow_missing)
@@ -204,9 +193,5 @@ def check_batches(config: Mapping[str, Any], *, synchronised: bool) -> None:
 
 def check_optimizer(model: nn.Module, config: Mapping[str, Any]) -> None:
     """Build the optimizer of a config once. Raises ``UserError`` where it cannot be."""
-    try:
+    with explained("the config's optim_wrapper cannot be built"):
         build_optim_wrapper(model, ConfigDict(copy.deepcopy(dict(config["optim_wrapper"]))))
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"the config's optim_wrapper cannot be built: {type(error).__name__}: {error}") from None

@@ -16,7 +16,7 @@ from mmengine.registry import Registry
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
-from mae_core.errors import UserError, first_line
+from mae_core.errors import UserError, explained, first_line
 from transfer.segmentation import config as configs
 
 CONFIG_ONLY_KEYS = {
@@ -75,15 +75,10 @@ def read_config(path: Path | str, options: Mapping[str, Any]) -> Config:
 
 def evaluated(path: Path, options: Mapping[str, Any]) -> tuple[Config, set[str]]:
     """A config with those of ``options`` that are variables of it or its bases, before it is evaluated; and which."""
-    try:
+    with explained(f"config {path} cannot be read"), tempfile.TemporaryDirectory() as folder:  # a config is a program
         chosen = set(options) & (configs.variables_of(path) - runner_keys())
-        with tempfile.TemporaryDirectory() as folder:
-            values = {name: options[name] for name in chosen}
-            return Config.fromfile(configs.copy_with_variables(path.resolve(), values, Path(folder))), chosen
-    except UserError:
-        raise
-    except Exception as error:  # a config is a program
-        raise UserError(f"config {path} cannot be read: {type(error).__name__}: {error}") from None
+        values = {name: options[name] for name in chosen}
+        return Config.fromfile(configs.copy_with_variables(path.resolve(), values, Path(folder))), chosen
 
 
 def runner_keys() -> set[str]:

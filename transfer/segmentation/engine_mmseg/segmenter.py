@@ -14,7 +14,7 @@ from mmseg.registry import MODELS
 from mmseg.utils import register_all_modules
 from torch import Tensor, nn
 
-from mae_core.errors import UserError, first_line
+from mae_core.errors import explained
 from mae_core.training.finite import refuse_non_finite
 from mae_core.weights.encoder_file import describe_encoder
 from mae_core.weights.files import write_weights
@@ -50,14 +50,8 @@ def build_segmenter(file: SegmenterFile, device: torch.device | str = "cpu") -> 
     register_all_modules()
     section = ConfigDict(file.config["model"])
     section.backbone.pop("weights", None)
-    try:
+    with explained(f"{file.path}: its model cannot be built"):
         model = revert_sync_batchnorm(MODELS.build(section))
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"{file.path}: its model cannot be built: {type(error).__name__}: {first_line(error)}"
-        ) from None
     fill_segmenter(model, file.state, str(file.path))
     return model.to(device).eval()
 
