@@ -207,14 +207,7 @@ def load_state(
             report.refused[theirs[0]] = f"file {tuple(tensor.shape)}, model {tuple(wanted[target].shape)}"
             continue
         ready[target] = tensor
-        if target in report.resized:
-            pass
-        elif len(theirs) > 1:
-            report.changed[target] = f"joined from {', '.join(theirs)}"
-        elif target != theirs[0]:
-            report.renamed[theirs[0]] = target
-        else:
-            report.loaded.append(target)
+        report.place(target, theirs)
     lacking = wanted.keys() - ready.keys()
     report.new = sorted([*report.new, *(name for name in lacking if matching(name, may_be_new) is not None)])
     for name in lacking - set(report.new):
@@ -422,13 +415,8 @@ def load_mae(
 
 def masking_of(info: EncoderInfo) -> dict[str, Any]:
     """The options of ``build_mae`` about masking that a file states."""
-    stated = {
-        "masking": info.masking,
-        "mask_ratio": info.mask_ratio or None,  # transformers says 0 where features are wanted
-        "masking_options": info.masking_options,
-        "mask_tokens_in_encoder": info.mask_tokens_in_encoder,
-    }
-    return {name: value for name, value in stated.items() if value is not None}
+    names = ("masking", "mask_ratio", "masking_options", "mask_tokens_in_encoder")
+    return {name: value for name in names if (value := getattr(info, name))}  # transformers says a ratio of 0 for none
 
 
 def name_in_mae(name: str) -> str:

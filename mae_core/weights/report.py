@@ -37,6 +37,17 @@ class LoadReport:
     loaded_parameters: int = 0
     total_parameters: int = 0
 
+    def place(self, target: str, sources: Sequence[str]) -> None:
+        """Account for ``target``, whose values are named ``sources`` in the file."""
+        if target in self.resized:
+            return
+        if len(sources) > 1:
+            self.changed[target] = f"joined from {', '.join(sources)}"
+        elif sources[0] != target:
+            self.renamed[sources[0]] = target
+        else:
+            self.loaded.append(target)
+
     @property
     def share(self) -> float:
         """Share of the target's parameters that came from the file."""

@@ -183,20 +183,14 @@ def _account(ours: str, names: Sequence[str], places: Sequence[int], parts: Part
     sources, report = parts.sources[ours], parts.report
     if not sources:
         report.changed[names[0]] = "filled with zeros: the source has no absolute positions"
-    elif names[0] in report.resized:
-        pass
     elif ours in report.resized:
         report.resized[names[0]] = report.resized.pop(ours)
-    elif places and len(sources) > 1:
-        report.renamed.update(zip(sources, names, strict=False))
-    elif places:
-        report.changed.update({n: f"the {THIRDS[p]} of {sources[0]}" for n, p in zip(names, places, strict=True)})
+    elif names[0] in report.resized or not places:
+        report.place(names[0], sources)
     elif len(sources) > 1:
-        report.changed[names[0]] = f"joined from {', '.join(sources)}"
-    elif sources[0] == names[0]:
-        report.loaded.append(names[0])
+        report.renamed.update(zip(sources, names, strict=False))
     else:
-        report.renamed[sources[0]] = names[0]
+        report.changed.update({n: f"the {THIRDS[p]} of {sources[0]}" for n, p in zip(names, places, strict=True)})
 
 
 def _fill(written: dict[str, Tensor], reading: Reading, tensors: Mapping[str, Tensor], report: LoadReport) -> None:

@@ -54,44 +54,30 @@ def renamed(name: str, rows: Mapping[str, str]) -> str:
 def to_detectron2(state: Mapping[str, Tensor], config: DetectorConfig) -> dict[str, Tensor]:
     """Tensors of the torchvision engine's network -> of detectron2's, where the background is the last class, and has
     neither boxes nor masks."""
-    found = {}
-    for name, tensor in state.items():
-        if CLASSES.match(name):
-            tensor = tensor.roll(-1, 0)
-        elif BOXES.match(name):
-            tensor = tensor[DELTAS:]
-        elif MASKS.match(name):
-            tensor = tensor[1:]
-        elif ANCHORS.match(name):
-            tensor = _swap(tensor, len(config.anchor_ratios), name, ratios_first=True)
-        found[renamed(name, names_of(config))] = tensor
-    return found
+    names = names_of(config)
+    return {renamed(name, names): _with_rows(tensor, name, config, back=False) for name, tensor in state.items()}
 
 
 def to_torchvision(state: Mapping[str, Tensor], config: DetectorConfig) -> dict[str, Tensor]:
     """The inverse of ``to_detectron2``; boxes and masks of the background are zeros, they are never read."""
-    back = {theirs: ours for ours, theirs in names_of(config).items()}
-    found = {}
-    for theirs, tensor in state.items():
-        name = renamed(theirs, back)
-        if CLASSES.match(name):
-            tensor = tensor.roll(1, 0)
-        elif BOXES.match(name):
-            tensor = torch.cat([torch.zeros_like(tensor[:DELTAS]), tensor])
-        elif MASKS.match(name):
-            tensor = torch.cat([torch.zeros_like(tensor[:1]), tensor])
-        elif ANCHORS.match(name):
-            tensor = _swap(tensor, len(config.anchor_ratios), name, ratios_first=False)
-        found[name] = tensor
-    return found
+    names = {theirs: ours for ours, theirs in names_of(config).items()}
+    ours = {renamed(theirs, names): tensor for theirs, tensor in state.items()}
+    return {name: _with_rows(tensor, name, config, back=True) for name, tensor in ours.items()}
 
 
-def _swap(tensor: Tensor, ratios: int, name: str, *, ratios_first: bool) -> Tensor:
-    """Rows of a place's anchors: torchvision has the sizes of a ratio together, detectron2 the ratios of a size."""
-    per_anchor = DELTAS if "bbox_pred" in name else 1
-    sizes = len(tensor) // per_anchor // ratios
-    shape = (ratios, sizes) if ratios_first else (sizes, ratios)
-    return tensor.unflatten(0, (*shape, per_anchor)).transpose(0, 1).flatten(0, 2)
+def _with_rows(tensor: Tensor, name: str, config: DetectorConfig, *, back: bool) -> Tensor:
+    """A layer, by torchvision's name, with its rows as detectron2 has them, or ``back``."""
+    if CLASSES.match(name):
+        return tensor.roll(1 if back else -1, 0)
+    if BOXES.match(name) or MASKS.match(name):
+        background = DELTAS if BOXES.match(name) else 1
+        return torch.cat([torch.zeros_like(tensor[:background]), tensor]) if back else tensor[background:]
+    if ANCHORS.match(name):  # torchvision has the sizes of a ratio together, detectron2 the ratios of a size
+        per_anchor, ratios = DELTAS if "bbox_pred" in name else 1, len(config.anchor_ratios)
+        sizes = len(tensor) // per_anchor // ratios
+        shape = (sizes, ratios) if back else (ratios, sizes)
+        return tensor.unflatten(0, (*shape, per_anchor)).transpose(0, 1).flatten(0, 2)
+    return tensor
 
 
 TRANSLATIONS = {("torchvision", "detectron2"): to_detectron2, ("detectron2", "torchvision"): to_torchvision}
