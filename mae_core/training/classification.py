@@ -21,8 +21,8 @@ from mae_core.data.labelled import (
     read_label_lists,
 )
 from mae_core.data.views import check_pictures
-from mae_core.layout import CLASSIFIER, LOADING, METRICS
-from mae_core.models.encoder import Pooling, ViTEncoder
+from mae_core.layout import CLASSIFIER, LOADING
+from mae_core.models.encoder import ViTEncoder
 from mae_core.patches import as_pair
 from mae_core.training import distributed
 from mae_core.training.predictions import evaluate_classifier, evaluate_multi_label
@@ -116,18 +116,17 @@ def steps_between(epochs: float, images: int, batch_size: int) -> int:
     return max(1, round(epochs * images / batch_size))
 
 
-def classifier_metadata(
-    model: ViTEncoder,
-    statistics: Statistics,
-    pooling: Pooling,
-    classes: list[str],
-    epochs: float,
-    test_crop: float | None,
-    multi_label: bool | None = None,
-) -> dict[str, Any]:
-    """What the file of a classifier says about itself; ``test_crop`` None is the usual crop of its image size."""
-    facts = {"mean": statistics.mean, "std": statistics.std, "pooling": pooling, "classes": classes, "epochs": epochs}
-    return EncoderInfo.of(model, **facts, test_crop=test_crop, multi_label=multi_label).to_metadata()
+def classifier_metadata(model: ViTEncoder, config: Any, statistics: Statistics, classes: list[str]) -> dict[str, Any]:
+    """What the file of a classifier says about itself; without a test crop it is the usual one of its image size."""
+    return EncoderInfo.of(
+        model,
+        **statistics._asdict(),
+        pooling=config.model.pooling,
+        classes=classes,
+        epochs=config.optim.epochs,
+        test_crop=config.data.test_crop,
+        multi_label=getattr(config.data, "multi_label", None),
+    ).to_metadata()
 
 
 def conclude(
@@ -139,6 +138,4 @@ def conclude(
 ) -> None:
     """Write the classifier and its metrics, on rank 0, and close the run."""
     run.write_weights(name, state, metadata)
-    if run.is_main:
-        write_json(run.folder / METRICS, metrics)
-    run.close()
+    run.close(metrics)

@@ -10,16 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mae_core.atomic import atomic_path, write_json
+from mae_core.atomic import atomic_path
 from mae_core.data.config import EvaluationData
 from mae_core.data.given import AnyImage, as_list
 from mae_core.data.images import ImageFiles, list_images, statistics_of
 from mae_core.data.labelled import LabelledPaths
 from mae_core.errors import UserError
-from mae_core.layout import FEATURES, METRICS, PICTURES
+from mae_core.layout import FEATURES, PICTURES
 from mae_core.measures.knn import check_neighbours, knn_scores
 from mae_core.models.encoder import Pooling, ViTEncoder
-from mae_core.training import distributed
 from mae_core.training.classification import check_all_if_asked, read_splits, tell_of_weights
 from mae_core.training.features import Rows, Viewer, check_cache, features_of
 from mae_core.training.frozen_config import FeaturesConfig, KnnConfig
@@ -71,10 +70,7 @@ def knn(config: KnnConfig) -> dict[str, Any]:
     }
     for k, share in right.items():
         run.say(f"k-NN with k={k}: top-1 {share:.2f} % on {len(queries)} images; the bank holds {len(bank)} images")
-    if run.is_main:
-        write_json(run.folder / METRICS, metrics)
-    run.close()
-    distributed.leave()
+    run.close(metrics)
     return metrics
 
 
@@ -131,7 +127,6 @@ def write_features(config: FeaturesConfig) -> Path:
             draw_features(config, found, folders, run.folder / PICTURES / f"{config.picture}.png")
             run.say(f"drew the picture {run.folder / PICTURES / f'{config.picture}.png'}")
     run.close()
-    distributed.leave()
     return file
 
 

@@ -10,16 +10,13 @@ import torch
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
-from mae_core.atomic import write_json
 from mae_core.data.images import ImageFiles, read_some, statistics_of
 from mae_core.data.labelled import LabelledPaths, class_folders, read_class_folders, read_label_list
 from mae_core.errors import UserError
-from mae_core.layout import METRICS
 from mae_core.measures.accuracy import Accuracy, Tally
 from mae_core.measures.average_precision import MultiLabelScores, average_precision
 from mae_core.measures.robustness import ALEXNET_ERROR, KINDS, Kind, corruption_errors, find_corruptions, severities_of
 from mae_core.texts import shortened
-from mae_core.training import distributed
 from mae_core.training.classification import IMAGES_TRIED, check_all_if_asked, in_words
 from mae_core.training.features import Rows, Viewer, rows_of
 from mae_core.training.frozen_config import EvaluateConfig
@@ -156,10 +153,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         model.to(run.device), config.data, statistics_of(config.data, source.metadata), config.evaluation_batch
     )
     metrics = measure_parts(parts, viewer, run, config)
-    if run.is_main:
-        write_json(run.folder / METRICS, metrics)
-    run.close()
-    distributed.leave()
+    run.close(metrics)
     return metrics
 
 

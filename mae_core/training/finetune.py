@@ -185,15 +185,7 @@ def finetune(config: FinetuneConfig, *, resume: Resume = False) -> dict[str, Any
             metrics["without_ema"] = headline(measured(model))
             run.record({"step": step, **{f"{name}_without_ema": v for name, v in metrics["without_ema"].items()}})
 
-    metadata = classifier_metadata(
-        model,
-        statistics,
-        config.model.pooling,
-        splits.classes,
-        config.optim.epochs,
-        config.data.test_crop,
-        config.data.multi_label,
-    )
+    metadata = classifier_metadata(model, config, statistics, splits.classes)
     fit(
         model,
         train_batches,
@@ -208,7 +200,6 @@ def finetune(config: FinetuneConfig, *, resume: Resume = False) -> dict[str, Any
     if not metrics:
         evaluate(settings.total_steps)
     conclude(run, (model if average is None else average).state_dict(), metadata, metrics)
-    distributed.leave()
     return metrics
 
 

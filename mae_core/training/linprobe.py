@@ -239,9 +239,7 @@ def linprobe(config: LinprobeConfig, *, resume: Resume = False) -> dict[str, Any
         best = f" with base lr {metrics['base_lr']:g}, the best of {len(rates)}" if len(rates) > 1 else ""
         run.say(f"step {step}: {in_words(metrics)}{best}")
 
-    metadata = classifier_metadata(
-        trunk, statistics, config.model.pooling, splits.classes, config.optim.epochs, config.data.test_crop
-    )
+    metadata = classifier_metadata(trunk, config, statistics, splits.classes)
     fit(
         probe,
         train_batches,
@@ -259,7 +257,6 @@ def linprobe(config: LinprobeConfig, *, resume: Resume = False) -> dict[str, Any
     if attentive:
         metadata |= {"format": ATTENTIVE_FORMAT, "pooling": f"{config.probe.queries} queries over patch tokens"}
     conclude(run, state, metadata, metrics, ATTENTIVE if attentive else CLASSIFIER)
-    distributed.leave()
     return metrics
 
 

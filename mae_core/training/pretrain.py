@@ -18,7 +18,6 @@ from mae_core.layout import ENCODER
 from mae_core.masking import SampleMasks, build_masker
 from mae_core.models.mae import MaskedAutoencoder, build_mae
 from mae_core.resuming import Resume
-from mae_core.training import distributed
 from mae_core.training.adapting import Adapted
 from mae_core.training.classification import tell_of_weights
 from mae_core.training.loop import FitResult, FitSettings, fit, seed_everything
@@ -144,7 +143,6 @@ def pretrain(config: PretrainConfig, *, resume: Resume = False) -> FitResult:
         run.checkpoint(settings.total_steps, model, optimizer, metadata)
     run.say(f"wrote {run.folder / ENCODER}")
     run.close()
-    distributed.leave()
     return result
 
 

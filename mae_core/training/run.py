@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader
 
 from mae_core import __version__
-from mae_core.atomic import atomic_path, said_plainly, write_text
+from mae_core.atomic import atomic_path, said_plainly, write_json, write_text
 from mae_core.config.load import config_differences, dump_config, load_config
 from mae_core.config.sections import JobConfig, RunConfig
 from mae_core.data.images import Unreadable, refuse_unreadable
@@ -32,6 +32,7 @@ from mae_core.layout import (
     ENCODER,
     ENVIRONMENT,
     LOG,
+    METRICS,
     PICTURES,
     checkpoint_folders,
 )
@@ -337,8 +338,11 @@ class Run:
             with said_plainly(self.folder, ROOM):
                 write_weights(self.folder / name, state, metadata)
 
-    def close(self) -> None:
-        """Say how many files were skipped on all ranks, all of which must call it; flush the writers."""
+    def close(self, metrics: Mapping[str, Any] | None = None) -> None:
+        """Write ``metrics`` to metrics.json, say how many files were skipped on all ranks, all of which must call it,
+        flush the writers, and leave the other ranks."""
+        if self.is_main and metrics is not None:
+            write_json(self.folder / METRICS, metrics)
         self.share_unreadable()
         if self.unreadable:
             self.say(f"{len(self.unreadable)} unreadable images were skipped; {self.folder / LOG} names them")
@@ -347,6 +351,7 @@ class Run:
                 self._board.close()
         if self.is_main:
             release(self.folder)
+        distributed.leave()
 
 
 def open_run(config: JobConfig, *, resume: bool, names: Sequence[str] | None = None) -> Run:

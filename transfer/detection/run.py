@@ -82,7 +82,6 @@ def train_detector(config: DetectionConfig, *, resume: Resume = False) -> dict[s
     job = Job(config, train_set, images, statistics, settings, run, resume, metadata)
     metrics = fit_and_score(engine, model, job)
     run.close()
-    distributed.leave()
     return metrics
 
 
