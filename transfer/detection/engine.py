@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from torch import nn
+from torch.utils.data import DataLoader
 
 from mae_core.data.images import Statistics, Unreadable, statistics_of
 from mae_core.errors import UserError
@@ -21,10 +22,10 @@ from transfer.backbone import DenseViT
 from transfer.detection.coco import CocoSet
 from transfer.detection.config import DetectionConfig, DetectorConfig, InferenceConfig, SamplingConfig
 from transfer.detection.heads import HEADS, BuildNetwork, Detections
-from transfer.detection.samples import WholeImages
+from transfer.detection.samples import TrainingSamples, WholeImages, collate
 from transfer.engines import DETECTION, find_object, require
 from transfer.pyramid import PYRAMIDS, PyramidBackbone
-from transfer.trunk import Trunk, build_trunk
+from transfer.trunk import Trunk, build_trunk, parameter_groups
 
 
 class Job(NamedTuple):
@@ -38,6 +39,18 @@ class Job(NamedTuple):
     run: Run
     resume: bool
     metadata: dict[str, Any]
+
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Groups of ``model`` for AdamW, with rates by layer, and what is exempt from the weight decay."""
+        optim = self.config.optim
+        decay = {"layer_decay": optim.layer_decay, "weight_decay": optim.weight_decay}
+        return parameter_groups(model, **decay, decayed=optim.decayed)
+
+    def batches(self, start: int, statistics: Statistics) -> DataLoader[Any]:
+        """This rank's batches from step ``start`` on, pixels standardised with ``statistics``."""
+        config, masks = self.config, HEADS[self.config.model.head].learns_masks
+        samples = TrainingSamples(self.train_set, config.data, statistics, config.seed, masks=masks)
+        return self.run.training_loader(samples, collate, total_steps=self.settings.total_steps, start_step=start)
 
 
 class Fitted(NamedTuple):

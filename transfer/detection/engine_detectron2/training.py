@@ -22,29 +22,21 @@ from mae_core.training.loop import FitSettings, cosine_schedule, seed_everything
 from mae_core.training.run import Run
 from transfer.detection.engine import Fitted, Job
 from transfer.detection.engine_detectron2.network import BRIGHTEST
-from transfer.detection.heads import HEADS
-from transfer.detection.samples import DetectionBatch, TrainingSamples, collate
-from transfer.trunk import parameter_groups
+from transfer.detection.samples import DetectionBatch
 
 
 def fit(model: nn.Module, job: Job) -> Fitted:
     """Train ``model`` with detectron2's trainer. Raises ``UserError`` where the loss becomes infinite."""
     config, run, settings = job.config, job.run, job.settings
-    optim = config.optim
-    groups = parameter_groups(
-        model, layer_decay=optim.layer_decay, weight_decay=optim.weight_decay, decayed=optim.decayed
-    )
+    groups = job.parameter_groups(model)
     for group in groups:
         group["lr"] = group["initial_lr"] = settings.lr * group["lr_scale"]
     optimizer = ClippedAdamW(groups, lr=settings.lr, betas=config.optim.betas)
     optimizer.largest_norm, optimizer.skipped = settings.clip_grad, SkippedSteps(run.record, run.say)
     start = run.restore(model, optimizer)
-    masks, plain = HEADS[config.model.head].learns_masks, plain_pixels(config.data.channels)
-    samples = TrainingSamples(job.train_set, config.data, plain, config.seed, masks=masks)
-    loader = run.training_loader(samples, collate, total_steps=settings.total_steps, start_step=start)
     devices = [run.device.index] if run.device.type == "cuda" else None
     parallel = create_ddp_model(model, device_ids=devices, broadcast_buffers=False)
-    batches = Batches(loader, run, start)
+    batches = Batches(job.batches(start, plain_pixels(config.data.channels)), run, start)
     trainer = SimpleTrainer(InPrecision(parallel, run), batches, optimizer)  # AMPTrainer refuses CPUs
     log = config.log
     writers = [Lines(run, log.every, settings.total_steps)]

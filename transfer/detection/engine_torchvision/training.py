@@ -17,11 +17,10 @@ from transfer.detection.config import DetectionConfig
 from transfer.detection.draw import stacked
 from transfer.detection.engine import Fitted, Job
 from transfer.detection.engine_torchvision.regions import paste_mask
-from transfer.detection.heads import HEADS, Detections
+from transfer.detection.heads import Detections
 from transfer.detection.masks import encode_masks
 from transfer.detection.results import truth_and_prediction, write_results
-from transfer.detection.samples import DetectionBatch, TrainingSamples, WholeImages, collate, collate_readable
-from transfer.trunk import parameter_groups
+from transfer.detection.samples import DetectionBatch, WholeImages, collate_readable
 
 PICTURE_ROWS = 3
 
@@ -71,16 +70,9 @@ def to_original(output: dict[str, Tensor], images: WholeImages, index: int) -> D
 def fit_in_core_loop(model: nn.Module, job: Job) -> Fitted:
     """Train ``model`` as the job says; the network to score, which is the averaged one where ``ema`` is set."""
     config, run, settings = job.config, job.run, job.settings
-    optim = config.optim
-    groups = parameter_groups(
-        model, layer_decay=optim.layer_decay, weight_decay=optim.weight_decay, decayed=optim.decayed
-    )
-    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=config.optim.betas, fused=True)
+    optimizer = torch.optim.AdamW(job.parameter_groups(model), lr=settings.lr, betas=config.optim.betas, fused=True)
     scored = model if config.ema is None else attach_average(optimizer, model, config.ema)
     start = run.restore(model, optimizer)
-    masks = HEADS[config.model.head].learns_masks
-    samples = TrainingSamples(job.train_set, config.data, job.statistics, config.seed, masks=masks)
-    loader = run.training_loader(samples, collate, total_steps=settings.total_steps, start_step=start)
     coco = job.images.coco
 
     def draw(step: int) -> None:
@@ -92,7 +84,7 @@ def fit_in_core_loop(model: nn.Module, job: Job) -> Fitted:
 
     result = fit(
         model,
-        loader,
+        job.batches(start, job.statistics),
         detection_losses,
         optimizer,
         run=run,
