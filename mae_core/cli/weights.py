@@ -15,62 +15,72 @@ catalogue = typer.Typer(no_args_is_help=True, help="Published MAE weights: list 
 File = Annotated[Path, typer.Argument(help="A weights file, a run, a checkpoint, or a folder of timm or transformers.")]
 
 
+Target = Annotated[
+    str,
+    typer.Option(
+        "--to",
+        help="official, mae_core, timm, huggingface, mmseg, mmpretrain, detectron2 or mae_segmentation; also "
+        "huggingface_5 (the names transformers 5 has in memory) and mmseg_beit.",
+    ),
+]
+Out = Annotated[
+    Path, typer.Option(help="What to write: a .safetensors or .pth file, or a folder for timm and transformers.")
+]
+SourceFormat = Annotated[
+    str | None, typer.Option("--from", help="Format of the file; recognised by its names when left out.")
+]
+ImageSize = Annotated[
+    tuple[int, int] | None, typer.Option(metavar="H W", help="Resize the positions to images of this size.")
+]
+PatchSize = Annotated[int | None, typer.Option(help="Resize the patch embedding to patches of this side.")]
+InChans = Annotated[int | None, typer.Option(help="Adapt the patch embedding to this many channels.")]
+Channels = Annotated[
+    str | None,
+    typer.Option(help="How channels are adapted: sum, mean_tile or new; default: sum for one channel, else mean_tile."),
+]
+PatchMethod = Annotated[str, typer.Option(help="How patches are resized: bicubic or pseudo_inverse.")]
+Antialias = Annotated[
+    bool, typer.Option("--antialias", help="Resize positions as timm does; the official code does not antialias.")
+]
+Grid = Annotated[
+    tuple[int, int] | None,
+    typer.Option(
+        metavar="ROWS COLS", help="Grid of the positions, if it is not square and the file does not state it."
+    ),
+]
+Reorder = Annotated[
+    bool,
+    typer.Option("--reorder-positions", help="Put mmpretrain's and MIMDet's row-first positions in official order."),
+]
+Drop = Annotated[list[str] | None, typer.Option(help="Pattern of tensors to leave out; repeatable.")]
+Check = Annotated[
+    bool,
+    typer.Option(
+        "--check",
+        help="Compare source and result on the same images; if they differ by more than 1e-4, nothing is written.",
+    ),
+]
+ReportFile = Annotated[Path | None, typer.Option(help="Write what became of every tensor, as JSON.")]
+
+
 def convert(
     source: File,
-    to: Annotated[
-        str,
-        typer.Option(
-            "--to",
-            help="official, mae_core, timm, huggingface, mmseg, mmpretrain, detectron2 or mae_segmentation; also "
-            "huggingface_5 (the names transformers 5 has in memory) and mmseg_beit.",
-        ),
-    ],
-    out: Annotated[
-        Path,
-        typer.Option(help="What to write: a .safetensors or .pth file, or a folder for timm and transformers."),
-    ],
-    source_format: Annotated[
-        str | None, typer.Option("--from", help="Format of the file; recognised by its names when left out.")
-    ] = None,
-    image_size: Annotated[
-        tuple[int, int] | None, typer.Option(metavar="H W", help="Resize the positions to images of this size.")
-    ] = None,
-    patch_size: Annotated[int | None, typer.Option(help="Resize the patch embedding to patches of this side.")] = None,
-    in_chans: Annotated[int | None, typer.Option(help="Adapt the patch embedding to this many channels.")] = None,
-    channels: Annotated[
-        str | None,
-        typer.Option(
-            help="How channels are adapted: sum (to one), mean_tile or new; default: "
-            "sum for one channel, else mean_tile."
-        ),
-    ] = None,
-    patch_method: Annotated[str, typer.Option(help="How patches are resized: bicubic or pseudo_inverse.")] = "bicubic",
-    antialias: Annotated[
-        bool, typer.Option("--antialias", help="Resize positions as timm does; the official code does not antialias.")
-    ] = False,
-    grid: Annotated[
-        tuple[int, int] | None,
-        typer.Option(
-            metavar="ROWS COLS", help="Grid of the positions, if it is not square and the file does not state it."
-        ),
-    ] = None,
-    reorder_positions: Annotated[
-        bool,
-        typer.Option(
-            "--reorder-positions", help="Put mmpretrain's and MIMDet's row-first positions in official order."
-        ),
-    ] = False,
-    drop: Annotated[list[str] | None, typer.Option(help="Pattern of tensors to leave out; repeatable.")] = None,
+    to: Target,
+    out: Out,
+    source_format: SourceFormat = None,
+    image_size: ImageSize = None,
+    patch_size: PatchSize = None,
+    in_chans: InChans = None,
+    channels: Channels = None,
+    patch_method: PatchMethod = "bicubic",
+    antialias: Antialias = False,
+    grid: Grid = None,
+    reorder_positions: Reorder = False,
+    drop: Drop = None,
     heads: Heads = None,
     decoder_heads: DecoderHeads = None,
-    check: Annotated[
-        bool,
-        typer.Option(
-            "--check",
-            help="Compare source and result on the same images; if they differ by more than 1e-4, nothing is written.",
-        ),
-    ] = False,
-    report: Annotated[Path | None, typer.Option(help="Write what became of every tensor, as JSON.")] = None,
+    check: Check = False,
+    report: ReportFile = None,
 ) -> None:
     """Convert weights between formats: every tensor is accounted for, and --check compares the
     features of both.
@@ -139,7 +149,7 @@ def export(
     huggingface: Annotated[
         bool, typer.Option("--huggingface", help="A folder for from_pretrained, with a card.")
     ] = False,
-    check: Annotated[bool, typer.Option("--check", help="Compare source and result on the same images first.")] = False,
+    check: Check = False,
     heads: Heads = None,
     decoder_heads: DecoderHeads = None,
 ) -> None:
