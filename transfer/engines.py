@@ -5,10 +5,9 @@ To add one: its package ``transfer/<task>/engine_<name>/``, and a row here.
 
 from __future__ import annotations
 
-import importlib
 from collections import ChainMap
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mae_core.errors import UserError
 
@@ -81,9 +80,3 @@ def require(name: str) -> None:
     if missing:
         task = "detection" if name in DETECTION else "segmentation"
         raise UserError(f"the {task} engine {name} needs {' and '.join(missing)}, not installed here; {engine.install}")
-
-
-def find_object(place: str) -> Any:
-    """The object that "package.module:name" names; the module is imported."""
-    module, _, name = place.partition(":")
-    return getattr(importlib.import_module(module), name)

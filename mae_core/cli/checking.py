@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -135,9 +135,8 @@ def _checks_elsewhere() -> dict[str, tuple[str, str]]:
 def _add_check(name: str, place: str, of_what: str) -> None:
     def run(context: typer.Context) -> None:
         with user_errors():
-            module, _, function = place.partition(":")
             try:
-                command: Callable[..., None] = getattr(importlib.import_module(module), function)
+                command: Callable[..., None] = resolve_name(place)
             except ModuleNotFoundError as error:
                 raise UserError(f"mae check {name} needs {error.name}, which is not installed") from None
             command(context.args, prog=f"mae check {name}")

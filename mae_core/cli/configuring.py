@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
+from pkgutil import resolve_name
 from typing import Annotated, Any
 
 import typer
@@ -44,8 +44,7 @@ def schema_of(command: str) -> Any:
         )
     if command not in SCHEMAS:
         raise UserError(f"{command!r} is no command with a configuration; {hint(command, SCHEMAS)}")
-    module, _, name = SCHEMAS[command].partition(":")
-    return getattr(importlib.import_module(module), name)
+    return resolve_name(SCHEMAS[command])
 
 
 @config.command()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 from importlib.metadata import entry_points
+from pkgutil import resolve_name
 
 import typer
 
@@ -24,9 +24,8 @@ def task_groups() -> dict[str, typer.Typer]:
     places = {**{point.name: point.value for point in entry_points(group=GROUP)}, **ELSEWHERE}
     groups = {}
     for name, place in places.items():
-        module, _, attribute = place.partition(":")
         try:
-            groups[name] = getattr(importlib.import_module(module), attribute)
+            groups[name] = resolve_name(place)
         except ModuleNotFoundError:
             continue
     return groups

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
+from pkgutil import resolve_name
 from typing import Any, NamedTuple, Protocol
 
 from torch import nn
@@ -23,7 +23,7 @@ from transfer.detection.coco import CocoSet
 from transfer.detection.config import DetectionConfig, DetectorConfig, InferenceConfig, SamplingConfig
 from transfer.detection.heads import HEADS, BuildNetwork, Detections
 from transfer.detection.samples import TrainingSamples, WholeImages, collate
-from transfer.engines import DETECTION, find_object, require
+from transfer.engines import DETECTION, require
 from transfer.pyramid import PYRAMIDS, PyramidBackbone
 from transfer.trunk import Trunk, build_trunk, parameter_groups
 
@@ -104,7 +104,7 @@ class DetectorEngine(NamedTuple):
 def load_engine(name: str) -> DetectorEngine:
     """``ENGINE`` of the package that alone imports the framework. Raises ``UserError`` where it is not installed."""
     require(name)
-    return importlib.import_module(DETECTION[name].module).ENGINE
+    return resolve_name(f"{DETECTION[name].module}:ENGINE")
 
 
 def builder_of(head: str, engine: str) -> BuildNetwork:
@@ -113,7 +113,7 @@ def builder_of(head: str, engine: str) -> BuildNetwork:
     if engine not in builders:
         raise UserError(f"model.head={head} needs engine={' or '.join(builders)}, not {engine}")
     builder = builders[engine]
-    return find_object(builder) if isinstance(builder, str) else builder
+    return resolve_name(builder) if isinstance(builder, str) else builder
 
 
 def assemble(

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from mae_core.config.load import load_config
@@ -16,7 +17,7 @@ from mae_core.training import distributed
 from transfer.detection.config import DetectionConfig
 from transfer.detection.plan import print_plan
 from transfer.detection.run import evaluate_detector, train_detector
-from transfer.engines import DETECTION, find_object, require
+from transfer.engines import DETECTION, require
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -87,7 +88,7 @@ def start(name: str, work: Callable[..., Any], args: tuple[Any, ...], given: arg
         work(*args)
         return
     many = {flag: getattr(given, flag) for flag in ("num_gpus", "num_machines", "machine_rank", "dist_url")}
-    find_object(engine.launch)(work, **many, args=args)
+    resolve_name(engine.launch)(work, **many, args=args)
 
 
 def run_own_config(given: argparse.Namespace) -> None:
@@ -98,7 +99,7 @@ def run_own_config(given: argparse.Namespace) -> None:
         raise UserError("--resume auto reads yaml recipes; a LazyConfig takes --resume, once it has a checkpoint")
     name = next(name for name, engine in DETECTION.items() if engine.own_config)
     require(name)
-    start(name, find_object(DETECTION[name].own_config), (given,), given)
+    start(name, resolve_name(DETECTION[name].own_config), (given,), given)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
