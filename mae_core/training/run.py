@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader
 
-from mae_core import __version__
+import mae_core
 from mae_core.atomic import atomic_path, said_plainly, write_json, write_text
 from mae_core.config.load import config_differences, dump_config, load_config
 from mae_core.config.sections import JobConfig, RunConfig
@@ -395,7 +395,7 @@ def environment(device: torch.device) -> dict[str, str]:
 
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
     return {
-        "mae_core": __version__,
+        "mae_core": mae_core.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
