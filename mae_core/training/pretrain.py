@@ -18,6 +18,7 @@ from mae_core.layout import ENCODER
 from mae_core.masking import SampleMasks, build_masker
 from mae_core.models.mae import MaskedAutoencoder, build_mae
 from mae_core.resuming import Resume
+from mae_core.training import distributed
 from mae_core.training.adapting import Adapted
 from mae_core.training.classification import tell_of_weights
 from mae_core.training.loop import FitResult, FitSettings, fit, seed_everything

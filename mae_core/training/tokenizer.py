@@ -17,6 +17,7 @@ from mae_core.data.unlabelled import PretrainBatch, UnlabelledImages, collate
 from mae_core.layout import TOKENIZER
 from mae_core.resuming import Resume
 from mae_core.tokenizers import DiscreteVAE
+from mae_core.training import distributed
 from mae_core.training.loop import FitResult, FitSettings, fit, seed_everything
 from mae_core.training.pictures import Display, Strip, tile
 from mae_core.training.progress import Counter
