@@ -42,6 +42,9 @@ _NUMPY, _TIFFS = b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 LARGEST = 1e18
 """Values of a larger size overflow float32 where they are squared, as every loss on pixels does."""
 
+LARGEST_PIXEL = 1e9
+"""Size of a standardised pixel from which on it is no picture's: squared and summed it leaves no digits of others."""
+
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what is wrong with a file is said by UnreadableImage
 
 
@@ -133,6 +136,18 @@ def fill_no_data(pixels: Pixels, values: Sequence[float]) -> Pixels:
     if not isinstance(pixels, Tensor) or not pixels.is_floating_point() or not bool(pixels.isnan().any()):
         return pixels
     return torch.where(pixels.isnan(), torch.tensor(values, dtype=pixels.dtype)[:, None, None], pixels)
+
+
+def usable(pixels: Tensor, name: Path | str) -> Tensor:
+    """Standardised ``pixels`` (C, H, W) as they are. Raises ``UnreadableImage`` where one is not finite or larger than
+    ``LARGEST_PIXEL``."""
+    largest = float(pixels.abs().max()) if pixels.numel() else 0.0
+    if not largest <= LARGEST_PIXEL:
+        raise UnreadableImage(name, TOO_LARGE.format(largest))
+    return pixels
+
+
+TOO_LARGE = "its pixels reach {:.2g} after standardising with mean and std, too large to compute with"
 
 
 def size_of(pixels: Pixels) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from mae_core.data.augmentation import Size
 from mae_core.data.check import Problem, Tell, refuse
 from mae_core.data.config import EvaluationData, FinetuneData
-from mae_core.data.decoding import Unreadable, UnreadableImage, read_image
+from mae_core.data.decoding import Unreadable, UnreadableImage, read_image, usable
 from mae_core.data.images import IMAGE_SUFFIXES, Statistics, check_found, files_below, next_readable
 from mae_core.data.loading import Place
 from mae_core.data.reading import ReadAs
@@ -249,10 +249,11 @@ class TestImages(Dataset[LabelledSample]):
 
     def __getitem__(self, index: int) -> LabelledSample:
         try:
-            image = read_image(self.files.paths[index], self.read_as)
+            path = self.files.paths[index]
+            pixels = usable(self.view(read_image(path, self.read_as)), path)
         except UnreadableImage as error:
             return LabelledSample(None, self.files.target(index), [error.unreadable])
-        return LabelledSample(self.view(image), self.files.target(index), [])
+        return LabelledSample(pixels, self.files.target(index), [])
 
 
 def collate(samples: Sequence[LabelledSample]) -> LabelledBatch:

@@ -126,10 +126,10 @@ class HuggingFaceImages:
             splits = list(found.keys())
             chosen = split or ("train" if "train" in splits else splits[0])
             if chosen not in splits:
-                raise UserError(f"{path} has no split {chosen!r}; set data.split to one of {', '.join(splits)}")
+                raise UserError(f"{path} has no split {chosen!r}; choose one of {', '.join(splits)}")
             found = found[chosen]
         elif split is not None:
-            raise UserError(f"{path} was saved as one split; leave data.split empty")
+            raise UserError(f"{path} was saved as one split; ask for none")
         columns = [name for name, kind in found.features.items() if isinstance(kind, datasets.Image)]
         if not columns:
             raise UserError(f"{path} has no column of images, only {', '.join(found.features)}")

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from mae_core.data.augmentation import Size, TrainingView, centre_view, standardised
 from mae_core.data.config import PretrainData
-from mae_core.data.decoding import Pixels, Unreadable, UnreadableImage
+from mae_core.data.decoding import Pixels, Unreadable, UnreadableImage, usable
 from mae_core.data.images import ImageSource, Statistics, check_found, next_readable, read_some, statistics_of
 from mae_core.data.jpeg import scaled_decoding
 from mae_core.data.loading import Place
@@ -156,6 +156,7 @@ class CentreViews(Dataset[Sample]):
 
     def __init__(self, source: ImageSource, data: PretrainData, seed: int, masks: SampleMasks) -> None:
         self.source, self.seed, self.masks = source, seed, masks
+        self.names = source.names
         self.view = centre_view(as_pair(data.image_size), statistics_of(data))
 
     def __len__(self) -> int:
@@ -163,7 +164,7 @@ class CentreViews(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         try:
-            pixels = self.view(self.source.read(index))
+            pixels = usable(self.view(self.source.read(index)), self.names[index])
         except UnreadableImage as error:
             return Sample(None, None, [error.unreadable])
         return Sample(pixels, self.masks.draw(derive_seed(self.seed, HELD_OUT, index)), [])

@@ -10,15 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from mae_core.data.decoding import LARGEST_PIXEL
 from mae_core.errors import UserError
 
 MOST_IN_A_ROW = 10
 LARGEST_SHARE = 0.25
 """Of the steps since the start that may be skipped, counted from ``FEWEST_STEPS`` steps on."""
 FEWEST_STEPS = 40
-LARGEST_PIXEL = 1e9
-"""Size of a normalised pixel from which on it is named as the cause: squared and summed it leaves no digits of others.
-"""
 ADVICE = (
     "continue from the last checkpoint with --resume and a lower optim.base_lr; if that does not help, start "
     "again with a lower optim.base_lr, in another folder with output=FOLDER"

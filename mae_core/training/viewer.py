@@ -12,7 +12,7 @@ from torch import Tensor
 from mae_core.atomic import atomic_path
 from mae_core.config.schema import hint
 from mae_core.data.augmentation import centre_view
-from mae_core.data.decoding import UnreadableImage
+from mae_core.data.decoding import UnreadableImage, usable
 from mae_core.data.images import DEFAULT_STATISTICS, ImageFiles, ImageSource, Statistics
 from mae_core.data.sources import kind_of, open_places
 from mae_core.errors import UserError
@@ -151,7 +151,7 @@ def read_views(images: Sequence[Path], model: MaskedAutoencoder, statistics: Sta
         source: ImageSource = ImageFiles([path], channels) if alone else open_places([path], channels)
         for index in range(min(len(source), most - len(views))):
             try:
-                views.append(view(source.read(index)))
+                views.append(usable(view(source.read(index)), path))
             except UnreadableImage as error:
                 name, reason = error.unreadable
                 raise UserError(f"image {name} cannot be read ({reason}); repair it, or give another") from None

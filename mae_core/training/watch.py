@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from mae_core.data.augmentation import centre_view
 from mae_core.data.config import PretrainData
-from mae_core.data.decoding import UnreadableImage
+from mae_core.data.decoding import UnreadableImage, usable
 from mae_core.data.images import ImageFiles, ImageSource, read_some, spread_indices, statistics_of
 from mae_core.data.labelled import LabelledBatch, LabelledPaths, LabelledSample, read_image_folder
 from mae_core.data.labelled import collate_readable as collate_labelled
@@ -197,7 +197,8 @@ class _LabelledViews(Dataset[LabelledSample]):
 
     def __getitem__(self, index: int) -> LabelledSample:
         try:
-            return LabelledSample(self.view(self.source.read(index)), self.labels[index], [])
+            pixels = usable(self.view(self.source.read(index)), self.source.paths[index])
+            return LabelledSample(pixels, self.labels[index], [])
         except UnreadableImage as error:
             return LabelledSample(None, self.labels[index], [error.unreadable])
 

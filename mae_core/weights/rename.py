@@ -199,7 +199,9 @@ def recognise(names: Sequence[str], source: str | None = None) -> tuple[Fit, lis
     rivals = [fit for fit in equal if fit.known != best.known]
     if best.cost[0] == 0 and rivals:
         told = ", ".join(sorted({fit.reading.format.name for fit in (best, *rivals)}))
-        raise UserError(f"the names fit several formats that read them differently ({told}); say which with --from")
+        raise UserError(
+            f"the names fit several formats that read them differently ({told}); say which with mae convert --from"
+        )
     trunk = {slot.ours for slot in best.known.values()} - set(DECODER_PARTS)
     near = len(trunk) >= 12 and len(best.missing) <= len(trunk) and len(best.unknown) <= len(best.known)
     if best.cost[0] == 0 or near:

@@ -247,8 +247,8 @@ def _settle_sine_layout(parts: Parts, grid: tuple[int, int], reorder: bool) -> N
         else:
             note = (
                 f"{table} has the row-first sine-cosine layout of mmpretrain and MIMDet, not the official one; it is "
-                "kept, because the blocks learned with it (--reorder-positions puts table and blocks into the official "
-                "order)"
+                "kept, because the blocks learned with it (mae convert --reorder-positions puts table and blocks "
+                "into the official order)"
             )
         parts.report.notes.append(note)
 

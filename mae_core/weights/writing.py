@@ -94,7 +94,8 @@ def write_parts(parts: Parts, target: Format) -> Converted:
     for ours, values in tensors.items():
         if split_index(ours)[0] not in reading.written and not ours.startswith(OWN_ONLY):
             raise UserError(
-                f"{parts.sources[ours][0]} has no place in the format {target.name}; leave it out with --drop"
+                f"{parts.sources[ours][0]} has no place in the format {target.name}; leave it out with mae convert "
+                "--drop"
             )
         names = reading.names(ours)
         places = {1: (), 2: tuple(KEPT_APART.values()), 3: (0, 1, 2)}[len(names)]
@@ -155,7 +156,7 @@ def _fold_extras(tensors: dict[str, Tensor], reading: Reading, parts: Parts) -> 
             raise UserError(
                 f"{theirs} holds learned relative positions, which {target.name} cannot hold and without which "
                 f"the features would change; convert to a format that holds them, or leave them out with "
-                f"--drop '*{extra.removeprefix('attn.')}'"
+                f"mae convert --drop '*{extra.removeprefix('attn.')}'"
             )
         else:
             unused[theirs] = "relative positions that are all zero do nothing"
@@ -167,7 +168,7 @@ def _settle_positions(tensors: dict[str, Tensor], reading: Reading, parts: Parts
         if tensors.pop("pos_embed").count_nonzero():
             raise UserError(
                 f"the format {reading.format.name} has no absolute positions and the features would change without "
-                "them; for mmseg use --to mmseg, its MAE backbone"
+                "them; for mmseg use mae convert --to mmseg, its MAE backbone"
             )
         parts.report.unused[parts.sources["pos_embed"][0]] = "positions that are all zero do nothing"
     elif "pos_embed" not in tensors and "pos_embed" in reading.layout.top:

@@ -12,13 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from mae_core.config.load import load_config
+from mae_core.data.config import FinetuneData, PretrainData
+from mae_core.data.images import ImageFiles, Statistics
+from mae_core.data.labelled import LabelledPaths, TestImages
+from mae_core.data.unlabelled import CentreViews
 from mae_core.errors import UserError
 from mae_core.layout import complete_checkpoints
+from mae_core.masking import MASKERS, SampleMasks
+from mae_core.patches import PatchGrid
 from mae_core.training import pretrain as pretraining
 from mae_core.training.finite import SkippedSteps, bad_samples, gradient_norm, non_finite, refuse_non_finite
 from mae_core.training.pretrain import pretrain
 from mae_core.training.pretrain_config import PretrainConfig
 from mae_core.weights.files import read_weights
+from transfer.detection.annotations import Category
+from transfer.detection.coco import CocoImage, CocoSet
+from transfer.detection.config import DetectionData
+from transfer.detection.samples import TrainingSamples, WholeImages
 
 
 def entries(run: Path) -> list[dict]:
@@ -112,6 +122,32 @@ def test_an_image_whose_pixels_are_too_large_is_named(tmp_path, pretrain_options
     named = [entry.get("files") for entry in entries(tmp_path / "run") if "event" in entry]
     assert named and all(files == ["5.npy"] for files in named)
     assert "the step is skipped; pixels that are not finite, or too large, in 5.npy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("value", [1e17, -1e13])
+@pytest.mark.parametrize("reader", ["evaluation", "centre", "detection", "detection training"])
+def test_what_no_training_step_sees_is_named_too(tmp_path, reader, value):
+    """Values that a decoder lets through and mean and std of the run make too large, in every reader."""
+    path = tmp_path / "big.npy"
+    np.save(path, np.full((24, 24, 3), value, np.float32))
+    usual = Statistics((0.5,) * 3, (1e-3,) * 3)
+    if reader == "evaluation":
+        data = FinetuneData(path=tmp_path, image_size=16)
+        sample = TestImages(LabelledPaths([path], [0], ["a"]), data, (16, 16), usual)[0]
+    elif reader == "centre":
+        data = PretrainData(path=tmp_path, image_size=16, mean=usual.mean, std=usual.std)
+        masks = SampleMasks(MASKERS["random"](0.75), PatchGrid(2, 2, 8))
+        sample = CentreViews(ImageFiles([path], 3), data, 0, masks)[0]
+    else:
+        coco = CocoSet(path, (CocoImage(1, path, 24, 24, ()),), (Category(1, "a"),))
+        data = DetectionData(path=tmp_path, image_size=32)
+        whole = reader == "detection"
+        sample = WholeImages(coco, data, usual)[0] if whole else TrainingSamples(coco, data, usual, 0)[(0, 0)]
+    assert sample.pixels is None
+    assert (
+        "big.npy" in sample.unreadable[0].path
+        and "after standardising with mean and std" in sample.unreadable[0].reason
+    )
 
 
 def test_a_quarter_of_the_steps_is_the_most():

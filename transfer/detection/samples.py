@@ -13,7 +13,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
 
-from mae_core.data.decoding import Pixels, Unreadable, UnreadableImage, fill_no_data, read_image, size_of, to_tensor
+from mae_core.data.decoding import (
+    Pixels,
+    Unreadable,
+    UnreadableImage,
+    fill_no_data,
+    read_image,
+    size_of,
+    to_tensor,
+    usable,
+)
 from mae_core.data.images import Statistics, check_found, next_readable
 from mae_core.data.loading import Place
 from mae_core.data.orientation import as_stored, orientation_of
@@ -215,15 +224,18 @@ class TrainingSamples(Dataset[Sample]):
 
     def __getitem__(self, place: Place) -> Sample:
         epoch, index = place
-        chosen, image, unreadable = next_readable(
-            index, len(self), lambda place: read_checked(self.coco.images[place], self.data.reading)
-        )
-        if image is None:
+
+        def look(place: int) -> tuple[CocoImage, Placement, Tensor]:
+            record = self.coco.images[place]
+            generator = generator_at(self.seed, AUGMENT, epoch, index)
+            placement = place_jittered(record.height, record.width, self.canvas, self.data, generator)
+            image = read_checked(record, self.data.reading)
+            return record, placement, usable(placement.image(image, self.statistics), record.path)
+
+        _, found, unreadable = next_readable(index, len(self), look)
+        if found is None:
             return Sample(None, self.canvas, {}, index, unreadable)
-        record = self.coco.images[chosen]
-        generator = generator_at(self.seed, AUGMENT, epoch, index)
-        placement = place_jittered(record.height, record.width, self.canvas, self.data, generator)
-        pixels = placement.image(image, self.statistics)
+        record, placement, pixels = found
         return Sample(pixels, placement.visible, target_on(record, placement, masks=self.masks), index, unreadable)
 
 
@@ -254,11 +266,11 @@ class WholeImages(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         try:
-            image = self.read(index)
+            placement, path = self.placement(index), self.coco.images[index].path
+            pixels = usable(placement.image(self.read(index), self.statistics), path)
         except UnreadableImage as error:
             return Sample(None, self.canvas, {}, index, [error.unreadable])
-        placement = self.placement(index)
-        return Sample(placement.image(image, self.statistics), placement.visible, {}, index, [])
+        return Sample(pixels, placement.visible, {}, index, [])
 
 
 def target_on(record: CocoImage, placement: Placement, *, masks: bool = True) -> Target:

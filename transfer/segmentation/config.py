@@ -15,6 +15,7 @@ from typing import Any
 
 from mae_core.config.recipes import which_recipe
 from mae_core.config.schema import hint
+from mae_core.data.decoding import LARGEST_PIXEL
 from mae_core.data.images import DEFAULT_STATISTICS, Statistics
 from mae_core.data.statistics import Measured, describe_statistics
 from mae_core.errors import UserError
@@ -287,6 +288,7 @@ def fit_channels(config: MutableMapping[str, Any]) -> list[str]:
                     step.update(type="NamedImage", channels=channels)
                     if len(preprocessor.get("mean") or ()) == channels:
                         step["no_data"] = list(preprocessor["mean"])
+                        step["largest"] = LARGEST_PIXEL * min(preprocessor["std"])
     if channels == 3:
         return []
     how = "as greyscale" if channels == 1 else f"in {channels} channels, as many as the encoder takes"

@@ -88,7 +88,7 @@ def predict(
         save(found.draw(opacity), out / "overlays" / f"{name}.png")
         mapped.unlink(missing_ok=True)
     if not written:
-        raise UserError(f"none of the {len(names)} images could be read; set --images to image files or folders")
+        raise UserError(f"none of the {len(names)} images could be read; give image files, or folders of them")
     write_text(out / "classes.txt", class_lines(segmenter))
     return written
 

@@ -58,7 +58,9 @@ def config_of(converted: Converted) -> dict[str, Any]:
     if name not in ("huggingface", "huggingface_5", "timm"):
         raise UserError(f"{name} is written as a file; end --out in .safetensors or .pth")
     if parts.info.image_size is None:
-        raise UserError("the grid of the positions is not known and not square; name it with --grid ROWS COLS")
+        raise UserError(
+            "the grid of the positions is not known and not square; name it with mae convert --grid ROWS COLS"
+        )
     return timm_config(parts) if name == "timm" else transformers_config(converted)
 
 

@@ -175,6 +175,26 @@ def test_which_statistics_a_config_gets(given, weights, mean, said):
     assert said in notes[0] and notes[1:] == ["note: x"] * ("measured" in said)
 
 
+def _options(step, on_error):
+    return {**{key: value for key, value in step.items() if key != "type"}, "on_error": on_error}
+
+
+def test_values_that_mean_and_std_make_too_large_are_named(tmp_path, capsys):
+    from transfer.segmentation import config as configs
+
+    path = tmp_path / "big.tif"
+    tifffile.imwrite(path, np.full((8, 8, 3), 1e15, np.float32), photometric="rgb")
+    config = {**open_config(mean=[1.0] * 3, std=[2.0] * 3), "pipeline": [{"type": "LoadImageFromFile"}]}
+    configs.fit_channels(config)
+    (step,) = config["pipeline"]
+    assert engine.NamedImage(**_options(step, "skip"))({"img_path": path}) is None
+    with pytest.raises(
+        UserError, match=r"image .*big.tif cannot be read \(its pixels reach 1.3e\+17 after standardising"
+    ):
+        engine.NamedImage(**_options(step, "raise"))({"img_path": path})
+    assert to_tensor(read_image(path, 3)).isfinite().all()
+
+
 def darken(root: Path, times: int) -> None:
     for path in (root / "images" / "training").iterdir():
         Image.fromarray(np.asarray(Image.open(path)) // times).save(path)

@@ -14,7 +14,7 @@ from mmseg.datasets.transforms import LoadAnnotations, PhotoMetricDistortion
 from mmseg.models import SegDataPreProcessor
 from mmseg.registry import DATASETS, MODELS, TRANSFORMS
 
-from mae_core.data.decoding import UnreadableImage
+from mae_core.data.decoding import LARGEST_PIXEL, TOO_LARGE, UnreadableImage
 from mae_core.errors import UserError
 from transfer.segmentation.config import LABEL_READERS, READERS, sections
 from transfer.segmentation.drawing import palette
@@ -77,7 +77,8 @@ class NamedImage(LoadImageFromFile):
     """The image reader in the place of mmcv's: that of the pre-training, in the encoder's ``channels``.
 
     A file that it cannot read is named and left out (``on_error="skip"``, in training), or raises a ``UserError``; one
-    with other channels raises it in any case. ``no_data``: the value per channel of pixels without data.
+    with other channels raises it in any case. ``no_data``: the value per channel of pixels without data; ``largest``:
+    the size of a value from which on it is too large to compute with.
     """
 
     def __init__(
@@ -86,10 +87,11 @@ class NamedImage(LoadImageFromFile):
         on_error: str = "raise",
         channels: int = 3,
         no_data: Sequence[float] | None = None,
+        largest: float | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self.no_data = no_data
+        self.no_data, self.largest = no_data, largest
         self.on_error = on_error
         self.channels = channels
         self.skipped: set[str] = set()
@@ -101,6 +103,8 @@ class NamedImage(LoadImageFromFile):
             pixels = results.get("pixels")  # of an image in memory
             pixels = read_pixels(path, self.channels) if pixels is None else pixels
             image = as_mmseg_reads(pixels, self.no_data)
+            if self.largest and (found := np.abs(image).max()) > self.largest:
+                raise UnreadableImage(path, TOO_LARGE.format(LARGEST_PIXEL * found / self.largest))
         except UnreadableImage as error:
             reason = error.unreadable.reason
             if self.on_error == "raise":

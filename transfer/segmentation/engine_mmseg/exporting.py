@@ -162,7 +162,10 @@ def write_mmseg(file: SegmenterFile, out: Path) -> str:
     with atomic_path(out) as temporary:
         torch.save({"meta": meta, "state_dict": theirs.state_dict()}, temporary)
     write_text(out.with_suffix(".py"), config.pretty_text)
-    return f"wrote {out} and {out.with_suffix('.py')}; mmseg's logits differ from ours by {difference:.1e} at most"
+    return (
+        f"wrote {out} and {out.with_suffix('.py')}; mmseg's logits differ from ours by {difference:.1e} at most; "
+        "its reader takes 8 bits per channel: images of more must be converted"
+    )
 
 
 @torch.no_grad()
