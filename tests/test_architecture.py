@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import importlib.metadata
 import re
@@ -47,10 +48,15 @@ def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+parsed = functools.cache(ast.parse)
+"""Each file is asked about by many rules."""
+
+
+@functools.cache
 def imports_of(source: str) -> set[str]:
     """Dotted names of all that a file imports, wherever in it; for ``from a import b`` both ``a`` and ``a.b``."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parsed(source)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -93,7 +99,7 @@ def test_no_module_imports_itself_through_others():
     modules = {module_of(path): path for path in SOURCES}
     edges: dict[str, set[str]] = {}
     for module, path in modules.items():
-        tree = ast.parse(path.read_text())
+        tree = parsed(path.read_text())
         top = "\n".join(ast.unparse(node) for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom))
         edges[module] = {name for name in imports_of(top) if name in modules} - {module}
     while free := [module for module in edges if not edges[module] & edges.keys()]:
@@ -121,7 +127,7 @@ def test_the_doors_are_in_use():
 @pytest.mark.parametrize("task", ["detection", "segmentation"])
 def test_engines_are_loaded_on_demand_and_never_import_the_script(task):
     for path in (ROOT / "transfer" / task).rglob("*.py"):
-        tree = ast.parse(path.read_text())
+        tree = parsed(path.read_text())
         top = "\n".join(ast.unparse(node) for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom))
         behind = "engine_" in name_of(path)
         assert not re.search(r"\bengine_", top) or behind, f"{name_of(path)}: not at its top"
@@ -129,6 +135,7 @@ def test_engines_are_loaded_on_demand_and_never_import_the_script(task):
             assert not imports(path.read_text(), f"transfer.{task}.train_net"), name_of(path)
 
 
+@functools.cache
 def required_modules() -> set[str]:
     """Top-level modules of everything the package needs, directly or not, and of engines it knows."""
     modules: dict[str, set[str]] = {}
@@ -185,7 +192,7 @@ def attributes_read() -> set[str]:
     """Names read as ``.name`` anywhere, and in a schema's file in methods and properties, but not in validators."""
     names: set[str] = set()
     for path in SOURCES:
-        tree = ast.parse(path.read_text())
+        tree = parsed(path.read_text())
         nodes: list[ast.AST] = [tree]
         if path.name.endswith("config.py") or path.parent.name == "config":
             functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
@@ -205,7 +212,7 @@ def test_every_option_is_read():
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_no_partial_loading(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path.read_text())):
         if isinstance(node, ast.Call) and "load" in ast.unparse(node.func):
             loose = any(word.arg == "strict" and ast.unparse(word.value) == "False" for word in node.keywords)
             assert not loose, f"{name_of(path)}:{node.lineno}"
@@ -218,7 +225,7 @@ def test_the_keys_of_an_encoders_metadata_have_one_home(path):
 
     if path.name in ("encoder_file.py", "target_files.py"):
         return
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path.read_text())):
         key = None
         if isinstance(node, ast.Subscript) and "metadata" in ast.unparse(node.value):
             key = node.slice
@@ -243,7 +250,7 @@ def test_no_file_is_named_after_nothing():
 def test_every_public_function_and_class_says_what_it_is():
     silent = []
     for path in SOURCES:
-        tree = ast.parse(path.read_text())
+        tree = parsed(path.read_text())
         assert ast.get_docstring(tree), f"{name_of(path)} has no docstring"
         scopes = [tree, *(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name[0] != "_")]
         for scope in scopes:
@@ -275,21 +282,21 @@ assert not loaded, loaded
 """
 
 
-def test_importing_mae_core_is_fast_and_loads_no_engine(run_python):
+def test_importing_mae_core_is_fast_and_loads_no_engine(run_python, run_forked):
     plain = "import sys, mae_core\nassert not {'torch', 'timm', 'torchvision.models.detection'} & set(sys.modules)"
-    for program in (PUBLIC_NAMES, plain):
-        result = run_python(["-c", program])
+    for run, program in ((run_forked, PUBLIC_NAMES), (run_python, plain)):
+        result = run(["-c", program])
         assert result.returncode == 0, result.stderr
 
 
-def test_importing_transfer_loads_no_engine(run_python):
+def test_importing_transfer_loads_no_engine(run_forked):
     files = [p for p in SOURCES if p.is_relative_to(ROOT / "transfer") and "engine_" not in str(p)]
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in files]
     assert {"transfer", "transfer.backbone", "transfer.engines", "transfer.detection"} <= set(names)
     program = f"import importlib, sys\nfor name in {names!r}: importlib.import_module(name)\n"
     # torchvision's package itself loads its models, so its detection engine is checked by who imports it, above.
     program += "loaded = {'detectron2', 'mmseg', 'mmcv', 'mmengine'} & set(sys.modules)\nassert not loaded, loaded"
-    result = run_python(["-c", program])
+    result = run_forked(["-c", program])
     assert result.returncode == 0, result.stderr
 
 
@@ -307,7 +314,7 @@ def significant_lines(path: Path) -> list[tuple[int, str]]:
     """(number, text) of the lines that are not blank, comments or imports."""
     lines = [(number, line.strip()) for number, line in enumerate(path.read_text().splitlines(), start=1)]
     imported: set[int] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path.read_text())):
         if isinstance(node, ast.Import | ast.ImportFrom):
             imported |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
     return [(number, line) for number, line in lines if line and not line.startswith("#") and number not in imported]

@@ -314,8 +314,8 @@ def test_a_command_line_out_of_shape_is_refused(arguments):
     assert result.exit_code == 2 and "Traceback" not in result.output and "Usage:" in result.output
 
 
-def test_the_real_process_answers_the_same(tmp_path, run_python):
-    result = run_python(["-m", "mae_core.cli.main", "pretrain", "data.path=missing", f"output={tmp_path / 'run'}"])
+def test_the_real_process_answers_the_same(tmp_path, run_forked):
+    result = run_forked(["-m", "mae_core.cli.main", "pretrain", "data.path=missing", f"output={tmp_path / 'run'}"])
     assert result.returncode == 2
     assert result.stderr == "error: image folder missing does not exist; set data.path to a folder of images\n"
     assert not result.stdout and not (tmp_path / "run").exists()

@@ -106,6 +106,15 @@ def accepted_keys(place: str, node: Mapping[str, Any]) -> set[str]:
 
 def registered(kind: Any) -> list[Any]:
     """The classes and functions that mmseg and mmengine know under the name ``kind``."""
-    registries = [entry for entry in vars(mmseg.registry).values() if isinstance(entry, Registry)]
-    found = [registry.get(kind) for registry in registries] if isinstance(kind, str) else []
-    return [entry for entry in found if entry is not None]
+    known = _registered.get(kind) if isinstance(kind, str) else None
+    if known is None:
+        registries = [entry for entry in vars(mmseg.registry).values() if isinstance(entry, Registry)]
+        found = [registry.get(kind) for registry in registries] if isinstance(kind, str) else []
+        known = [entry for entry in found if entry is not None]
+        if known:
+            _registered[kind] = known
+    return known
+
+
+_registered: dict[str, list[Any]] = {}
+"""What was found before: a registry that does not hold a name tries to import it, which takes milliseconds."""
