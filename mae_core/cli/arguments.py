@@ -64,7 +64,10 @@ def split_arguments(arguments: list[str] | None) -> tuple[str | None, list[str]]
 
 
 def read_arguments(schema: Any, arguments: list[str] | None) -> Any:
-    """A configuration from a command line: at most one recipe, anywhere, and overrides."""
+    """A configuration from a command line: at most one recipe, anywhere, and overrides.
+
+    Commands read it before they import what they run: a typo need not wait for timm to load.
+    """
     from mae_core.config.load import load_config
 
     return load_config(schema, *split_arguments(arguments))

@@ -23,10 +23,12 @@ def finetune(arguments: ConfigAndOverrides = None, resume: Resume = "no") -> Non
     Example: mae finetune configs/finetune/tiny_96.yaml weights=runs/mine data.path=labelled output=runs/classes
     """
     with user_errors():
-        from mae_core.training.finetune import finetune as run
         from mae_core.training.finetune_config import FinetuneConfig
 
-        run(read_arguments(FinetuneConfig, arguments), resume=read_resume(resume))
+        config = read_arguments(FinetuneConfig, arguments)
+        from mae_core.training.finetune import finetune as run
+
+        run(config, resume=read_resume(resume))
 
 
 def linprobe(arguments: ConfigAndOverrides = None, resume: Resume = "no") -> None:
@@ -37,9 +39,11 @@ def linprobe(arguments: ConfigAndOverrides = None, resume: Resume = "no") -> Non
     """
     with user_errors():
         from mae_core.training.frozen_config import LinprobeConfig
+
+        config = read_arguments(LinprobeConfig, arguments)
         from mae_core.training.linprobe import linprobe as run
 
-        run(read_arguments(LinprobeConfig, arguments), resume=read_resume(resume))
+        run(config, resume=read_resume(resume))
 
 
 def knn(arguments: ConfigAndOverrides = None) -> None:
@@ -49,10 +53,12 @@ def knn(arguments: ConfigAndOverrides = None) -> None:
     Example: mae knn weights=runs/mine data.path=labelled output=runs/knn
     """
     with user_errors():
-        from mae_core.training.embedding import knn as run
         from mae_core.training.frozen_config import KnnConfig
 
-        run(read_arguments(KnnConfig, arguments))
+        config = read_arguments(KnnConfig, arguments)
+        from mae_core.training.embedding import knn as run
+
+        run(config)
 
 
 def features(arguments: ConfigAndOverrides = None) -> None:
@@ -62,10 +68,12 @@ def features(arguments: ConfigAndOverrides = None) -> None:
     Example: mae features weights=runs/mine data.path=images output=runs/features
     """
     with user_errors():
-        from mae_core.training.embedding import write_features
         from mae_core.training.frozen_config import FeaturesConfig
 
-        write_features(read_arguments(FeaturesConfig, arguments))
+        config = read_arguments(FeaturesConfig, arguments)
+        from mae_core.training.embedding import write_features
+
+        write_features(config)
 
 
 def evaluate(arguments: ConfigAndOverrides = None) -> None:
@@ -75,10 +83,12 @@ def evaluate(arguments: ConfigAndOverrides = None) -> None:
     Example: mae evaluate weights=runs/classes data.path=labelled/val output=runs/evaluation
     """
     with user_errors():
-        from mae_core.training.evaluate import evaluate as run
         from mae_core.training.frozen_config import EvaluateConfig
 
-        run(read_arguments(EvaluateConfig, arguments))
+        config = read_arguments(EvaluateConfig, arguments)
+        from mae_core.training.evaluate import evaluate as run
+
+        run(config)
 
 
 def predict(

@@ -52,10 +52,11 @@ def pretrain(
     Example: mae pretrain configs/pretrain/tiny_96.yaml data.path=images output=runs/mine
     """
     with user_errors():
-        from mae_core.training.pretrain import pretrain as run
         from mae_core.training.pretrain_config import PretrainConfig
 
         config = read_arguments(PretrainConfig, arguments)
+        from mae_core.training.pretrain import pretrain as run
+
         if not dry_run:
             run(config, resume=read_resume(resume))
             return
@@ -77,10 +78,12 @@ def fit_pca(
     mae pretrain configs/pretrain/tiny_96.yaml data.path=images target.kind=pca target.pca=pca.safetensors
     """
     with user_errors():
-        from mae_core.training.pca import fit_pca as run
         from mae_core.training.pretrain_config import PretrainConfig
 
-        run(read_arguments(PretrainConfig, arguments), out, components=components, images=images)
+        config = read_arguments(PretrainConfig, arguments)
+        from mae_core.training.pca import fit_pca as run
+
+        run(config, out, components=components, images=images)
 
 
 @app.command("train-tokenizer", cls=Configured)
@@ -91,10 +94,12 @@ def train_tokenizer(arguments: ConfigAndOverrides = None, resume: Resume = "no")
     mae pretrain data.path=images target.kind=tokens target.tokenizer=runs/tokens
     """
     with user_errors():
-        from mae_core.training.tokenizer import train_tokenizer as run
         from mae_core.training.tokenizer_config import TokenizerConfig
 
-        run(read_arguments(TokenizerConfig, arguments), resume=read_resume(resume))
+        config = read_arguments(TokenizerConfig, arguments)
+        from mae_core.training.tokenizer import train_tokenizer as run
+
+        run(config, resume=read_resume(resume))
 
 
 @app.command()

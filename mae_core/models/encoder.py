@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,14 +21,13 @@ from torch import Tensor, nn
 from mae_core.errors import UserError
 from mae_core.masking import PatchMask
 from mae_core.models.block import Block
-from mae_core.models.sizes import AnySize, size_of
+from mae_core.models.sizes import AnySize, Pooling, size_of
 from mae_core.patches import PatchGrid, patchify
 from mae_core.pos_embed import sincos_2d
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 """With the epsilon that the released weights were trained with, in encoder and decoder."""
 
-Pooling = Literal["mean", "cls"]
 POOLINGS: dict[str | None, str] = {"mean": "avg", "cls": "token", None: ""}
 """Our name -> timm's."""
 

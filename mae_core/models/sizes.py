@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from mae_core.errors import UserError
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu")
 """Of the hidden layer of a block's MLP, under timm's names; MAE's is ``gelu``."""
+
+Pooling: TypeAlias = Literal["mean", "cls"]
+"""Which tokens of the trunk a classifier reads: the mean of the patches', or the cls token."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from mae_core.data.labelled import LabelledPaths
 from mae_core.errors import UserError
 from mae_core.layout import FEATURES, PICTURES
 from mae_core.measures.knn import check_neighbours, knn_scores
-from mae_core.models.encoder import Pooling, ViTEncoder
+from mae_core.models.encoder import ViTEncoder
+from mae_core.models.sizes import Pooling
 from mae_core.training.classification import check_all_if_asked, read_splits, tell_of_weights
 from mae_core.training.features import Rows, Viewer, check_cache, features_of
 from mae_core.training.frozen_config import FeaturesConfig, KnnConfig

@@ -12,7 +12,7 @@ from mae_core.config.sections import JobConfig, RunConfig, ScheduleConfig
 from mae_core.data.config import EvaluationData, LabelledData
 from mae_core.measures.knn import NEIGHBOURS, TEMPERATURE
 from mae_core.measures.robustness import KINDS
-from mae_core.models.encoder import Pooling
+from mae_core.models.sizes import Pooling
 
 
 def _as_several(given: Any) -> Any:

@@ -10,8 +10,9 @@ from torch import nn
 
 from mae_core.errors import UserError
 from mae_core.layout import ATTENTIVE, ATTENTIVE_FORMAT, CLASSIFIER, stated_format
-from mae_core.models.encoder import Pooling, ViTEncoder
+from mae_core.models.encoder import ViTEncoder
 from mae_core.models.probe import AttentiveClassifier
+from mae_core.models.sizes import Pooling
 from mae_core.weights.encoder_file import EncoderFile, EncoderInfo
 from mae_core.weights.files import read_weights
 from mae_core.weights.load import fit_state, heads_given, read_encoder, vit_of

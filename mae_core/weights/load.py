@@ -19,9 +19,9 @@ from mae_core.config.sections import JobConfig
 from mae_core.data.images import DEFAULT_STATISTICS, Statistics
 from mae_core.data.views import FileView
 from mae_core.errors import UserError, naming
-from mae_core.models.encoder import Pooling, ViTEncoder
+from mae_core.models.encoder import ViTEncoder
 from mae_core.models.mae import MaskedAutoencoder, assemble_mae
-from mae_core.models.sizes import size_of
+from mae_core.models.sizes import Pooling, size_of
 from mae_core.pos_embed import resize_pos_embed
 from mae_core.targets import rebuild_target
 from mae_core.weights.catalogue import published_target
