@@ -12,6 +12,8 @@ from torch import Tensor
 from mae_core.training.run import Run
 
 SLOW_DATA_SHARE = 0.3
+SILENCE = 10.0
+"""Seconds after which a line is due, whatever ``log.every`` says."""
 
 
 class Progress:
@@ -24,7 +26,7 @@ class Progress:
         self.seconds = self.images_per_second = 0.0
         self._images = 0
         self._started = time.perf_counter()
-        self._interval = self._started
+        self._interval = self._told = self._started
         self._waited = self._paused = 0.0
         self._interval_images, self._interval_steps = 0, 0
         self._sums: dict[str, float | Tensor] = {}
@@ -54,6 +56,25 @@ class Progress:
                 self._sums[name] = self._sums.get(name, 0.0) + value
         if done % self.every == 0 or done == self.total:
             self._log(lr)
+            return
+        silent = time.perf_counter() - self._told
+        until_told = silent * min(self.every, self.total - self.first)
+        if silent > SILENCE or (done == self.first + 1 and until_told > SILENCE):
+            self._tell(lr)
+
+    def _tell(self, lr: float) -> None:
+        """A line on the screen alone, between those of the log: slow steps are seen to go on."""
+        seconds = max(time.perf_counter() - self._interval - self._paused, 1e-9)
+        loss = float(self._sums.get("loss", float("nan"))) / max(self._interval_steps, 1)
+        self._say(loss, lr, self._interval_images / seconds, self._waited / seconds, self.seconds + seconds)
+
+    def _say(self, loss: float, lr: float, rate: float, waiting: float, seconds: float) -> None:
+        left = (self.total - self.done) * seconds / max(self.done - self.first, 1)
+        self.run.say(
+            f"step {self.done}/{self.total}  loss {loss:.4f}  lr {lr:.2e}  {speed_in_words(rate)} images/s  "
+            f"waiting for data {waiting:.0%}  {clock(left)} left"
+        )
+        self._told = time.perf_counter()
 
     def _log(self, lr: float) -> None:
         seconds = max(time.perf_counter() - self._interval - self._paused, 1e-9)
@@ -65,14 +86,10 @@ class Progress:
         self.loss = means.get("loss", float("nan"))
         waiting = self._waited / seconds
         rate = self._interval_images / seconds
-        left = (self.total - self.done) * self.seconds / max(self.done - self.first, 1)
         self.run.record(
             {"step": self.done, **means, "lr": lr, "images_per_second": round(rate, 2), "data_wait": round(waiting, 4)}
         )
-        self.run.say(
-            f"step {self.done}/{self.total}  loss {self.loss:.4f}  lr {lr:.2e}  {rate:.0f} images/s  "
-            f"waiting for data {waiting:.0%}  {clock(left)} left"
-        )
+        self._say(self.loss, lr, rate, waiting, self.seconds)
         if waiting > SLOW_DATA_SHARE and not self._warned and self.done - self.first >= 2 * self.every:
             self._warned = True
             self.run.say(
@@ -82,6 +99,11 @@ class Progress:
         self._waited = self._paused = 0.0
         self._interval_images = self._interval_steps = 0
         self._sums = {}
+
+
+def speed_in_words(rate: float) -> str:
+    """Two digits below ten, whole numbers above."""
+    return f"{rate:.2g}" if rate < 10 else f"{rate:.0f}"
 
 
 def clock(seconds: float) -> str:
@@ -105,7 +127,7 @@ class Counter:
             return
         self._last = now
         rate = done / max(now - self._started, 1e-9)
-        line = f"{self.what} {done}/{total}  {rate:.0f}/s  {clock((total - done) / max(rate, 1e-9))} left"
+        line = f"{self.what} {done}/{total}  {speed_in_words(rate)}/s  {clock((total - done) / max(rate, 1e-9))} left"
         if sys.stdout.isatty():
             print(f"\r\x1b[2K{line}", end="\n" if done == total else "", flush=True)
         else:

@@ -1,0 +1,66 @@
+"""When a run says something: by steps, and by seconds where steps are slow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from mae_core.training import progress as module
+from mae_core.training.progress import Progress, speed_in_words
+
+
+class Listener:
+    """Takes what a run says and records; the clock that the progress reads stands still but for ``step``."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.said: list[str] = []
+        self.recorded: list[dict[str, Any]] = []
+        self.now = 0.0
+        monkeypatch.setattr(module.time, "perf_counter", lambda: self.now)
+
+    def say(self, line: str) -> None:
+        self.said.append(line)
+
+    def record(self, values: dict[str, Any]) -> None:
+        self.recorded.append(values)
+
+    def share_unreadable(self) -> None:
+        """Nothing was unreadable."""
+
+
+def steps_told(monkeypatch: pytest.MonkeyPatch, seconds: float, *, total: int, every: int) -> tuple[list[str], list]:
+    listener = Listener(monkeypatch)
+    run: Any = listener
+    counted = Progress(run, 0, total, every)
+    for done in range(1, total + 1):
+        listener.now += seconds
+        counted.step(done, 4, {"loss": torch.tensor(float(done))}, 0.1)
+    return listener.said, listener.recorded
+
+
+@pytest.mark.parametrize(
+    "seconds, steps",
+    [
+        (0.1, [20, 40]),
+        (1.0, [1, 12, 20, 31, 40]),  # after the first step, and then no silence of more than 10 s
+        (30.0, list(range(1, 41))),
+    ],
+)
+def test_a_line_comes_by_steps_and_by_seconds(seconds, steps, monkeypatch):
+    said, recorded = steps_told(monkeypatch, seconds, total=40, every=20)
+    assert [int(line.split()[1].partition("/")[0]) for line in said] == steps
+    assert [values["step"] for values in recorded] == [20, 40]  # the log does not depend on the clock
+    assert recorded[0]["loss"] == 10.5 and recorded[1]["images_per_second"] == pytest.approx(4 / seconds, abs=0.005)
+
+
+def test_the_time_left_is_known_after_the_first_step(monkeypatch):
+    said, _ = steps_told(monkeypatch, 30.0, total=11, every=20)
+    assert said[0].split()[:2] == ["step", "1/11"]
+    assert "0.13 images/s" in said[0] and said[0].endswith("5:00 left")
+
+
+@pytest.mark.parametrize("rate, words", [(0.134, "0.13"), (9.96, "10"), (3.0, "3"), (123.4, "123")])
+def test_slow_rates_keep_two_digits(rate, words):
+    assert speed_in_words(rate) == words
