@@ -128,7 +128,9 @@ def check_mentioned(words: list[str]) -> None:
 def check_script(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A command of a script, or of a module of ours."""
     if words[0] == "-m":
-        assert words[1].partition(".")[0] in ("transfer", "mae_core", "pip", "mypy", "pytest", "ruff"), words
+        assert words[1].partition(".")[0] in ("transfer", "mae_core", "benchmarks", "pip", "mypy", "pytest", "ruff"), (
+            words
+        )
         return
     script = ROOT / words[0]
     assert script.is_file(), f"{words[0]} does not exist"

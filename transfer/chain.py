@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,12 +56,17 @@ class Task:
 
 @dataclass(frozen=True)
 class Job:
-    """A command, as a user would type it; ``run`` is the run directory it fills, finished when ``result`` is in it."""
+    """A command, as a user would type it; ``run`` is the run directory it fills, finished when ``result`` is in it.
+
+    ``after`` names the job that it waits for; ``threads`` are its own, the stage's when None.
+    """
 
     name: str
     command: list[str]
     run: Path | None = None
     result: str = METRICS
+    after: str | None = None
+    threads: int | None = None
 
     def remaining(self) -> list[str] | None:
         """What is left to be done: nothing of a finished run, the rest of one that has a checkpoint, else all of it."""
@@ -88,22 +93,34 @@ def set_aside(folder: Path) -> None:
 class Stage:
     """Runs jobs as processes of ``threads`` threads, ``parallel`` at a time, and tells now and then what each is doing.
 
-    Finished runs in the folder are used again, interrupted ones continue.
+    Finished runs in the folder are used again, interrupted ones continue. ``seconds`` holds what each job took.
     """
 
     def __init__(self, folder: Path, *, parallel: int, threads: int) -> None:
         self.folder, self.parallel, self.threads = folder, parallel, threads
+        self.seconds: dict[str, float] = {}
         self._status: dict[str, str] = {}
 
     def run(self, jobs: Sequence[Job]) -> None:
-        """Run what is left of all jobs. Raises ``UserError`` naming the log of one that failed, or a run that another
-        command filled."""
+        """Run what is left of all jobs, in their order where they need not wait. Raises ``UserError`` naming the log of
+        one that failed, or a run that another command filled."""
         finished = threading.Event()
         teller = threading.Thread(target=self._tell, args=(finished,), daemon=True)
         teller.start()
         try:
             with ThreadPoolExecutor(self.parallel) as pool:
-                list(pool.map(self._run_one, jobs))
+                running: dict[Future[None], Job] = {}
+                waiting = [*jobs]
+                finished_jobs: set[str | None] = {None}
+                while waiting or running:
+                    for job in [job for job in waiting if job.after in finished_jobs]:
+                        waiting.remove(job)
+                        running[pool.submit(self._run_one, job)] = job
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        finished_jobs.add(running.pop(future).name)
+                        if future.exception() is not None:
+                            pool.shutdown(wait=False, cancel_futures=True)
+                        future.result()
         finally:
             finished.set()
             teller.join()
@@ -119,7 +136,8 @@ class Stage:
             print(f"  {job.name}: already finished, reused", flush=True)
             return
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        environment = {**os.environ, **QUIET, "OMP_NUM_THREADS": str(self.threads), "PYTHONPATH": path}
+        threads = str(job.threads or self.threads)
+        environment = {**os.environ, **QUIET, "OMP_NUM_THREADS": threads, "PYTHONPATH": path}
         started, last = time.perf_counter(), ""
         with (
             log.open("a" if command[-1] == RESUME else "w", encoding="utf-8") as file,
@@ -141,7 +159,8 @@ class Stage:
         self._status.pop(job.name, None)
         if process.returncode:
             raise UserError(f"{job.name} failed ({last}); {log} holds its full output")
-        print(f"  {job.name}: done in {clock(time.perf_counter() - started)}", flush=True)
+        self.seconds[job.name] = time.perf_counter() - started
+        print(f"  {job.name}: done in {clock(self.seconds[job.name])}", flush=True)
 
     def _tell(self, finished: threading.Event) -> None:
         while not finished.wait(SECONDS_BETWEEN_LINES):
@@ -224,22 +243,22 @@ def run_chain(
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     cores = cores or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    alone = Stage(folder, parallel=1, threads=cores)
-    abreast = Stage(folder, parallel=min(cores, MOST_ABREAST), threads=1)
     started = time.perf_counter()
     timings: dict[str, float] = {}
-
-    def timed(stage: Stage, name: str, jobs: Sequence[Job]) -> None:
-        print(f"{name} ({len(jobs)} runs)" if len(jobs) > 1 else name, flush=True)
-        before = time.perf_counter()
-        stage.run(jobs)
-        timings[name] = time.perf_counter() - before
-
     if data is not None:
-        timed(alone, data.name, [data])
+        print(data.name, flush=True)
+        alone = Stage(folder, parallel=1, threads=cores)
+        alone.run([data])
+        timings[data.name] = alone.seconds.get(data.name, 0.0)
     encoder = folder / "pretrain"
-    pretraining = Job("pre-training", [part.replace("{output}", str(encoder)) for part in pretrain], encoder, ENCODER)
-    timed(alone, pretraining.name, [pretraining])
+    command = [part.replace("{output}", str(encoder)) for part in pretrain]
+    pretraining = Job("pre-training", command, encoder, ENCODER, threads=max(1, cores // 2))
+    plans = {task.name: arms_of(task, folder, seeds, encoder, pretraining.name) for task in tasks}
+    jobs = [job for plan in plans.values() for job in plan.values()]
+    print(f"{pretraining.name}, and {len(jobs)} trainings; those from scratch need not wait for it", flush=True)
+    abreast = Stage(folder, parallel=min(cores, MOST_ABREAST), threads=1)
+    abreast.run([pretraining, *sorted(jobs, key=lambda job: job.after is not None)])
+    timings[pretraining.name] = abreast.seconds.get(pretraining.name, 0.0)
 
     results: dict[str, TaskResult] = {}
     curves = [Curve("Pre-training", "loss on hidden patches", {"pre-training": read_log(encoder, "loss")})]
@@ -247,23 +266,18 @@ def run_chain(
     shown = [*commands, (pretraining.name, shlex.join(pretraining.command))]
     reports = []
     for task in tasks:
-        runs = {(arm, seed): folder / task.name / f"{arm}_{seed}" for seed in seeds for arm in ARMS}
-        jobs = [
-            Job(
-                f"{task.name} {arm} {seed}",
-                task.command_line(encoder=encoder if arm == PRETRAINED else None, output=run, seed=seed),
-                run,
-            )
-            for (arm, seed), run in runs.items()
-        ]
-        timed(abreast, task.name, jobs)
+        plan = plans[task.name]
+        runs = {place: job.run for place, job in plan.items() if job.run is not None}
+        timings[f"{task.name}, {len(plan)} runs"] = sum(abreast.seconds.get(job.name, 0.0) for job in plan.values())
         scratch, pretrained = ([read_metric(runs[arm, seed], task.metric_path) for seed in seeds] for arm in ARMS)
-        print(f"  {task.metric}: from scratch {_numbers(scratch)}, pre-trained {_numbers(pretrained)}", flush=True)
+        print(
+            f"{task.name}, {task.metric}: scratch {_numbers(scratch)}, pre-trained {_numbers(pretrained)}", flush=True
+        )
         results[task.name] = TaskResult(task.metric, scratch, pretrained, note=task.note)
         losses = {f"{arm}, seed {seed}": read_log(run, "loss") for (arm, seed), run in runs.items()}
         curves.append(Curve(task.name.capitalize(), "training loss", losses))
         pictures += prediction_pictures(task, runs[SCRATCH, seeds[0]], runs[PRETRAINED, seeds[0]])
-        shown += [(job.name, shlex.join(job.command)) for job in jobs[:2]]
+        shown += [(job.name, shlex.join(job.command)) for job in [*plan.values()][:2]]
         reports.append(loading_line(task.name, runs[PRETRAINED, seeds[0]] / LOADING))
     seconds = time.perf_counter() - started
     environment = json.loads((encoder / ENVIRONMENT).read_text(encoding="utf-8"))
@@ -281,6 +295,24 @@ def run_chain(
     path = write_report(report, folder)
     print(f"done in {clock(seconds)}; open {path}", flush=True)
     return path
+
+
+def arms_of(
+    task: Task, folder: Path, seeds: Sequence[int], encoder: Path, pretraining: str
+) -> dict[tuple[str, int], Job]:
+    """The runs of a task by arm and seed; those that start from ``encoder`` wait for the job ``pretraining``."""
+    return {
+        (arm, seed): Job(
+            f"{task.name} {arm} {seed}",
+            task.command_line(
+                encoder=encoder if arm == PRETRAINED else None, output=folder / task.name / f"{arm}_{seed}", seed=seed
+            ),
+            folder / task.name / f"{arm}_{seed}",
+            after=pretraining if arm == PRETRAINED else None,
+        )
+        for seed in seeds
+        for arm in ARMS
+    }
 
 
 def loading_line(task: str, path: Path) -> str:

@@ -76,6 +76,31 @@ def test_a_failed_command_names_its_log(tmp_path, stage):
     assert "out of luck" in (tmp_path / "logs" / "one.txt").read_text()
 
 
+def test_a_job_waits_for_another_and_those_that_need_not_go_on(tmp_path, stage):
+    """The first ends only once the second has begun: they run at once; the third finds what the first wrote."""
+    note = """import os, pathlib, sys, time
+pathlib.Path(sys.argv[2]).write_text(os.environ["OMP_NUM_THREADS"])
+while not pathlib.Path(sys.argv[1]).exists():
+    time.sleep(0.01)"""
+    second, third = tmp_path / "second", tmp_path / "third"
+    first = ["python", "-c", note, str(second), str(tmp_path / "first")]
+    jobs = [
+        Job("first", first, threads=3),
+        Job("third", ["python", "-c", note, str(tmp_path / "first"), str(third)], after="first"),
+        Job("second", ["python", "-c", note, str(second), str(second)]),
+    ]
+    stage.run(jobs)
+    assert [(tmp_path / name).read_text() for name in ("first", "second", "third")] == ["3", "1", "1"]
+    assert stage.seconds.keys() == {"first", "second", "third"}
+
+
+def test_what_waits_for_a_job_that_failed_is_not_run(tmp_path, stage):
+    failing = Job("first", ["python", "-c", "raise SystemExit('no')"])
+    with pytest.raises(UserError, match="first failed"):
+        stage.run([failing, Job("later", fill(tmp_path / "later"), tmp_path / "later", after="first")])
+    assert not (tmp_path / "later").exists()
+
+
 def test_commands_run_with_this_python():
     assert executable(["python", "x.py"]) == [sys.executable, "x.py"]
     assert executable(["mae", "knn"]) == [sys.executable, "-m", "mae_core.cli.main", "knn"]

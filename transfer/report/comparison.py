@@ -30,7 +30,7 @@ class Report:
 
     seconds           wall-clock time of the whole chain
     tasks             task name -> its result
-    timings           name of a stage -> seconds
+    timings           name of a stage -> seconds of its runs together, of which several run at once
     commands          (title, shell text): what ran, and the same chain on own data
     loading_reports   preformatted text: what was loaded wherever the encoder was used
     """
