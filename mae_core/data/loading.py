@@ -120,11 +120,11 @@ def make_loader(
         pin_memory=pin,
         prefetch_factor=4 if workers else None,
         persistent_workers=workers > 0,  # of a loader that is gone through again: an evaluation's
-        worker_init_fn=_outlive_first_signal,
+        worker_init_fn=outlive_first_signal,
     )
 
 
-def _outlive_first_signal(_: int) -> None:
+def outlive_first_signal(_: int) -> None:
     """Signals that go to a whole group of processes are for the main one, which finishes its step with its workers."""
 
     def once(number: int, frame: Any) -> None:

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mae_core.config.sections import ScheduleConfig
 from mae_core.data.loading import Batch, StepSampler, share_of, steps_for
 from mae_core.seeds import STEP, derive_seed
-from mae_core.training.distributed import gather, mean_over_ranks, sum_over_ranks, world_size
+from mae_core.training.distributed import gather, mean_over_ranks, world_size
 from mae_core.training.finite import RunningStatistics, SkippedSteps, bad_samples, gradient_norm
 from mae_core.training.progress import Progress
 from mae_core.training.run import Run
@@ -164,9 +164,7 @@ def fit(
                 done, len(batch) * run.world, losses if finite else {}, max(g["lr"] for g in optimizer.param_groups)
             )
             last = done == settings.total_steps
-            stop, due = agreed(
-                signals.received is not None, time.monotonic() - saved > 60 * log.checkpoint_minutes, run
-            )
+            stop, due = signals.agreed(time.monotonic() - saved > 60 * log.checkpoint_minutes, run.device)
             if stop and not last:  # before pictures and evaluations, for which there may be no time
                 run.checkpoint(done, model, optimizer, metadata or {})
             for every, hook in hooks:
@@ -179,23 +177,11 @@ def fit(
                     run.checkpoint(done, model, optimizer, metadata or {})
                 saved = time.monotonic()
             if stop and not last:
-                run.say(
-                    f"{signals.received.name if signals.received else 'a signal to another rank'}: stopped after step "
-                    f"{done} of {settings.total_steps}, which is saved; the same command with --resume continues"
-                )
+                run.say(signals.told(done, settings.total_steps))
                 run.close()
                 raise signals.stopped()
     skipped.summary()
     return FitResult(progress.loss, progress.seconds, progress.images_per_second)
-
-
-def agreed(stop: bool, due: bool, run: Run) -> tuple[bool, bool]:
-    """Whether any rank was sent a signal, and whether any finds a checkpoint due: the same on all ranks, which must all
-    call it."""
-    if run.world == 1:
-        return stop, due
-    flags = sum_over_ranks(torch.tensor([float(stop), float(due)], device=run.device)).tolist()
-    return flags[0] > 0, flags[1] > 0
 
 
 def bad_files(batches: Iterable[Batch], batch: Batch, step: int) -> list[str]:

@@ -9,6 +9,10 @@ import time
 from types import FrameType
 from typing import Any
 
+import torch
+
+from mae_core.training.distributed import sum_over_ranks, world_size
+
 EXIT_PREEMPTED = 75
 """Exit code after SIGTERM and SIGUSR1: not finished, saved, to be started again (``EX_TEMPFAIL`` of sysexits.h)."""
 EXIT_INTERRUPTED = 130
@@ -48,6 +52,20 @@ class Signals:
         elif time.monotonic() - self._at > TOGETHER:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+
+    def agreed(self, due: bool, device: torch.device) -> tuple[bool, bool]:
+        """Whether any rank was sent a signal, and whether any finds a checkpoint due: the same on all ranks, which must
+        all call it."""
+        stop = self.received is not None
+        if world_size() == 1:
+            return stop, due
+        flags = sum_over_ranks(torch.tensor([float(stop), float(due)], device=device)).tolist()
+        return flags[0] > 0, flags[1] > 0
+
+    def told(self, done: int, total: int) -> str:
+        """What a training that is stopped and saved after ``done`` steps says."""
+        what = self.received.name if self.received else "a signal to another rank"
+        return f"{what}: stopped after step {done} of {total}, which is saved; the same command with --resume continues"
 
     def stopped(self) -> Stopped:
         """The exception that ends the command, on a rank that got no signal itself as on the others."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import signal
 from functools import partial
 
 import pytest
@@ -13,6 +15,7 @@ from torch import nn
 from mae_core.config.schema import ConfigError
 from mae_core.errors import UserError
 from mae_core.models.sizes import SIZES
+from mae_core.training.finite import non_finite
 from mae_core.training.loop import FitSettings, cosine_schedule, step_schedule
 from mae_core.weights.files import read_weights
 from transfer.backbone import DenseViT
@@ -207,6 +210,48 @@ def test_an_interrupted_run_ends_in_the_same_weights(configure_detection, tmp_pa
     assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
     steps = [json.loads(line)["step"] for line in (tmp_path / "broken" / "log.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4]
+
+
+def test_a_signal_saves_and_a_loss_that_is_not_finite_is_skipped(configure_detection, tmp_path, monkeypatch, capfd):
+    from mae_core.training.signals import Stopped
+    from transfer.detection.engine_detectron2 import training
+
+    def changed(step: int, change):
+        real, calls = training.records, []
+
+        def record(batch):
+            calls.append(1)
+            return change(real(batch)) if len(calls) == step else real(batch)
+
+        patch.setattr(training, "records", record)
+
+    def terminated(found):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return found
+
+    def spoiled(found):
+        found[0]["image"] = found[0]["image"] * float("nan")
+        return found
+
+    config = configure_detection("engine=detectron2", "optim.epochs=4", "log.every=1")
+    with monkeypatch.context() as patch:
+        changed(2, terminated)
+        with pytest.raises(Stopped) as stopped:
+            train_detector(config)
+    assert stopped.value.code == 75 and "SIGTERM: stopped after step 2 of 4" in capfd.readouterr().out
+    with monkeypatch.context() as patch:
+        changed(1, spoiled)
+        train_detector(config, resume="auto")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [(line["event"], line["step"]) for line in lines if "event" in line] == [
+        ("non-finite gradient, step skipped", 3)
+    ]
+    assert not non_finite(read_weights(tmp_path / "run" / "detector.safetensors")[0])
+    with pytest.raises(UserError, match=r"not finite for 10 steps in a row"), monkeypatch.context() as patch:
+        real = training.records
+        patch.setattr(training, "records", lambda batch: spoiled(real(batch)))
+        train_detector(configure_detection("engine=detectron2", "optim.epochs=12", f"output={tmp_path / 'nan'}"))
+    assert "Traceback" not in "".join(capfd.readouterr())
 
 
 def test_bf16_is_bf16_on_a_cpu_too(configure_detection, monkeypatch):

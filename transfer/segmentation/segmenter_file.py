@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,17 @@ SEGMENTER = "segmenter.safetensors"
 LAST_CHECKPOINT = "last_checkpoint"
 """mmengine's file that names the last checkpoint of a run; written after the checkpoint itself."""
 FORMAT = "mae_core segmenter"
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """The step of a checkpoint of mmengine's by its name, ``iter_<step>.pth``."""
+    found = re.fullmatch(r"iter_(\d+)\.pth", checkpoint.name)
+    return int(found[1]) if found else None
+
+
+def steps_saved(run: Path) -> list[Path]:
+    """The checkpoints in a run directory, newest first."""
+    return sorted((p for p in run.glob("iter_*.pth") if step_of(p) is not None), key=lambda p: -(step_of(p) or 0))
 
 
 @dataclass(frozen=True)

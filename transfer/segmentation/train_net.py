@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -32,7 +31,7 @@ from transfer.engines import require
 from transfer.segmentation.config import RECIPES, check_config_exists
 from transfer.segmentation.launching import LAUNCHERS, join_launched
 from transfer.segmentation.quiet import quietly
-from transfer.segmentation.segmenter_file import LAST_CHECKPOINT, SEGMENTER
+from transfer.segmentation.segmenter_file import SEGMENTER, steps_saved
 
 ENGINE_MODULES = r"(mmcv|mmengine|mmseg)(\.|$)"
 
@@ -64,7 +63,7 @@ def train_segmenter(
     """
     config_path = find_recipe(config_path, RECIPES)
     engine = prepare(config_path, launcher)
-    checkpoint = None if dry_run else find_checkpoint(Path(work_dir), resume=resume)
+    checkpoints = [] if dry_run else find_checkpoints(Path(work_dir), resume=resume)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=ENGINE_MODULES)
         options = cfg_options if isinstance(cfg_options, Mapping) else engine.parse_options(cfg_options or ())
@@ -73,7 +72,7 @@ def train_segmenter(
             weights=weights,
             work_dir=work_dir,
             options=options,
-            checkpoint=checkpoint,
+            checkpoints=checkpoints,
             amp=amp,
             dry_run=dry_run,
         )
@@ -94,7 +93,7 @@ def evaluate_segmenter(
     """
     config_path = find_recipe(config_path, RECIPES)
     engine = prepare(config_path, launcher)
-    find_checkpoint(Path(work_dir), resume=False)
+    find_checkpoints(Path(work_dir), resume=False)
     if not Path(checkpoint).exists():
         raise UserError(f"--eval-only {checkpoint} does not exist; give a run directory or its segmenter.safetensors")
     with warnings.catch_warnings():
@@ -113,26 +112,21 @@ def prepare(config_path: Path, launcher: str | None) -> ModuleType:
     return engine_mmseg
 
 
-def find_checkpoint(work_dir: Path, *, resume: Resume) -> Path | None:
-    """The checkpoint to resume from, or None for a new run.
+def find_checkpoints(work_dir: Path, *, resume: Resume) -> list[Path]:
+    """The checkpoints to resume from, newest first; none for a new run.
 
-    Raises ``UserError`` where a new run meets a folder in use, or a resumed one finds nothing whole.
+    Raises ``UserError`` where a new run meets a folder in use, or a resumed one finds no checkpoint.
     """
     if not resume:
         if work_dir.exists() and (not work_dir.is_dir() or any(work_dir.iterdir())):
             raise UserError(
                 f"{work_dir} is not empty; give another --work-dir, or --resume auto to continue the run in it"
             )
-        return None
-    pointer = work_dir / LAST_CHECKPOINT
-    if resume == AUTO and not pointer.is_file() and not (work_dir / SEGMENTER).exists():
-        return None
-    if not pointer.is_file():
-        raise UserError(f"{work_dir} holds no checkpoint to resume from; --resume auto starts a run there")
-    checkpoint = work_dir / Path(pointer.read_text().strip()).name
-    if not zipfile.is_zipfile(checkpoint):
-        raise UserError(f"checkpoint {checkpoint} is missing or truncated; name an earlier one in {pointer}")
-    return checkpoint
+        return []
+    found = steps_saved(work_dir)
+    if found or (resume == AUTO and not (work_dir / SEGMENTER).exists()):
+        return found
+    raise UserError(f"{work_dir} holds no checkpoint to resume from; --resume auto starts a run there")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -17,16 +18,18 @@ from torch import Tensor, nn
 from mae_core.data.images import Statistics
 from mae_core.errors import UserError
 from mae_core.seeds import STEP, derive_seed
-from mae_core.training.finite import ADVICE, SkippedSteps, gradient_norm
+from mae_core.training.finite import SkippedSteps, gradient_norm
 from mae_core.training.loop import FitSettings, cosine_schedule, seed_everything, step_schedule
 from mae_core.training.run import Run
+from mae_core.training.signals import Signals
 from transfer.detection.engine import Fitted, Job
 from transfer.detection.engine_detectron2.network import BRIGHTEST
 from transfer.detection.samples import DetectionBatch
 
 
 def fit(model: nn.Module, job: Job) -> Fitted:
-    """Train ``model`` with detectron2's trainer. Raises ``UserError`` where the loss becomes infinite."""
+    """Train ``model`` with detectron2's trainer, under the laws of the core's loop for signals, checkpoints and numbers
+    that are not finite."""
     config, run, settings = job.config, job.run, job.settings
     groups = job.parameter_groups(model)
     for group in groups:
@@ -35,10 +38,10 @@ def fit(model: nn.Module, job: Job) -> Fitted:
     optimizer.largest_norm, optimizer.skipped = settings.clip_grad, SkippedSteps(run.record, run.say)
     start = run.restore(model, optimizer)
     devices = [run.device.index] if run.device.type == "cuda" else None
-    parallel = create_ddp_model(model, device_ids=devices, broadcast_buffers=False)
+    parallel = create_ddp_model(InPrecision(model, run), device_ids=devices, broadcast_buffers=False)
     batches = Batches(job.batches(start, plain_pixels(config.data.channels)), run, start)
-    trainer = SimpleTrainer(InPrecision(parallel, run), batches, optimizer)  # AMPTrainer refuses CPUs
-    log = config.log
+    trainer = Trainer(parallel, batches, optimizer)  # AMPTrainer refuses CPUs
+    log, signals = config.log, Signals()
     writers = [Lines(run, log.every, settings.total_steps)]
     if run.is_main:
         writers.append(CommonMetricPrinter(settings.total_steps))
@@ -46,7 +49,7 @@ def fit(model: nn.Module, job: Job) -> Fitted:
         [
             hooks.IterationTimer(),
             hooks.LRScheduler(optimizer, CoreRate(settings)),
-            Checkpoints(run, model, optimizer, log.checkpoint_every, job.metadata),
+            Checkpoints(run, model, optimizer, job.metadata, signals),
             hooks.PeriodicWriter(writers, period=log.every),
         ]
     )
@@ -54,13 +57,28 @@ def fit(model: nn.Module, job: Job) -> Fitted:
     began = time.perf_counter()
     if start < settings.total_steps:
         setup_logger(distributed_rank=run.rank)
-        try:
+        logging.getLogger(SimpleTrainer.__module__).addFilter(is_no_mistake)
+        with signals:
             trainer.train(start, settings.total_steps)
-        except FloatingPointError:
-            raise UserError(f"the loss is not finite; {ADVICE}") from None
         optimizer.skipped.summary()
     loss = writers[0].loss
     return Fitted(model, time.perf_counter() - began if start < settings.total_steps else None, loss)
+
+
+def is_no_mistake(record: logging.LogRecord) -> bool:
+    """Whether a message of the trainer's is not the traceback of what is said in one sentence elsewhere."""
+    return record.exc_info is None or not isinstance(record.exc_info[1], UserError | FloatingPointError)
+
+
+class Trainer(SimpleTrainer):
+    """detectron2's, which ends at the first loss that is not finite; here the optimizer decides by the gradient, which
+    is the same on all ranks."""
+
+    def _write_metrics(self, *args: Any, **more: Any) -> None:
+        try:
+            super()._write_metrics(*args, **more)
+        except FloatingPointError:
+            return
 
 
 class ClippedAdamW(torch.optim.AdamW):
@@ -100,7 +118,8 @@ class CoreRate(ParamScheduler):
 
 
 class InPrecision(nn.Module):
-    """A network whose training pass runs in the run's precision, on a GPU or a CPU."""
+    """A network whose training pass runs in the run's precision, on a GPU or a CPU; where it finds that its numbers are
+    not finite, so are the loss and all gradients, and the step is skipped on all ranks."""
 
     def __init__(self, network: nn.Module, run: Run) -> None:
         super().__init__()
@@ -108,8 +127,12 @@ class InPrecision(nn.Module):
 
     def forward(self, batch: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Records -> losses."""
-        with self.run.autocast():
-            return self.network(batch)
+        try:
+            with self.run.autocast():
+                return self.network(batch)
+        except FloatingPointError:
+            every = [parameter.sum() for parameter in self.network.parameters() if parameter.requires_grad]
+            return {"loss_not_finite": torch.stack(every).sum() * float("nan")}
 
 
 def plain_pixels(channels: int) -> Statistics:
@@ -149,18 +172,31 @@ def records(batch: DetectionBatch) -> list[dict[str, Any]]:
 
 
 class Checkpoints(HookBase):
-    """The core's checkpoints, whole or absent, at their interval and at the end."""
+    """The core's checkpoints, whole or absent, by their interval, by time, at the end, and before a signal ends it."""
 
     def __init__(
-        self, run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, every: int, metadata: dict[str, Any]
+        self,
+        run: Run,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        metadata: dict[str, Any],
+        signals: Signals,
     ) -> None:
-        self.run, self.model, self.optimizer, self.every, self.metadata = run, model, optimizer, every, metadata
+        self.run, self.state, self.signals = run, (model, optimizer, metadata), signals
+        self.log, self.saved = run.config.log, time.monotonic()
 
     def after_step(self) -> None:
-        """Save where it is time to."""
-        done = self.trainer.iter + 1
-        if done % self.every == 0 or done == self.trainer.max_iter:
-            self.run.checkpoint(done, self.model, self.optimizer, self.metadata)
+        """Save where it is time to; end the training after a signal."""
+        done, total = self.trainer.iter + 1, self.trainer.max_iter
+        late = time.monotonic() - self.saved > 60 * self.log.checkpoint_minutes
+        stop, due = self.signals.agreed(late, self.run.device)
+        if done % self.log.checkpoint_every == 0 or due or stop or done == total:
+            self.run.checkpoint(done, *self.state)
+            self.saved = time.monotonic()
+        if stop and done < total:
+            self.run.say(self.signals.told(done, total))
+            self.run.close()
+            raise self.signals.stopped()
 
 
 class Lines(EventWriter):

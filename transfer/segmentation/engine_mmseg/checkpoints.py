@@ -1,20 +1,28 @@
-"""mmengine's checkpoints, read without running what is in them."""
+"""mmengine's checkpoints: read without running what is in them, verified, and written when it is time to."""
 
 from __future__ import annotations
 
 import pickle
 import re
+import time
 import zipfile
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.dist import is_main_process
+from mmengine.hooks import CheckpointHook
 from mmengine.logging import HistoryBuffer
-from mmengine.runner import CheckpointLoader
+from mmengine.runner import CheckpointLoader, Runner
+from mmseg.registry import HOOKS
 
 from mae_core.errors import UserError, first_line
+from mae_core.training.finite import non_finite
+from mae_core.training.signals import Signals
 from mae_core.weights.files import HARMLESS_BESIDE_TENSORS
-from transfer.segmentation.segmenter_file import literal_config
+from transfer.segmentation.segmenter_file import literal_config, step_of, steps_saved
 
 
 def history_method(owner: Any, name: str) -> Any:
@@ -72,6 +80,85 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
             f"({asked[0] if asked else first_line(error)[:200]}); use one that this toolkit wrote"
         ) from None
     return checkpoint
+
+
+def newest_whole(candidates: Sequence[Path]) -> Path:
+    """The first of ``candidates`` that is undamaged; the others are passed over with a sentence.
+
+    Raises ``UserError`` where none is, with what the first one has.
+    """
+    problems = []
+    for checkpoint in candidates:
+        try:
+            check_whole(checkpoint)
+        except UserError as error:
+            problems.append(error)
+            if is_main_process():
+                print(f"{error}; it is passed over", flush=True)
+        else:
+            return checkpoint
+    raise problems[0]
+
+
+def check_whole(checkpoint: Path) -> None:
+    """Raise ``UserError`` where a checkpoint is damaged: torch writes zip archives, with a checksum of each tensor."""
+    try:
+        damaged = zipfile.ZipFile(checkpoint).testzip() if checkpoint.is_file() else "the file itself"
+    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+        damaged = first_line(error)
+    if damaged is not None:
+        raise UserError(f"checkpoint {checkpoint} is missing, truncated or damaged ({damaged})")
+    content = load_safely(str(checkpoint), "cpu")
+    try:
+        step, state = content["meta"]["iter"], content["state_dict"]
+        lacking = {"optimizer", "message_hub"} - content.keys()
+        bad = non_finite(state)
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"checkpoint {checkpoint} does not hold what a resume needs") from None
+    if lacking or not isinstance(step, int) or step != step_of(checkpoint):
+        raise UserError(
+            f"checkpoint {checkpoint} does not hold what a resume needs, or another step than its name says"
+        )
+    if bad:
+        raise UserError(f"checkpoint {checkpoint} holds NaN or infinity in {len(bad)} tensors, such as {bad[0]}")
+
+
+@HOOKS.register_module()
+class WholeCheckpoints(CheckpointHook):
+    """mmengine's checkpoints, and also one every ``minutes``, and one before a signal ends the training; older ones are
+    deleted after the new one is whole."""
+
+    def __init__(self, *args: Any, minutes: float = 10.0, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.minutes, self.saved = minutes, time.monotonic()
+        self.signals = Signals()
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Save where it is time to; end the training after a signal."""
+        before = self.last_ckpt
+        super().after_train_iter(runner, batch_idx, data_batch, outputs)
+        device = next(runner.model.parameters()).device
+        stop, due = self.signals.agreed(time.monotonic() - self.saved > 60 * self.minutes, device)
+        if (due or stop) and self.last_ckpt == before:
+            self._save_checkpoint(runner)
+        if self.last_ckpt != before:
+            self.saved = time.monotonic()
+        done = runner.iter + 1
+        if stop and done < runner.max_iters:
+            if is_main_process():
+                print(self.signals.told(done, runner.max_iters), flush=True)
+            raise self.signals.stopped()
+
+    def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: Any) -> None:
+        keep, self.max_keep_ckpts = self.max_keep_ckpts, -1  # mmengine deletes before it writes
+        try:
+            super()._save_checkpoint_with_step(runner, step, meta)
+        finally:
+            self.max_keep_ckpts = keep
+        if keep > 0 and is_main_process():
+            done = [path for path in steps_saved(Path(self.out_dir)) if (step_of(path) or 0) <= step]
+            for old in done[keep:]:
+                old.unlink()
 
 
 CheckpointLoader.register_scheme("", load_safely, force=True)

@@ -16,7 +16,8 @@ from mae_core import layout
 from mae_core.training.finite import RunningStatistics, SkippedSteps, gradient_norm, refuse_non_finite
 
 ADVICE = (
-    "start again with a lower optim_wrapper.optimizer.lr, in another --work-dir (--resume keeps the rate of the run)"
+    "continue from the last checkpoint with --resume and a lower optim_wrapper.optimizer.lr; if that does not help, "
+    "start again with a lower one, in another --work-dir"
 )
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,16 +21,23 @@ from mmseg.utils import register_all_modules
 from torch import Tensor
 
 from mae_core import layout
-from mae_core.atomic import write_json
+from mae_core.atomic import said_plainly, write_json
 from mae_core.data.statistics import measure_statistics
 from mae_core.errors import UserError
-from mae_core.training.distributed import barrier, world_size
+from mae_core.training.distributed import barrier, on_main, world_size
+from mae_core.training.lock import claim, release
 from mae_core.training.precision import choose_precision, prepare_process
 from mae_core.training.run import environment
+from mae_core.training.signals import Signals
 from mae_core.weights.encoder_file import EncoderFile
 from mae_core.weights.load import read_encoder
 from transfer.segmentation import config as configs
-from transfer.segmentation.engine_mmseg.checkpoints import load_safely, stored_config
+from transfer.segmentation.engine_mmseg.checkpoints import (
+    WholeCheckpoints,
+    load_safely,
+    newest_whole,
+    stored_config,
+)
 from transfer.segmentation.engine_mmseg.checks import (
     check_batches,
     check_data,
@@ -37,16 +46,23 @@ from transfer.segmentation.engine_mmseg.checks import (
     labelled_images,
 )
 from transfer.segmentation.engine_mmseg.data import name_bad_files
+from transfer.segmentation.engine_mmseg.exact import SeededSteps
 from transfer.segmentation.engine_mmseg.faults import Faults
 from transfer.segmentation.engine_mmseg.metric import PerClassIoUMetric
 from transfer.segmentation.engine_mmseg.options import read_config
 from transfer.segmentation.engine_mmseg.plan import plan_lines
 from transfer.segmentation.engine_mmseg.record import RunRecord
-from transfer.segmentation.engine_mmseg.runner import SegmentationRunner, bare_model, trained_model, worker_errors
+from transfer.segmentation.engine_mmseg.runner import (
+    WRITING,
+    SegmentationRunner,
+    bare_model,
+    trained_model,
+    worker_errors,
+)
 from transfer.segmentation.engine_mmseg.segmenter import fill_segmenter, write_segmenter
 from transfer.segmentation.pixels import SegmentationImages
 from transfer.segmentation.run_report import write_run_report
-from transfer.segmentation.segmenter_file import SEGMENTER, SegmenterFile, read_segmenter
+from transfer.segmentation.segmenter_file import SEGMENTER, SegmenterFile, read_segmenter, steps_saved
 
 
 def train(
@@ -55,7 +71,7 @@ def train(
     weights: Path | str | None,
     work_dir: Path | str,
     options: Mapping[str, Any],
-    checkpoint: Path | None,
+    checkpoints: Sequence[Path],
     amp: bool | None,
     dry_run: bool = False,
 ) -> dict[str, Any]:
@@ -70,8 +86,10 @@ def train(
     if world_size() > 1:
         notes.append(f"ranks: {world_size()}; the batch size is per rank")
     weights = weights or view["model"]["backbone"].get("weights")
+    checkpoint = newest_whole(checkpoints) if checkpoints else None
     if checkpoint is not None:
         configs.check_steps_left(checkpoint, view)
+        keep_seed(config, checkpoint)
         notes.append(f"weights: from {checkpoint}")
         notes += configs.fit_to_run(view, stored_config(checkpoint), checkpoint, list(options))
     elif weights is not None:
@@ -100,12 +118,52 @@ def train(
         return {}
 
     config.resume, config.load_from = checkpoint is not None, str(checkpoint or "") or None
-    runner = build_runner(config, Path(config_path).stem, work_dir)
-    runner.register_hook(Faults())
-    bare_model(runner.model).backbone.source = source
-    with worker_errors():
-        runner.train()
-    return finish(runner, runner.val_evaluator, started, write_model=True)
+    with claimed(work_dir, resumed=checkpoint is not None):
+        runner = build_runner(config, Path(config_path).stem, work_dir)
+        runner.register_hook(Faults())
+        runner.register_hook(SeededSteps())
+        bare_model(runner.model).backbone.source = source
+        with worker_errors(), Signals() as signals:
+            for hook in runner.hooks:
+                if isinstance(hook, WholeCheckpoints):
+                    hook.signals = signals
+            runner.train()
+        return finish(runner, runner.val_evaluator, started, write_model=True)
+
+
+def keep_seed(config: Config, checkpoint: Path) -> None:
+    """Give a config without a seed the one that the run of a checkpoint drew."""
+    randomness = config.setdefault("randomness", {})
+    if randomness.get("seed") is None:
+        randomness["seed"] = load_safely(str(checkpoint), "cpu")["meta"].get("seed")
+
+
+@contextmanager
+def claimed(work_dir: Path, *, resumed: bool) -> Iterator[None]:
+    """Inside, this run alone writes ``work_dir``; one that starts removes what a killed run left before its first
+    checkpoint. Raises ``UserError`` where another process has it."""
+
+    def take() -> None:
+        with said_plainly(work_dir, "choose another with --work-dir, or free disk space"):
+            work_dir.mkdir(parents=True, exist_ok=True)
+            claim(work_dir)
+            for leftover in work_dir.glob(f"{WRITING}*"):
+                leftover.unlink()
+            if not resumed:
+                if (work_dir / SEGMENTER).exists() or steps_saved(work_dir):
+                    release(work_dir)
+                    raise UserError(f"{work_dir} holds a run of another process by now; give another --work-dir")
+                (work_dir / layout.LOG).unlink(missing_ok=True)
+                for name in (layout.PICTURES, "tensorboard"):
+                    shutil.rmtree(work_dir / name, ignore_errors=True)
+
+    barrier()  # every rank has found its input in order, and the work dir as it was
+    on_main(take, is_main=is_main_process())
+    try:
+        yield
+    finally:
+        if is_main_process():
+            release(work_dir)
 
 
 def fit_to_machine(view: dict[str, Any], amp: bool | None = None) -> list[str]:
@@ -117,7 +175,6 @@ def fit_to_machine(view: dict[str, Any], amp: bool | None = None) -> list[str]:
 
 def build_runner(config: Config, name: str, work_dir: Path) -> SegmentationRunner:
     """The runner of a config that has been checked; all ranks make it together, and from here on files are written."""
-    barrier()  # every rank has found its input in order, and the work dir as it was
     config.launcher = "pytorch" if world_size() > 1 else "none"
     config.work_dir = str(work_dir)
     config.experiment_name = f"{name}_{uuid.uuid4().hex[:8]}"  # mmengine keeps a global logger and hub for each name
@@ -169,6 +226,7 @@ def evaluate(
     config.test_dataloader, config.test_evaluator = config.val_dataloader, config.val_evaluator
     config.test_cfg = {"type": "TestLoop"}
     config.val_dataloader = config.val_evaluator = config.val_cfg = None
+    barrier()  # every rank has found its input in order
     runner = build_runner(config, Path(config_path).stem, Path(work_dir))
     fill_segmenter(trained_model(runner.model), state, str(checkpoint))
     with worker_errors():
