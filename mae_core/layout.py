@@ -76,7 +76,7 @@ def is_complete(checkpoint: Path) -> bool:
     try:
         files = marker_of(checkpoint).files
         return bool(files) and all((checkpoint / name).stat().st_size == size for name, (size, _) in files.items())
-    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
         return False
 
 
@@ -102,7 +102,7 @@ def stated_format(file: Path) -> str:
         with safe_open(file, framework="pt") as opened:
             stated = (opened.metadata() or {}).get("format", "")
         return str(json.loads(stated)) if stated.startswith('"') else stated
-    except (SafetensorError, OSError, ValueError):
+    except (SafetensorError, OSError, ValueError, RecursionError):
         return ""
 
 

@@ -71,6 +71,14 @@ def installed(package: str) -> bool:
     return spec is not None and spec.origin is not None
 
 
+def states() -> list[tuple[str, list[str], str]]:
+    """(name, packages of it that are missing, the line that installs them) of every engine, for ``mae doctor``."""
+    return [
+        (name, [package for package in engine.packages if not installed(package)], engine.install)
+        for name, engine in ENGINES.items()
+    ]
+
+
 def require(name: str) -> None:
     """Raise ``UserError`` with the install command, unless engine ``name`` can be imported."""
     if name not in ENGINES:

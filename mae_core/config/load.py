@@ -19,6 +19,8 @@ from mae_core.texts import read_text
 
 BASE = "base"
 """Key of a configuration file that names the file it builds on."""
+DEEPEST, MOST_NODES, LONGEST = 30, 100_000, 1 << 20
+"""What a YAML text may have: nested levels; values, those that aliases repeat counted each time; characters."""
 
 
 Config = TypeVar("Config", bound=Schema)
@@ -99,7 +101,10 @@ def read_layers(path: Path, named_by: tuple[Path, ...] = ()) -> dict[Path, dict[
         return {path: content}
     if not isinstance(base, str):
         raise ConfigError(f"{path}: base must be the path of another configuration file, not {base!r}")
-    beside = path.parent / Path(base).expanduser()
+    try:
+        beside = path.parent / Path(base).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"{path}: there is no home folder for its base {base}") from None
     below = beside if beside.is_file() else find_recipe(base, "")
     if not below.is_file():
         raise ConfigError(f"{path}: its base {beside} does not exist; the path is relative to {path.parent}")
@@ -108,10 +113,12 @@ def read_layers(path: Path, named_by: tuple[Path, ...] = ()) -> dict[Path, dict[
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = OmegaConf.to_container(OmegaConf.create(read_text(path) or "{}"))
+        text = read_text(path)
+        check_size(text)
+        content = OmegaConf.to_container(OmegaConf.create(text or "{}"))
     except UserError as error:
-        raise ConfigError(str(error)) from None
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+    except Exception as error:  # dates and numbers that are none fail in every way there is
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold keys and values, not a {type(content).__name__}")
@@ -127,14 +134,54 @@ def read_overrides(schema: type[BaseModel], overrides: Sequence[str]) -> dict[st
     return typed
 
 
+def check_size(text: str) -> None:
+    """Raise ``UserError`` for YAML that is nested without reason, or that aliases make much larger than it is: to read
+    it would take memory and time without bound."""
+    if len(text) > LONGEST:
+        raise UserError(f"it has {len(text)} characters, and a configuration has at most {LONGEST}")
+    try:
+        _count_nodes(text)
+    except yaml.YAMLError:
+        return  # whoever reads it says what is wrong
+
+
+def _count_nodes(text: str) -> None:
+    open_nodes: list[tuple[str | None, int]] = []  # anchor of an open node, and the count when it was opened
+    sizes: dict[str, int] = {}
+    count = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        anchor = getattr(event, "anchor", None)
+        if isinstance(event, yaml.AliasEvent):
+            if any(name == event.anchor for name, _ in open_nodes):
+                raise UserError(f"the alias *{event.anchor} contains itself; write the values out")
+            count += sizes.get(event.anchor, 1)
+        elif isinstance(event, yaml.CollectionStartEvent):
+            open_nodes.append((anchor, count))
+            count += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            name, before = open_nodes.pop()
+            if name is not None:
+                sizes[name] = count - before
+        else:
+            count += isinstance(event, yaml.ScalarEvent)
+            if anchor is not None:
+                sizes[anchor] = 1
+        if len(open_nodes) > DEEPEST:
+            raise UserError(f"it is nested more than {DEEPEST} levels deep; no configuration is")
+        if count > MOST_NODES:
+            raise UserError(f"it holds more than {MOST_NODES} values, those repeated by aliases counted; write fewer")
+
+
 def _read_values(overrides: Sequence[str]) -> dict[str, Any]:
     for override in overrides:
         if "=" not in override or override.startswith(("=", "-")):
             raise ConfigError(f"{override!r} is not an override; write key=value, such as optim.epochs=100")
     try:
+        for override in overrides:
+            check_size(override.partition("=")[2])
         return dict(OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides))))  # type: ignore[arg-type]
-    except (OmegaConfBaseException, yaml.YAMLError, AttributeError) as error:
-        raise ConfigError(f"overrides {' '.join(overrides)}: {' '.join(str(error).split())}") from None
+    except Exception as error:  # dates and numbers that are none fail in every way there is
+        raise ConfigError(f"overrides {' '.join(overrides)[:300]}: {' '.join(str(error).split())}") from None
 
 
 def _field_of(schema: type[BaseModel], key: str) -> tuple[type[BaseModel], str] | None:

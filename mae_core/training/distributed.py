@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -54,6 +56,16 @@ def join(device: str) -> Place:
         dist.init_process_group("nccl" if on_gpu else "gloo")
     rank = dist.get_rank() if dist.is_initialized() else 0
     return Place(rank, world, torch.device("cuda", local) if on_gpu else torch.device("cpu"))
+
+
+@contextmanager
+def meet(backend: str, rank: int, world: int, place: str) -> Iterator[None]:
+    """Inside, this process is ``rank`` of ``world`` that meet at ``place``, such as file:///a/name."""
+    dist.init_process_group(backend, init_method=place, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def leave() -> None:

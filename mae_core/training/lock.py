@@ -71,7 +71,7 @@ def _opened(file: Path) -> Iterator[BinaryIO]:
 def _read(stream: BinaryIO) -> dict[str, Any] | None:
     try:
         held = json.loads(stream.read())
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return held if isinstance(held, dict) else None
 

@@ -167,7 +167,7 @@ def check_data(config: JobConfig, found: Mapping[str, Any]) -> None:
     try:
         started = json.loads(file.read_text(encoding="utf-8"))
         known = isinstance(started, dict) and started.keys() == found.keys()
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         known = False
     if not known:
         print(f"{file} is missing or damaged: the run may have started on other images, which cannot be checked")
@@ -421,5 +421,5 @@ def logged_by(line: str, step: int) -> bool:
     """Whether a line of a log was written by the end of ``step``, as far as it is one at all."""
     try:
         return json.loads(line).get("step", 0) <= step
-    except (ValueError, AttributeError, TypeError):
+    except (ValueError, AttributeError, TypeError, RecursionError):
         return False  # the line of a run that was killed while it wrote, or damage

@@ -241,7 +241,7 @@ def read_json_beside(path: Path, name: str) -> Mapping[str, Any] | None:
     """The JSON object ``name`` beside a weights file; None where there is none."""
     try:
         content = json.loads((path.parent / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, Mapping) else None
 

@@ -8,8 +8,9 @@ import json
 import pickle
 import warnings
 import zipfile
+import zlib
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,10 @@ PICKLE = ".pkl"
 ZIP_START = b"PK\x03\x04"
 LARGEST_HEADER = 1 << 28
 """Bytes of a safetensors header; more is not one."""
+MOST_TENSORS = 100_000
+"""Names in a file; a ViT-H with its decoder has some 600."""
+CHECKSUM = "crc32"
+"""Key of the metadata that holds the checksum of all tensors; read here, and not passed on."""
 SHARD_INDEX = ".index.json"
 REMEDIES = {
     "npz": "holds NumPy arrays without a model around them; save them by name with safetensors.numpy.save_file",
@@ -86,12 +91,21 @@ class WeightsFile:
 
 
 def write_weights(path: Path | str, state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write tensors and metadata (JSON values) as safetensors, atomically. Equal input makes files of equal bytes."""
-    texts = {key: json.dumps(value) for key, value in metadata.items()}
+    """Write tensors and metadata (JSON values) as safetensors, atomically, with a checksum that is compared when the
+    file is read. Equal input makes files of equal bytes."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    texts = {key: json.dumps(value) for key, value in {**metadata, CHECKSUM: checksum_of(tensors)}.items()}
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata=texts)
         _sort_header(temporary)
+
+
+def checksum_of(state: Mapping[str, Tensor]) -> str:
+    """CRC-32 of the names and the bytes of contiguous tensors on the CPU, in the order of the names, in hexadecimal."""
+    value = 0
+    for name in sorted(state):
+        value = zlib.crc32(state[name].reshape(-1).view(torch.uint8).numpy(), zlib.crc32(name.encode(), value))
+    return f"{value:08x}"
 
 
 def _sort_header(path: Path) -> None:
@@ -190,13 +204,26 @@ def _read_safetensors(path: Path, mapped: bool) -> WeightsFile:
     try:
         with safe_open(path, framework="pt") as file:  # the library compares the header with the size of the file
             metadata = {key: _json_or_text(value) for key, value in (file.metadata() or {}).items()}
+            _check_number(path, file.keys())
             state = {name: file.get_tensor(name) for name in file.keys()}
         if not mapped:
             _read_into_memory(path, state)
     except (SafetensorError, OSError) as error:
         kind = "safetensors" if path.suffix == SAFETENSORS else "weights"
         raise UserError(f"{path} is truncated or not a {kind} file ({error}); copy or export it again") from None
+    stated = metadata.pop(CHECKSUM, None)
+    if stated is not None and stated != checksum_of(state):
+        raise UserError(
+            f"{path} is damaged: its tensors have another checksum than was written with them; copy it again"
+        )
     return WeightsFile(path, state, metadata)
+
+
+def _check_number(path: Path, names: Collection[str]) -> None:
+    if len(names) > MOST_TENSORS:
+        raise UserError(
+            f"{path} names {len(names)} tensors, more than any model has ({MOST_TENSORS}); it is no weights file"
+        )
 
 
 def _read_into_memory(path: Path, state: dict[str, Tensor]) -> None:
@@ -214,7 +241,7 @@ def _read_into_memory(path: Path, state: dict[str, Tensor]) -> None:
 def _json_or_text(value: str) -> Any:
     try:
         return json.loads(value)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # no JSON, an integer of thousands of digits, thousands of brackets
         return value
 
 
@@ -251,6 +278,7 @@ def _unwrapped(path: Path, content: Any) -> WeightsFile:
         raise UserError(f"{path} holds a {type(content).__name__}, not named tensors")
     with naming(path):
         state, notes, beside = unwrap(content)
+    _check_number(path, state)
     arguments, stated = beside.get("args"), beside.get("metadata")
     if isinstance(arguments, argparse.Namespace):
         arguments = vars(arguments)

@@ -128,6 +128,8 @@ class WholeCheckpoints(CheckpointHook):
     """mmengine's checkpoints, and also one every ``minutes``, and one before a signal ends the training; older ones are
     deleted after the new one is whole."""
 
+    max_keep_ckpts: int
+
     def __init__(self, *args: Any, minutes: float = 10.0, **options: Any) -> None:
         super().__init__(*args, **options)
         self.minutes, self.saved = minutes, time.monotonic()

@@ -70,7 +70,7 @@ def placed(loader: DataLoader[Any], seed: int) -> DataLoader[Any]:
     if not isinstance(loader.sampler, InfiniteSampler) or type(loader.batch_sampler) is not BatchSampler:
         return loader
     rank, world = get_dist_info()
-    order = PlacedSampler(len(loader.dataset), seed, shuffle=loader.sampler.shuffle, rank=rank, world=world)  # type: ignore[arg-type]
+    order = PlacedSampler(len(loader.dataset), seed, shuffle=loader.sampler.shuffle, rank=rank, world=world)
     return DataLoader(
         PlacedSamples(loader.dataset, seed),
         sampler=order,

@@ -41,6 +41,8 @@ def trained_model(model: nn.Module) -> nn.Module:
 class SegmentationRunner(Runner):
     """mmengine's runner; dumps of many lines (environment, config, hooks) go to its log file alone."""
 
+    _train_dataloader: Any
+
     def build_logger(self, *args: Any, **options: Any) -> MMLogger:
         """The run's logger, with a filter on what it shows on the screen."""
         logger = super().build_logger(*args, **options)

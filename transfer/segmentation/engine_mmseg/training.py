@@ -117,6 +117,10 @@ def train(
             print(line, flush=True)
         return {}
 
+    if config.get("load_from"):
+        raise UserError(
+            "load_from is not read here; start from an encoder with --weights FILE, or continue with --resume"
+        )
     config.resume, config.load_from = checkpoint is not None, str(checkpoint or "") or None
     with claimed(work_dir, resumed=checkpoint is not None):
         runner = build_runner(config, Path(config_path).stem, work_dir)
