@@ -13,7 +13,7 @@ from mae_core.cli.checking import check, data_stats
 from mae_core.cli.classification import classify, evaluate, features, finetune, knn, linprobe
 from mae_core.cli.configuring import config
 from mae_core.cli.looking import reconstruct
-from mae_core.cli.running import doctor, verify_resume
+from mae_core.cli.running import doctor, replay, verify_resume
 from mae_core.cli.tasks import task_groups
 from mae_core.cli.weights import catalogue, convert, export, inspect
 from mae_core.errors import user_errors
@@ -135,6 +135,7 @@ def digits(
 app.command()(reconstruct)
 app.command("data-stats")(data_stats)
 app.command()(doctor)
+app.command()(replay)
 app.command("verify-resume", cls=Configured)(verify_resume)
 for configured in (finetune, linprobe, knn, features, evaluate):
     app.command(cls=Configured)(configured)

@@ -1,4 +1,4 @@
-"""Commands about runs and the machine they run on: doctor, verify-resume."""
+"""Commands about runs and the machine they run on: doctor, verify-resume, replay."""
 
 from __future__ import annotations
 
@@ -45,4 +45,17 @@ def doctor(
         from mae_core.training.doctor import report
 
         if not report(folder):
+            raise typer.Exit(1)
+
+
+def replay(dump: Annotated[Path, typer.Argument(help="An events/nonfinite_*.pt of a run.")]) -> None:
+    """Do a step again whose loss or gradient was not finite, and name the first module with such numbers. Exit code 1
+    where it comes out otherwise than in the run.
+
+    Example: mae replay runs/mine/events/nonfinite_00000018.pt
+    """
+    with user_errors():
+        from mae_core.training.replay import replay as run
+
+        if not run(dump):
             raise typer.Exit(1)

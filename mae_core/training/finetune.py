@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -196,6 +197,7 @@ def finetune(config: FinetuneConfig, *, resume: Resume = False) -> dict[str, Any
         start_step=start,
         hooks=[(steps_between(config.evaluate_every, len(images), config.optim.batch_size), evaluate)],
         metadata=metadata,
+        chance_loss=math.log(2 if config.data.multi_label else len(splits.classes)),
     )
     if not metrics:
         evaluate(settings.total_steps)

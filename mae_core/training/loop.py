@@ -24,10 +24,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mae_core.config.sections import ScheduleConfig
-from mae_core.data.loading import Batch, StepSampler, share_of, steps_for
+from mae_core.data.loading import Batch, Place, StepSampler, share_of, steps_for
+from mae_core.errors import UserError
 from mae_core.seeds import STEP, derive_seed
+from mae_core.training.culprit import write_dump
 from mae_core.training.distributed import gather, mean_over_ranks, world_size
-from mae_core.training.finite import RunningStatistics, SkippedSteps, bad_samples, gradient_norm
+from mae_core.training.finite import RunningStatistics, SkippedSteps, bad_samples, gradient_norm, non_finite
 from mae_core.training.progress import Progress
 from mae_core.training.run import Run
 from mae_core.training.signals import Signals
@@ -122,9 +124,11 @@ def fit(
     hooks: Sequence[Hook] = (),
     changes: Mapping[int, Callable[[], None]] | None = None,
     metadata: dict[str, Any] | None = None,
+    chance_loss: float | None = None,
 ) -> FitResult:
     """Train from ``start_step`` to ``settings.total_steps``; ``batches`` yields one batch (this rank's share) per step.
 
+    ``chance_loss`` is that of a prediction which does not depend on the image: staying there is said.
     Logs, checkpoints and calls the hooks as the run's configuration says. A step whose loss or gradient is not finite
     on any rank is skipped on all and recorded; too many of them end the run with a ``UserError``.
     """
@@ -132,7 +136,7 @@ def fit(
     schedule: Scheduler = (step_schedule if settings.milestones else cosine_schedule)(optimizer, settings)
     parallel = over_ranks(model, run)
     precision = run.autocast()
-    progress = Progress(run, start_step, settings.total_steps, log.every)
+    progress = Progress(run, start_step, settings.total_steps, log.every, chance_loss)
     skipped, statistics = SkippedSteps(run.record, run.say), RunningStatistics(model)
     saved = time.monotonic()
     with Signals() as signals:
@@ -159,7 +163,16 @@ def fit(
                 skipped.taken()
             else:
                 statistics.put_back()
-                skipped.skip(done, float(losses["loss"]), float(norm), bad_files(batches, batch, step))
+                try:
+                    skipped.skip(done, float(losses["loss"]), float(norm), bad_files(batches, batch, step))
+                except UserError as error:
+                    if not non_finite(model.state_dict()):
+                        run.checkpoint(done, model, optimizer, metadata or {})
+                    told = dump_step(model, batches, batch, loss_of, step, run, settings)
+                    raise UserError(f"{error}; {told}") from None
+            losses |= {"gradient_norm": norm}
+            if settings.clip_grad is not None:
+                losses |= {"clipped": (norm > settings.clip_grad).float()}
             progress.step(
                 done, len(batch) * run.world, losses if finite else {}, max(g["lr"] for g in optimizer.param_groups)
             )
@@ -185,20 +198,40 @@ def fit(
 
 
 def bad_files(batches: Iterable[Batch], batch: Batch, step: int) -> list[str]:
-    """Names of the images, on all ranks, whose pixels are not finite or far from any picture's; all ranks must call it.
+    """Names of the images, on all ranks, whose pixels are not finite or far from any picture's; all ranks must call
+    it."""
+    pixels, (_, names) = getattr(batch.to(torch.device("cpu")), "pixels", None), samples_of(batches, step)
+    mine = [names[position] for position in bad_samples(pixels)] if pixels is not None and names else []
+    return list(dict.fromkeys(name for found in gather(mine) for name in found))
 
-    A loader says which images they are by ``batch_sampler.places`` and ``dataset.name_of``.
-    """
-    pixels = getattr(batch.to(torch.device("cpu")), "pixels", None)
-    sampler, name_of = (
-        getattr(batches, "batch_sampler", None),
-        getattr(getattr(batches, "dataset", None), "name_of", None),
-    )
-    mine: list[str] = []
-    if pixels is not None and isinstance(sampler, StepSampler) and name_of is not None:
-        places = sampler.places(step)
-        mine = [name_of(places[position][1]) for position in bad_samples(pixels)]
-    return list(dict.fromkeys(name for names in gather(mine) for name in names))
+
+def samples_of(batches: Iterable[Batch], step: int) -> tuple[list[Place], list[str]]:
+    """Places and names of this rank's images of a step; empty where the loader does not say them by
+    ``batch_sampler.places`` and ``dataset.name_of``."""
+    sampler = getattr(batches, "batch_sampler", None)
+    name_of = getattr(getattr(batches, "dataset", None), "name_of", None)
+    places = sampler.places(step) if isinstance(sampler, StepSampler) else []
+    return places, [] if name_of is None else [name_of(index) for _, index in places]
+
+
+def dump_step(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    batch: Batch,
+    loss_of: LossOf,
+    step: int,
+    run: Run,
+    settings: FitSettings,
+) -> str:
+    """Do a step that was skipped again, watched, and write what ``mae replay`` needs -> what to tell."""
+    seed = derive_seed(run.config.seed, STEP, step, run.rank)
+
+    def compute(watched: nn.Module) -> dict[str, Tensor]:
+        seed_everything(seed)
+        return backward(watched, batch, loss_of, run.device, run.autocast(), settings.micro_batch)
+
+    places, names = samples_of(batches, step)
+    return write_dump(run, step + 1, model, compute, places=places, files=names, step_seed=seed)
 
 
 def over_ranks(model: nn.Module, run: Run) -> nn.Module:

@@ -70,6 +70,15 @@ def pretrain_loss(model: nn.Module, batch: PretrainBatch) -> dict[str, Tensor]:
     return {"loss": model(batch.pixels, mask=batch.mask, predict_visible=False).loss}
 
 
+def chance_loss(model: MaskedAutoencoder, config: PretrainConfig) -> float | None:
+    """The loss of predicting the mean of every patch, where the target has a known variance: normalised pixels, by the
+    unbiased estimate (paper, section 3)."""
+    if config.target.kind != "normalized_pixels":
+        return None
+    values = model.encoder.grid.patch**2 * config.data.channels
+    return (values - 1) / values
+
+
 def pretrain_optimizer(model: nn.Module, config: PretrainConfig) -> torch.optim.Optimizer:
     """AdamW (paper, Table 8): biases and 1-D tensors are not decayed; the cls and mask tokens are, as in the official
     code."""
@@ -136,6 +145,7 @@ def pretrain(config: PretrainConfig, *, resume: Resume = False) -> FitResult:
         hooks=[(config.log.pictures_every, draw), (look_every, look)],
         changes={frozen_steps: lambda: adapted.set_frozen(False)} if frozen_steps else {},
         metadata=metadata,
+        chance_loss=chance_loss(model, config),
     )
     merging = adapted.lora is not None
     adapted.merge()

@@ -14,13 +14,19 @@ from mae_core.training.run import Run
 SLOW_DATA_SHARE = 0.3
 SILENCE = 10.0
 """Seconds after which a line is due, whatever ``log.every`` says."""
+NEAR_CHANCE = 0.01
+"""Relative distance from the loss of knowing nothing within which a training has learnt nothing."""
+STEPS_TO_LEARN = 200
 
 
 class Progress:
-    """Counts steps, images and waiting time; logs every ``every`` steps."""
+    """Counts steps, images and waiting time; logs every ``every`` steps. ``chance_loss``: the loss of a prediction that
+    does not depend on the image, at which a training that does not work stays."""
 
-    def __init__(self, run: Run, start_step: int, total_steps: int, every: int) -> None:
-        self.run, self.total, self.every = run, total_steps, every
+    def __init__(
+        self, run: Run, start_step: int, total_steps: int, every: int, chance_loss: float | None = None
+    ) -> None:
+        self.run, self.total, self.every, self.chance_loss = run, total_steps, every, chance_loss
         self.first = self.done = start_step
         self.loss = float("nan")
         self.seconds = self.images_per_second = 0.0
@@ -95,10 +101,22 @@ class Progress:
             self.run.say(
                 f"training waits {waiting:.0%} of its time for data: raise data.workers, or store smaller images"
             )
+        self._warn_of_chance()
         self._interval = time.perf_counter()
         self._waited = self._paused = 0.0
         self._interval_images = self._interval_steps = 0
         self._sums = {}
+
+    def _warn_of_chance(self) -> None:
+        if self.chance_loss is None or self.done < STEPS_TO_LEARN or self.done - self.first < 2 * self.every:
+            return
+        if abs(self.loss / self.chance_loss - 1) < NEAR_CHANCE:
+            self.run.record({"event": "loss of predicting the mean", "step": self.done})
+            self.run.say(
+                f"the loss is still {self.chance_loss:.4f}, that of predicting the mean whatever the image shows: look "
+                "at the pictures, the labels and optim.base_lr"
+            )
+            self.chance_loss = None
 
 
 def speed_in_words(rate: float) -> str:

@@ -4,6 +4,8 @@ with NaN is ever written."""
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,7 @@ from mae_core.training import pretrain as pretraining
 from mae_core.training.finite import SkippedSteps, bad_samples, gradient_norm, non_finite, refuse_non_finite
 from mae_core.training.pretrain import pretrain
 from mae_core.training.pretrain_config import PretrainConfig
+from mae_core.training.replay import replay
 from mae_core.weights.files import read_weights
 from transfer.detection.annotations import Category
 from transfer.detection.coco import CocoImage, CocoSet
@@ -106,6 +109,49 @@ def test_the_advice_to_resume_with_a_lower_rate_works_and_a_higher_one_is_refuse
     assert (tmp_path / "run" / "encoder.safetensors").is_file()
     assert max(entry["lr"] for entry in entries(tmp_path / "run")[-8:] if "lr" in entry) < 1e-4
     assert "base_lr: 0.0001" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("what", ["forward", "backward"])
+def test_a_dump_names_the_module_and_is_replayed(tmp_path, options, monkeypatch, capsys, what):
+    """A block that makes NaN in every step, as one would whose weights are broken."""
+    from mae_core.models import mae as models
+
+    real, bad = models.MaskedAutoencoder.forward, [False]
+
+    def forward(self, *args, **more):
+        layer = self.encoder.blocks[3].mlp.fc1
+        hook = layer.register_forward_hook(spoil, prepend=True) if bad[0] else None
+        try:
+            return real(self, *args, **more)
+        finally:
+            if hook is not None:
+                hook.remove()
+
+    def spoil(module, inputs, output):
+        if what == "forward":
+            return output * float("nan")
+        output.register_hook(lambda gradient: gradient * float("inf"))
+        return None
+
+    monkeypatch.setattr(models.MaskedAutoencoder, "forward", forward)
+    bad[0], run = True, tmp_path / "run"
+    place = re.escape(str(run / "events" / "nonfinite_00000010.pt"))
+    with pytest.raises(UserError, match=rf"encoder.blocks.3.mlp.fc1 is the first that is not.*; mae replay {place}"):
+        pretrain(config(*options))
+    dump = run / "events" / "nonfinite_00000010.pt"
+    content = torch.load(dump, weights_only=True)
+    assert content["ranks"][0]["files"] and len(content["ranks"][0]["places"]) == 4
+    assert complete_checkpoints(run)[-1].name == "step_00000010"
+    assert replay(dump) and "as in the run" in capsys.readouterr().out
+    bad[0] = False
+    assert not replay(dump) and "all outputs and gradients of modules are finite" in capsys.readouterr().out
+    for content in (b"", b"PK", (run / "config.yaml").read_bytes()):
+        (tmp_path / "other.pt").write_bytes(content)
+        with pytest.raises(UserError, match="is no dump of a step"):
+            replay(tmp_path / "other.pt")
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(UserError, match="is gone, with whose weights"):
+        replay(dump)
 
 
 def test_an_image_whose_pixels_are_too_large_is_named(tmp_path, pretrain_options, capsys):

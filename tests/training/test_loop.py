@@ -16,6 +16,7 @@ from mae_core.config.sections import OptimConfig
 from mae_core.errors import UserError
 from mae_core.training.loop import FitSettings, cosine_schedule, fit, step_schedule
 from mae_core.training.pretrain_config import PretrainConfig
+from mae_core.training.progress import Progress
 from mae_core.training.run import Run, open_run
 
 
@@ -179,3 +180,19 @@ def test_precision_is_fp32_on_a_cpu_unless_asked_otherwise(tmp_path):
 
     train(bf16, batches_of(1, 2), Spy(1, 2))
     assert seen == [torch.bfloat16]
+
+
+@pytest.mark.parametrize("losses, warned", [([1.0, 0.98], []), ([0.5], [200]), ([0.4951, 0.5049], [200]), ([0.49], [])])
+def test_a_loss_that_stays_at_chance_is_said_once(tmp_path, losses, warned):
+    run = run_in(tmp_path / "run")
+    progress = Progress(run, 0, 400, 20, chance_loss=0.5)
+    for step in range(1, 401):
+        progress.step(step, 1, {"loss": torch.tensor(losses[step % len(losses)])}, 0.1)
+    entries = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries if "predicting the mean" in entry.get("event", "")] == warned
+
+
+def test_the_norm_of_the_gradient_and_clipping_are_logged(tmp_path):
+    train(run_in(tmp_path / "run"), batches_of(4, 3), clip_grad=1e-3)
+    entries = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert all(entry["gradient_norm"] > 0 and entry["clipped"] == 1.0 for entry in entries)
