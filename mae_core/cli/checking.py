@@ -6,7 +6,7 @@ from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
@@ -15,6 +15,7 @@ from mae_core.errors import UserError, user_errors
 
 if TYPE_CHECKING:
     from mae_core.data.images import Statistics
+    from mae_core.data.reading import Reading
 
 GROUP = "mae_core.checks"
 """Entry points that bring checks of their own: a function of the arguments and ``prog``, the name in its help."""
@@ -30,6 +31,8 @@ Places = Annotated[list[Path], typer.Argument(help="Folders, .txt lists, .tar sh
 Source = Annotated[str, typer.Option(help="auto, files, list, shards or huggingface.")]
 Split = Annotated[str | None, typer.Option(help="Split of a Hugging Face data set.")]
 Weights = Annotated[Path | None, typer.Option(help="Compare mean and std with those that this encoder's file states.")]
+PagesOption = Annotated[str, typer.Option("--pages", help="data.pages of the training: auto, bands or first.")]
+MaxPixels = Annotated[int | None, typer.Option(min=1, help="data.max_pixels of the training.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write all findings to this file, as JSON.")]
 
 
@@ -40,6 +43,15 @@ def _known_source(source: str) -> str:
     if source != "auto" and source not in SOURCES:
         raise UserError(f"--source {source} is unknown; {hint(source, ['auto', *SOURCES])}")
     return source
+
+
+def _reading(channels: int | None, pages: str, max_pixels: int | None) -> Reading:
+    from mae_core.config.schema import hint
+    from mae_core.data.reading import MAX_PIXELS, Pages, Reading
+
+    if pages not in get_args(Pages):
+        raise UserError(f"--pages {pages} is unknown; {hint(pages, get_args(Pages))}")
+    return Reading(channels, max_pixels or MAX_PIXELS, cast("Pages", pages))
 
 
 def _expected(weights: Path | None) -> Statistics | None:
@@ -90,6 +102,8 @@ def check_images(
     ] = None,
     source: Source = "auto",
     split: Split = None,
+    pages: PagesOption = "auto",
+    max_pixels: MaxPixels = None,
     weights: Weights = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -103,13 +117,17 @@ def check_images(
         from mae_core.training.progress import Counter
 
         asked: dict[str, Any] = {"source": _known_source(source), "split": split, "expected": _expected(weights)}
-        conclude(run(paths, channels, **asked, on_progress=Counter("reading images")), json_file)
+        conclude(
+            run(paths, _reading(channels, pages, max_pixels), **asked, on_progress=Counter("reading images")), json_file
+        )
 
 
 @check.command("folders")
 def check_folders(
     path: Annotated[Path, typer.Argument(help="A folder with train/<class>/* and val/<class>/*, or two .csv.")],
     channels: Annotated[int, typer.Option(min=1, max=16, help="data.channels of the training.")] = 3,
+    pages: PagesOption = "auto",
+    max_pixels: MaxPixels = None,
     weights: Weights = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -123,7 +141,8 @@ def check_folders(
         from mae_core.training.progress import Counter
 
         progress = Counter("reading images")
-        conclude(run(path, channels, expected=_expected(weights), on_progress=progress), json_file)
+        reading = _reading(channels, pages, max_pixels)
+        conclude(run(path, reading, expected=_expected(weights), on_progress=progress), json_file)
 
 
 def _checks_elsewhere() -> dict[str, tuple[str, str]]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from mae_core.data.check import Problem, Report, files_passed_over, shared_images, turned_photos
-from mae_core.data.decoding import Pixels, Unreadable, UnreadableImage, read_image, size_of, to_tensor, with_channels
+from mae_core.data.decoding import Pixels, Unreadable, UnreadableImage, size_of, to_tensor, with_channels
 from mae_core.data.images import (
     DEFAULT_STATISTICS,
     ImageFiles,
@@ -22,7 +22,7 @@ from mae_core.data.images import (
     passed_over_in,
 )
 from mae_core.data.labelled import LabelledPaths, read_image_folder, read_label_lists
-from mae_core.data.reading import Notes, notes_taken
+from mae_core.data.reading import Notes, Reading, notes_taken
 from mae_core.data.sources import JoinedSources, damaged_parts, open_places
 from mae_core.data.statistics import Moments, PatchVariances, distance
 from mae_core.errors import UserError
@@ -43,6 +43,8 @@ MANY_FLAT = 0.25
 """Share of near-constant patches from which the check says what to set."""
 DAMPING_EPS = 1e-2
 """target.eps that keeps the target of a patch at ``FLAT`` at half its size (0.48), where 1e-6 gives it the full one."""
+
+AS_STORED, AS_RGB = Reading(), Reading(3)
 
 OnProgress = Callable[[int, int], None]
 
@@ -210,7 +212,7 @@ def describe_unreadable(found: Survey) -> list[str]:
 
 def check_images(
     paths: Sequence[Path],
-    channels: int | None = None,
+    reading: Reading = AS_STORED,
     *,
     source: str = "auto",
     split: str | None = None,
@@ -219,14 +221,19 @@ def check_images(
 ) -> Iterator[Report]:
     """The check of images without labels: ``describe``, and what a pre-training would leave out or misread.
 
-    ``channels`` is data.channels; without it, 3 for pictures and else what most images have. ``expected`` are the
-    statistics that the weights of the training state, which the images are compared with; else ImageNet's. Raises
-    ``UserError`` where no image can be read.
+    ``reading`` is that of the training; where it leaves the channels open, they are 3 for pictures and else what most
+    images have. ``expected`` are the statistics that the weights of the training state, which the images are compared
+    with; else ImageNet's. Raises ``UserError`` where no image can be read.
     """
-    images = open_places(paths, None, kind=source, split=split)
+    channels = reading.channels
+    images = open_places(paths, reading._replace(channels=None), kind=source, split=split)
     found = survey(images, channels=channels, on_progress=on_progress)
     chosen = channels or (3 if found.usual_channels in COLOURS else found.usual_channels)
-    problems = [*_unreadable(found), *_other_channels(images, found, chosen), *turned_photos(found.orientations)]
+    problems = list(_unreadable(found))
+    if others := [index for index, stored in enumerate(found.stored_as) if not _brought_to(stored, chosen)]:
+        as_trained = open_places(paths, reading._replace(channels=chosen), kind=source, split=split)
+        problems += _other_channels(as_trained, others)
+    problems += turned_photos(found.orientations)
     problems += _noticed(found)
     problems += files_passed_over(", ".join(map(str, paths)), passed_over_in(images))
     problems += _settings(found, chosen, expected)
@@ -234,14 +241,19 @@ def check_images(
 
 
 def check_folders(
-    root: Path, channels: int = 3, *, expected: Statistics | None = None, on_progress: OnProgress | None = None
+    root: Path,
+    reading: Reading = AS_RGB,
+    *,
+    expected: Statistics | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Iterator[Report]:
     """The check of images with labels: ``root/{train,val}/<class>/*``, or ``root/{train,val}.csv``, a report each;
-    ``expected`` as in ``check_images``.
+    ``reading`` and ``expected`` as in ``check_images``.
 
     Raises ``UserError`` where they cannot be found at all.
     """
     problems: list[Problem] = []
+    channels = reading.channels or 3
     lists = (root / "train.csv").is_file() and not (root / "train").is_dir()
     halves = read_label_lists(root) if lists else read_image_folder(root, problems.append)
     reports = []
@@ -254,7 +266,7 @@ def check_folders(
         reports.append(Report(str(place), facts, [p for p in problems if p.path.startswith(str(place))]))
         reports[-1].data = {"images": len(half.paths), "classes": half.classes}
         if half.paths:
-            found = survey(ImageFiles(half.paths, channels, root), channels=channels, on_progress=on_progress)
+            found = survey(ImageFiles(half.paths, reading, root), channels=channels, on_progress=on_progress)
             reports[-1].data |= found.as_dict()
             reports[-1].problems += [*_unreadable(found), *turned_photos(found.orientations)]
             reports[-1].problems += [*_noticed(found), *_settings(found, channels, expected)]
@@ -274,18 +286,20 @@ def _unreadable(found: Survey) -> Iterator[Problem]:
         yield Problem("unreadable images", f"{path}: {reason}; repair or remove it", path, "wrong")
 
 
-def _other_channels(images: ImageSource, found: Survey, channels: int) -> Iterator[Problem]:
-    """The images that a training with ``channels`` cannot read though they are sound."""
-    paths = paths_of(images)
-    for index, stored in enumerate(found.stored_as):
-        path = paths[index]
-        if stored in (0, channels) or path is None or (stored in (1, 3) and channels in (1, 3)):
-            continue
+def _brought_to(stored: int, channels: int) -> bool:
+    """Whether a training with ``channels`` reads an image that has ``stored``; 0 is unreadable, and told already."""
+    return stored in (0, channels) or (stored in (1, 3) and channels in (1, 3))
+
+
+def _other_channels(images: ImageSource, indices: Sequence[int]) -> Iterator[Problem]:
+    """Those of the images that a training cannot read though they are sound; ``images`` reads as it does."""
+    for index in indices:
         try:
-            read_image(path, channels)
+            images.read(index)
         except UnreadableImage as error:
-            sentence = f"{path}: {error.unreadable.reason}; remove it, or store all with the same channels"
-            yield Problem("images with other channels", sentence, str(path), "wrong")
+            path, reason = error.unreadable
+            sentence = f"{path}: {reason}; remove it, or store all with the same channels"
+            yield Problem("images with other channels", sentence, path, "wrong")
 
 
 def _settings(found: Survey, channels: int, expected: Statistics | None) -> Iterator[Problem]:

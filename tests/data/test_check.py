@@ -100,6 +100,29 @@ def test_members_of_a_shard_without_an_image_are_counted(tmp_path, write_images)
     assert code == 0 and "3 files passed over, by ending: 2 x .jxl, 1 x .txt" in said
 
 
+@pytest.mark.parametrize("put", [in_shard, in_table])
+def test_other_channels_inside_of_other_files_are_reported(tmp_path, write_images, put):
+    paths = write_images(tmp_path / "images", 3)
+    bands = tmp_path / "images" / "bands.tif"
+    tifffile.imwrite(bands, np.zeros((9, 9, 5), np.uint8), photometric="minisblack", planarconfig="contig")
+    code, said = checked("images", *put(tmp_path, [*paths, bands]))
+    assert code == 2 and "images with other channels: 1" in said and "it has 5 channels, data.channels is 3" in said
+
+
+@pytest.mark.parametrize("kind", ["images", "folders"])
+def test_the_check_takes_the_options_that_its_advice_names(tmp_path, write_classes, kind):
+    root = write_classes(tmp_path / "set")
+    frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue")]
+    folder = next(path for path in (root / "train").iterdir() if path.is_dir())
+    frames[0].save(folder / "moving.gif", save_all=True, append_images=frames[1:])
+    Image.new("RGB", (90, 90)).save(folder / "large.png")
+    place = root if kind == "folders" else root / "train"
+    code, said = checked(kind, place, "--max-pixels", "8000")
+    assert code == 2 and "set data.pages=first" in said and "set data.max_pixels=8100 to read it" in said
+    assert checked(kind, place, "--max-pixels", "8100", "--pages", "first")[0] == 0
+    assert "--pages frist is unknown; did you mean 'first'?" in checked(kind, place, "--pages", "frist")[1]
+
+
 def test_an_unreadable_image_is_named_once(tmp_path, write_images):
     write_images(tmp_path, 2)
     (tmp_path / "cut.png").write_bytes(b"")

@@ -71,6 +71,29 @@ def five_bands(path: Path) -> None:
     tifffile.imwrite(path.with_suffix(".tif"), bands, photometric="minisblack", planarconfig="contig")
 
 
+def a_huge_value(path: Path) -> None:
+    path.unlink()
+    np.save(path.with_suffix(".npy"), np.full((9, 9, 3), 1e30, np.float32))
+
+
+def with_alpha(path: Path) -> None:
+    with Image.open(path) as image:
+        image.load()
+    image.putalpha(128)
+    image.save(path)
+
+
+def frames(path: Path) -> None:
+    images = [Image.new("RGB", (9, 9), colour) for colour in ("red", "blue")]
+    path.unlink()
+    images[0].save(path.with_suffix(".gif"), save_all=True, append_images=images[1:])
+
+
+def lab(path: Path) -> None:
+    path.unlink()
+    tifffile.imwrite(path.with_suffix(".tif"), np.zeros((9, 9, 3), np.uint8), photometric="cielab")
+
+
 def not_finite(path: Path) -> None:
     path.unlink()
     np.save(path.with_suffix(".npy"), np.full((9, 9, 3), np.nan, np.float32))
@@ -86,6 +109,10 @@ OF_FILES = {
     "an empty file": Fault(lambda root, g: some_image(root, g).write_bytes(b""), "skips"),
     "other channels": Fault(lambda root, g: five_bands(some_image(root, g)), "skips"),
     "nan": Fault(lambda root, g: not_finite(some_image(root, g)), "skips"),
+    "a huge value": Fault(lambda root, g: a_huge_value(some_image(root, g)), "skips"),
+    "several frames": Fault(lambda root, g: frames(some_image(root, g)), "skips"),
+    "other colours": Fault(lambda root, g: lab(some_image(root, g)), "skips"),
+    "alpha": Fault(lambda root, g: with_alpha(some_image(root, g)), "note"),
     "a turned photo": Fault(lambda root, g: turn(some_image(root, g), g.randrange(2, 9)), "note"),
     "another ending": Fault(lambda root, g: rename(some_image(root, g), ".jxl"), "note"),
 }
@@ -144,6 +171,7 @@ def empty(folder: Path) -> None:
 
 OF_FOLDERS = {
     **OF_FILES,
+    "an image beside the classes": Fault(lambda root, g: shutil.copy(some_image(root, g), root / "train"), "note"),
     "an empty class": Fault(lambda root, g: empty(root / g.choice(["train", "val"]) / "ash"), "refuses"),
     "a class of val alone": Fault(lambda root, g: (root / "val" / "oak").rename(root / "val" / "elm"), "refuses"),
     "one class": Fault(lambda root, g: [shutil.rmtree(root / half / "oak") for half in ("train", "val")], "refuses"),

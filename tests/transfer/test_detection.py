@@ -11,6 +11,7 @@ from mae_core.data.images import Statistics
 from mae_core.errors import UserError
 from mae_core.training.groups import layer_decay_groups
 from mae_core.training.loop import seed_everything
+from mae_core.weights.files import read_weights, write_weights
 from transfer.backbone import DenseViT, Level
 from transfer.detection.coco import Part, read_coco
 from transfer.detection.config import DetectionConfig, DetectionData, DetectorConfig, InferenceConfig, SamplingConfig
@@ -205,7 +206,6 @@ def test_a_pretrained_encoder_is_reported_and_its_statistics_taken(configure, pr
 
 
 def test_an_interrupted_run_ends_in_the_same_weights(configure, tmp_path, break_off_and_resume):
-    from mae_core.weights.files import read_weights
     from transfer.detection.engine_torchvision import training as core_loop
 
     options = (
@@ -364,6 +364,16 @@ def test_ranges_and_milestones_ascend(wrong):
 def test_wrong_input_writes_nothing(configure, tmp_path, overrides, message):
     with pytest.raises(UserError, match=message):
         train_detector(configure(*overrides))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_weights_that_are_not_finite_are_refused(configure, pretrained, tmp_path, value):
+    state, metadata = read_weights(pretrained / "encoder.safetensors")
+    state["norm.weight"][0] = float(value)
+    write_weights(tmp_path / "bad.safetensors", state, metadata)
+    with pytest.raises(UserError, match=r"bad\.safetensors: NaN or infinite numbers in norm\.weight"):
+        train_detector(configure(f"weights={tmp_path / 'bad.safetensors'}", scratch=False))
     assert not (tmp_path / "run").exists()
 
 

@@ -421,6 +421,15 @@ def test_weights_that_lack_a_tensor(tmp_path, write_encoder, refused):
     assert "blocks.2.attn.qkv.weight: missing from the file" in error
 
 
+@pytest.mark.parametrize("value", ["nan", "-inf"])
+def test_weights_that_are_not_finite(tmp_path, write_encoder, refused, value):
+    weights = write_encoder(tmp_path / "encoder.safetensors")
+    state, metadata = read_weights(weights)
+    state["blocks.1.mlp.fc1.bias"][3] = float(value)
+    write_weights(weights, state, metadata)
+    assert "NaN or infinite numbers in blocks.1.mlp.fc1.bias (1 of " in refused("--weights", str(weights))
+
+
 def test_truncated_and_missing_weights(tmp_path, write_encoder, refused):
     weights = write_encoder(tmp_path / "encoder.safetensors")
     weights.write_bytes(weights.read_bytes()[:-100])
