@@ -50,7 +50,6 @@ from transfer.segmentation.engine_mmseg.exact import SeededSteps
 from transfer.segmentation.engine_mmseg.faults import Faults
 from transfer.segmentation.engine_mmseg.metric import PerClassIoUMetric
 from transfer.segmentation.engine_mmseg.options import read_config
-from transfer.segmentation.engine_mmseg.plan import plan_lines
 from transfer.segmentation.engine_mmseg.record import RunRecord
 from transfer.segmentation.engine_mmseg.runner import (
     WRITING,
@@ -113,6 +112,8 @@ def train(
     for note in notes if is_main_process() else ():
         print(note, flush=True)
     if dry_run:
+        from transfer.segmentation.engine_mmseg.plan import plan_lines
+
         for line in [*plan_lines(view, model), "dry run: nothing was written"] if is_main_process() else ():
             print(line, flush=True)
         return {}
