@@ -13,6 +13,7 @@ the final trainings alone. An encoder that is not given is pre-trained on the un
     pretrained  the unlabelled images
     warm        the unlabelled images, from the weights in --warm-from
     frozen      the encoder of pretrained, whose trunk stays as it is (classification: the attentive probe)
+    linear, knn of classification: as frozen, with the linear probe on the cls token, and its nearest neighbours
 
 What is finished stays finished: the same command continues, and more fractions, arms and seeds may be added.
 """
@@ -30,7 +31,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -48,10 +49,12 @@ from mae_core.training.progress import clock
 from mae_core.training.run import environment
 
 ROOT = Path(__file__).resolve().parents[1]
-ARMS = SCRATCH, PRETRAINED, WARM, FROZEN = ("scratch", "pretrained", "warm", "frozen")
+ARMS = SCRATCH, PRETRAINED, WARM, FROZEN, LINEAR, KNN = ("scratch", "pretrained", "warm", "frozen", "linear", "knn")
+READERS: dict[str, Literal["attentive", "linear", "knn"]] = {FROZEN: "attentive", LINEAR: "linear", KNN: "knn"}
+"""Arms whose trunk is frozen, and what reads it in classification."""
 PRETRAIN = ROOT / "configs" / "pretrain" / "tiny_96.yaml"
 CONTINUE = ROOT / "configs" / "pretrain" / "continue.yaml"
-COLOURS = dict(zip(ARMS, ("tab:red", "tab:blue", "tab:green", "tab:olive"), strict=True))
+COLOURS = dict(zip(ARMS, ("tab:red", "tab:blue", "tab:green", "tab:olive", "tab:cyan", "tab:gray"), strict=True))
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ def encoder_of(arm: str, given: argparse.Namespace, out: Path) -> Path | None:
         return None
     if arm in encoders:
         return Path(encoders[arm]).resolve()
-    if arm == FROZEN:
+    if arm in READERS:
         return encoder_of(PRETRAINED, given, out)
     if given.unlabelled is None:
         raise UserError(f"arm {arm} needs --unlabelled IMAGES to pre-train on, or --encoder {arm}=FILE")
@@ -161,9 +164,7 @@ def choose(plan: Plan, fraction: float, arm: str, start: Start) -> tuple[Choice,
     a share of it, scored on that share."""
     images = subset(plan, fraction, 0)
     kept = max(1, round(plan.holdout * len(images)))
-    grid = plan.grid
-    if start.frozen:  # its layers do not learn: the decays are one
-        grid = tuple(dict.fromkeys(Choice(point.rate, 1.0) for point in grid))
+    grid = start.grid(plan.grid)
     if len(grid) == 1:
         return grid[0], []
     tried = [
@@ -281,6 +282,8 @@ def label_efficiency(given: argparse.Namespace, command: str) -> Path:
         raise UserError(f"--encoder {unknown[0]} is not ARM=FILE, with an arm of {', '.join(ARMS[1:])}")
     if bad := [fraction for fraction in given.fractions if not 0 < fraction <= 1]:
         raise UserError(f"--fractions {bad[0]:g} is no share of the labels; give numbers above 0 and up to 1")
+    if given.task != "classification" and (other := {LINEAR, KNN} & {*given.arms}):
+        raise UserError(f"arm {min(other)} is for classification; a frozen trunk of {given.task} is the arm {FROZEN}")
     grid = grid_of(given.grid)
     out = (given.out or Path("runs/label_efficiency") / given.task).resolve()
     task = TASKS[given.task](given.data.resolve())
@@ -306,7 +309,9 @@ def label_efficiency(given: argparse.Namespace, command: str) -> Path:
     )
     check_settings(plan)
     began = time.perf_counter()
-    starts = {arm: Start(encoder_of(arm, given, out), frozen=arm == FROZEN) for arm in plan.arms}
+    starts = {
+        arm: Start(encoder_of(arm, given, out), arm in READERS, READERS.get(arm, "attentive")) for arm in plan.arms
+    }
     records = []
     for record in measure(plan, starts):
         records.append(record)

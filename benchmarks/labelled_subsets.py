@@ -9,19 +9,22 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from mae_core.atomic import atomic_folder, write_json
 from mae_core.config.load import load_config
 from mae_core.data.labelled import read_image_folder
 from mae_core.errors import UserError
+from mae_core.measures.knn import NEIGHBOURS
+from mae_core.training.embedding import knn
 from mae_core.training.finetune import finetune
 from mae_core.training.finetune_config import FinetuneConfig
-from mae_core.training.frozen_config import LinprobeConfig
+from mae_core.training.frozen_config import KnnConfig, LinprobeConfig
 from mae_core.training.linprobe import linprobe
 from transfer.detection.config import DetectionConfig
 from transfer.detection.run import train_detector
@@ -33,18 +36,26 @@ WARMUP_SHARE = 0.1
 NEVER = 10**9
 
 
-class Start(NamedTuple):
-    """Where a training starts: from an encoder, or from nothing; whether the trunk stays as it is."""
-
-    weights: Path | None
-    frozen: bool = False
-
-
 class Choice(NamedTuple):
     """One point of the grid: a multiple of the recipe's learning rate, and the layer decay."""
 
     rate: float
     decay: float
+
+
+class Start(NamedTuple):
+    """Where a training starts: from an encoder, or from nothing; whether the trunk stays as it is, and what then reads
+    it in classification."""
+
+    weights: Path | None
+    frozen: bool = False
+    reader: Literal["attentive", "linear", "knn"] = "attentive"
+
+    def grid(self, points: Sequence[Choice]) -> tuple[Choice, ...]:
+        """The points that differ for this start: layers that do not learn have no decay, and k-NN no rate."""
+        if self.reader == "knn":
+            return (Choice(1.0, 1.0),)
+        return tuple(dict.fromkeys(Choice(p.rate, 1.0) for p in points)) if self.frozen else tuple(points)
 
 
 @dataclass(frozen=True)
@@ -109,7 +120,7 @@ def _schedule(steps: int, images: int, batch: int) -> list[str]:
 
 
 class Classification(Task):
-    """``train/<class>/*`` and ``val/<class>/*``; a frozen trunk has the attentive probe."""
+    """``train/<class>/*`` and ``val/<class>/*``; a frozen trunk is read by a probe or by its nearest neighbours."""
 
     metric = "top-1 accuracy (%)"
     recipe = CONFIGS / "finetune" / "tiny_96.yaml"
@@ -136,17 +147,23 @@ class Classification(Task):
     def train(
         self, folder: Path, images: int, run: Path, start: Start, choice: Choice, budget: Budget, seed: int
     ) -> float:
-        """Top-1 of fine-tuning, or of the attentive probe."""
+        """Top-1 of fine-tuning, or of what reads the frozen trunk."""
         base = load_config(FinetuneConfig, budget.recipe, ["from_scratch=true", *budget.options])
-        words = [f"data.path={folder}", f"output={run}", f"seed={seed}", f"evaluate_every={NEVER}"]
-        words += _schedule(budget.steps, images, base.optim.batch_size)
+        words = [f"data.path={folder}", f"output={run}", *_start_words(start)]
         if start.frozen:
-            same = [f"data.{name}={getattr(base.data, name)}" for name in ("image_size", "workers")]
-            words += [*same, f"optim.batch_size={base.optim.batch_size}", "probe.kind=attentive", *_start_words(start)]
+            words += [f"data.{name}={getattr(base.data, name)}" for name in ("image_size", "workers")]
+            words.append(f"device={base.device}")
+        if start.reader == "knn":
+            k = min(NEIGHBOURS[0], images)
+            shutil.rmtree(run, ignore_errors=True)  # of one that was interrupted: k-NN has nothing to resume
+            return float(knn(load_config(KnnConfig, None, [*words, f"k=[{k}]"]))["top1"][str(k)])
+        words += [f"seed={seed}", f"evaluate_every={NEVER}", *_schedule(budget.steps, images, base.optim.batch_size)]
+        if start.frozen:
+            words += [f"optim.batch_size={base.optim.batch_size}", f"probe.kind={start.reader}"]
             words.append(f"optim.base_lr={self.frozen_rate * choice.rate!r}")
             crop = f"data.crop_scale=[{','.join(map(str, base.data.crop_scale))}]"
             return float(linprobe(load_config(LinprobeConfig, None, [*words, crop]), resume="auto")["top1"])
-        words += [*budget.options, *_start_words(start), f"optim.layer_decay={choice.decay!r}"]
+        words += [*budget.options, f"optim.layer_decay={choice.decay!r}"]
         words.append(f"optim.base_lr={base.optim.base_lr * choice.rate!r}")
         return float(finetune(load_config(FinetuneConfig, budget.recipe, words), resume="auto")["top1"])
 

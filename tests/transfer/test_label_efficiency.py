@@ -88,11 +88,12 @@ def test_classification_is_rehearsed_and_continued(tmp_path, classes, benchmark,
     grid = json.loads((tmp_path / "out" / "cells" / "grid_0.5_scratch_rate_2_decay_1.json").read_text())
     assert (grid["labels"], grid["rate"]) == (9, 2.0)  # a quarter of the 12 labels is kept out
 
-    benchmark.main([*words, "--fractions", "0.5", "--arms", "frozen", "scratch", "--seeds", "2"])
+    benchmark.main([*words, "--fractions", "0.5", "--arms", "frozen", "scratch", "knn", "--seeds", "2"])
     assert all(path.stat().st_mtime_ns == before for path, before in first.items())
     content = json.loads((tmp_path / "label_efficiency_classification.json").read_text())
-    assert [(r["labels"], r["arm"]) for r in content["results"]] == [(12, "scratch"), (12, "frozen")]
-    assert all(len(record["scores"]) == 2 and len(record["grid"]) == 2 for record in content["results"])
+    assert [(r["labels"], r["arm"]) for r in content["results"]] == [(12, "scratch"), (12, "frozen"), (12, "knn")]
+    assert all(len(record["scores"]) == 2 for record in content["results"])
+    assert [len(record["grid"]) for record in content["results"]] == [2, 2, 0]
     assert "| 12 (50%) | frozen | **" in (tmp_path / "label_efficiency_classification.md").read_text()
     assert min(Image.open(tmp_path / "label_efficiency_classification.png").size) > 300
 
