@@ -12,6 +12,7 @@ GROUP = "mae_core.tasks"
 ELSEWHERE = {
     "detect": "transfer.detection.commands:app",
     "segment": "transfer.segmentation.commands:app",
+    "labels": "transfer.detection.labels.commands:app",
 }
 """Groups of this distribution outside of this package, by the name of the verb."""
 

@@ -22,6 +22,7 @@ from mae_core.errors import UserError, user_errors
 from transfer.detection.annotations import Instance
 from transfer.detection.coco import CocoImage, CocoSet, Part, check_same_categories, read_coco
 from transfer.detection.config import InferenceConfig
+from transfer.detection.data_sets import HALVES, half_in, images_beside
 from transfer.detection.headers import Header, header_of, header_of_pixels
 from transfer.detection.masks import encode_shape, mask_coder
 from transfer.detection.samples import check_size
@@ -327,16 +328,17 @@ def parts_of(data: Path, images: Path | None) -> list[Part]:
             raise UserError(
                 f"{data} is a folder with images of its own; leave {images} out, or give a json in place of the folder"
             )
-        jsons = {name: data / "annotations" / f"instances_{name}.json" for name in ("train", "val")}
-        if not any(json.is_file() for json in jsons.values()):
-            raise UserError(f"{data} holds no annotations/instances_train.json; give the json itself, and its images")
-        return [Part(data / name, json) for name, json in jsons.items()]
+        halves = [half_in(data, name) for name in HALVES]
+        if not any(half.annotations.is_file() for half in halves):
+            raise UserError(
+                f"{data} holds no annotations/instances_train.json; give the json itself, and its images (other "
+                "formats: mae labels convert)"
+            )
+        return halves
     if not data.is_file():
         raise UserError(f"{data} does not exist; give a COCO json, or a folder with annotations/instances_train.json")
     if images is None:
-        name = data.stem.removeprefix("instances_")
-        usual = (data.parent.parent / name, data.parent / name, data.parent / "images", data.parent.parent / "images")
-        images = next((folder for folder in usual if folder.is_dir()), data.parent)
+        images = images_beside(data, data.parent.parent)
     return [Part(images, data)]
 
 

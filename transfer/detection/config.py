@@ -95,6 +95,11 @@ class DetectionData(ImagesConfig):
     train_annotations: Path | None = Field(None, description="their COCO json")
     val_images: Path | None = Field(None, description="folder of the validation images, if not path/val")
     val_annotations: Path | None = Field(None, description="their COCO json")
+    val_share: Share | None = Field(
+        None,
+        description="share of the training images that validates in place of a val set, by file name and seed; "
+        "path may then hold a single json",
+    )
     resize_scale: tuple[Positive, Positive] = Field((0.1, 2.0), description="range of the jitter; (1, 1) for none")
     filter_empty: bool = Field(True, description="train without the images that have no object, as detectron2 does")
     hflip: Fraction = Field(0.5, description="probability of a horizontal flip")
@@ -104,6 +109,12 @@ class DetectionData(ImagesConfig):
     def _range_ascends(self) -> DetectionData:
         if self.resize_scale[0] > self.resize_scale[1]:
             raise ValueError(f"resize_scale {self.resize_scale} must ascend")
+        return self
+
+    @model_validator(mode="after")
+    def _one_val_set(self) -> DetectionData:
+        if self.val_share is not None and (self.val_images or self.val_annotations):
+            raise ValueError("val_share takes validation images from the training set; leave data.val_... out")
         return self
 
 

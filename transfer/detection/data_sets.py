@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -28,9 +30,9 @@ def locate(data: DetectionData, name: Half) -> Part:
         "val": (data.val_images, data.val_annotations),
     }
     images, annotations = named[name]
-    if data.path is not None:
-        images = images or data.path / name
-        annotations = annotations or data.path / "annotations" / f"instances_{name}.json"
+    if data.path is not None and (images is None or annotations is None):
+        found = whole_in(data.path) if data.val_share is not None else half_in(data.path, name)
+        images, annotations = images or found.images, annotations or found.annotations
     if images is None or annotations is None:
         raise UserError(
             f"no {name} set given; set data.path to a folder with {name}/ and annotations/instances_{name}.json, "
@@ -39,15 +41,89 @@ def locate(data: DetectionData, name: Half) -> Part:
     return Part(images, annotations)
 
 
+def half_in(folder: Path, name: str) -> Part:
+    """A half of a data folder: ``name``/ and annotations/instances_``name``.json, or both with a year behind the name,
+    as COCO has them; the images may lie in images/``name``.
+
+    Where nothing is there, the places where it should be. Raises ``UserError`` for several years.
+    """
+    jsons = [folder / "annotations" / f"instances_{name}.json"]
+    if not jsons[0].is_file():
+        years = sorted((folder / "annotations").glob(f"instances_{name}[0-9]*.json"))
+        if len(years) > 1:
+            raise UserError(
+                f"{folder / 'annotations'} holds {' and '.join(path.name for path in years)}; say which with "
+                f"data.{name}_annotations and data.{name}_images"
+            )
+        jsons = years or jsons
+    called = jsons[0].stem.removeprefix("instances_")
+    places = [above / stem for stem in (called, name) for above in (folder, folder / "images")]
+    return Part(next((place for place in places if place.is_dir()), folder / name), jsons[0])
+
+
+def whole_in(folder: Path) -> Part:
+    """The only COCO json in a folder, or in its annotations/, and its images. Raises ``UserError`` where there is
+    another number of them."""
+    jsons = [path for place in (folder, folder / "annotations") for path in sorted(place.glob("*.json"))]
+    if len(jsons) != 1:
+        found = ", ".join(path.name for path in jsons[:5]) or "none"
+        raise UserError(
+            f"data.val_share needs one COCO json in {folder} or its annotations/, found {found}; set "
+            "data.train_annotations and data.train_images"
+        )
+    return Part(images_beside(jsons[0], folder), jsons[0])
+
+
+def images_beside(path: Path, folder: Path) -> Path:
+    """The folder of the images of a json in ``folder`` or below it, where it usually is."""
+    name = path.stem.removeprefix("instances_")
+    usual = (folder / name, folder / "images" / name, path.parent / name, folder / "images", path.parent / "images")
+    return next((place for place in usual if place.is_dir()), path.parent if path.parent != folder else folder)
+
+
+def chosen_for_val(names: Sequence[str], share: float, seed: int) -> list[bool]:
+    """Which images validate: a ``share`` of them, one at least and not all, chosen by their names and ``seed``, so that
+    an image keeps its side when others are added or the folder moves."""
+    places = [hashlib.blake2b(f"{seed}/{name}".encode(errors="surrogateescape")).digest() for name in names]
+    number = min(max(1, round(share * len(names))), max(1, len(names) - 1))
+    limit = sorted(places)[number - 1]
+    return [place <= limit for place in places]
+
+
+def read_half(config: DetectionConfig, half: Half, *, masks: bool) -> CocoSet:
+    """The training or the validation set. With ``data.val_share`` both come from the training set, split by image."""
+    share = config.data.val_share
+    if share is None:
+        return read_coco(locate(config.data, half), masks=masks)
+    whole = read_coco(locate(config.data, "train"), masks=masks)
+    if len(whole.images) < 2:
+        raise UserError(f"{whole.path} has {len(whole.images)} images; data.val_share needs two or more")
+    chosen = chosen_for_val([image.path.name for image in whole.images], share, config.seed)
+    kept = (image for image, val in zip(whole.images, chosen, strict=True) if val == (half == "val"))
+    return replace(whole, images=tuple(kept))
+
+
 def read_data(config: DetectionConfig) -> tuple[CocoSet, CocoSet]:
     """The training and the validation set, checked. Raises ``UserError`` for what is wrong with or between them."""
     masks = HEADS[config.model.head].learns_masks
-    train, val = (read_coco(locate(config.data, half), masks=masks) for half in HALVES)
+    train, val = (read_half(config, half, masks=masks) for half in HALVES)
     check_same_categories(train.categories, train.path, val.categories, val.path)
     if config.data.filter_empty:
         train = with_objects(train)
     check_images(config.data, train, val)
     return train, val
+
+
+def shared_files(train: CocoSet, val: CocoSet) -> str:
+    """A sentence where files are in both halves; empty where none is. ``mae check coco`` compares what is in them."""
+    paths = {image.path.resolve() for image in train.images}
+    both = [image.path for image in val.images if image.path.resolve() in paths]
+    if not both:
+        return ""
+    return (
+        f"{len(both)} of {len(val.images)} validation images are in the training set too, such as {both[0]}; scores on "
+        "them do not hold for new images; data.val_share=0.15 splits one json by image"
+    )
 
 
 def with_objects(coco: CocoSet) -> CocoSet:

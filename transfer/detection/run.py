@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mae_core.atomic import write_json
 from mae_core.data.images import ImageFiles, relative_names
 from mae_core.errors import UserError
 from mae_core.layout import CHECKPOINTS, CLASSIFIER, CONFIG, ENCODER, LOG, METRICS
@@ -21,9 +22,9 @@ from mae_core.training.run import Run, check_output, open_run
 from mae_core.training.statistics import with_statistics
 from mae_core.weights.files import SAFETENSORS, WeightsFile, read_file
 from mae_core.weights.load import heads_given, read_encoder, with_file
-from transfer.detection.coco import check_same_categories, read_coco
+from transfer.detection.coco import CocoSet, check_same_categories
 from transfer.detection.config import DetectionConfig
-from transfer.detection.data_sets import check_images, files_of, locate, read_data
+from transfer.detection.data_sets import HALVES, check_images, files_of, read_data, read_half, shared_files
 from transfer.detection.detector_file import (
     DETECTOR,
     describe_detector,
@@ -35,6 +36,7 @@ from transfer.detection.detector_file import (
 from transfer.detection.engine import DetectorEngine, Job, build_network, builder_of, load_engine
 from transfer.detection.samples import WholeImages
 
+SPLIT = "split.json"
 FILES_OF_RUNS = (METRICS, DETECTOR, CONFIG, LOG, CHECKPOINTS, ENCODER, CLASSIFIER)
 
 
@@ -68,6 +70,7 @@ def train_detector(config: DetectionConfig, *, resume: Resume = False) -> dict[s
 
     run = open_run(config, resume=resume, names=relative_names(files_of(config, train_set, val_set), config.data.path))
     tell_of_weights(run, report)
+    tell_of_split(run, train_set, val_set)
     model.to(run.device)
     run.say(
         f"{len(train_set.images)} training and {len(val_set.images)} validation images of "
@@ -83,6 +86,17 @@ def train_detector(config: DetectionConfig, *, resume: Resume = False) -> dict[s
     metrics = fit_and_score(engine, model, job)
     run.close()
     return metrics
+
+
+def tell_of_split(run: Run, train_set: CocoSet, val_set: CocoSet) -> None:
+    """Write split.json where the configuration splits one set, and say where the halves share images."""
+    share = run.config.data.val_share
+    if share is not None and run.is_main:
+        sets = zip(HALVES, (train_set, val_set), strict=True)
+        names = {half: [image.path.name for image in coco.images] for half, coco in sets}
+        write_json(run.folder / SPLIT, {"val_share": share, "seed": run.config.seed, **names})
+    if note := shared_files(train_set, val_set):
+        run.say(f"note: {note}")
 
 
 def zoo_detector(engine: DetectorEngine, path: Path) -> WeightsFile | None:
@@ -134,9 +148,8 @@ def evaluate_detector(config: DetectionConfig) -> dict[str, Any]:
             "choose another with output=FOLDER"
         )
     check_output(config, resume=False)
-    val = locate(config.data, "val")
     file = read_detector(config.weights)
-    val_set = read_coco(val, masks=head_of(file, config).learns_masks)
+    val_set = read_half(config, "val", masks=head_of(file, config).learns_masks)
     model, categories, statistics, config = trained_detector(file, config, engine, val_set.categories)
     check_same_categories(categories, config.weights or Path(), val_set.categories, val_set.path)
     check_images(config.data, val_set)

@@ -1,0 +1,1 @@
+"""Annotations as other tools write them, converted to COCO; and large annotated images cut into tiles."""
