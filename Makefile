@@ -24,6 +24,9 @@ QUICK := tests/test_architecture.py tests/core tests/data tests/measures tests/t
   tests/transfer/test_chain.py $(addprefix --ignore=tests/, core/test_conversion.py core/test_weights_commands.py \
   core/test_transformers_parity.py core/test_encoder_facts.py core/test_checkpoint_files.py data/test_digits.py)
 
+# A file is one worker's, in the order of tests/conftest.py: the long ones first.
+PYTEST := $(PY) -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 .PHONY: help venv demo test quick lint docs clean
 
 help:
@@ -74,10 +77,10 @@ demo: $(STAMP)
 	$(PY) examples/demo/run.py $(DEMO_ARGS)
 
 test: lint
-	$(PY) -m pytest -q -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 quick: lint
-	$(PY) -m pytest -q -n $(WORKERS) --dist loadfile $(QUICK) $(PYTEST_ARGS)
+	$(PYTEST) $(QUICK) $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

@@ -52,6 +52,12 @@ def _picture(rng: np.random.Generator, side: tuple[int, int]) -> Image.Image:
     return Image.fromarray(coarse).resize(side, Image.Resampling.BICUBIC)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, then those with many: no worker is left with a long one at the end."""
+    count, slow = Counter(item.path for item in items), {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path not in slow, -count[item.path], item.path))
+
+
 def pytest_collection_finish() -> None:
     """What collection has imported stays: garbage collections need not go through a million objects of it again."""
     gc.collect()

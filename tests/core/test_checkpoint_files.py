@@ -96,7 +96,8 @@ def test_every_published_file_is_told_by_its_name_and_shapes(tmp_path, official_
     assert found["kind"] == kind.get(name.split("_")[0], "encoder and decoder of a pre-training")
     renamed = tmp_path / "mine.pth"
     (tmp_path / CATALOGUE[name].filename).rename(renamed)
-    assert inspect_file(renamed)["published"] is None and inspect_file(renamed)["target"] is None
+    unnamed = inspect_file(renamed)
+    assert unnamed["published"] is None and unnamed["target"] is None
 
 
 @pytest.mark.parametrize("normalised", [True, False])

@@ -113,6 +113,7 @@ def write_set(root: Path, channels: int, kind: type) -> Path:
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("channels", "kind"), [(2, np.uint16), (4, np.uint8), (16, np.float32)])
 def test_other_channels_train_and_export(tmp_path, capsys, tiny_options, write_encoder, channels, kind):
     root = write_set(tmp_path / "set", channels, kind)

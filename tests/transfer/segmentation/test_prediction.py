@@ -284,6 +284,7 @@ def test_evaluation_refuses(trained, tmp_path, capsys):
 # ---------------------------------------------------------------- for other programs
 
 
+@pytest.mark.slow
 def test_onnx_gives_the_labels_of_the_evaluation(trained, tmp_path, capsys):
     onnxruntime = pytest.importorskip("onnxruntime", reason="pip install mae-transfer[onnx]")
     pytest.importorskip("onnxscript", reason="pip install mae-transfer[onnx]")

@@ -153,6 +153,7 @@ def test_blocks_without_weights_are_not_frozen(refused, tmp_path, write_encoder)
     assert "trainable_blocks is -1; give a number of blocks" in told
 
 
+@pytest.mark.slow
 def test_overfits_eight_images(tmp_path, tiny):
     options = {**tiny, "iterations": 80, "lr": 3e-3, "head_width": 32, "batch_size": 8}
     options["train_dataloader.dataset.pipeline.2.ratio_range"] = [1.0, 1.0]
