@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -64,10 +65,11 @@ def run(arguments: Sequence[str | Path], *, ranks: int = 1, timeout: float = 240
             stack.enter_context(started(arguments, output, _announced(rank, ranks, port) if ranks > 1 else None))
             for rank, output in enumerate(outputs)
         ]
-        while any(process.exitcode is None for process in processes) and not any(p.exitcode for p in processes):
-            if time.monotonic() > deadline:
+        running = list(processes)
+        while running and not any(process.exitcode for process in processes):
+            if not wait([process.sentinel for process in running], max(deadline - time.monotonic(), 0)):
                 raise subprocess.TimeoutExpired([*map(str, arguments)], timeout)
-            time.sleep(0.01)
+            running = [process for process in running if process.exitcode is None]
         code = next((process.exitcode for process in processes if process.exitcode), 0)
         stack.close()
         texts = ["".join(output.with_suffix(end).read_text() for output in outputs) for end in (".out", ".err")]
