@@ -20,8 +20,11 @@ from mae_core.weights.load import heads_given, read_encoder, with_file
 from transfer.detection.config import DetectionConfig
 from transfer.detection.data_sets import read_data
 from transfer.detection.engine import build_network, load_engine
+from transfer.detection.heads import HEADS
 from transfer.detection.run import settings_of, zoo_detector
 
+MEASURED = "torchvision"
+"""The engine whose network the memory is measured on."""
 CASCADE_STAGES = 3
 POSITIVES = 4
 """One of so many sampled regions is an object, at most."""
@@ -31,7 +34,7 @@ def print_plan(config: DetectionConfig, devices: int, say: Callable[[str], None]
     """Print the plan of a run on ``devices`` devices, and what a step of it takes.
 
     Raises ``UserError`` as the run would. The memory is that of the torchvision engine's network, whose tensors have
-    the sizes of detectron2's.
+    the sizes of detectron2's; of heads of other kinds than Mask R-CNN's it is not estimated.
     """
     engine, source = load_engine(config.engine), None
     if config.weights is not None and zoo_detector(engine, config.weights) is None:
@@ -43,10 +46,13 @@ def print_plan(config: DetectionConfig, devices: int, say: Callable[[str], None]
     micro = min(optim.micro_batch or share, share)
     objects = [len(image.instances) for image in train_set.images]
     height, width = as_pair(config.data.image_size)
-    torchvision = config.model_copy(
-        update={"engine": "torchvision", "model": config.model.model_copy(update={"cascade": False})}
-    )
-    trunk, model, _ = build_network(torchvision, load_engine("torchvision"), len(train_set.categories), source)
+    if MEASURED in HEADS[config.model.head].builders:
+        measured = {"engine": MEASURED, "model": config.model.model_copy(update={"cascade": False})}
+        trunk, model, _ = build_network(
+            config.model_copy(update=measured), load_engine(MEASURED), len(train_set.categories), source
+        )
+    else:
+        trunk, model, _ = build_network(config, engine, len(train_set.categories), source)
     if config.model.cascade:
         add_cascade(model)
     numbers = sum(p.numel() for p in model.parameters())
@@ -62,6 +68,10 @@ def print_plan(config: DetectionConfig, devices: int, say: Callable[[str], None]
     ):
         if line:
             say(line)
+    if not (hasattr(model, "rpn") and hasattr(model, "roi_heads")):
+        say(f"memory: not estimated for model.head={config.model.head}, which has no proposals and regions")
+        say("dry run: nothing was written")
+        return
     run = Run(config, distributed.join(config.device))
     precision = run.precision
     distributed.leave()
