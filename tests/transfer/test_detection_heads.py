@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from types import ModuleType
 
@@ -176,7 +177,7 @@ def test_no_file_but_its_own_package_and_two_tables_knows_an_engine_by_name(pyte
     folder = pytestconfig.rootpath / "transfer" / "detection"
     for path in folder.glob("*.py"):
         if path.name not in ("heads.py", "translation.py"):
-            code = re.sub(r"other_word\(.*?\)", "", path.read_text())  # the words of a command line
+            code = re.sub(r"other_word\(.*?\)", "", path.read_text())  # words of command lines
             assert "engine == " not in code and '"detectron2"' not in code, path.name
 
 

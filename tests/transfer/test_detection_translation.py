@@ -77,7 +77,7 @@ class TestBothEngines:
             expected = theirs([{"image": 255 * image, "height": 64, "width": 64}])[0]["instances"]
         assert len(found["boxes"]) == len(expected) > 20
         torch.testing.assert_close(found["scores"], expected.scores, rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(found["boxes"], expected.pred_boxes.tensor, rtol=0, atol=1e-3)
+        torch.testing.assert_close(found["boxes"], expected.pred_boxes.tensor, rtol=0, atol=1e-4)
         assert torch.equal(found["labels"] - 1, expected.pred_classes)
 
     @pytest.mark.parametrize("trainer, scorer", [("torchvision", "detectron2"), ("detectron2", "torchvision")])
