@@ -40,6 +40,7 @@ from benchmarks.side_by_side import (
     compare,
     counted,
     machine_lines,
+    machine_of,
     serve,
     table,
     write_results,
@@ -49,7 +50,6 @@ from mae_core.layout import LOG
 from mae_core.models.sizes import size_of
 from mae_core.training.loop import seed_everything
 from mae_core.training.precision import prepare_process
-from mae_core.training.run import environment
 from transfer.detection.config import DetectionConfig
 from transfer.detection.engine import build_network, load_engine
 from transfer.engines import installed
@@ -335,7 +335,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("small_data trains on a COCO folder; give --data FOLDER")
     if given.detectron2 is None and installed("detectron2"):
         given.detectron2 = Path(sys.executable)
-    results: dict[str, Any] = {"machine": environment(torch.device(given.device)), "measured": []}
+    results: dict[str, Any] = {"machine": machine_of(torch.device(given.device)), "measured": []}
     deadline = time.monotonic() + 60 * given.minutes
     for part in given.parts:
         pairs = [(case, dtype) for case in given.cases for dtype in given.dtypes] if part in PARTS else [("", "")]

@@ -84,7 +84,7 @@ SCALES = {
         checked=("small", 8),
         matmul_sides=(4096, 8192),
         timed=10,
-        loader_seconds=8.0,
+        loader_seconds=4.0,
         dense={"detector": (dense.Case("base", 1024), (1, 2)), "segmenter": (dense.Case("base", 512), (2, 4))},
         training=(
             "model.size=small model.patch_size=8 decoder.width=256 decoder.depth=4 decoder.heads=8 data.image_size=128 "
@@ -360,7 +360,7 @@ def loader(setting: Setting, record: Record) -> None:
     )
     images = UnlabelledImages(open_source(data), data, 0, SampleMasks(model.masker, model.encoder.grid))
     cores = len(os.sched_getaffinity(0))
-    for workers in sorted({0, 1, cores // 2, cores} if setting.scale == "full" else {0, 1}):
+    for workers in sorted({0, 1, cores // 2, cores} if setting.scale == "full" else {0, 1}, reverse=True):
         order = random.Random(0).choices(range(len(images)), k=1_000_000)
         batches = [[(0, index) for index in order[first : first + 64]] for first in range(0, len(order), 64)]
         stream = iter(make_loader(images, batches, collate, workers=workers, pin=False))  # type: ignore[arg-type]
@@ -445,7 +445,7 @@ def run_command(setting: Setting, name: str, *arguments: str) -> Path:
 
 def training(setting: Setting, record: Record) -> None:
     """A real pre-training, and what its encoder knows: k-NN, a linear and an attentive probe on validation photos. The
-    epochs are those that the time allows, found by a first training of one; the schedule is that of the epochs."""
+    epochs are those that the time allows, found by a first training of two; the schedule is that of the epochs."""
     photos = photos_of(setting)
     count = sum(1 for path in (photos / "train").rglob("*") if path.is_file())
     workers = len(os.sched_getaffinity(0)) if setting.scale == "full" else 0
@@ -456,9 +456,8 @@ def training(setting: Setting, record: Record) -> None:
         return statistics.median(e["images_per_second"] for e in entries if "images_per_second" in e)
 
     began = time.monotonic()
-    trial = run_command(setting, "trial", *common, "optim.epochs=1", "optim.warmup_epochs=0")
-    rate = rate_of(trial)
-    overhead = max(0.0, time.monotonic() - began - count / rate)
+    rate = rate_of(run_command(setting, "trial", *common, "optim.epochs=2", "optim.warmup_epochs=0", "log.every=4"))
+    overhead = max(0.0, time.monotonic() - began - 2 * count / rate)
     fitting = 0.9 * (setting.left - 3 * overhead - 15) * rate / count
     epochs = max(1.0, min(setting.size.epochs, float(int(fitting))))
     record.add(photos=count, trial_images_per_second=rate, epochs_asked=setting.size.epochs, epochs_that_fit=epochs)

@@ -36,6 +36,7 @@ from benchmarks.side_by_side import (
     compare,
     counted,
     machine_lines,
+    machine_of,
     matmul,
     serve,
     table,
@@ -46,7 +47,6 @@ from mae_core.models.sizes import size_of
 from mae_core.patches import patchify
 from mae_core.pos_embed import sincos_2d
 from mae_core.training.precision import choose_precision, prepare_process
-from mae_core.training.run import environment
 
 
 @dataclass(frozen=True)
@@ -325,7 +325,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     absent = [name for name in CHECKOUTS if not getattr(given, name)]
     others = [name for name in given.only or CONTESTANTS if name not in ("ours", *absent)]
-    results: dict[str, Any] = {"machine": environment(torch.device(given.device)), "measured": []}
+    results: dict[str, Any] = {"machine": machine_of(torch.device(given.device)), "measured": []}
     deadline = time.monotonic() + 60 * given.minutes
     for case in given.cases:
         for dtype in given.dtypes:

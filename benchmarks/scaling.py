@@ -30,6 +30,7 @@ from benchmarks.side_by_side import (
     compare,
     counted,
     machine_lines,
+    machine_of,
     row_of,
     serve,
     table,
@@ -39,7 +40,6 @@ from benchmarks.side_by_side import (
 from mae_core import build_mae
 from mae_core.training import distributed
 from mae_core.training.precision import prepare_process
-from mae_core.training.run import environment
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def main(arguments: list[str] | None = None) -> None:
     if given.worker:
         (one_rank if given.worker == "rank" else work)(given)
         return
-    results: dict[str, Any] = {"machine": environment(torch.device(given.device)), "measured": []}
+    results: dict[str, Any] = {"machine": machine_of(torch.device(given.device)), "measured": []}
     deadline = time.monotonic() + 60 * given.minutes
     for axis in given.axes:
         for dtype in given.dtypes:

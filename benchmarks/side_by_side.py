@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mae_core.atomic import write_json
+from mae_core.training.run import environment
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MATMUL = "matmul"
@@ -189,6 +190,11 @@ def table(title: str, entry: Mapping[str, Any], reference: str) -> list[str]:
             lines.append(f"| {name} | {' | '.join(cells)} |")
     failed = [f"{name} {reason}." for name, reason in entry["failed"].items()]
     return [*lines, "", *failed, *([""] if failed else [])]
+
+
+def machine_of(device: torch.device) -> dict[str, str]:
+    """Versions and hardware, and what else the machine does: its load over 1, 5 and 15 minutes."""
+    return {**environment(device), "load": ", ".join(f"{value:.1f}" for value in os.getloadavg())}
 
 
 def machine_lines(machine: Mapping[str, Any]) -> list[str]:

@@ -30,6 +30,7 @@ from benchmarks.side_by_side import (
     compare,
     counted,
     machine_lines,
+    machine_of,
     serve,
     table,
     write_results,
@@ -37,7 +38,6 @@ from benchmarks.side_by_side import (
 from mae_core import build_mae
 from mae_core.tokenizers import DalleEncoder
 from mae_core.training.precision import prepare_process
-from mae_core.training.run import environment
 
 WITH, WITHOUT, TOKENS = "encoder w/ [M]", "ours", "dVAE tokens"
 SIDE_OF_TOKENS = 112
@@ -151,7 +151,7 @@ def main(arguments: list[str] | None = None) -> None:
         work(given)
         return
     names = [WITH, WITHOUT, *([TOKENS] if given.tokenizer else [])]
-    results: dict[str, Any] = {"machine": environment(torch.device(given.device)), "measured": []}
+    results: dict[str, Any] = {"machine": machine_of(torch.device(given.device)), "measured": []}
     began, places = time.monotonic(), [(row, dtype) for row in given.rows for dtype in given.dtypes]
     for number, (row, dtype) in enumerate(places, start=1):
         contestants = [contestant(name, row, dtype, given) for name in names]
