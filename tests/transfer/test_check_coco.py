@@ -264,3 +264,22 @@ def test_the_command_of_the_toolkit_and_both_scripts_say_the_same(copied, run_fo
     script = run_forked(["transfer/detection/coco.py", part.annotations])
     assert script.returncode == 2 and result.output == script.stdout + script.stderr
     assert "usage: mae check coco" in CliRunner().invoke(app, ["check", "coco", "--help"]).output
+
+
+def test_a_contact_sheet_shows_faulty_images_first(copied, tmp_path, capsys):
+    part = copied(empty)
+    (part.images / "003.png").write_bytes(b"no image")
+    command = [str(part.annotations), str(part.images), "--picture", str(tmp_path / "sheet.png")]
+    with pytest.raises(SystemExit):
+        main(command)
+    said = capsys.readouterr()
+    assert f"drew 4 of 4 images into {tmp_path / 'sheet.png'}, 2 with faults first" in said.out
+    assert "problems found" in said.err
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    cell = 160 + 8
+    assert sheet.shape[1] == 4 * cell + 8
+    assert (sheet[80, 8 + cell + 80] == (200, 60, 60)).all()  # the second: it cannot be read
+    assert not (sheet[80, 8 + 80] == (200, 60, 60)).all()
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "exists; choose another file with --picture" in capsys.readouterr().err

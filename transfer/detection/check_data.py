@@ -66,8 +66,10 @@ def check_part(part: Part, *, masks: bool = True) -> tuple[Report, CocoSet]:
     return report, coco
 
 
-def check_parts(parts: Sequence[Part], *, masks: bool = True) -> Iterator[Report]:
-    """A report for each half, and in the second what is wrong between them."""
+def check_parts(
+    parts: Sequence[Part], *, masks: bool = True, seen: list[tuple[CocoSet, list[Problem]]] | None = None
+) -> Iterator[Report]:
+    """A report for each half, and in the second what is wrong between them. ``seen`` gets the sets and problems."""
     first: CocoSet | None = None
     for part in parts:
         if len(parts) > 1 and not part.annotations.is_file():
@@ -75,6 +77,8 @@ def check_parts(parts: Sequence[Part], *, masks: bool = True) -> Iterator[Report
             yield Report(str(part.annotations), [], [Problem("missing halves", sentence, str(part.annotations))])
             continue
         report, coco = check_part(part, masks=masks)
+        if seen is not None:
+            seen.append((coco, report.problems))
         if first is None:
             first = coco
         else:
@@ -353,9 +357,20 @@ def main(arguments: Sequence[str] | None = None, prog: str = "check_data.py") ->
         "--boxes-only", action="store_true", help="accept annotations without masks, for model.head=faster_rcnn"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all findings to this file, as JSON")
+    parser.add_argument(
+        "--picture", type=Path, metavar="FILE", help="draw images with their objects, faulty ones first"
+    )
     given = parser.parse_args(arguments)
     with user_errors():
-        conclude(check_parts(parts_of(given.data, given.images), masks=not given.boxes_only), given.json)
+        seen: list[tuple[CocoSet, list[Problem]]] = []
+        reports = check_parts(parts_of(given.data, given.images), masks=not given.boxes_only, seen=seen)
+        try:
+            conclude(reports, given.json)
+        finally:
+            if given.picture is not None and seen:
+                from transfer.detection.check_picture import draw_sheet
+
+                print(draw_sheet(given.picture, seen), flush=True)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -33,7 +33,7 @@ from transfer.detection.samples import WholeImages
 from transfer.detection.tiles import Part, TileImages, as_detections, merge, parts_of
 from transfer.engines import DETECTION
 
-MOST_AT_ONCE, TILES_AT_ONCE = 64, 512
+MOST_AT_ONCE, TILES_AT_ONCE = 64, 128
 """Images, and tiles of one image, that are read ahead of what is done with the results."""
 OVERLAP = 0.2
 OF_TRAINING = ("optim", "log", "ema")
@@ -194,7 +194,15 @@ class Detector:
             found += [self.result(d, coco, given[d.image_index]).above(score) for d in part]
         return found if several else found[0]
 
-    def detect_in_tiles(self, source: WindowedImage, tile: int, overlap: float, image_index: int = 0) -> Detections:
+    def detect_in_tiles(
+        self,
+        source: WindowedImage,
+        tile: int,
+        overlap: float,
+        image_index: int = 0,
+        *,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> Detections:
         """What is found in an image of any size, in square tiles of ``tile`` pixels, of which neighbours share
         ``overlap``; objects on seams are one. Memory does not grow with the image, but for the objects found.
 
@@ -211,6 +219,8 @@ class Detector:
                 raise UnreadableImage(*entry)
             for detections in found:
                 parts += parts_of(detections, tiles[detections.image_index], size)
+            if on_progress is not None and found:
+                on_progress(found[-1].image_index + 1, len(tiles))
         objects = merge(parts, tiles, self.config.test.nms_threshold)
         return as_detections(objects, size, image_index, masks="masks" in self.head.outputs)
 

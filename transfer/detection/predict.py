@@ -31,6 +31,7 @@ from mae_core.data.windows import open_windows, tiles_of
 from mae_core.errors import UserError, user_errors
 from mae_core.layout import PICTURES
 from mae_core.training import distributed
+from mae_core.training.progress import Counter as ProgressCounter
 from transfer.detection.annotations import Instance, categories_of, instance_of, read_json, typed_image
 from transfer.detection.coco import CocoImage, CocoSet, check_same_categories
 from transfer.detection.config import InferenceConfig
@@ -135,7 +136,8 @@ def _in_tiles(
     for index, image in enumerate(coco.images):
         try:
             source = open_windows(image.path, detector.config.data.reading, str(image.path))
-            yield [detector.detect_in_tiles(source, tile, overlap, index)], []
+            counter = ProgressCounter("searching tiles")
+            yield [detector.detect_in_tiles(source, tile, overlap, index, on_progress=counter)], []
         except UnreadableImage as error:
             yield [], [error.unreadable._replace(path=str(image.path))]
 
