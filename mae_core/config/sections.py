@@ -104,6 +104,12 @@ class RunConfig(JobConfig):
     log: LogConfig = LogConfig()
 
 
+Distributed = Annotated[
+    Literal["ddp", "fsdp"],
+    Field(description="several ranks: ddp: each has the whole model; fsdp: parameters and moments in shards (FSDP2)"),
+]
+
+
 class TransferConfig(RunConfig):
     """A training that starts from an encoder, or, by request, from nothing."""
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 from collections.abc import Callable, Iterator
 from functools import partial
+from multiprocessing.sharedctypes import RawValue
+from multiprocessing.util import Finalize
 from typing import Any, Protocol
 
 import torch
@@ -120,16 +123,24 @@ def make_loader(
         pin_memory=pin,
         prefetch_factor=4 if workers else None,
         persistent_workers=workers > 0,  # of a loader that is gone through again: an evaluation's
-        worker_init_fn=outlive_first_signal,
+        worker_init_fn=worker_setup(),
     )
 
 
-def outlive_first_signal(_: int) -> None:
-    """Signals that go to a whole group of processes are for the main one, which finishes its step with its workers."""
+def worker_setup() -> Callable[[int], None]:
+    """What a worker process does first: signals that go to a whole group of processes are for the main one, which
+    finishes its step with its workers; but when the main one ends, the signal that it sends them ends them."""
+    ending = RawValue("b", 0)
+    Finalize(None, partial(setattr, ending, "value", 1), exitpriority=10)
+    return partial(_outlive_first_signal, ending)
 
+
+def _outlive_first_signal(ending: Any, _: int) -> None:
     def once(number: int, frame: Any) -> None:
         for each in signals:
             signal.signal(each, signal.SIG_DFL)
+        if ending.value:
+            os.kill(os.getpid(), number)
 
     signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     for each in signals:

@@ -36,6 +36,7 @@ from mae_core.training.finetune_config import FinetuneConfig, scratch_difference
 from mae_core.training.groups import layer_decay_groups
 from mae_core.training.loop import FitSettings, LossOf, fit, seed_everything
 from mae_core.training.run import Run, check_output, open_run
+from mae_core.training.sharding import shard_if_asked, unsharded
 from mae_core.training.statistics import with_statistics
 from mae_core.weights.encoder_file import EncoderFile
 from mae_core.weights.load import classifier_from, heads_given, read_encoder, with_file
@@ -164,6 +165,7 @@ def finetune(config: FinetuneConfig, *, resume: Resume = False) -> dict[str, Any
     if (advice := unfit_recipe(config)) is not None:
         run.say(advice)
     model.to(run.device)
+    shard_if_asked(model, config.distributed)
     groups = layer_decay_groups(
         model, len(model.blocks), layer_decay=config.optim.layer_decay, weight_decay=config.optim.weight_decay
     )
@@ -200,7 +202,8 @@ def finetune(config: FinetuneConfig, *, resume: Resume = False) -> dict[str, Any
         chance_loss=math.log(2 if config.data.multi_label else len(splits.classes)),
     )
     if not metrics:
-        evaluate(settings.total_steps)
+        with unsharded(model):
+            evaluate(settings.total_steps)
     conclude(run, (model if average is None else average).state_dict(), metadata, metrics)
     return metrics
 

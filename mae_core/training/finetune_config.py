@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from mae_core.config.load import config_differences
 from mae_core.config.schema import Beta, Count, Fraction
-from mae_core.config.sections import ModelConfig, OptimConfig, TransferConfig
+from mae_core.config.sections import Distributed, ModelConfig, OptimConfig, TransferConfig
 from mae_core.data.config import FinetuneData
 
 
@@ -77,6 +77,15 @@ class FinetuneConfig(TransferConfig):
     optim: FinetuneOptim = FinetuneOptim()
     evaluate_every: Annotated[float, Field(gt=0)] = Field(10, description="epochs between evaluations; also at the end")
     evaluation_batch: Count = Field(64, description="images at once when measuring")
+    distributed: Distributed = "ddp"
+
+    @model_validator(mode="after")
+    def _shards_what_learns(self) -> FinetuneConfig:
+        if self.distributed == "fsdp" and (self.ema is not None or self.trainable_blocks is not None):
+            raise ValueError(
+                "distributed=fsdp trains all of the model, without an average; leave ema and trainable_blocks out"
+            )
+        return self
 
     @classmethod
     def without_file(cls, typed: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase
 
 from mae_core.data.decoding import LARGEST_PIXEL
@@ -27,7 +28,24 @@ def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
     """The norm of all gradients together, a scalar tensor on their device; finite exactly where no gradient is NaN,
     infinite, or too large to square."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    return nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+    norm = nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def clip_gradients(parameters: Iterable[Tensor], largest: float, norm: Tensor) -> None:
+    """Scale all gradients, in shards or whole, so that their ``norm`` becomes ``largest`` where it is larger, as
+    ``torch.nn.utils.clip_grad_norm_`` does."""
+    whole: list[Tensor] = []
+    shards: list[Tensor] = []
+    for parameter in parameters:
+        if parameter.grad is not None:
+            (shards if isinstance(parameter.grad, DTensor) else whole).append(parameter)
+    if whole:
+        nn.utils.clip_grads_with_norm_(whole, largest, norm)
+    for shard in shards:
+        grad = shard.grad
+        assert isinstance(grad, DTensor)
+        grad.to_local().mul_(torch.clamp(largest / (norm + 1e-6), max=1.0))
 
 
 def non_finite(state: Mapping[str, Any]) -> list[str]:

@@ -21,6 +21,7 @@ import torch
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from mae_core.config.sections import ScheduleConfig
@@ -29,9 +30,17 @@ from mae_core.errors import UserError
 from mae_core.seeds import STEP, derive_seed
 from mae_core.training.culprit import write_dump
 from mae_core.training.distributed import gather, mean_over_ranks, world_size
-from mae_core.training.finite import RunningStatistics, SkippedSteps, bad_samples, gradient_norm, non_finite
+from mae_core.training.finite import (
+    RunningStatistics,
+    SkippedSteps,
+    bad_samples,
+    clip_gradients,
+    gradient_norm,
+    non_finite,
+)
 from mae_core.training.progress import Progress
 from mae_core.training.run import Run
+from mae_core.training.sharding import is_sharded, unsharded, whole
 from mae_core.training.signals import Signals
 
 LossOf = Callable[[nn.Module, Any], dict[str, Tensor]]
@@ -158,7 +167,7 @@ def fit(
             done = step + 1
             if finite := bool(torch.isfinite(losses["loss"]) & torch.isfinite(norm)):
                 if settings.clip_grad is not None:
-                    nn.utils.clip_grads_with_norm_(model.parameters(), settings.clip_grad, norm)
+                    clip_gradients(model.parameters(), settings.clip_grad, norm)
                 optimizer.step()
                 skipped.taken()
             else:
@@ -166,7 +175,7 @@ def fit(
                 try:
                     skipped.skip(done, float(losses["loss"]), float(norm), bad_files(batches, batch, step))
                 except UserError as error:
-                    if not non_finite(model.state_dict()):
+                    if not non_finite(whole(model.state_dict())):
                         run.checkpoint(done, model, optimizer, metadata or {})
                     told = dump_step(model, batches, batch, loss_of, step, run, settings)
                     raise UserError(f"{error}; {told}") from None
@@ -182,7 +191,7 @@ def fit(
                 run.checkpoint(done, model, optimizer, metadata or {})
             for every, hook in hooks:
                 if done % every == 0 or last:
-                    with progress.paused():
+                    with progress.paused(), unsharded(model):
                         hook(done)
                     model.train()
             if (done % log.checkpoint_every == 0 or due or last) and (last or not stop):
@@ -235,8 +244,8 @@ def dump_step(
 
 
 def over_ranks(model: nn.Module, run: Run) -> nn.Module:
-    """``model``, with gradients averaged over all ranks where there are several."""
-    return DistributedDataParallel(model) if run.world > 1 else model
+    """``model``, with gradients averaged over all ranks where there are several; a sharded one does that by itself."""
+    return DistributedDataParallel(model) if run.world > 1 and not is_sharded(model) else model
 
 
 def backward(
@@ -252,6 +261,8 @@ def backward(
     totals: dict[str, Tensor] = {}
     for number, part in enumerate(parts):
         wait = isinstance(model, DistributedDataParallel) and number < len(parts) - 1
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(number == len(parts) - 1)
         with model.no_sync() if wait else nullcontext():
             with precision:
                 losses = loss_of(model, part.to(device))

@@ -26,6 +26,7 @@ from mae_core.training.pictures import fixed_mask, reconstruction_strip
 from mae_core.training.pretrain_config import PretrainConfig
 from mae_core.training.progress import Counter
 from mae_core.training.run import check_output, open_run, will_resume
+from mae_core.training.sharding import shard_if_asked
 from mae_core.training.statistics import with_statistics
 from mae_core.training.target_files import load_target
 from mae_core.training.warm_start import load_start, started_from, weights_facts
@@ -115,6 +116,7 @@ def pretrain(config: PretrainConfig, *, resume: Resume = False) -> FitResult:
     if report is not None:
         tell_of_weights(run, report)
     model.to(run.device)
+    shard_if_asked(model, config.distributed)
     optimizer = pretrain_optimizer(model, config)
     first_step = run.restore(model, optimizer)
     frozen = config.adapt.frozen_epochs

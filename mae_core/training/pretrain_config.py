@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from mae_core.config.schema import Beta, Count, Schema, Size, checked_options, row_of
-from mae_core.config.sections import ModelConfig, OptimConfig, RunConfig
+from mae_core.config.sections import Distributed, ModelConfig, OptimConfig, RunConfig
 from mae_core.data.config import PretrainData
 from mae_core.masking import MASKERS, masker_options, num_visible
 from mae_core.patches import PatchGrid
@@ -168,6 +168,13 @@ class PretrainConfig(RunConfig):
     data: PretrainData = PretrainData()
     optim: PretrainOptim = PretrainOptim()
     watch: WatchConfig = WatchConfig()
+    distributed: Distributed = "ddp"
+
+    @model_validator(mode="after")
+    def _shards_what_learns(self) -> PretrainConfig:
+        if self.distributed == "fsdp" and (self.adapt.mode != "full" or self.adapt.frozen_epochs):
+            raise ValueError("distributed=fsdp trains all of the model; set adapt.mode=full and adapt.frozen_epochs=0")
+        return self
 
     @model_validator(mode="after")
     def _adapts_weights(self) -> PretrainConfig:

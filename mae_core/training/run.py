@@ -43,6 +43,7 @@ from mae_core.training.finite import refuse_non_finite
 from mae_core.training.lock import claim, release
 from mae_core.training.precision import choose_precision, prepare_process
 from mae_core.training.pretrain_config import PretrainConfig
+from mae_core.training.sharding import load_model, load_optimizer, whole
 from mae_core.training.statistics import with_stored_statistics
 from mae_core.weights.files import write_weights
 
@@ -56,6 +57,7 @@ MAY_CHANGE = (
     "data.on_error",
     "log.",
     "device",
+    "distributed",
     "output",
     "data.path",
     "data.max_pixels",
@@ -308,8 +310,8 @@ class Run:
         if not self.resumed:
             return 0
         checkpoint = load_checkpoint(self.folder, model, optimizer, say=self.say)
-        model.load_state_dict(checkpoint.model)
-        optimizer.load_state_dict(checkpoint.optimizer)
+        load_model(model, checkpoint.model)
+        load_optimizer(optimizer, checkpoint.optimizer)
         if self.is_main and (self.folder / LOG).is_file():
             lines = (self.folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
             write_text(self.folder / LOG, "".join(line for line in lines if logged_by(line, checkpoint.step)))
@@ -323,16 +325,20 @@ class Run:
     ) -> None:
         """Save what a resume needs; all ranks wait until it is on disk."""
 
+        state, moments = whole(model.state_dict()), whole(optimizer.state_dict())
+
         def save() -> None:
-            refuse_non_finite(model.state_dict(), f"the checkpoint of step {step}")
+            refuse_non_finite(state, f"the checkpoint of step {step}")
             keep = self.config.log.keep_checkpoints
             with said_plainly(self.folder, ROOM):
-                save_checkpoint(self.folder, step, model.state_dict(), optimizer.state_dict(), metadata, keep=keep)
+                save_checkpoint(self.folder, step, state, moments, metadata, keep=keep)
 
         distributed.on_main(save, is_main=self.is_main)
 
     def write_weights(self, name: str, state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-        """Write a file of trained weights into the folder, on rank 0; refused where they are not finite."""
+        """Write a file of trained weights into the folder, on rank 0; refused where they are not finite. All ranks must
+        call it."""
+        state = whole(state)
         if self.is_main:
             refuse_non_finite(state, name)
             with said_plainly(self.folder, ROOM):

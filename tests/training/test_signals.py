@@ -74,3 +74,17 @@ def test_checkpoints_come_by_time_too(tmp_path, write_images, pretrain_options):
     options = [*pretrain_options, f"data.path={tmp_path / 'images'}", "optim.epochs=3", f"output={tmp_path / 'run'}"]
     pretrain(load_config(PretrainConfig, None, [*options, "log.checkpoint_minutes=1e-9", "log.keep_checkpoints=9"]))
     assert len(complete_checkpoints(tmp_path / "run")) == 3
+
+
+LOADER = """
+from mae_core.data.loading import make_loader
+loader = make_loader(list(range(8)), [[0, 1], [2, 3]], list, workers=1, pin=False)
+print(list(loader), flush=True)
+kept = [loader]
+kept.append(kept)  # nothing takes the workers away before the process ends
+"""
+
+
+def test_workers_that_are_kept_do_not_keep_a_process_from_ending(run_python):
+    result = run_python(["-c", LOADER], timeout=100)
+    assert result.returncode == 0 and "[[0, 1], [2, 3]]" in result.stdout

@@ -14,7 +14,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
-from mae_core.data.loading import Place, outlive_first_signal
+from mae_core.data.loading import Place, worker_setup
 from mae_core.seeds import AUGMENT, SHUFFLE, STEP, derive_seed, generator_at, seeded
 from mae_core.training.loop import seed_everything
 
@@ -82,7 +82,7 @@ def placed(loader: DataLoader[Any], seed: int) -> DataLoader[Any]:
         timeout=loader.timeout,
         prefetch_factor=loader.prefetch_factor,
         persistent_workers=loader.persistent_workers,
-        worker_init_fn=outlive_first_signal,
+        worker_init_fn=worker_setup(),
     )
 
 
