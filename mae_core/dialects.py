@@ -11,6 +11,7 @@ import re
 from typing import Any, Literal, NoReturn
 
 Dialect = Literal["mae", "detectron2", "mmseg"]
+DETECTION_SCRIPT: Dialect = "detectron2"
 SPELLINGS: dict[str, dict[Dialect, str]] = {
     "config": {"mae": "RECIPE or FILE.yaml", "detectron2": "--config-file FILE.yaml", "mmseg": "RECIPE or FILE.py"},
     "weights": {"mae": "weights=FILE", "detectron2": "weights=FILE", "mmseg": "--weights FILE"},

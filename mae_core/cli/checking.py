@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
-from mae_core.cli.tasks import PASSED_ON
+from mae_core.cli.tasks import pass_on
 from mae_core.errors import UserError, user_errors
 
 if TYPE_CHECKING:
@@ -151,17 +149,5 @@ def _checks_elsewhere() -> dict[str, tuple[str, str]]:
     return {**found, **ELSEWHERE}
 
 
-def _add_check(name: str, place: str, of_what: str) -> None:
-    def run(context: typer.Context) -> None:
-        with user_errors():
-            try:
-                command: Callable[..., None] = resolve_name(place)
-            except ModuleNotFoundError as error:
-                raise UserError(f"mae check {name} needs {error.name}, which is not installed") from None
-            command(context.args, prog=f"mae check {name}")
-
-    check.command(name, context_settings=PASSED_ON, help=f"{of_what[0].upper()}{of_what[1:]}; --help says more.")(run)
-
-
-for _name, _found in _checks_elsewhere().items():
-    _add_check(_name, *_found)
+for _name, (_place, _of_what) in _checks_elsewhere().items():
+    pass_on(check, _name, _place, prog=f"mae check {_name}", about=f"{_of_what[0].upper()}{_of_what[1:]}")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.metadata import entry_points
 from pkgutil import resolve_name
 
 import typer
+
+from mae_core.errors import UserError, user_errors
 
 GROUP = "mae_core.tasks"
 """Entry points that bring a group of commands: a ``typer.Typer``."""
@@ -16,8 +19,21 @@ ELSEWHERE = {
 }
 """Groups of this distribution outside of this package, by the name of the verb."""
 
-PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-"""Settings of a command that hands its words to a parser of its own."""
+
+def pass_on(app: typer.Typer, name: str, place: str, *, prog: str, about: str) -> None:
+    """Add the command ``name`` to ``app``: it hands its words to the function at ``place``, which has a parser of its
+    own, takes ``prog`` for its help, and is imported when the command runs."""
+
+    def run(context: typer.Context) -> None:
+        with user_errors():
+            try:
+                command: Callable[..., None] = resolve_name(place)
+            except ModuleNotFoundError as error:
+                raise UserError(f"{prog} needs {error.name}, which is not installed") from None
+            command(context.args, prog=prog)
+
+    passed = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+    app.command(name, context_settings=passed, help=f"{about}; --help says more.")(run)
 
 
 def task_groups() -> dict[str, typer.Typer]:

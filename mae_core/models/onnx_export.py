@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,32 +35,36 @@ def export_onnx(encoder: nn.Module, example: Tensor, path: Path) -> float:
     require_onnx()
     if path.exists():
         raise UserError(f"{path} exists; choose another --out")
-    import onnxruntime
-
     wrapped = _Encode(encoder).eval()
     with atomic_path(path) as temporary:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                wrapped,
-                (example,),
-                dynamo=True,
-                input_names=["images"],
-                output_names=["tokens"],
-                dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}},
-                verbose=False,
-            )
-            assert program is not None
-            program.save(str(temporary), external_data=False)
+        any_batch = {"images": {0: torch.export.Dim("batch", min=1)}}
+        program = onnx_program(wrapped, example, ["tokens"], dynamic_shapes=any_batch)
+        program.save(str(temporary), external_data=False)
         images = torch.cat([example, example.flip(0) * 0.5, example[:1] * 2])
         with torch.no_grad():
             expected = wrapped(images)
-        session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
-        (tokens,) = session.run(["tokens"], {"images": images.numpy()})
-        difference = float((torch.from_numpy(tokens) - expected).abs().max())
+        difference = float((run_onnx(temporary, "tokens", images) - expected).abs().max())
         if difference > ONNX_TOLERANCE:
             raise UserError(f"the ONNX model differs by {difference:.1e} from torch's, more than {ONNX_TOLERANCE:g}")
     return difference
+
+
+def onnx_program(model: nn.Module, example: Tensor, outputs: Sequence[str], **options: Any) -> Any:
+    """The ONNX program of ``model`` on images like ``example``; ``options``: what else ``torch.onnx.export`` takes."""
+    names = {"input_names": ["images"], "output_names": list(outputs)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(model, (example,), dynamo=True, verbose=False, **names, **options)
+    assert program is not None
+    return program
+
+
+def run_onnx(path: Path, output: str, images: Tensor) -> Tensor:
+    """One output of an ONNX file on images (B, C, H, W), by onnxruntime."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run([output], {"images": images.numpy()})[0])
 
 
 class _Encode(nn.Module):

@@ -43,6 +43,14 @@ REMEDIES = {
     "gzip": "is compressed with gzip; unpack it first",
 }
 """What a file is instead of weights -> what to do."""
+STARTS = {
+    pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2): "torch",
+    b"version https://git-lfs": "lfs",
+    b"\x93NUMPY": "npz",
+    b"\x89HDF": "hdf5",
+    b"\x1f\x8b": "gzip",
+}
+"""How a file begins -> what it is."""
 
 WRAPPERS = (
     "model", "state_dict", "model_state_dict", "module", "net", "network", "model_ema", "state_dict_ema",
@@ -167,19 +175,12 @@ def kind_of_content(path: Path) -> str:
         except (zipfile.BadZipFile, OSError, ValueError):
             return "torch"  # whose reader says that it is truncated
         return "npz" if arrays else "torch"
-    if head.startswith(pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)):
-        return "torch"
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < LARGEST_HEADER:
         return "safetensors"
-    text = head.lstrip().lower()
-    if head.startswith(b"version https://git-lfs"):
-        return "lfs"
-    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
         return "html"
-    for kind, start in (("npz", b"\x93NUMPY"), ("hdf5", b"\x89HDF"), ("gzip", b"\x1f\x8b")):
-        if head.startswith(start):
-            return kind
-    return "safetensors" if path.suffix == SAFETENSORS else "unknown"
+    kind = next((kind for start, kind in STARTS.items() if head.startswith(start)), None)
+    return kind or ("safetensors" if path.suffix == SAFETENSORS else "unknown")
 
 
 def _read_shards(path: Path, mapped: bool) -> WeightsFile:

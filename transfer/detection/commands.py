@@ -7,7 +7,7 @@ from pathlib import Path
 import typer
 
 from mae_core.cli.arguments import ConfigAndOverrides, Configured, DryRun, Resume, split_arguments
-from mae_core.cli.tasks import PASSED_ON
+from mae_core.cli.tasks import pass_on
 from mae_core.errors import UserError, user_errors
 from mae_core.layout import CONFIG
 
@@ -52,23 +52,8 @@ def evaluate(arguments: ConfigAndOverrides = None) -> None:
         main([*words, "--eval-only"])
 
 
-@app.command(context_settings=PASSED_ON)
-def predict(context: typer.Context) -> None:
-    """Find objects in images: RUN IMAGES... --out DIR; writes pictures and COCO results. --help says more.
-
-    Example: mae detect predict runs/detector photos --out found
-    """
-    from transfer.detection.predict import main
-
-    main(context.args, prog="mae detect predict")
-
-
-@app.command(context_settings=PASSED_ON)
-def check(context: typer.Context) -> None:
-    """Find faults in a COCO data set before training meets them; as mae check coco. --help says more.
-
-    Example: mae detect check COCO
-    """
-    from transfer.detection.check_data import main
-
-    main(context.args, prog="mae detect check")
+for _name, _place, _about in (
+    ("predict", "predict", "Find objects in images: RUN IMAGES... --out DIR; writes pictures and COCO results"),
+    ("check", "check_data", "Find faults in a COCO data set before training meets them: DATA; as mae check coco"),
+):
+    pass_on(app, _name, f"transfer.detection.{_place}:main", prog=f"mae detect {_name}", about=_about)

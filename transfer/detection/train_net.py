@@ -10,7 +10,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 from mae_core.config.load import load_config
-from mae_core.dialects import other_word
+from mae_core.dialects import DETECTION_SCRIPT, other_word
 from mae_core.errors import UserError, user_errors
 from mae_core.resuming import AUTO, HELP, Resume, meaning, one_word
 from mae_core.training import distributed
@@ -46,7 +46,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     known, rest = parser.parse_known_intermixed_args(one_word(sys.argv[1:] if arguments is None else arguments))
     flags = [word for word in rest if word.startswith("-")]
     if flags:
-        told = other_word(flags[0], "detectron2") or f"unknown option {flags[0]}"
+        told = other_word(flags[0], DETECTION_SCRIPT) or f"unknown option {flags[0]}"
         parser.error(f"{told}; options of the run are written key=value")
     recipes = [word for word in known.overrides if "=" not in word]
     if recipes and known.config_file is None:

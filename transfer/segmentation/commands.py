@@ -7,7 +7,7 @@ import os
 import typer
 
 from mae_core.cli.arguments import ConfigAndOverrides, Configured, DryRun, Resume, split_arguments
-from mae_core.cli.tasks import PASSED_ON
+from mae_core.cli.tasks import pass_on
 from mae_core.errors import UserError, user_errors
 
 app = typer.Typer(no_args_is_help=True, help="Semantic segmentation on an encoder, from images and label maps.")
@@ -71,34 +71,9 @@ def evaluate(arguments: ConfigAndOverrides = None) -> None:
         main(words)
 
 
-@app.command(context_settings=PASSED_ON)
-def predict(context: typer.Context) -> None:
-    """Label images: RUN IMAGES... --out DIR; writes label maps and overlays. --help says more.
-
-    Example: mae segment predict runs/segmenter photos --out labelled
-    """
-    from transfer.segmentation.predict import main
-
-    main(context.args, prog="mae segment predict")
-
-
-@app.command(context_settings=PASSED_ON)
-def export(context: typer.Context) -> None:
-    """Write a segmenter as ONNX or for plain mmseg: RUN --to onnx|mmseg --out FILE. --help says more.
-
-    Example: mae segment export runs/segmenter --to onnx --size 512 512 --out segmenter.onnx
-    """
-    from transfer.segmentation.export import main
-
-    main(context.args, prog="mae segment export")
-
-
-@app.command(context_settings=PASSED_ON)
-def check(context: typer.Context) -> None:
-    """Find faults in images and label maps before training meets them; as mae check labels. --help says more.
-
-    Example: mae segment check LABELMAPS num_classes=5 reduce_zero_label=False
-    """
-    from transfer.segmentation.check_data import main
-
-    main(context.args, prog="mae segment check")
+for _name, _place, _about in (
+    ("predict", "predict", "Label images: RUN IMAGES... --out DIR; writes label maps and overlays"),
+    ("export", "export", "Write a segmenter as ONNX or for plain mmseg: RUN --to onnx|mmseg --out FILE"),
+    ("check", "check_data", "Find faults in images and label maps before training meets them; as mae check labels"),
+):
+    pass_on(app, _name, f"transfer.segmentation.{_place}:main", prog=f"mae segment {_name}", about=_about)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mae_core import convert
 from mae_core.atomic import atomic_path, write_text
 from mae_core.errors import UserError
-from mae_core.models.onnx_export import require_onnx
+from mae_core.models.onnx_export import onnx_program, require_onnx, run_onnx
 from transfer.segmentation.config import BACKBONE, LABEL_READERS, READERS, inference_mode
 from transfer.segmentation.engine_mmseg.data import ManyChannelPreProcessor
 from transfer.segmentation.engine_mmseg.segmenter import build_segmenter, fill_segmenter
@@ -40,7 +39,6 @@ def write_onnx(file: SegmenterFile, size: tuple[int, int], out: Path) -> str:
     """
     require_onnx()
     import onnx
-    import onnxruntime
 
     model = WholeImage(file).eval()
     weight = sum(tensor.nbytes for tensor in model.state_dict().values()) / 1e9
@@ -52,27 +50,14 @@ def write_onnx(file: SegmenterFile, size: tuple[int, int], out: Path) -> str:
     images = 255 * torch.rand((2, 1, model.channels, *size), generator=generator)
     with atomic_path(out) as temporary:
         # fused attention promises other strides than what the exporter takes it apart into
-        with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                model,
-                (images[0],),
-                dynamo=True,
-                input_names=["images"],
-                output_names=["logits", "labels"],
-                verbose=False,
-            )
-        assert program is not None
-        proto = program.model_proto
+        with sdpa_kernel(SDPBackend.MATH):
+            proto = onnx_program(model, images[0], ["logits", "labels"]).model_proto
         facts = {"classes": file.classes, "palette": file.palette, "reduce_zero_label": file.reduce_zero_label}
         onnx.helper.set_model_props(proto, {name: json.dumps(value) for name, value in facts.items()})
         onnx.save(proto, str(temporary))
-        session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
-
-        def exported(given: Tensor) -> Tensor:
-            return torch.from_numpy(session.run(["logits"], {"images": given.numpy()})[0])
-
-        difference = compare(lambda given: model(given)[0], exported, images[1])
+        difference = compare(
+            lambda given: model(given)[0], lambda given: run_onnx(temporary, "logits", given), images[1]
+        )
     return f"wrote {out} for images of {size[0]}x{size[1]}; its logits differ from torch's by {difference:.1e} at most"
 
 
