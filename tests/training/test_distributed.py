@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from mae_core.config.load import load_config
+from mae_core.errors import UserError
+from mae_core.training.finetune_config import FinetuneConfig
 from mae_core.training.pretrain import pretrain
 from mae_core.training.pretrain_config import PretrainConfig
 from mae_core.weights.files import read_weights
@@ -42,12 +45,25 @@ def assert_same_run(run: Path, expected: Path) -> None:
         assert (weights[name] - tensor).abs().mean() < 1e-6, name
 
 
-def test_two_ranks_compute_the_losses_of_one(tmp_path, one_rank, run_python):
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_ranks_compute_the_losses_of_one(tmp_path, one_rank, run_python, kind):
     expected, options = one_rank
-    result = run_python([*TORCHRUN, *MAE, "pretrain", *options, f"output={tmp_path / 'two'}"])
+    run, options = tmp_path / "two", [*options, "log.checkpoint_every=5"]
+    result = run_python([*TORCHRUN, *MAE, "pretrain", *options, f"distributed={kind}", f"output={run}"])
     assert result.returncode == 0, result.stderr
-    assert_same_run(tmp_path / "two", expected)
+    assert_same_run(run, expected)
+    assert losses_of(run) == pytest.approx(losses_of(expected), rel=1e-6)
     assert result.stdout.count("step 10/10") == 1, "only one rank talks"
+    shutil.rmtree(run / "checkpoints" / "step_00000010")  # saved on two ranks, in shards or not, and resumed on one
+    (run / "encoder.safetensors").unlink()
+    pretrain(load_config(PretrainConfig, None, [*options, f"output={run}"]), resume=True)
+    assert_same_run(run, expected)
+
+
+@pytest.mark.parametrize("option", ["ema=0.9", "trainable_blocks=1"])
+def test_what_cannot_be_sharded_is_refused(option):
+    with pytest.raises(UserError, match="leave ema and trainable_blocks out"):
+        load_config(FinetuneConfig, None, ["weights=x", "data.path=x", "distributed=fsdp", option])
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3])
