@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import NamedTuple, TypeAlias
@@ -20,6 +21,9 @@ BICUBIC = InterpolationMode.BICUBIC
 CROP_RATIO = 0.875
 """A fixed-size crop is this share of the resized image, as 224 of 256 in the recipes that evaluate; the paper names no
 number."""
+
+ASPECT_RATIOS = (3 / 4, 4 / 3)
+"""Width by height of a random crop, from and to (torchvision's default, which the paper's code takes)."""
 
 Size = tuple[int, int]
 
@@ -56,27 +60,43 @@ class Box(NamedTuple):
 
 
 class RandomCrop:
-    """torchvision's ``RandomResizedCrop`` (bicubic), its box drawn apart from the cut, so that an image can be decoded
-    at a smaller scale in between."""
+    """The crop of torchvision's ``RandomResizedCrop`` (bicubic), from the same draws and in half of the time; its box
+    is drawn apart from the cut, so that an image can be decoded at a smaller scale in between."""
+
+    TRIES = 10
 
     def __init__(self, size: Size, scale: CropScale) -> None:
-        self.size = size
-        self._drawn = v2.RandomResizedCrop(list(size), scale=scale, interpolation=BICUBIC)
+        self.size, self.scale = size, scale
+        self.ratios = ASPECT_RATIOS
+        self.log_ratios = torch.tensor(ASPECT_RATIOS).log().tolist()
 
     def draw(self, whole: Size) -> Box:
         """The box in an image of this size; draws from torch's global generator."""
-        return Box(**self._drawn.make_params([torch.empty((1, *whole), device="meta")]))
+        rows, cols = whole
+        for _ in range(self.TRIES):
+            area = rows * cols * torch.empty(1).uniform_(*self.scale).item()
+            ratio = math.exp(torch.empty(1).uniform_(*self.log_ratios).item())
+            width, height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < width <= cols and 0 < height <= rows:
+                top, left = (torch.randint(0, room + 1, (1,)).item() for room in (rows - height, cols - width))
+                return Box(int(top), int(left), height, width)
+        narrow, wide = self.ratios
+        height = min(rows, round(cols / narrow)) if cols / rows < narrow else rows
+        width = min(cols, round(rows * wide)) if cols / rows > wide else cols
+        return Box((rows - height) // 2, (cols - width) // 2, height, width)
 
     def cut(self, image: torch.Tensor, box: Box) -> torch.Tensor:
         """The part of (C, H, W), resized."""
         part = image[None, :, box.top : box.top + box.height, box.left : box.left + box.width]
         if part.shape[2:] == self.size:
             return part[0]
+        if part.shape[1] == 3 and part.stride(1) == 1:  # torch's kernel for packed RGB wants no gaps between rows
+            part = part.contiguous(memory_format=torch.channels_last)
         return interpolate(part, self.size, mode="bicubic", antialias=True)[0]
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
         """Draw and cut."""
-        return self.cut(image, self.draw(size_of(image)))
+        return self.cut(image, self.draw((image.shape[-2], image.shape[-1])))
 
 
 Step: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
@@ -114,7 +134,7 @@ class TrainingView:
 
     def __init__(self, data: PretrainData, statistics: Statistics) -> None:
         self.size: Size = as_pair(data.image_size)
-        self.fill = NoDataAsMean(statistics)
+        self.mean = statistics.mean
         self.turns = data.quarter_turns
         self.steps = AUGMENTATIONS[data.augmentation](self.size, data)
         self.flips = tuple((axis, p) for axis, p in ((-1, data.flip_probability), (-2, data.vflip)) if p)
@@ -123,7 +143,7 @@ class TrainingView:
 
     def __call__(self, image: Pixels, whole: Size | None = None) -> torch.Tensor:
         """``whole``: the size of an image that was decoded at a smaller scale; its crop is drawn on the former."""
-        pixels = to_tensor(self.fill(image))
+        pixels = to_tensor(fill_no_data(image, self.mean))
         quarters = self._quarters()
         pixels = torch.rot90(pixels, quarters, (-2, -1)) if quarters else pixels
         for step in self.steps:
