@@ -12,6 +12,7 @@ from mae_core.cli.arguments import ConfigAndOverrides, Configured, DryRun, Resum
 from mae_core.cli.checking import check, data_stats
 from mae_core.cli.classification import classify, evaluate, features, finetune, knn, linprobe
 from mae_core.cli.configuring import config
+from mae_core.cli.data import shrink
 from mae_core.cli.looking import reconstruct
 from mae_core.cli.running import doctor, replay, verify_resume
 from mae_core.cli.tasks import task_groups
@@ -137,6 +138,7 @@ app.command("data-stats")(data_stats)
 app.command()(doctor)
 app.command()(replay)
 app.command("verify-resume", cls=Configured)(verify_resume)
+app.command()(shrink)
 for configured in (finetune, linprobe, knn, features, evaluate):
     app.command(cls=Configured)(configured)
 app.command()(inspect)

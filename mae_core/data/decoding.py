@@ -80,6 +80,16 @@ def read_image(path: Path, read_as: ReadAs) -> Pixels:
         raise UnreadableImage(path, _first_line(error)) from None
 
 
+def read_content(path: Path) -> bytes:
+    """The bytes of a file. Raises ``UnreadableImage`` where it is missing or no regular file."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise UnreadableImage(path, "not a regular file")
+        return path.read_bytes()
+    except OSError as error:
+        raise UnreadableImage(path, _first_line(error)) from None
+
+
 def decode_image(file: BinaryIO, name: str, read_as: ReadAs) -> Pixels:
     """Like ``read_image``, of an open file that can seek; ``name`` is for the error."""
     reading = reading_of(read_as)

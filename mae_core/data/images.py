@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from mae_core.data.config import ImagesConfig
-from mae_core.data.decoding import Pixels, Unreadable, UnreadableImage, read_image
+from mae_core.data.decoding import Pixels, Unreadable, UnreadableImage, read_content, read_image
 from mae_core.data.reading import ReadAs
 from mae_core.errors import UserError
 
@@ -47,6 +47,10 @@ class ImageSource(Protocol):
         """The pixels of one image. Raises ``UnreadableImage``."""
         ...
 
+    def content(self, index: int) -> bytes:
+        """Its file, as it is stored. Raises ``UnreadableImage``."""
+        ...
+
 
 class ImageFiles:
     """Image files by their paths; names are relative to ``root``."""
@@ -72,6 +76,10 @@ class ImageFiles:
     def read(self, index: int) -> Pixels:
         """See ``read_image``."""
         return read_image(self.paths[index], self.read_as)
+
+    def content(self, index: int) -> bytes:
+        """See ``read_content``."""
+        return read_content(self.paths[index])
 
 
 def relative_names(paths: Iterable[Path], root: Path | None) -> list[str]:

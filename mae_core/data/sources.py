@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mae_core.data.config import PretrainData
-from mae_core.data.decoding import Pixels, Unreadable, UnreadableImage, decode_bytes, read_image
+from mae_core.data.decoding import Pixels, Unreadable, UnreadableImage, decode_bytes, read_content, read_image
 from mae_core.data.images import IMAGE_SUFFIXES, ImageFiles, ImageSource, list_images, passed_over_in
 from mae_core.data.reading import ReadAs
 from mae_core.errors import UserError
@@ -89,15 +89,20 @@ class TarShards:
 
     def read(self, index: int) -> Pixels:
         """See ``read_image``."""
-        shard, name, offset, size = self.members[index]
-        label = f"{self.shards[shard]}/{name}"
+        return decode_bytes(self.content(index), self._label(index), self.read_as)
+
+    def content(self, index: int) -> bytes:
+        """The bytes of a member. Raises ``UnreadableImage``."""
+        member = self.members[index]
         try:
-            with self.shards[shard].open("rb") as file:
-                file.seek(offset)
-                content = file.read(size)
+            with self.shards[member.shard].open("rb") as file:
+                file.seek(member.offset)
+                return file.read(member.size)
         except OSError as error:
-            raise UnreadableImage(label, str(error)) from None
-        return decode_bytes(content, label, self.read_as)
+            raise UnreadableImage(self._label(index), str(error)) from None
+
+    def _label(self, index: int) -> str:
+        return f"{self.shards[self.members[index].shard]}/{self.members[index].name}"
 
 
 def _ends_at(shard: Path, offset: int) -> bool:
@@ -146,13 +151,21 @@ class HuggingFaceImages:
 
     def read(self, index: int) -> Pixels:
         """See ``read_image``."""
-        cell = self.table[index][self.column]
-        label = f"{self.path}[{index}]"
-        if cell is None:
-            raise UnreadableImage(label, "the cell is empty")
+        cell = self._cell(index)
         if cell["bytes"] is not None:
-            return decode_bytes(cell["bytes"], label, self.read_as)
+            return decode_bytes(cell["bytes"], f"{self.path}[{index}]", self.read_as)
         return read_image(Path(cell["path"]), self.read_as)
+
+    def content(self, index: int) -> bytes:
+        """The bytes in a cell, or of the file that it names. Raises ``UnreadableImage``."""
+        cell = self._cell(index)
+        return read_content(Path(cell["path"])) if cell["bytes"] is None else bytes(cell["bytes"])
+
+    def _cell(self, index: int) -> Any:
+        cell = self.table[index][self.column]
+        if cell is None:
+            raise UnreadableImage(f"{self.path}[{index}]", "the cell is empty")
+        return cell
 
 
 class JoinedSources:
@@ -182,8 +195,17 @@ class JoinedSources:
 
     def read(self, index: int) -> Pixels:
         """See ``read_image``."""
+        source, place = self._place(index)
+        return source.read(place)
+
+    def content(self, index: int) -> bytes:
+        """See ``ImageSource``."""
+        source, place = self._place(index)
+        return source.content(place)
+
+    def _place(self, index: int) -> tuple[ImageSource, int]:
         number = bisect_right(self.ends, index)
-        return self.sources[number].read(index - (self.ends[number - 1] if number else 0))
+        return self.sources[number], index - (self.ends[number - 1] if number else 0)
 
 
 class Part:
@@ -204,6 +226,10 @@ class Part:
     def read(self, index: int) -> Pixels:
         """See ``read_image``."""
         return self.source.read(self.indices[index])
+
+    def content(self, index: int) -> bytes:
+        """See ``ImageSource``."""
+        return self.source.content(self.indices[index])
 
 
 def damaged_parts(source: ImageSource) -> list[Unreadable]:

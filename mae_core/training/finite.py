@@ -76,10 +76,10 @@ class RunningStatistics:
         """Remember them as they are."""
         self.kept = [buffer.clone() for buffer in self.buffers]
 
-    def put_back(self) -> None:
-        """As they were at the last ``keep``."""
+    def put_back(self, unless: Tensor | None = None) -> None:
+        """As they were at the last ``keep``; on their device, where a scalar ``unless`` is false there."""
         for buffer, kept in zip(self.buffers, self.kept, strict=True):
-            buffer.copy_(kept)
+            buffer.copy_(kept if unless is None else torch.where(unless, buffer, kept))
 
 
 class SkippedSteps:

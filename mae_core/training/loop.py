@@ -29,15 +29,9 @@ from mae_core.data.loading import Batch, Place, StepSampler, share_of, steps_for
 from mae_core.errors import UserError
 from mae_core.seeds import STEP, derive_seed
 from mae_core.training.culprit import write_dump
+from mae_core.training.deciding import Decisions
 from mae_core.training.distributed import gather, mean_over_ranks, world_size
-from mae_core.training.finite import (
-    RunningStatistics,
-    SkippedSteps,
-    bad_samples,
-    clip_gradients,
-    gradient_norm,
-    non_finite,
-)
+from mae_core.training.finite import SkippedSteps, bad_samples, gradient_norm, non_finite
 from mae_core.training.progress import Progress
 from mae_core.training.run import Run
 from mae_core.training.sharding import is_sharded, unsharded, whole
@@ -146,7 +140,22 @@ def fit(
     parallel = over_ranks(model, run)
     precision = run.autocast()
     progress = Progress(run, start_step, settings.total_steps, log.every, chance_loss)
-    skipped, statistics = SkippedSteps(run.record, run.say), RunningStatistics(model)
+    skipped = SkippedSteps(run.record, run.say)
+
+    def ending(batch: Batch, step: int) -> str:
+        if not non_finite(whole(model.state_dict())):
+            run.checkpoint(step + 1, model, optimizer, metadata or {})
+        return dump_step(model, batches, batch, loss_of, step, run, settings)
+
+    decisions = Decisions(
+        model,
+        optimizer,
+        skipped,
+        files_of=lambda batch, step: bad_files(batches, batch, step),
+        ending=ending,
+        device=run.device,
+        clip_grad=settings.clip_grad,
+    )
     saved = time.monotonic()
     with Signals() as signals:
         stream = iter(batches)
@@ -161,32 +170,22 @@ def fit(
             seed_everything(derive_seed(run.config.seed, STEP, step, run.rank))  # a starting loader draws
             run.note_unreadable(batch.unreadable)
             optimizer.zero_grad(set_to_none=True)
-            statistics.keep()
+            decisions.statistics.keep()
             losses = backward(parallel, batch, loss_of, run.device, precision, settings.micro_batch)
             norm = gradient_norm(model.parameters())
             done = step + 1
-            if finite := bool(torch.isfinite(losses["loss"]) & torch.isfinite(norm)):
-                if settings.clip_grad is not None:
-                    clip_gradients(model.parameters(), settings.clip_grad, norm)
-                optimizer.step()
-                skipped.taken()
-            else:
-                statistics.put_back()
-                try:
-                    skipped.skip(done, float(losses["loss"]), float(norm), bad_files(batches, batch, step))
-                except UserError as error:
-                    if not non_finite(whole(model.state_dict())):
-                        run.checkpoint(done, model, optimizer, metadata or {})
-                    told = dump_step(model, batches, batch, loss_of, step, run, settings)
-                    raise UserError(f"{error}; {told}") from None
             losses |= {"gradient_norm": norm}
             if settings.clip_grad is not None:
                 losses |= {"clipped": (norm > settings.clip_grad).float()}
-            progress.step(
-                done, len(batch) * run.world, losses if finite else {}, max(g["lr"] for g in optimizer.param_groups)
-            )
+            losses, counted = decisions.take(step, batch, losses, norm)
+            rate = max(group["lr"] for group in optimizer.param_groups)
+            progress.step(done, len(batch) * run.world, losses, rate, counted)
             last = done == settings.total_steps
-            stop, due = signals.agreed(time.monotonic() - saved > 60 * log.checkpoint_minutes, run.device)
+            late = time.monotonic() - saved > 60 * log.checkpoint_minutes
+            stop, due = signals.agreed(late, run.device, deferred=decisions.deferred)
+            due = due or done % log.checkpoint_every == 0
+            if stop or due or last or any(done % every == 0 for every, _ in hooks):
+                decisions.settle()
             if stop and not last:  # before pictures and evaluations, for which there may be no time
                 run.checkpoint(done, model, optimizer, metadata or {})
             for every, hook in hooks:
@@ -194,7 +193,7 @@ def fit(
                     with progress.paused(), unsharded(model):
                         hook(done)
                     model.train()
-            if (done % log.checkpoint_every == 0 or due or last) and (last or not stop):
+            if (due or last) and (last or not stop):
                 with progress.paused():
                     run.checkpoint(done, model, optimizer, metadata or {})
                 saved = time.monotonic()

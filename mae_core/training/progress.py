@@ -34,7 +34,8 @@ class Progress:
         self._started = time.perf_counter()
         self._interval = self._told = self._started
         self._waited = self._paused = 0.0
-        self._interval_images, self._interval_steps = 0, 0
+        self._interval_images = 0
+        self._interval_steps: int | Tensor = 0
         self._sums: dict[str, float | Tensor] = {}
         self._warned = False
 
@@ -52,12 +53,13 @@ class Progress:
         yield
         self._paused += time.perf_counter() - before
 
-    def step(self, done: int, images: int, losses: Mapping[str, Tensor], lr: float) -> None:
-        """Count a step; log if it is time to."""
+    def step(self, done: int, images: int, losses: Mapping[str, Tensor], lr: float, counted: int | Tensor = 1) -> None:
+        """Count a step; log if it is time to. ``counted``: 1, or 0 where its losses are none to average (a tensor stays
+        on its device until then)."""
         self.done = done
         self._interval_images += images
         if losses:
-            self._interval_steps += 1
+            self._interval_steps = self._interval_steps + counted
             for name, value in losses.items():
                 self._sums[name] = self._sums.get(name, 0.0) + value
         if done % self.every == 0 or done == self.total:
@@ -88,7 +90,8 @@ class Progress:
         self._images += self._interval_images
         self.images_per_second = self._images / self.seconds
         self.run.share_unreadable()
-        means = {name: float(value) / max(self._interval_steps, 1) for name, value in self._sums.items()}
+        steps = int(self._interval_steps)
+        means = {name: float(value) / steps for name, value in self._sums.items()} if steps else {}
         self.loss = means.get("loss", float("nan"))
         waiting = self._waited / seconds
         rate = self._interval_images / seconds
@@ -104,7 +107,7 @@ class Progress:
         self._warn_of_chance()
         self._interval = time.perf_counter()
         self._waited = self._paused = 0.0
-        self._interval_images = self._interval_steps = 0
+        self._interval_images, self._interval_steps = 0, 0
         self._sums = {}
 
     def _warn_of_chance(self) -> None:

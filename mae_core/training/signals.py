@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mae_core.training.distributed import sum_over_ranks, world_size
+from mae_core.training.distributed import OnItsWay, sum_over_ranks, world_size
 
 EXIT_PREEMPTED = 75
 """Exit code after SIGTERM and SIGUSR1: not finished, saved, to be started again (``EX_TEMPFAIL`` of sysexits.h)."""
@@ -35,6 +35,7 @@ class Signals:
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._at = 0.0
+        self._flags: OnItsWay | None = None
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Signals:
@@ -53,14 +54,16 @@ class Signals:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
-    def agreed(self, due: bool, device: torch.device) -> tuple[bool, bool]:
+    def agreed(self, due: bool, device: torch.device, *, deferred: bool = False) -> tuple[bool, bool]:
         """Whether any rank was sent a signal, and whether any finds a checkpoint due: the same on all ranks, which must
-        all call it."""
+        all call it; with ``deferred`` as it was at the last call, so that nobody waits for a GPU."""
         stop = self.received is not None
         if world_size() == 1:
             return stop, due
-        flags = sum_over_ranks(torch.tensor([float(stop), float(due)], device=device)).tolist()
-        return flags[0] > 0, flags[1] > 0
+        flags = OnItsWay(sum_over_ranks(torch.tensor([float(stop), float(due)], device=device)))
+        found, self._flags = self._flags if deferred else flags, flags
+        stopping, late = (0.0, 0.0) if found is None else found.read()
+        return stopping > 0, late > 0
 
     def told(self, done: int, total: int) -> str:
         """What a training that is stopped and saved after ``done`` steps says."""

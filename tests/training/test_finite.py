@@ -22,6 +22,7 @@ from mae_core.errors import UserError
 from mae_core.layout import complete_checkpoints
 from mae_core.masking import MASKERS, SampleMasks
 from mae_core.patches import PatchGrid
+from mae_core.training import deciding
 from mae_core.training import pretrain as pretraining
 from mae_core.training.finite import SkippedSteps, bad_samples, gradient_norm, non_finite, refuse_non_finite
 from mae_core.training.pretrain import pretrain
@@ -84,6 +85,44 @@ def test_a_step_is_skipped_and_recorded_and_every_file_is_finite(tmp_path, optio
     for name, tensor in states[0].items():  # after step 6, and after step 7, which was not taken
         assert torch.equal(tensor, states[1][name])
     assert not non_finite(read_weights(run / "encoder.safetensors")[0])
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_steps_decided_on_the_device_are_those_decided_on_the_host(tmp_path, options, spoil, monkeypatch, what):
+    found = []
+    for name, devices in (("host", ()), ("device", ("cpu",))):
+        monkeypatch.setattr(deciding, "DEFERRED_ON", devices)
+        with pytest.MonkeyPatch.context() as patch:
+            real, count = pretraining.pretrain_loss, [0]
+
+            def spoiled(model: nn.Module, batch, real=real, count=count) -> dict[str, Tensor]:
+                losses = real(model, batch)
+                count[0] += 1
+                if count[0] in (3, 8):  # the last of all too
+                    factor = float("nan")
+                    if what == "loss":
+                        return {"loss": losses["loss"] * factor}
+                    losses["loss"].register_hook(lambda gradient: gradient * factor)
+                return losses
+
+            patch.setattr(pretraining, "pretrain_loss", spoiled)
+            output = f"output={tmp_path / name}"
+            pretrain(config(*options, output, "optim.epochs=4", "optim.clip_grad=1", "log.checkpoint_every=3"))
+        log = [
+            {k: v for k, v in e.items() if k in ("event", "step", "numbers", "loss")} for e in entries(tmp_path / name)
+        ]
+        weights = (tmp_path / name / "encoder.safetensors").read_bytes()
+        found.append((weights, [e for e in log if "event" in e], [e for e in log if "loss" in e]))
+    (one, events, losses), (other, same_events, same_losses) = found
+    assert one == other and [event["step"] for event in events] == [3, 8] and events == same_events
+    assert [str(entry) for entry in losses] == [str(entry) for entry in same_losses]
+
+
+def test_too_many_steps_decided_on_the_device_end_the_run(tmp_path, options, monkeypatch):
+    monkeypatch.setattr(deciding, "DEFERRED_ON", ("cpu",))
+    with pytest.raises(UserError, match=r"not finite for 10 steps.*lower optim.base_lr"):
+        pretrain(config(*options, "optim.base_lr=1e30", "log.checkpoint_every=2"))
+    assert not (tmp_path / "run" / "encoder.safetensors").exists()
 
 
 def test_a_rate_that_is_too_high_ends_without_a_file_that_is_not_finite(tmp_path, options):
