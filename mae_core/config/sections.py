@@ -45,6 +45,23 @@ class ModelConfig(TrunkOptions):
         return self
 
 
+class TrainedModel(ModelConfig):
+    """An encoder that a run trains."""
+
+    checkpointing: bool = Field(
+        False, description="compute blocks again in the backward pass: less memory, about a third more time"
+    )
+    compile: bool = Field(False, description="torch.compile the model; needs a C++ compiler, on a GPU triton too")
+
+
+MicroBatch = Annotated[
+    Count | Literal["auto"] | None,
+    Field(
+        description="maximum images per device at once; gradients of the rest are accumulated; auto: the most that fit"
+    ),
+]
+
+
 class ScheduleConfig(Schema):
     """Linear warm-up, half-cosine decay. lr = base_lr * batch_size / 256."""
 

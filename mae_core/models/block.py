@@ -13,7 +13,8 @@ from typing import Any
 import timm.models.vision_transformer as timm_vit
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 LONGEST_AS_PRODUCTS: dict[tuple[str, torch.dtype], tuple[int, int]] = {
     ("cpu", torch.bfloat16): (256, 1280),
@@ -108,12 +109,23 @@ class AttentionProducts(torch.autograd.Function):
 
 
 class Block(timm_vit.Block):
-    """timm's block (pre-norm attention, then MLP), its attention through ``attend``."""
+    """timm's block (pre-norm attention, then MLP), its attention through ``attend``.
+
+    ``checkpointing``: keep the block's input alone and compute the rest again in the backward pass.
+    """
+
+    checkpointing = False
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
         if attn_mask is not None or is_causal:
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        if self.checkpointing and torch.is_grad_enabled():
+            again: Tensor = checkpoint(self._forward, x, use_reentrant=False)
+            return again
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
         query, key, value = self._split(self.attn.qkv(self.norm1(x)), 3)
         return self._finish(x, attend(query, key, value))
 
@@ -136,3 +148,11 @@ class Block(timm_vit.Block):
         """The residual branches: x (B, n, D), attended (B, heads, n, d) -> (B, n, D)."""
         x = x + self.drop_path1(self.ls1(self.attn.proj(attended.transpose(1, 2).flatten(2))))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+def checkpoint_blocks(model: nn.Module, on: bool = True) -> list[Block]:
+    """Switch activation checkpointing on or off in all blocks of a model, which are returned."""
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    for block in blocks:
+        block.checkpointing = on
+    return blocks

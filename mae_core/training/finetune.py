@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from mae_core.data.images import ImageFiles, Statistics, statistics_of
 from mae_core.data.labelled import LabelledBatch, TrainImages, collate
 from mae_core.data.loading import share_of
 from mae_core.errors import UserError
+from mae_core.models.block import checkpoint_blocks
 from mae_core.models.classifier import freeze_below, initialize_as_timm, learning_line
 from mae_core.models.encoder import ViTEncoder
 from mae_core.patches import as_pair
@@ -35,6 +37,8 @@ from mae_core.training.classification import (
 from mae_core.training.finetune_config import FinetuneConfig, scratch_differences
 from mae_core.training.groups import layer_decay_groups
 from mae_core.training.loop import FitSettings, LossOf, fit, seed_everything
+from mae_core.training.micro_batch import with_micro_batch
+from mae_core.training.precision import check_compiler, choose_precision
 from mae_core.training.run import Run, check_output, open_run
 from mae_core.training.sharding import shard_if_asked, unsharded
 from mae_core.training.statistics import with_statistics
@@ -133,10 +137,23 @@ def multi_label_loss(data: FinetuneData) -> LossOf:
     return loss
 
 
+def logits_of_zeros(model: ViTEncoder, config: FinetuneConfig) -> Callable[[int], Tensor]:
+    """Number of images -> the sum of the logits of so many black ones, where the model is: for a plan of memory."""
+
+    def loss(images: int) -> Tensor:
+        device = model.pos_embed.device
+        pixels = torch.zeros(images, model.in_channels, *model.grid.image_size, device=device)
+        with choose_precision(config.precision, device).autocast(device):
+            logits: Tensor = model.train()(pixels)
+        return logits.float().sum()
+
+    return loss
+
+
 def check_pairs(config: FinetuneConfig) -> None:
     """Raise ``UserError`` where mixup, which mixes an image with its counterpart, finds an odd number of them."""
-    share = share_of(config.optim.batch_size, distributed.world_size())
-    if (config.data.mixup or config.data.cutmix) and (share % 2 or (config.optim.micro_batch or 0) % 2):
+    share, micro = share_of(config.optim.batch_size, distributed.world_size()), config.optim.micro_batch
+    if (config.data.mixup or config.data.cutmix) and (share % 2 or (micro if isinstance(micro, int) else 0) % 2):
         raise UserError(
             f"mixup and cutmix need an even number of images per rank (optim.batch_size gives each rank "
             f"{share}) and an even optim.micro_batch; change these, or set data.mixup=0 data.cutmix=0"
@@ -155,6 +172,11 @@ def finetune(config: FinetuneConfig, *, resume: Resume = False) -> dict[str, Any
     config = with_statistics(config, training, resume=resume, weights=weights)
     seed_everything(config.seed)
     model, report, statistics = build_model(config, len(splits.classes), source)
+    checkpoint_blocks(model, on=config.model.checkpointing)
+    mixes = bool(config.data.mixup or config.data.cutmix)
+    config = with_micro_batch(config, model, logits_of_zeros(model, config), resume=resume, even=mixes)
+    if config.model.compile:
+        check_compiler(distributed.join(config.device).device)
     settings = FitSettings.of(config.optim, len(splits.train.paths))
     images = TrainImages(splits.train, config.data, as_pair(config.data.image_size), statistics, config.seed)
 
@@ -172,6 +194,8 @@ def finetune(config: FinetuneConfig, *, resume: Resume = False) -> dict[str, Any
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=config.optim.betas, fused=True)
     average = None if config.ema is None else attach_average(optimizer, model, config.ema)
     start = run.restore(model, optimizer)
+    if config.model.compile:
+        model.compile()
     train_batches = run.training_loader(images, collate, total_steps=settings.total_steps, start_step=start)
     test_batches = evaluation_loader(splits.val, config.data, statistics, config.evaluation_batch, run)
     announce(config, run, model, settings, len(images), len(splits.val.paths), len(splits.classes))

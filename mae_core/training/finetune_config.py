@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from mae_core.config.load import config_differences
 from mae_core.config.schema import Beta, Count, Fraction
-from mae_core.config.sections import Distributed, ModelConfig, OptimConfig, TransferConfig
+from mae_core.config.sections import Distributed, MicroBatch, OptimConfig, TrainedModel, TransferConfig
 from mae_core.data.config import FinetuneData
 
 
@@ -23,12 +23,13 @@ class FinetuneOptim(OptimConfig):
     base_lr: Annotated[float, Field(gt=0)] = 5e-4
     min_lr: Annotated[float, Field(ge=0)] = 1e-6
     betas: tuple[Beta, Beta] = (0.9, 0.999)
+    micro_batch: MicroBatch = None  # type: ignore[assignment]  # with_micro_batch leaves a number
     layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
         0.65, description="factor of the learning rate from a block to the one before it; 1 is none"
     )
 
 
-class ClassifierConfig(ModelConfig):
+class ClassifierConfig(TrainedModel):
     """The classifier; the trunk's size comes from the weights file where one is given."""
 
     pooling: Literal["mean", "cls"] = Field("mean", description="of the patch tokens, or the cls token")

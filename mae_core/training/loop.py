@@ -26,7 +26,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mae_core.config.sections import ScheduleConfig
 from mae_core.data.loading import Batch, Place, StepSampler, share_of, steps_for
-from mae_core.errors import UserError
 from mae_core.seeds import STEP, derive_seed
 from mae_core.training.culprit import write_dump
 from mae_core.training.deciding import Decisions

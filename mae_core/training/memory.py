@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from mae_core.models import block
+
 GIB = 2**30
 BYTES_PER_PARAMETER = {"parameters": 4, "gradients": 4, "AdamW's two moments": 8}
 SYSTEM_MEMORY = Path("/proc/meminfo")
@@ -54,9 +56,33 @@ def kept_storages(forward: Callable[[], Tensor], model: nn.Module) -> list[int]:
         kept[id(storage)] = storage  # held, so that no other gets its id
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    def noted(function: Callable[[Tensor], Tensor], x: Tensor, **options: Any) -> Any:
+        note(x)  # a checkpointed block keeps its input, which is no saved tensor
+        return checkpoint(function, x, **options)
+
+    checkpoint = block.checkpoint
+    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    with patch.object(block, "checkpoint", noted), hooks:
         forward()
     return [storage.nbytes() for number, storage in kept.items() if number not in own]
+
+
+def kept_per_image(loss: Callable[[int], Tensor], model: nn.Module) -> int:
+    """Bytes that an image adds to what is kept for the backward pass, and to what that computes again at once.
+
+    The difference of two batches leaves out what is kept once: parameters, and their copies in lower precision.
+    """
+
+    def kept() -> int:
+        return sum(kept_storages(lambda: loss(2), model)) - sum(kept_storages(lambda: loss(1), model))
+
+    found = kept()
+    again = [module for module in model.modules() if getattr(module, "checkpointing", False)]
+    if again:  # one block at a time has all of its own
+        block.checkpoint_blocks(model, on=False)
+        found += (kept() - found) // len(again)
+        block.checkpoint_blocks(model)
+    return found
 
 
 def step_memory(model: nn.Module, loss: Callable[[], Tensor], precision: torch.dtype) -> StepMemory:

@@ -22,14 +22,15 @@ from mae_core.data.loading import check_repeats, share_of
 from mae_core.data.sources import damaged_parts, open_source
 from mae_core.data.unlabelled import UnlabelledImages, collate
 from mae_core.masking import PatchMask, SampleMasks
-from mae_core.models.block import kernels_as_on
+from mae_core.models.block import checkpoint_blocks, kernels_as_on
 from mae_core.models.mae import MaskedAutoencoder
 from mae_core.models.sizes import SIZES
 from mae_core.training import distributed
 from mae_core.training.adapting import Adapted
 from mae_core.training.loop import FitSettings, backward, seed_everything
-from mae_core.training.memory import BYTES_PER_PARAMETER, GIB, available_memory, fixed_bytes, kept_storages
-from mae_core.training.pretrain import announce, build_pretrain_model, pretrain_loss, pretrain_optimizer
+from mae_core.training.memory import BYTES_PER_PARAMETER, GIB, available_memory, fixed_bytes, kept_per_image
+from mae_core.training.micro_batch import with_micro_batch
+from mae_core.training.pretrain import announce, build_pretrain_model, loss_of_zeros, pretrain_loss, pretrain_optimizer
 from mae_core.training.pretrain_config import PretrainConfig
 from mae_core.training.progress import clock
 from mae_core.training.run import Run
@@ -43,7 +44,8 @@ ALSO_IN_PAPER = {"optim.epochs": ("800.0", "1600.0"), "target.kind": ("pixels", 
 COMPARED = ("model.", "decoder.", "masking.", "target.", "optim.", "data.", "watch.share", "weights", "adapt.")
 NOT_A_RECIPE = (
     *("data.path", "data.source", "data.split", "data.workers", "data.on_error", "data.max_pixels"),
-    *("data.statistics", "optim.micro_batch"),  # the mean and std themselves are compared
+    *("optim.micro_batch", "model.checkpointing", "model.compile"),
+    "data.statistics",  # the mean and std themselves are compared
 )
 TIMED_STEPS = 3
 IMAGES_READ = 16
@@ -79,12 +81,14 @@ def print_plan(config: PretrainConfig, say: Callable[[str], None] = print) -> No
     images = UnlabelledImages(watched.training, config.data, config.seed)
     images.fixed_views(1)
     check_repeats(config.optim.batch_size, distributed.world_size(), config.data.repeats)
-    settings = FitSettings.of(config.optim, len(images))
     seed_everything(config.seed)
     model = build_pretrain_model(config, start).train()
     if start is not None:
         load_start(model, start).print()
     Adapted(model, config.adapt)
+    checkpoint_blocks(model, on=config.model.checkpointing)
+    config = with_micro_batch(config, model, loss_of_zeros(model, config), resume=False)
+    settings = FitSettings.of(config.optim, len(images))
     images.masks = SampleMasks(model.masker, model.encoder.grid)
     place = distributed.join(config.device)
     try:
@@ -95,7 +99,7 @@ def print_plan(config: PretrainConfig, say: Callable[[str], None] = print) -> No
         for line in parameter_lines(model):
             run.say(line)
         cost = cost_of(model, config, run.precision, run.device.type)
-        micro = min(config.optim.micro_batch or config.optim.batch_size, share_of(config.optim.batch_size, run.world))
+        micro = min(settings.micro_batch or config.optim.batch_size, share_of(config.optim.batch_size, run.world))
         for line in cost_lines(cost, model, config.optim.batch_size, micro):
             run.say(line)
         needed, there = fixed_bytes(model) + cost.kept, available_memory(run.device)
@@ -197,9 +201,8 @@ def cost_of(model: MaskedAutoencoder, config: PretrainConfig, precision: torch.d
             found = loss(1)
         found.backward()
     model.zero_grad(set_to_none=True)
-    # The difference of two batches leaves out what is kept once: parameters, and their copies in lower precision.
     with kernels_as_on(device_type):
-        kept = sum(kept_storages(lambda: loss(2), model)) - sum(kept_storages(lambda: loss(1), model))
+        kept = kept_per_image(loss, model)
     return Cost(forward.get_total_flops(), whole.get_total_flops(), kept)
 
 

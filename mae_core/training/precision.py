@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from mae_core.errors import UserError, first_line
+
 CPU_FLAGS = ("amx_bf16", "avx512_bf16")
 """Instructions that multiply bfloat16, as Linux names them. Without them bf16 is emulated: several times slower."""
 LARGEST_ERROR = 2e-6
@@ -84,6 +86,17 @@ def _multiply_by_onednn() -> None:
     torch.set_float32_matmul_precision("medium")
     if float((a @ b - exact).norm() / exact.norm()) > LARGEST_ERROR:
         torch.set_float32_matmul_precision("highest")
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise ``UserError`` where torch cannot compile for ``device``: it lacks a compiler, or triton."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+    except Exception as error:  # of the compiler, of its process, of the loader
+        raise UserError(
+            f"model.compile=true, but torch cannot compile here ({first_line(error)[:200]}); install a C++ compiler "
+            "such as g++ (on a GPU triton too), or set model.compile=false"
+        ) from None
 
 
 def keep_pages() -> bool:

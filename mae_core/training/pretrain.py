@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,19 +11,22 @@ from torch import Tensor, nn
 
 from mae_core.data.images import check_all, refuse_unreadable, statistics_of
 from mae_core.data.jpeg import describe_decoder
-from mae_core.data.loading import check_repeats, steps_for
+from mae_core.data.loading import check_repeats, share_of, steps_for
 from mae_core.data.sources import damaged_parts, open_source
 from mae_core.data.unlabelled import PretrainBatch, UnlabelledImages, collate
 from mae_core.errors import UserError
 from mae_core.layout import ENCODER
 from mae_core.masking import SampleMasks, build_masker
+from mae_core.models.block import checkpoint_blocks
 from mae_core.models.mae import MaskedAutoencoder, build_mae
 from mae_core.resuming import Resume
 from mae_core.training import distributed
 from mae_core.training.adapting import Adapted
 from mae_core.training.classification import tell_of_weights
 from mae_core.training.loop import FitResult, FitSettings, fit, seed_everything
+from mae_core.training.micro_batch import with_micro_batch
 from mae_core.training.pictures import fixed_mask, reconstruction_strip
+from mae_core.training.precision import check_compiler, choose_precision
 from mae_core.training.pretrain_config import PretrainConfig
 from mae_core.training.progress import Counter
 from mae_core.training.run import check_output, open_run, will_resume
@@ -80,6 +84,18 @@ def chance_loss(model: MaskedAutoencoder, config: PretrainConfig) -> float | Non
     return (values - 1) / values
 
 
+def loss_of_zeros(model: MaskedAutoencoder, config: PretrainConfig) -> Callable[[int], Tensor]:
+    """Number of images -> the loss of so many black ones, where the model is: what memory is planned with."""
+
+    def loss(images: int) -> Tensor:
+        device = model.encoder.pos_embed.device
+        pixels = torch.zeros(images, config.data.channels, *model.encoder.grid.image_size, device=device)
+        with choose_precision(config.precision, device).autocast(device):
+            return model(pixels, generator=torch.Generator().manual_seed(0), predict_visible=False).loss
+
+    return loss
+
+
 def pretrain_optimizer(model: nn.Module, config: PretrainConfig) -> torch.optim.Optimizer:
     """AdamW (paper, Table 8): biases and 1-D tensors are not decayed; the cls and mask tokens are, as in the official
     code."""
@@ -100,7 +116,7 @@ def pretrain(config: PretrainConfig, *, resume: Resume = False) -> FitResult:
         for images_read in (source, *watched.only_looked_at(config.data.reading)):
             check_all(images_read, on_progress=Counter("checking images"))
     check_repeats(config.optim.batch_size, distributed.world_size(), config.data.repeats)
-    settings = FitSettings.of(config.optim, len(watched.training))
+    share_of(config.optim.batch_size, distributed.world_size())
     config = with_statistics(config, source, resume=resume, weights=weights_facts(start))
     images = UnlabelledImages(watched.training, config.data, config.seed)
     views = images.fixed_views(NUM_PICTURES)
@@ -108,7 +124,12 @@ def pretrain(config: PretrainConfig, *, resume: Resume = False) -> FitResult:
     model = build_pretrain_model(config, start)
     report = None if start is None else load_start(model, start)
     adapted = Adapted(model, config.adapt)
+    checkpoint_blocks(model, on=config.model.checkpointing)
+    config = with_micro_batch(config, model, loss_of_zeros(model, config), resume=resume)
+    settings = FitSettings.of(config.optim, len(watched.training))
     images.masks = SampleMasks(model.masker, model.encoder.grid)
+    if config.model.compile:
+        check_compiler(distributed.join(config.device).device)
     metadata = pretrain_metadata(model, config)
 
     run = open_run(config, resume=resume, names=source.names)
@@ -119,6 +140,8 @@ def pretrain(config: PretrainConfig, *, resume: Resume = False) -> FitResult:
     shard_if_asked(model, config.distributed)
     optimizer = pretrain_optimizer(model, config)
     first_step = run.restore(model, optimizer)
+    if config.model.compile:
+        model.compile()
     frozen = config.adapt.frozen_epochs
     frozen_steps = steps_for(len(images), config.optim.batch_size, frozen) if frozen else 0
     adapted.set_frozen(first_step < frozen_steps)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from mae_core.config.schema import Beta, Count, Schema, Size, checked_options, row_of
-from mae_core.config.sections import Distributed, ModelConfig, OptimConfig, RunConfig
+from mae_core.config.sections import Distributed, MicroBatch, OptimConfig, RunConfig, TrainedModel
 from mae_core.data.config import PretrainData
 from mae_core.masking import MASKERS, masker_options, num_visible
 from mae_core.patches import PatchGrid
@@ -95,6 +95,7 @@ class PretrainOptim(OptimConfig):
     batch_size: Count = 4096
     base_lr: Annotated[float, Field(gt=0)] = 1.5e-4
     betas: tuple[Beta, Beta] = (0.9, 0.95)
+    micro_batch: MicroBatch = None  # type: ignore[assignment]  # with_micro_batch leaves a number
 
 
 class WatchConfig(Schema):
@@ -161,7 +162,7 @@ class PretrainConfig(RunConfig):
         None, description="start from these: an encoder, alone or with its decoder, of any known format; a new schedule"
     )
     adapt: AdaptConfig = AdaptConfig()
-    model: ModelConfig = ModelConfig()
+    model: TrainedModel = TrainedModel()
     decoder: DecoderConfig = DecoderConfig()
     masking: MaskingConfig = MaskingConfig()
     target: TargetConfig = TargetConfig()

@@ -62,6 +62,7 @@ MAY_CHANGE = (
     "data.path",
     "data.max_pixels",
     "data.statistics",
+    "model.checkpointing",
 )
 """Options a resumed run may change: they say where and how fast, not what is computed. Data may move, see
 ``check_data``."""
@@ -135,6 +136,10 @@ def check_configuration(config: JobConfig) -> None:
     stored = load_config(type(config), folder / CONFIG)
     if hasattr(config, "data"):
         config, stored = with_stored_statistics(config, stored), with_stored_statistics(stored, stored)
+    optim: Any = getattr(config, "optim", None)
+    if getattr(optim, "micro_batch", None) == "auto":  # found once, and in the stored one
+        found = stored.optim.micro_batch  # type: ignore[attr-defined]
+        config = config.model_copy(update={"optim": optim.model_copy(update={"micro_batch": found})})
     may_change = (*MAY_CHANGE, *PRETRAIN_MAY_CHANGE) if isinstance(config, PretrainConfig) else MAY_CHANGE
     changed = [line for line in config_differences(stored, config) if not line.startswith(may_change)]
     changed = [line for line in changed if line not in lowered(stored, config)]
