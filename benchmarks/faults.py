@@ -288,7 +288,7 @@ def write_data(folder: Path) -> None:
         coarse = Image.fromarray(chance.integers(0, 256, (5, 4, 3), dtype=np.uint8))
         coarse.resize((48, 40), Image.Resampling.BICUBIC).save(folder / "images" / f"{number:02d}.png")
     digits = folder / "digits"
-    write_digits(digits, seed=0, image_size=32, num_unlabelled=1, num_train=40, num_test=8, clutter=1.0, workers=1)
+    write_digits(digits, seed=0, image_size=32, num_unlabelled=1, num_train=40, num_test=40, clutter=1.0, workers=1)
     for task in ("classification", "detection", "segmentation"):
         (digits / task).rename(folder / task)
 

@@ -56,7 +56,9 @@ IMAGES = (*RUNS, "fit-pca", "knn", "features", "evaluate")
 PRINTED_BY: dict[str, tuple[str, ...]] = {
     "mae_core/atomic.py": ("reconstruct", "detect-predict", "segment-predict"),
     "mae_core/cli/arguments.py": ("pretrain",),
+    "mae_core/cli/tasks.py": ("detect-predict", "segment-predict"),
     "mae_core/cli/checking.py": ("check-images", "data-stats"),
+    "mae_core/cli/data.py": ("shrink",),
     "mae_core/cli/looking.py": ("reconstruct",),
     "mae_core/cli/main.py": ("fit-pca",),
     "mae_core/cli/configuring.py": ("config-show",),
@@ -96,10 +98,15 @@ PRINTED_BY: dict[str, tuple[str, ...]] = {
     "mae_core/training/run.py": RUNS,
     "mae_core/training/loop.py": RUNS,
     "mae_core/training/lock.py": RUNS,
+    "mae_core/training/resuming_proof.py": ("verify-resume",),
     "mae_core/training/": ("pretrain",),
     "mae_core/weights/catalogue.py": ("weights-get",),
     "mae_core/weights/tools/": ("convert",),
     "mae_core/weights/": ("inspect", "convert", "export", "reconstruct"),
+    "transfer/detection/commands.py": ("detect", "detect-predict"),
+    "transfer/detection/labels/cutting.py": ("labels-tile",),
+    "transfer/detection/labels/": ("labels-convert", "detect"),
+    "transfer/detection/check_picture.py": ("check-coco",),
     "transfer/detection/detector.py": ("detect-predict", "detect"),
     "transfer/detection/predict.py": ("detect-predict", "detect"),
     "transfer/detection/": ("detect",),
@@ -118,18 +125,20 @@ PRINTED_BY: dict[str, tuple[str, ...]] = {
 SECTIONS = sorted({name.split(".")[0] for schema in SCHEMAS.values() for name in leaf_names(schema) if "." in name})
 FLAG = re.compile(r"(?<![\w.-])--[a-z][a-z_-]+")
 KEY = re.compile(rf"(?<![\w./{{])(?:{'|'.join(SECTIONS)})(?:\.[a-z_0-9]+)+(?![\w(.])|(?<![\w.(-])[a-z_]+(?==[\w\[{{])")
-OF_OTHERS = {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--help"}
-OF_OTHERS |= {"key", "log.jsonl", "model.safetensors", "bytes", "k", "norm_layer", "pretrained"}
+OF_OTHERS = {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--help", "--shm-size"}
+OF_OTHERS |= {"key", "log.jsonl", "data.yaml", "model.safetensors", "bytes", "k", "norm_layer", "pretrained"}
 """torchrun's, those of other libraries, and words that only look like options."""
 ONE_OF_THEM = (
     "mae_core/cli/",
     "mae_core/weights/",
     "transfer/segmentation/config.py",
+    "transfer/detection/commands.py",
+    "transfer/detection/labels/",
     "transfer/detection/predict.py",
     "transfer/detection/detector.py",
 )
 """Files of several commands, whose messages belong to one of them each."""
-FRAGMENTS = {"--drop '{}'"}
+FRAGMENTS = {"--drop '{}'", " --boxes-only"}
 """Parts of a command that the message names in full."""
 SEGMENT_KEYS = {
     "model.backbone.trainable_blocks": 1,
@@ -145,8 +154,8 @@ SEGMENT_KEYS = {
 ELSEWHERE: dict[str, set[str]] = {
     "detect": {"train.max_iter", "train.init_checkpoint", "train.output_dir"},
     "segment": set(SEGMENT_KEYS),
-    "mae-segment": {"weights", "from_scratch", "precision", "output", "data.path", "--resume"},
-    **{name: set(leaf_names(PretrainConfig)) for name in ("check-images", "check-folders", "data-stats")},
+    "mae-segment": {"weights", "from_scratch", "precision", "output", "data.path", "--resume", "--out", "--to"},
+    **{name: set(leaf_names(PretrainConfig)) for name in ("check-images", "check-folders", "data-stats", "shrink")},
 }
 """Keys of detectron2's LazyConfigs and of mmseg's configs; a check speaks of the options of the training."""
 
@@ -182,7 +191,7 @@ def options_of(command: str) -> frozenset[str]:
     if command == "mae-segment":  # hands its words to train_net.py
         return frozenset(found)
     here: Any = typer.main.get_command(app)
-    nested = command.startswith(("check-", "weights-", "config-"))
+    nested = command.startswith(("check-", "weights-", "config-", "labels-"))
     for word in command.split("-", 1) if nested else [command]:
         here = here.commands[word]
     return frozenset(found | {flag for parameter in here.params for flag in parameter.opts})

@@ -75,6 +75,10 @@ def stop_after_parsing(monkeypatch):
     monkeypatch.setattr("mae_core.config.describing.load_config", load)
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
     monkeypatch.setattr(argparse.ArgumentParser, "parse_intermixed_args", parse_intermixed)
+    yield
+    for module in list(sys.modules.values()):  # what was imported meanwhile has taken the stand-in
+        if getattr(module, "load_config", None) is load:
+            module.load_config = real_load  # type: ignore[attr-defined]
 
 
 def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

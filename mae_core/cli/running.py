@@ -23,7 +23,7 @@ def verify_resume(
 ) -> None:
     """Prove on this machine that a pre-training which is killed and resumed ends in the same weights.
 
-    Example: mae verify-resume configs/pretrain/tiny_96.yaml data.path=images --steps 24 --kills 5
+    Example: mae verify-resume tiny_96 data.path=images --kills 5
     """
     with user_errors():
         from mae_core.training.pretrain_config import PretrainConfig

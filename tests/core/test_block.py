@@ -143,7 +143,7 @@ def test_visible_patches_are_embedded_as_the_convolution_embeds_them():
     tokens = encoder.embed(images)
     tokens = tokens.gather(1, mask.visible_ids[:, :, None].expand(-1, -1, tokens.shape[2]))
     results = []
-    for output in (encoder.encode_visible(images, mask), encoder._with_cls(tokens)):
+    for output in (encoder._visible(images, mask), encoder._with_cls(tokens)):
         results.append([output, *gradients_of(output, encoder.patch_embed.parameters())])
     close(*results, 1e-5)
 

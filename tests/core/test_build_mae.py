@@ -49,6 +49,7 @@ def test_the_signature_is_the_published_one():
         "masking": "random",
         "mask_ratio": 0.75,
         "mask_tokens_in_encoder": False,
+        "fuse_blocks": (),
     }
     assert parameters["size"].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
     assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for name, p in parameters.items() if name != "size")

@@ -92,7 +92,7 @@ def test_a_folder_of_classes_is_an_imagefolder_for_hugging_face(tmp_path, write_
 @pytest.mark.extra("webdataset", "datasets")
 def test_splits_and_columns_are_named(tmp_path, places):
     assert len(open_source(PretrainData(path=places["huggingface"], split="test"))) == 1
-    with pytest.raises(UserError, match=r"no split 'val'; set data\.split to one of train, test"):
+    with pytest.raises(UserError, match=r"no split 'val'; choose one of train, test"):
         open_source(PretrainData(path=places["huggingface"], split="val"))
     import datasets
 

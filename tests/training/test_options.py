@@ -49,13 +49,15 @@ def test_a_pretraining_reads_every_option(
     write_images(tmp_path / "images", 6)
     labelled = write_classes(tmp_path / "labelled", train=2, val=1)
     watched = ["watch.share=0.3", f"watch.labelled={labelled}", "watch.neighbours=3"]
+    watched += ["watch.probes=[linear]", "watch.probe_epochs=1", "target.kind=pixels"]
     unread = []
     warm = [f"weights={pretrained}", "adapt.mode=lora"]
     for name, more in {"plain": [], "watched": watched, "warm": warm}.items():
         places = [f"data.path={tmp_path / 'images'}", f"output={tmp_path / name}"]
         config = load_config(PretrainConfig, None, [*pretrain_options, *places, "optim.epochs=1", *more])
         unread.append(set(options_not_read(config, pretrain, monkeypatch)))
-    assert set.intersection(*unread) == set()
+    of_other_targets = {"pca", "tokenizer", "tokenizer_image_size"}  # of files, which test_target_files.py trains on
+    assert set.intersection(*unread) == of_other_targets
 
 
 def test_a_finetuning_reads_every_option(tmp_path, write_classes, pretrained, monkeypatch):
@@ -98,6 +100,9 @@ def test_a_measurement_reads_every_option(
     options = [f"weights={weights}", f"data.path={data / folder}", f"output={tmp_path / 'run'}", "device=cpu"]
     # What the weights say of the images would be filled into a copy of the section, which nobody watches.
     config = load_config(schema, None, [*options, "data.workers=0", "data.image_size=32", *more])
-    # Nothing to draw in a probe; the weights say their statistics; the seed of features is t-SNE's.
-    allowed = {"pictures_every", "statistics"} | ({"seed"} if schema is FeaturesConfig and not more else set())
+    # Nothing to draw in a probe; the weights say their statistics; queries are an attentive probe's; the seed of
+    # features is t-SNE's.
+    allowed = {"pictures_every", "statistics", "queries"} | (
+        {"seed"} if schema is FeaturesConfig and not more else set()
+    )
     assert set(options_not_read(config, action, monkeypatch)) <= allowed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import ast
 import re
 from pathlib import Path
@@ -13,12 +12,10 @@ from mae_core.config.load import load_config
 from mae_core.config.schema import leaf_names
 from mae_core.errors import UserError
 from mae_core.weights import files
-from transfer.detection import predict as predicting
 from transfer.detection.config import DetectionConfig
 from transfer.detection.plan import print_plan
 from transfer.detection.predict import predict
 from transfer.detection.run import evaluate_detector, train_detector
-from transfer.detection.train_net import parse_arguments
 
 SOURCES = sorted((Path(__file__).parents[2] / "transfer" / "detection").rglob("*.py"))
 
@@ -78,25 +75,6 @@ def test_options_that_messages_name_exist():
     }
     assert len(named) > 8
     assert not {(word, where) for word, where in named if word not in options and not word.endswith("_")}
-
-
-def test_flags_that_messages_name_exist(monkeypatch):
-    flags: set[str] = set()
-    real = argparse.ArgumentParser.parse_known_intermixed_args
-
-    def noted(parser, *arguments):
-        flags.update(flag for action in parser._actions for flag in action.option_strings)
-        return real(parser, *arguments)
-
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_intermixed_args", noted)
-    parse_arguments(["from_scratch=true"])
-    with pytest.raises(SystemExit):
-        predicting.main([])
-    torchruns = {"--nnodes", "--node_rank", "--master_addr", "--nproc_per_node"}
-    known = flags | torchruns | {"--boxes-only", "--json"}  # the last two of mae check coco
-    found = {(flag, where) for text, where in sentences().items() for flag in re.findall(r"--[a-z][a-z_-]+", text)}
-    assert len(found) > 8
-    assert not {(flag, where) for flag, where in found if flag not in known}
 
 
 def test_advice_about_images_without_objects_is_followed(configure_detection, write_coco, tmp_path):

@@ -494,7 +494,7 @@ def test_script_run_by_path_names_a_missing_config(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(sys, "argv", [str(script), str(CONFIGS / "digit.py"), "--work-dir", str(tmp_path / "run")])
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(str(script), run_name="__main__")
-    assert stopped.value.code == 2 and "did you mean 'digits.py'" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "configs/segmentation/digits.py?" in capsys.readouterr().err
 
 
 def test_a_cpu_that_has_bf16_trains_in_it():
