@@ -78,6 +78,7 @@ class Forked:
         with said.open("ab") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
+        torch.set_num_threads(torch.get_num_threads())  # makes torch's pool anew: threads of a fork would race for it
         work()
 
     def ended(self) -> int | None:

@@ -99,6 +99,7 @@ def _run(arguments: list[str], output: str, environment: dict[str, str], folder:
         os.close(file)
     os.environ.clear()
     os.environ.update(environment)
+    torch.set_num_threads(torch.get_num_threads())  # makes torch's pool anew: threads of a fork would race for it
     kind, *rest = arguments
     if kind == "-m":
         sys.argv = rest
