@@ -36,11 +36,11 @@ from benchmarks.side_by_side import (
     DTYPES,
     Contestant,
     Prepared,
-    add_common_options,
     compare,
     counted,
     machine_lines,
-    machine_of,
+    new_results,
+    parser_of,
     serve,
     table,
     write_results,
@@ -316,17 +316,14 @@ def page(results: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--parts", nargs="+", choices=[*PARTS, "small_data"], default=list(PARTS))
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=["base512"])
-    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["fp32"])
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1")
     parser.add_argument("--detectron2", type=Path, help="a Python that has detectron2, unless this one does")
     parser.add_argument("--data", type=Path, help="a COCO folder for small_data")
     parser.add_argument("--baseline", type=Path, help="another checkout, beside which small_data is measured")
     parser.add_argument("--steps", type=int, default=6, help="of each training of small_data")
     parser.add_argument("--option", nargs="*", default=[], metavar="key=value", help="of each training of small_data")
-    add_common_options(parser, minutes=60)
     given = parser.parse_args(arguments)
     if given.worker:
         work(given)
@@ -335,7 +332,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("small_data trains on a COCO folder; give --data FOLDER")
     if given.detectron2 is None and installed("detectron2"):
         given.detectron2 = Path(sys.executable)
-    results: dict[str, Any] = {"machine": machine_of(torch.device(given.device)), "measured": []}
+    results = new_results(given)
     deadline = time.monotonic() + 60 * given.minutes
     for part in given.parts:
         pairs = [(case, dtype) for case in given.cases for dtype in given.dtypes] if part in PARTS else [("", "")]

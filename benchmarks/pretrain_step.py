@@ -32,12 +32,12 @@ from benchmarks.side_by_side import (
     MATMUL,
     Contestant,
     Prepared,
-    add_common_options,
     compare,
     counted,
     machine_lines,
-    machine_of,
     matmul,
+    new_results,
+    parser_of,
     serve,
     table,
     write_results,
@@ -311,21 +311,18 @@ def defaults(measured: list[dict[str, Any]]) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=["tiny96", "base224"])
-    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["fp32"])
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1")
     parser.add_argument("--official", type=Path, help="a checkout of facebookresearch/mae")
     parser.add_argument("--mmpretrain", type=Path, help="a checkout of open-mmlab/mmpretrain")
     parser.add_argument("--only", nargs="+", choices=list(CONTESTANTS), help="beside ours")
-    add_common_options(parser, minutes=60)
     given = parser.parse_args(arguments)
     if given.worker:
         work(given)
         return
     absent = [name for name in CHECKOUTS if not getattr(given, name)]
     others = [name for name in given.only or CONTESTANTS if name not in ("ours", *absent)]
-    results: dict[str, Any] = {"machine": machine_of(torch.device(given.device)), "measured": []}
+    results = new_results(given)
     deadline = time.monotonic() + 60 * given.minutes
     for case in given.cases:
         for dtype in given.dtypes:

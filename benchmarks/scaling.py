@@ -26,11 +26,11 @@ from benchmarks.side_by_side import (
     DTYPES,
     Contestant,
     Prepared,
-    add_common_options,
     compare,
     counted,
     machine_lines,
-    machine_of,
+    new_results,
+    parser_of,
     row_of,
     serve,
     table,
@@ -147,18 +147,15 @@ def page(results: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--axes", nargs="+", choices=[*AXES, "ranks"], default=["image", "ratio", "ranks"])
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2], help="processes on this machine")
     parser.add_argument("--points", choices=list(AXES), default="image", help="the axis whose first point ranks train")
-    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["fp32"])
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    add_common_options(parser, minutes=60)
     given = parser.parse_args(arguments)
     if given.worker:
         (one_rank if given.worker == "rank" else work)(given)
         return
-    results: dict[str, Any] = {"machine": machine_of(torch.device(given.device)), "measured": []}
+    results = new_results(given)
     deadline = time.monotonic() + 60 * given.minutes
     for axis in given.axes:
         for dtype in given.dtypes:

@@ -209,6 +209,20 @@ def write_results(results: Mapping[str, Any], out: Path | None) -> None:
         write_json(out.with_suffix(".json"), dict(results))
 
 
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """The parser of a comparison of steps: number formats, a device, and what every comparison has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["fp32"])
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1")
+    add_common_options(parser, minutes=60)
+    return parser
+
+
+def new_results(given: argparse.Namespace) -> dict[str, Any]:
+    """Results to which a comparison adds, a row of ``measured`` at a time."""
+    return {"machine": machine_of(torch.device(given.device)), "measured": []}
+
+
 def add_common_options(parser: argparse.ArgumentParser, *, minutes: float) -> None:
     """The options that every comparison has."""
     parser.add_argument("--rounds", type=int, default=7)

@@ -26,11 +26,11 @@ from benchmarks.side_by_side import (
     DTYPES,
     Contestant,
     Prepared,
-    add_common_options,
     compare,
     counted,
     machine_lines,
-    machine_of,
+    new_results,
+    parser_of,
     serve,
     table,
     write_results,
@@ -138,20 +138,17 @@ def page(results: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     published = [name for name, row in ROWS.items() if row.published]
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=published)
-    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["fp32"])
     parser.add_argument("--batch", type=int, default=1, help="images a step")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1")
     parser.add_argument("--tokenizer", action="store_true", help="also the dVAE's tokens of a batch")
-    add_common_options(parser, minutes=60)
     given = parser.parse_args(arguments)
     if given.worker:
         work(given)
         return
     names = [WITH, WITHOUT, *([TOKENS] if given.tokenizer else [])]
-    results: dict[str, Any] = {"machine": machine_of(torch.device(given.device)), "measured": []}
+    results = new_results(given)
     began, places = time.monotonic(), [(row, dtype) for row in given.rows for dtype in given.dtypes]
     for number, (row, dtype) in enumerate(places, start=1):
         contestants = [contestant(name, row, dtype, given) for name in names]

@@ -134,8 +134,8 @@ def resolve_weights(path: Path | str, *, decoder: bool = False) -> Path:
     for name in (CLASSIFIER,) if decoder else (ENCODER, CLASSIFIER):
         if (path / name).is_file():
             return path / name
-    found = [folder for folder in complete_checkpoints(path)[-1:] if _is_undamaged(folder / MODEL)]
-    found = found or [folder for folder in complete_checkpoints(path)[:-1] if _is_undamaged(folder / MODEL)]
-    if not found:
+    models = (folder / MODEL for folder in reversed(complete_checkpoints(path)))
+    found = next((model for model in models if _is_undamaged(model)), None)
+    if found is None:
         raise UserError(f"{path} holds no weights and no complete checkpoint; give a run directory or a weights file")
-    return found[-1] / MODEL
+    return found

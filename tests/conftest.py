@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for the processes the tests start
 
@@ -17,6 +18,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from PIL import Image
+
+if TYPE_CHECKING:
+    from mae_core.models.sizes import ViTSize
 
 torch.set_num_threads(1)
 settings.register_profile(
@@ -149,6 +153,24 @@ def pretrained(
     options = [*pretrain_options, f"data.path={root / 'images'}", f"output={root / 'run'}", "optim.epochs=2"]
     pretrain(load_config(PretrainConfig, None, options))
     return root / "run"
+
+
+@pytest.fixture(scope="session")
+def write_mae(tmp_path_factory: pytest.TempPathFactory) -> Callable[[ViTSize], Path]:
+    """(trunk) -> the file of a masked autoencoder on it, random, with a small decoder."""
+    from mae_core.models.mae import build_mae
+    from mae_core.weights.encoder_file import EncoderInfo
+    from mae_core.weights.files import write_weights
+
+    def write(trunk: ViTSize) -> Path:
+        torch.manual_seed(0)
+        model = build_mae(trunk, image_size=32, patch_size=8, decoder_width=32, decoder_depth=1, decoder_heads=2)
+        path = tmp_path_factory.mktemp("mae") / "unnamed.safetensors"
+        facts = EncoderInfo.of(model, **model.describe(), mean=[0.5] * 3, std=[0.2] * 3)
+        write_weights(path, model.state_dict(), facts.to_metadata())
+        return path
+
+    return write
 
 
 @pytest.fixture

@@ -7,13 +7,13 @@ calls one entry point after another, its ranks meeting at the port, and prints a
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from mae_core.weights import files
@@ -40,10 +40,9 @@ def main() -> None:
     opened, found = count_opens(), []
     for entry, arguments, port in json.loads(sys.argv[1]):
         os.environ["MASTER_PORT"] = str(port)
-        module, _, name = entry.partition(":")
         opened.clear()
-        options = {"standalone_mode": False} if name == "app" else {}
-        getattr(importlib.import_module(module), name)(arguments, **options)
+        options = {"standalone_mode": False} if entry.endswith(":app") else {}
+        resolve_name(entry)(arguments, **options)
         found.append(dict(opened))
     print("opens", json.dumps(found))
 

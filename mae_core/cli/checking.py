@@ -34,7 +34,8 @@ MaxPixels = Annotated[int | None, typer.Option(min=1, help="data.max_pixels of t
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write all findings to this file, as JSON.")]
 
 
-def _known_source(source: str) -> str:
+def known_source(source: str) -> str:
+    """``--source``, a row of ``SOURCES`` or auto. Raises ``UserError`` for another word."""
     from mae_core.config.schema import hint
     from mae_core.data.sources import SOURCES
 
@@ -43,7 +44,8 @@ def _known_source(source: str) -> str:
     return source
 
 
-def _reading(channels: int | None, pages: str, max_pixels: int | None) -> Reading:
+def reading_asked(channels: int | None, pages: str, max_pixels: int | None) -> Reading:
+    """How a command's options say that images are read. Raises ``UserError`` for a ``--pages`` that does not exist."""
     from mae_core.config.schema import hint
     from mae_core.data.reading import MAX_PIXELS, Pages, Reading
 
@@ -83,7 +85,7 @@ def data_stats(
         from mae_core.data.survey import describe, describe_unreadable, survey
         from mae_core.training.progress import Counter
 
-        images = open_places(paths, None, kind=_known_source(source), split=split)
+        images = open_places(paths, None, kind=known_source(source), split=split)
         if json_file is not None and json_file.exists():
             raise UserError(f"{json_file} exists; choose another file with --json")
         found = survey(images, channels=channels, on_progress=Counter("reading images"))
@@ -114,9 +116,10 @@ def check_images(
         from mae_core.data.survey import check_images as run
         from mae_core.training.progress import Counter
 
-        asked: dict[str, Any] = {"source": _known_source(source), "split": split, "expected": _expected(weights)}
+        asked: dict[str, Any] = {"source": known_source(source), "split": split, "expected": _expected(weights)}
         conclude(
-            run(paths, _reading(channels, pages, max_pixels), **asked, on_progress=Counter("reading images")), json_file
+            run(paths, reading_asked(channels, pages, max_pixels), **asked, on_progress=Counter("reading images")),
+            json_file,
         )
 
 
@@ -139,7 +142,7 @@ def check_folders(
         from mae_core.training.progress import Counter
 
         progress = Counter("reading images")
-        reading = _reading(channels, pages, max_pixels)
+        reading = reading_asked(channels, pages, max_pixels)
         conclude(run(path, reading, expected=_expected(weights), on_progress=progress), json_file)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mae_core.cli.checking import Source, Split, _known_source
+from mae_core.cli.checking import Source, Split, known_source, reading_asked
 from mae_core.errors import UserError, user_errors
 
 
@@ -32,20 +32,15 @@ def shrink(
     Example: mae shrink photos photos_256 --shortest 256
     """
     with user_errors():
-        from typing import get_args
-
-        from mae_core.data.reading import Pages, Reading
         from mae_core.data.shrink import shrink as run
         from mae_core.data.sources import open_places
         from mae_core.training.progress import Counter
 
         if len(places) < 2:
             raise UserError("mae shrink needs a set of images and a new folder: mae shrink FOLDER OUT")
-        if pages not in get_args(Pages):
-            raise UserError(f"--pages {pages} is unknown; choose {', '.join(get_args(Pages))}")
         *given, out = places
-        reading = Reading(channels, pages=pages)  # type: ignore[arg-type]  # looked up above
-        images = open_places(given, reading, kind=_known_source(source), split=split)
+        reading = reading_asked(channels, pages, None)
+        images = open_places(given, reading, kind=known_source(source), split=split)
         found = run(
             images,
             out,

@@ -216,8 +216,7 @@ def _as_stored(file: BinaryIO, head: bytes, reading: Reading) -> Pixels:
 
 def _jpeg(file: BinaryIO, reading: Reading) -> Pixels | None:
     """See ``read_jpeg``; a tensor where one is asked for in the channels that there are."""
-    found = read_jpeg(file.read(), reading)
-    file.seek(0)
+    found = read_jpeg(file, reading)
     if found is None:
         return None
     stored = found.pixels

@@ -10,13 +10,26 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from mae_core.data.decoding import Pixels, UnreadableImage, from_array, from_picture, read_image, with_channels
+from mae_core.data.decoding import (
+    Pixels,
+    Unreadable,
+    UnreadableImage,
+    from_array,
+    from_picture,
+    read_image,
+    with_channels,
+)
 from mae_core.data.images import list_images
 from mae_core.data.reading import ReadAs, Reading, reading_of
 from mae_core.errors import UserError
 
 AnyImage: TypeAlias = Path | str | Image.Image | np.ndarray | Tensor
 """A file; a PIL image; an array (H, W) or (H, W, C) of uint8, uint16 or floats of 0..1; a tensor (C, H, W) alike."""
+
+
+def refusal(unreadable: Unreadable) -> UserError:
+    """Of an image that was handed over and cannot be read."""
+    return UserError(f"image {unreadable.path} cannot be read ({unreadable.reason}); repair it or leave it out")
 
 
 def named_images(images: Sequence[Path | str]) -> Iterator[tuple[str, Path]]:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from io import BytesIO
 from types import ModuleType
-from typing import NamedTuple, TypeAlias
+from typing import BinaryIO, NamedTuple, TypeAlias
 
 import numpy as np
 from PIL import Image
@@ -57,12 +57,17 @@ class Jpeg(NamedTuple):
     orientation: int
 
 
-def read_jpeg(content: bytes, reading: Reading) -> Jpeg | None:
-    """The picture; None for what is left to Pillow: other colours, damage, and all whole pictures where simplejpeg is
-    missing. Raises ``ValueError`` for an image that is too large."""
+def read_jpeg(file: BinaryIO, reading: Reading) -> Jpeg | None:
+    """The picture in an open file, which is left at its start; None for what is left to Pillow: other colours, damage,
+    and all whole pictures where simplejpeg is missing. Raises ``ValueError`` for an image that is too large."""
     choose = _choose.get()
+    if LIBRARY is None and choose is None:
+        return None
+    content = file.read()
+    file.seek(0)
     if LIBRARY is None:
-        return None if choose is None else _drafted(content, reading, choose)
+        assert choose is not None
+        return _drafted(content, reading, choose)
     try:
         height, width, colours, _ = LIBRARY.decode_jpeg_header(content)
     except ValueError:

@@ -127,7 +127,10 @@ def _copy(content: bytes, name: str, suffix: str, reading: Reading, shortest: in
     if min(pixels.shape[1:]) <= shortest:
         return Copied(content, suffix or _suffix_of(content), False)
     smaller = _resized(pixels, shortest)
-    encoded, ending, exact = _encoded(pixels, smaller, suffix, quality)
+    deep = pixels.is_floating_point() and _is_16_bits(pixels)
+    if deep:
+        smaller = _in_16_bits(smaller)
+    encoded, ending, exact = _encoded(smaller, suffix, quality, deep=deep)
     again = to_tensor(decode_bytes(encoded, f"the copy of {name}", reading._replace(channels=len(smaller))))
     same = again.shape == smaller.shape and (not exact or torch.equal(again.nan_to_num(), smaller.nan_to_num()))
     if not same:
@@ -148,7 +151,7 @@ def _resized(pixels: Tensor, shortest: int) -> Tensor:
     low, high = filled.aminmax()
     smaller = interpolate(filled[None], size, mode="bicubic", antialias=True)[0].clamp(low, high)
     if not missing.any():
-        return _in_16_bits(smaller) if _is_16_bits(pixels) else smaller
+        return smaller
     share = interpolate(missing.float()[None], size, mode="bilinear", antialias=True)[0]
     return smaller.masked_fill(share > 0.5, float("nan"))
 
@@ -164,8 +167,8 @@ def _in_16_bits(pixels: Tensor) -> Tensor:
     return (whole / DEEP).float()
 
 
-def _encoded(pixels: Tensor, smaller: Tensor, suffix: str, quality: int) -> tuple[bytes, str, bool]:
-    """(bytes, ending, whether they are exact) of an image that was ``pixels``."""
+def _encoded(smaller: Tensor, suffix: str, quality: int, *, deep: bool) -> tuple[bytes, str, bool]:
+    """(bytes, ending, whether they are exact) of an image; with ``deep`` its floats are shares of 16-bit numbers."""
     file = BytesIO()
     if smaller.dtype == torch.uint8 and len(smaller) in (1, 3):
         picture = Image.fromarray(smaller[0].numpy() if len(smaller) == 1 else smaller.permute(1, 2, 0).numpy())
@@ -181,7 +184,7 @@ def _encoded(pixels: Tensor, smaller: Tensor, suffix: str, quality: int) -> tupl
         tifffile.imwrite(file, array, photometric="minisblack", metadata=None, extratags=tags, **planes)
         return file.getvalue(), ".tif", True
     array = smaller.permute(1, 2, 0).contiguous().numpy()
-    if smaller.is_floating_point() and _is_16_bits(pixels):
+    if deep:
         array = (array.astype(np.float64) * DEEP).round().astype(np.uint16)
     np.save(file, array[:, :, 0] if array.shape[2] == 1 else array)
     return file.getvalue(), ".npy", True

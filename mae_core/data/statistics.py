@@ -93,10 +93,10 @@ class PatchVariances:
         values = to_tensor(pixels)
         values = values.float() if values.is_floating_point() else values.float() / 255
         rows, columns = (side // cls.SIDE for side in values.shape[1:])
-        whole = values[:, : rows * cls.SIDE, : columns * cls.SIDE].nan_to_num()
-        patches = whole.unflatten(2, (columns, cls.SIDE)).unflatten(1, (rows, cls.SIDE)) if rows and columns else None
-        if patches is None:
+        if not (rows and columns):
             return cls()
+        whole = values[:, : rows * cls.SIDE, : columns * cls.SIDE].nan_to_num()
+        patches = whole.unflatten(2, (columns, cls.SIDE)).unflatten(1, (rows, cls.SIDE))
         variances = patches.var(dim=(2, 4), correction=0).mean(dim=0).flatten()
         places = (10 * variances.clamp(min=1e-15).log10()).floor().long() + cls.BINS
         return cls(torch.bincount(places.clamp(0, cls.BINS - 1), minlength=cls.BINS))

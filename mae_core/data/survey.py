@@ -126,7 +126,7 @@ def survey(source: ImageSource, *, channels: int | None = None, on_progress: OnP
                 pixels = source.read(index)
             stored = len(to_tensor(pixels))
             try:
-                brought = with_channels(pixels, channels)
+                brought = to_tensor(with_channels(pixels, channels))
                 moments, patches = Moments.of(brought), PatchVariances.of(brought)
             except ValueError as error:
                 raise UnreadableImage(names[index], str(error)) from None

@@ -34,7 +34,7 @@ from mae_core.data.given import AnyImage, pixels_of
 from mae_core.data.orientation import UPRIGHT, orientation_of_page
 from mae_core.data.reading import ReadAs, Reading, reading_of
 from mae_core.data.tiff import check_stored, meant, missing_pixels, without_alpha
-from mae_core.errors import UserError
+from mae_core.errors import UserError, first_line
 
 KEPT = 256 * 2**20
 """Bytes of decoded tiles or strips that are kept."""
@@ -148,7 +148,7 @@ class _TiffFile(WindowedImage):
         except UnreadableImage:
             raise
         except Exception as error:  # decoders answer damaged files with errors of any kind
-            raise UnreadableImage(self.path, str(error).split("\n")[0] or type(error).__name__) from None
+            raise UnreadableImage(self.path, first_line(error)) from None
 
     def _rows_of(self, window: Window) -> np.ndarray:
         """(C, height, width) of samples that lie in the file one after another."""
@@ -206,8 +206,7 @@ def _as_picture(planes: Tensor) -> Pixels:
     """8-bit grey and RGB as the pictures that they are."""
     if planes.dtype != torch.uint8 or len(planes) not in (1, 3):
         return planes
-    array = planes.permute(1, 2, 0).numpy()
-    return Image.fromarray(array[..., 0] if len(planes) == 1 else np.ascontiguousarray(array))
+    return F.to_pil_image(planes)
 
 
 def open_windows(image: AnyImage, read_as: ReadAs, name: str) -> WindowedImage:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mae_core.atomic import atomic_folder, check_new_folder
 from mae_core.data.contact_sheet import MOST, contact_sheet, thumbnail
 from mae_core.data.decoding import Pixels, Unreadable, UnreadableImage, to_picture
-from mae_core.data.given import AnyImage, as_list, name_of, named_images, pixels_of
+from mae_core.data.given import AnyImage, as_list, name_of, named_images, pixels_of, refusal
 from mae_core.data.images import Statistics, statistics_of
 from mae_core.data.views import evaluation_view
 from mae_core.errors import UserError
@@ -107,7 +107,7 @@ class Classifier:
         found: list[Classified] = []
         for _, answer in self.answers((name_of(image, number), image) for number, image in enumerate(given)):
             if isinstance(answer, Unreadable):
-                raise UserError(f"image {answer.path} cannot be read ({answer.reason}); repair it or leave it out")
+                raise refusal(answer)
             found.append(answer)
         return found if several else found[0]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import math
 import os
@@ -12,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -113,9 +113,8 @@ def _decoder() -> Finding:
 
 
 def _engines() -> Iterator[Finding]:
-    module, _, name = ENGINES.partition(":")
     try:
-        states = getattr(importlib.import_module(module), name)()
+        states = resolve_name(ENGINES)()
     except ImportError:
         return
     for engine, missing, install in states:

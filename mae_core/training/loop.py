@@ -192,7 +192,7 @@ def fit(
                     with progress.paused(), unsharded(model):
                         hook(done)
                     model.train()
-            if (due or last) and (last or not stop):
+            if last or (due and not stop):
                 with progress.paused():
                     run.checkpoint(done, model, optimizer, metadata or {})
                 saved = time.monotonic()

@@ -344,10 +344,13 @@ class Run:
         """Write a file of trained weights into the folder, on rank 0; refused where they are not finite. All ranks must
         call it."""
         state = whole(state)
-        if self.is_main:
+
+        def write() -> None:
             refuse_non_finite(state, name)
             with said_plainly(self.folder, ROOM):
                 write_weights(self.folder / name, state, metadata)
+
+        distributed.on_main(write, is_main=self.is_main)
 
     def close(self, metrics: Mapping[str, Any] | None = None) -> None:
         """Write ``metrics`` to metrics.json, say how many files were skipped on all ranks, all of which must call it,

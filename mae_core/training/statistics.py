@@ -9,7 +9,6 @@ from mae_core.config.load import load_config
 from mae_core.config.sections import JobConfig
 from mae_core.data.images import DEFAULT_STATISTICS, ImageSource, describe_passed_over, passed_over_in, statistics_of
 from mae_core.data.statistics import describe_statistics, measure_statistics, must_be_measured, with_measured
-from mae_core.errors import UserError
 from mae_core.layout import CONFIG
 from mae_core.training import distributed
 
@@ -73,17 +72,9 @@ def _updated(config: Config, values: Mapping[str, Any]) -> Config:
 def _measured_by_rank_0(config: JobConfig, source: ImageSource) -> Any:
     if distributed.world_size() == 1:
         return measure_statistics(source)
-    place = distributed.join(config.device)
-    found: Any = None
-    if place.is_main:
-        try:
-            found = measure_statistics(source)
-        except UserError as error:
-            found = error
-    found = distributed.gather(found)[0]
-    if isinstance(found, UserError):
-        raise found
-    return found
+    place, found = distributed.join(config.device), list[Any]()
+    distributed.on_main(lambda: found.append(measure_statistics(source)), is_main=place.is_main)
+    return distributed.gather(found)[0][0]
 
 
 def _say(text: str) -> None:

@@ -216,9 +216,8 @@ def test_cached_features_are_computed_once_and_train_the_same_head(tmp_path, dat
     assert len(list((tmp_path / "cache").iterdir())) == 4
 
 
-def test_resuming_gives_the_same_probe(tmp_path, data, pretrained, monkeypatch):
-    options = [f"weights={pretrained}", f"data.path={data}", "optim.epochs=4", "log.checkpoint_every=3"]
-    linprobe(configuration(*options, f"output={tmp_path / 'whole'}"))
+def break_off(monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
+    """Run a probe that is interrupted at its first measurement."""
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
@@ -226,7 +225,14 @@ def test_resuming_gives_the_same_probe(tmp_path, data, pretrained, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("mae_core.training.linprobe.measure_heads", stop)
         with pytest.raises(KeyboardInterrupt):
-            linprobe(configuration(*options, f"output={tmp_path / 'cut'}"))
+            linprobe(configuration(*options))
+
+
+def test_resuming_gives_the_same_probe(tmp_path, data, pretrained, monkeypatch):
+    options = [f"weights={pretrained}", f"data.path={data}", "optim.epochs=4", "log.checkpoint_every=3"]
+    linprobe(configuration(*options, f"output={tmp_path / 'whole'}"))
+
+    break_off(monkeypatch, *options, f"output={tmp_path / 'cut'}")
     assert [path.name for path in complete_checkpoints(tmp_path / "cut")] == ["step_00000003", "step_00000006"]
     linprobe(configuration(*options, f"output={tmp_path / 'cut'}"), resume=True)
     one, other = (tmp_path / name / "classifier.safetensors" for name in ("whole", "cut"))
@@ -382,13 +388,7 @@ def test_an_attentive_probe_of_augmented_images_resumes_to_the_bit(tmp_path, dat
     options = [f"weights={pretrained}", f"data.path={data}", *ATTENTIVE, "log.checkpoint_every=3", "optim.kind=sgd"]
     linprobe(configuration(*options, f"output={tmp_path / 'whole'}"))
 
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("mae_core.training.linprobe.measure_heads", stop)
-        with pytest.raises(KeyboardInterrupt):
-            linprobe(configuration(*options, f"output={tmp_path / 'cut'}"))
+    break_off(monkeypatch, *options, f"output={tmp_path / 'cut'}")
     linprobe(configuration(*options, f"output={tmp_path / 'cut'}"), resume=True)
     one, other = (tmp_path / name / "attentive_classifier.safetensors" for name in ("whole", "cut"))
     assert one.read_bytes() == other.read_bytes()

@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 from mae_core.config.load import load_config
-from mae_core.models.mae import build_mae
 from mae_core.models.sizes import ViTSize
 from mae_core.training.embedding import knn, write_features
 from mae_core.training.evaluate import evaluate
@@ -19,8 +17,7 @@ from mae_core.training.linprobe import linprobe
 from mae_core.training.pretrain import pretrain
 from mae_core.training.pretrain_config import PretrainConfig
 from mae_core.training.viewer import reconstruct_files
-from mae_core.weights.encoder_file import EncoderInfo, describe_encoder
-from mae_core.weights.files import write_weights
+from mae_core.weights.encoder_file import describe_encoder
 from mae_core.weights.load import load_mae, read_encoder
 from mae_core.weights.tools.convert import convert_file
 from mae_core.weights.tools.inspect import inspect_file
@@ -31,14 +28,9 @@ TRAINING = ("optim.epochs=1", "optim.batch_size=4", "optim.warmup_epochs=0")
 
 
 @pytest.fixture(scope="module")
-def model_file(tmp_path_factory) -> Path:
+def model_file(write_mae) -> Path:
     """A masked autoencoder of 96 x 3 blocks, which no row names, with an epsilon and an activation of its own."""
-    torch.manual_seed(0)
-    model = build_mae(TRUNK, image_size=32, patch_size=8, decoder_width=32, decoder_depth=1, decoder_heads=2)
-    path = tmp_path_factory.mktemp("mae") / "unnamed.safetensors"
-    facts = EncoderInfo.of(model, **model.describe(), mean=[0.5] * 3, std=[0.2] * 3)
-    write_weights(path, model.state_dict(), facts.to_metadata())
-    return path
+    return write_mae(TRUNK)
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
-from mae_core.models.mae import build_mae
 from mae_core.models.sizes import ViTSize
-from mae_core.weights.encoder_file import EncoderInfo
-from mae_core.weights.files import write_weights
 from tests.processes import free_port
 from transfer.detection.run import evaluate_detector, train_detector
 
@@ -47,14 +43,9 @@ TRUNK = ViTSize(192, 3, 6, norm_eps=1e-5)
 
 
 @pytest.fixture(scope="module")
-def model_file(tmp_path_factory) -> Path:
+def model_file(write_mae) -> Path:
     """A masked autoencoder of 192 x 3 blocks, which no row of the sizes names."""
-    torch.manual_seed(0)
-    model = build_mae(TRUNK, image_size=32, patch_size=8, decoder_width=32, decoder_depth=1, decoder_heads=2)
-    path = tmp_path_factory.mktemp("mae") / "unnamed.safetensors"
-    facts = EncoderInfo.of(model, **model.describe(), mean=[0.5] * 3, std=[0.2] * 3)
-    write_weights(path, model.state_dict(), facts.to_metadata())
-    return path
+    return write_mae(TRUNK)
 
 
 def test_each_rank_of_each_command_opens_the_weights_once(

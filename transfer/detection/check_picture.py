@@ -11,6 +11,7 @@ from mae_core.atomic import atomic_path
 from mae_core.data.check import Problem
 from mae_core.data.contact_sheet import MOST, SIDE, contact_sheet, thumbnail
 from mae_core.data.decoding import UnreadableImage, read_image, size_of, to_picture
+from mae_core.data.images import spread_indices
 from mae_core.data.orientation import as_stored, orientation_of
 from mae_core.errors import UserError
 from transfer.detection.coco import CocoImage, CocoSet
@@ -32,8 +33,7 @@ def draw_sheet(path: Path, checked: Sequence[tuple[CocoSet, Sequence[Problem]]])
             named = any(_is_about(problem, image) for problem in wrong)
             (odd if named else sound).append((coco, image))
     shown = odd[:MOST]
-    rest = MOST - len(shown)
-    shown += [sound[place * len(sound) // min(rest, len(sound))] for place in range(min(rest, len(sound)))]
+    shown += [sound[place] for place in spread_indices(len(sound), MOST - len(shown))]
     if not shown:
         raise UserError(f"there is no image to draw into {path}; leave --picture out")
     pictures, captions = zip(*(_cell(coco, image, (coco, image) in odd[:MOST]) for coco, image in shown), strict=True)

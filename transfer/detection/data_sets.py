@@ -78,7 +78,7 @@ def images_beside(path: Path, folder: Path) -> Path:
     """The folder of the images of a json in ``folder`` or below it, where it usually is."""
     name = path.stem.removeprefix("instances_")
     usual = (folder / name, folder / "images" / name, path.parent / name, folder / "images", path.parent / "images")
-    return next((place for place in usual if place.is_dir()), path.parent if path.parent != folder else folder)
+    return next((place for place in usual if place.is_dir()), path.parent)
 
 
 def chosen_for_val(names: Sequence[str], share: float, seed: int) -> list[bool]:
@@ -90,23 +90,27 @@ def chosen_for_val(names: Sequence[str], share: float, seed: int) -> list[bool]:
     return [place <= limit for place in places]
 
 
-def read_half(config: DetectionConfig, half: Half, *, masks: bool) -> CocoSet:
-    """The training or the validation set. With ``data.val_share`` both come from the training set, split by image."""
+def read_halves(config: DetectionConfig, halves: Sequence[Half], *, masks: bool) -> list[CocoSet]:
+    """The training or the validation set, or both. With ``data.val_share`` they come from the training set, split by
+    image."""
     share = config.data.val_share
     if share is None:
-        return read_coco(locate(config.data, half), masks=masks)
+        return [read_coco(locate(config.data, half), masks=masks) for half in halves]
     whole = read_coco(locate(config.data, "train"), masks=masks)
     if len(whole.images) < 2:
         raise UserError(f"{whole.path} has {len(whole.images)} images; data.val_share needs two or more")
     chosen = chosen_for_val([image.path.name for image in whole.images], share, config.seed)
-    kept = (image for image, val in zip(whole.images, chosen, strict=True) if val == (half == "val"))
-    return replace(whole, images=tuple(kept))
+    sides = {"train": False, "val": True}
+    return [
+        replace(whole, images=tuple(i for i, val in zip(whole.images, chosen, strict=True) if val == sides[half]))
+        for half in halves
+    ]
 
 
 def read_data(config: DetectionConfig) -> tuple[CocoSet, CocoSet]:
     """The training and the validation set, checked. Raises ``UserError`` for what is wrong with or between them."""
     masks = HEADS[config.model.head].learns_masks
-    train, val = (read_half(config, half, masks=masks) for half in HALVES)
+    train, val = read_halves(config, HALVES, masks=masks)
     check_same_categories(train.categories, train.path, val.categories, val.path)
     if config.data.filter_empty:
         train = with_objects(train)

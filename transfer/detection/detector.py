@@ -13,7 +13,7 @@ from PIL import Image
 
 from mae_core.config.load import load_config
 from mae_core.data.decoding import Pixels, Unreadable, UnreadableImage, size_of, to_picture
-from mae_core.data.given import AnyImage, as_list, name_of, pixels_of
+from mae_core.data.given import AnyImage, as_list, name_of, pixels_of, refusal
 from mae_core.data.images import Statistics
 from mae_core.data.windows import WindowedImage, open_windows, overview, tiles_of
 from mae_core.errors import UserError
@@ -185,12 +185,12 @@ class Detector:
         try:
             coco = self.set_of(self.records(given, in_memory))
         except UnreadableImage as error:
-            raise _refusal(error.unreadable) from None
+            raise refusal(error.unreadable) from None
         whole = GivenImages(coco, self.config.data, self.statistics, in_memory)
         found: list[Detected] = []
         for part, unreadable in self.detect(whole):
             for entry in unreadable:
-                raise _refusal(entry)
+                raise refusal(entry)
             found += [self.result(d, coco, given[d.image_index]).above(score) for d in part]
         return found if several else found[0]
 
@@ -229,7 +229,7 @@ class Detector:
             source = open_windows(image, self.config.data.reading, name)
             found = self.detect_in_tiles(source, tile, overlap)
         except UnreadableImage as error:
-            raise _refusal(error.unreadable) from None
+            raise refusal(error.unreadable) from None
         return Detected(self.classes, (source.height, source.width), found, source, self.head.drawn)
 
     def result(self, detections: Detections, coco: CocoSet, image: AnyImage | WindowedImage) -> Detected:
@@ -256,10 +256,6 @@ class Detector:
                     in_memory[number] = pixels
             records.append(CocoImage(number + 1, Path(name), height, width, ()))
         return records
-
-
-def _refusal(unreadable: Unreadable) -> UserError:
-    return UserError(f"image {unreadable.path} cannot be read ({unreadable.reason}); repair it or leave it out")
 
 
 def load_detector(

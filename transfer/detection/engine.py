@@ -37,7 +37,6 @@ class Job(NamedTuple):
     statistics: Statistics
     settings: FitSettings
     run: Run
-    resume: bool
     metadata: dict[str, Any]
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from mae_core.weights.files import SAFETENSORS, WeightsFile, read_file
 from mae_core.weights.load import heads_given, read_encoder, with_file
 from transfer.detection.coco import CocoSet, check_same_categories
 from transfer.detection.config import DetectionConfig
-from transfer.detection.data_sets import HALVES, check_images, files_of, read_data, read_half, shared_files
+from transfer.detection.data_sets import HALVES, check_images, files_of, read_data, read_halves, shared_files
 from transfer.detection.detector_file import (
     DETECTOR,
     describe_detector,
@@ -82,7 +82,7 @@ def train_detector(config: DetectionConfig, *, resume: Resume = False) -> dict[s
         run.say(learning)
     metadata = describe_detector(config, trunk.vit, statistics, train_set.categories)
     images = WholeImages(val_set, config.data, statistics)
-    job = Job(config, train_set, images, statistics, settings, run, resume, metadata)
+    job = Job(config, train_set, images, statistics, settings, run, metadata)
     metrics = fit_and_score(engine, model, job)
     run.close()
     return metrics
@@ -149,7 +149,7 @@ def evaluate_detector(config: DetectionConfig) -> dict[str, Any]:
         )
     check_output(config, resume=False)
     file = read_detector(config.weights)
-    val_set = read_half(config, "val", masks=head_of(file, config).learns_masks)
+    (val_set,) = read_halves(config, ("val",), masks=head_of(file, config).learns_masks)
     model, categories, statistics, config = trained_detector(file, config, engine, val_set.categories)
     check_same_categories(categories, config.weights or Path(), val_set.categories, val_set.path)
     check_images(config.data, val_set)

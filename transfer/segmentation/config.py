@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import difflib
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +22,7 @@ from mae_core.models.sizes import SIZES, size_of
 from mae_core.texts import read_text
 from mae_core.weights.encoder_file import EncoderFile
 from mae_core.weights.load import settled
+from transfer.segmentation.segmenter_file import step_of
 
 RECIPES = "segmentation"
 """Folder of ``configs/`` that holds the recipes."""
@@ -441,6 +441,6 @@ def sections(node: Any) -> Iterator[MutableMapping[str, Any]]:
 
 def check_steps_left(checkpoint: Path, config: Mapping[str, Any]) -> None:
     """Raise ``UserError`` where a checkpoint already is at the config's last step."""
-    done, last = re.fullmatch(r"iter_(\d+)", checkpoint.stem), config["train_cfg"].get("max_iters")
-    if done is not None and last is not None and int(done[1]) >= last:
+    done, last = step_of(checkpoint), config["train_cfg"].get("max_iters")
+    if done is not None and last is not None and done >= last:
         raise UserError(f"{checkpoint} has done all {last} steps; raise train_cfg.max_iters to go on")

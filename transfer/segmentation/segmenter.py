@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from mae_core.data.decoding import UnreadableImage
-from mae_core.data.given import AnyImage, as_list, name_of
+from mae_core.data.given import AnyImage, as_list, name_of, refusal
 from mae_core.data.windows import WindowedImage, open_windows, overview, tiles_of
 from mae_core.errors import UserError
 from transfer.engines import require
@@ -120,13 +120,12 @@ class Segmenter:
                 np.lib.format.open_memmap(mapped, mode="w+", dtype=np.uint16, shape=size).flush()
             one = self._predictor
             scores_of = one.scores_of_own if layout.own else one.scores_in(layout.window_in(source))
-            for window, scores in seamless(source, scores_of, layout):
+            for window, scores in seamless(source, scores_of, layout, one.model.decode_head.out_channels):
                 if mapped is not None:  # mapped anew, so that no page of it stays in memory
                     indices = np.load(mapped, mmap_mode="r+")
                 indices[window.top : window.bottom, window.left : window.right] = one.decide(scores)
         except UnreadableImage as error:
-            path, reason = error.unreadable
-            raise UserError(f"image {path} cannot be read ({reason}); repair it or leave it out") from None
+            raise refusal(error.unreadable) from None
         return self._result(indices if mapped is None else np.load(mapped, mmap_mode="r"), source)
 
 

@@ -62,16 +62,20 @@ def layout_of(config: Mapping[str, Any], section: Mapping[str, Any], tile: int, 
 
 
 def seamless(
-    source: WindowedImage, scores_of: Callable[[Pixels], np.ndarray], layout: Layout, *, most: int = MOST_SUMS
+    source: WindowedImage,
+    scores_of: Callable[[Pixels], np.ndarray],
+    layout: Layout,
+    classes: int,
+    *,
+    most: int = MOST_SUMS,
 ) -> Iterator[tuple[Window, np.ndarray]]:
     """(window of the image, (K, height, width) float32: the mean of the class scores of all windows over each pixel).
 
-    ``scores_of``: pixels -> (K, height, width) class scores, before a softmax. The results cover the image once, from
-    top to bottom, a stripe after another.
+    ``scores_of``: pixels -> (K, height, width) scores of ``classes`` K, before a softmax. The results cover the image
+    once, from top to bottom, a stripe after another.
     """
     rows, cols = (steps_over(*sides) for sides in zip(layout.padded(source), layout.window, layout.stride, strict=True))
     size = layout.window
-    classes = len(scores_of(source.read(Window(0, 0, min(size[0], source.height), min(size[1], source.width)))))
     width = max(size[1], most // (4 * (classes + 1) * 2 * size[0]))
     for left in range(0, source.width, width):
         stripe = Window(0, left, source.height, min(width, source.width - left))

@@ -398,7 +398,8 @@ def test_windows_of_a_large_image_average_to_the_sliding_inference_on_the_whole(
     assert layout.window == (crop, crop) and layout.stride == (stride, stride) and not layout.own
     found, covered = np.zeros_like(whole), np.zeros(whole.shape[1:], int)
     source = open_windows(mosaic, 3, "mosaic")
-    for window, scores in seamless(source, predictor.scores_in(layout.window_in(source)), layout, most=most):
+    scores_of, classes = predictor.scores_in(layout.window_in(source)), len(whole)
+    for window, scores in seamless(source, scores_of, layout, classes, most=most):
         part = (slice(window.top, window.bottom), slice(window.left, window.right))
         found[(slice(None), *part)] = scores
         covered[part] += 1

@@ -7,11 +7,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mae_core.data.decoding import UnreadableImage
 from mae_core.data.images import files_below
 from mae_core.errors import UserError
-from transfer.detection.headers import header_of
-from transfer.detection.labels.records import LabelledImage, LabelledObject, Labels, Mask, add_object
+from transfer.detection.labels.records import LabelledObject, Labels, Mask, add_object
 
 IMAGE_FOLDERS = ("images", "image", "imgs")
 MAP_FOLDERS = ("masks", "mask", "labels", "label", "instances", "annotations")
@@ -50,20 +48,16 @@ def read(root: Path, class_name: str = "object") -> Labels:
         if file is None:
             labels.drop("images without a label map", path)
             continue
-        try:
-            header = header_of(path)
-        except UnreadableImage as error:
-            labels.drop(f"images that cannot be read ({error.unreadable.reason})", path)
-            continue
-        values = read_map(file)
-        if values.shape != (header.height, header.width):
-            sides = f"{values.shape[1]}x{values.shape[0]}"
-            raise UserError(f"label map {file} is {sides}, its image {header.width}x{header.height}; correct the map")
         parts = path.relative_to(images).parts
         split = next((SPLITS[part.lower()] for part in parts[:-1] if part.lower() in SPLITS), "")
         name = "/".join(part for part in parts if part.lower() not in SPLITS)
-        image = LabelledImage(path, name, header.height, header.width)
-        labels.images.setdefault(split, []).append(image)
+        image = labels.add_image(path, name, split)
+        if image is None:
+            continue
+        values = read_map(file)
+        if values.shape != (image.height, image.width):
+            sides = f"{values.shape[1]}x{values.shape[0]}"
+            raise UserError(f"label map {file} is {sides}, its image {image.width}x{image.height}; correct the map")
         for value in np.unique(values):
             if value:
                 add_object(labels, image, LabelledObject(class_name, mask=mask_of(values == value)), f"{file}, {value}")

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mae_core.data.decoding import UnreadableImage
+from transfer.detection.headers import header_of
 from transfer.detection.masks import code_of_part, encode_shape, mask_coder
 
 SPLITS = ("train", "val", "test")
@@ -69,6 +71,17 @@ class Labels:
         """Remember something that is left out."""
         self.dropped[reason] += 1
         self.examples.setdefault(reason, str(where))
+
+    def add_image(self, path: Path, name: str, split: str) -> LabelledImage | None:
+        """The image file ``path`` in ``split``, of the size it has; None, and left out, where it cannot be read."""
+        try:
+            header = header_of(path)
+        except UnreadableImage as error:
+            self.drop(f"images that cannot be read ({error.unreadable.reason})", path)
+            return None
+        image = LabelledImage(path, name, header.height, header.width)
+        self.images.setdefault(split, []).append(image)
+        return image
 
     def class_named(self, name: str) -> str:
         """The class of that name, appended where it is new."""

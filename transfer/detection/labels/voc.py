@@ -7,13 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from mae_core.data.decoding import UnreadableImage
 from mae_core.data.images import IMAGE_SUFFIXES
 from mae_core.errors import UserError
 from mae_core.texts import find_named, read_lines
-from transfer.detection.headers import header_of
 from transfer.detection.labels.instance_maps import mask_of, read_map
-from transfer.detection.labels.records import LabelledImage, LabelledObject, Labels, add_object
+from transfer.detection.labels.records import LabelledObject, Labels, add_object
 
 SPLITS = {"train": "train", "val": "val", "test": "test"}
 
@@ -60,13 +58,9 @@ def _read(root: Path, path: Path, split: str, labels: Labels) -> None:
     if file is None:
         labels.drop("annotations without their image", path)
         return
-    try:
-        header = header_of(file)
-    except UnreadableImage as error:
-        labels.drop(f"images that cannot be read ({error.unreadable.reason})", file)
+    image = labels.add_image(file, file.name, split)
+    if image is None:
         return
-    image = LabelledImage(file, file.name, header.height, header.width)
-    labels.images.setdefault(split, []).append(image)
     segmentation = root / "SegmentationObject" / f"{path.stem}.png"
     instances = read_map(segmentation) if segmentation.is_file() else None
     for number, entry in enumerate(tree.iter("object"), start=1):

@@ -13,11 +13,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from mae_core.data.decoding import UnreadableImage
 from mae_core.data.images import files_below
 from mae_core.errors import UserError
 from mae_core.texts import read_lines, read_text
-from transfer.detection.headers import header_of
 from transfer.detection.labels.records import LabelledImage, LabelledObject, Labels, add_object
 
 NAME_FILES = ("classes.txt", "obj.names", "names.txt")
@@ -142,13 +140,9 @@ def _label_file(image: Path) -> Path:
 
 
 def _read_image(path: Path, name: str, split: str, names: dict[int, str], labels: Labels) -> None:
-    try:
-        header = header_of(path)
-    except UnreadableImage as error:
-        labels.drop(f"images that cannot be read ({error.unreadable.reason})", path)
+    image = labels.add_image(path, name, split)
+    if image is None:
         return
-    image = LabelledImage(path, name, header.height, header.width)
-    labels.images.setdefault(split, []).append(image)
     file = _label_file(path)
     if not file.is_file():
         labels.drop("label files that are missing; their images are kept, without objects", path)

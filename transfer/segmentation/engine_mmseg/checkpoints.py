@@ -19,7 +19,7 @@ from mmengine.runner import CheckpointLoader, Runner
 from mmseg.registry import HOOKS
 
 from mae_core.errors import UserError, first_line
-from mae_core.training.finite import non_finite
+from mae_core.training.checkpoints import model_fault
 from mae_core.training.signals import Signals
 from mae_core.weights.files import HARMLESS_BESIDE_TENSORS
 from transfer.segmentation.segmenter_file import literal_config, step_of, steps_saved
@@ -112,15 +112,15 @@ def check_whole(checkpoint: Path) -> None:
     try:
         step, state = content["meta"]["iter"], content["state_dict"]
         lacking = {"optimizer", "message_hub"} - content.keys()
-        bad = non_finite(state)
+        fault = model_fault(state, None)
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"checkpoint {checkpoint} does not hold what a resume needs") from None
     if lacking or not isinstance(step, int) or step != step_of(checkpoint):
         raise UserError(
             f"checkpoint {checkpoint} does not hold what a resume needs, or another step than its name says"
         )
-    if bad:
-        raise UserError(f"checkpoint {checkpoint} holds NaN or infinity in {len(bad)} tensors, such as {bad[0]}")
+    if fault:
+        raise UserError(f"checkpoint {checkpoint} {fault}")
 
 
 @HOOKS.register_module()

@@ -15,8 +15,7 @@ from mmengine.dataset import Compose, pseudo_collate
 from mmseg.registry import MODELS
 
 from mae_core.data.decoding import Pixels, UnreadableImage
-from mae_core.data.given import AnyImage, pixels_of
-from mae_core.errors import UserError
+from mae_core.data.given import AnyImage, pixels_of, refusal
 from transfer.segmentation.config import channels_of, inference_mode, inference_pipeline
 from transfer.segmentation.engine_mmseg.segmenter import build_segmenter
 from transfer.segmentation.segmenter_file import SegmenterFile
@@ -94,8 +93,7 @@ class Predictor:
             try:
                 given["pixels"] = pixels_of(image, self.channels, name)
             except UnreadableImage as error:
-                path, reason = error.unreadable
-                raise UserError(f"image {path} cannot be read ({reason}); repair it or leave it out") from None
+                raise refusal(error.unreadable) from None
         data: Mapping[str, Any] = pseudo_collate([self.pipeline(given)])
         with torch.inference_mode(), warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mae_core import layout
 from mae_core.atomic import said_plainly, write_json
-from mae_core.data.statistics import measure_statistics
+from mae_core.data.statistics import Measured, measure_statistics
 from mae_core.errors import UserError
 from mae_core.training.distributed import barrier, on_main, world_size
 from mae_core.training.lock import claim, release
@@ -101,10 +101,7 @@ def train(
     configs.check_widths(view)
     configs.check_schedule(view)
     notes += [f"{part}: {found}" for part, found in check_data(view).items()]
-    pairs, *_ = labelled_images(view["train_dataloader"]["dataset"])
-    images = SegmentationImages([pair.image for pair in pairs], configs.channels_of(view))
-    stated = None if source is None else source.metadata
-    notes += configs.fit_statistics(view, stated, partial(measure_statistics, images))
+    notes += configs.fit_statistics(view, None if source is None else source.metadata, partial(measured, view))
     notes += configs.fit_channels(view)
     check_batches(view, synchronised=world_size() > 1 and torch.cuda.is_available())
     model = check_model(view, source)
@@ -134,6 +131,12 @@ def train(
                     hook.signals = signals
             runner.train()
         return finish(runner, runner.val_evaluator, started, write_model=True)
+
+
+def measured(view: Mapping[str, Any]) -> Measured:
+    """The statistics of the training images."""
+    pairs, *_ = labelled_images(view["train_dataloader"]["dataset"])
+    return measure_statistics(SegmentationImages([pair.image for pair in pairs], configs.channels_of(view)))
 
 
 def keep_seed(config: Config, checkpoint: Path) -> None:
@@ -206,7 +209,7 @@ def evaluate(
         notes.append(f"model, mean and std come from {file.path}; data, metric and test mode from the config")
     else:
         notes += configs.fit_to_run(view, stored_config(checkpoint), checkpoint, list(options))
-        notes += configs.fit_statistics(view, {}, partial(measure_statistics, SegmentationImages([], 0)))
+        notes += configs.fit_statistics(view, {}, partial(measured, view))
     notes += configs.fit_channels(view)
     fit_to_machine(view)
     _, classes, coding = labelled_images(view["val_dataloader"]["dataset"])
