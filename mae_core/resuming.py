@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from typing import Literal
+
+from mae_core.errors import UserError
 
 Resume = bool | Literal["auto"]
 """False starts a run, True continues one, "auto" continues where there is a checkpoint and else starts."""
 AUTO = "auto"
 HELP = "Continue the run in the output folder from its last checkpoint; --resume auto starts it where there is none."
 _MEANINGS: dict[str, Resume] = {"no": False, "yes": True, AUTO: "auto"}
+
+
+class UnknownResume(UserError, argparse.ArgumentTypeError):
+    """A value of ``--resume`` that means nothing; argparse prints its text as it is."""
 
 
 def one_word(arguments: Sequence[str]) -> list[str]:
@@ -28,7 +35,7 @@ def one_word(arguments: Sequence[str]) -> list[str]:
 
 
 def meaning(value: str) -> Resume:
-    """What the value of ``--resume`` asks for. Raises ``ValueError`` for another than auto."""
+    """What the value of ``--resume`` asks for. Raises ``UnknownResume`` for another than auto."""
     if value not in _MEANINGS:
-        raise ValueError(f"--resume {value} is not known; write --resume, or --resume auto")
+        raise UnknownResume(f"--resume {value} is not known; write --resume, or --resume auto")
     return _MEANINGS[value]

@@ -83,6 +83,7 @@ def test_a_run_brings_its_recipe_to_its_evaluation(tmp_path, words):
             "there is no file pretrain/tiny_69; as a recipe's name: did you mean 'pretrain/tiny_96'",
         ),
         ("config show {own}", "is for: --for pretrain or finetune"),
+        ("config show nothing.py", "there is no file nothing.py"),
         ("config recipes detecton", "did you mean 'detection'"),
     ],
 )
@@ -101,6 +102,8 @@ def test_a_wrong_word_is_answered_with_the_right_one(typed, told, tmp_path):
         (segmentation.main, "small_data weights=x", "weights is written --weights FILE here"),
         (segmentation.main, "small_data --config-file x", "--config-file is written RECIPE or FILE.py here"),
         (segmentation.main, "small_dta", "did you mean 'small_data'"),
+        (segmentation.main, "small_data --resume=never", "write --resume, or --resume auto"),
+        (detection.main, "--resume=never", "write --resume, or --resume auto"),
     ],
 )
 def test_a_script_answers_the_words_of_mae(main, typed, told, capsys):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
 from mae_core.dialects import other_word
 from mae_core.errors import UserError
-from mae_core.resuming import HELP, meaning, one_word
+from mae_core.resuming import HELP, one_word
 
 ConfigAndOverrides = Annotated[
     list[str] | None,
@@ -45,14 +45,6 @@ class Configured(TyperCommand):
             if told is not None:
                 raise typer.BadParameter(told, ctx=ctx, param_hint="the command line") from None
             raise
-
-
-def read_resume(value: str) -> bool | Literal["auto"]:
-    """What ``--resume`` asks for."""
-    try:
-        return meaning(value)
-    except ValueError as error:
-        raise UserError(str(error)) from None
 
 
 def split_arguments(arguments: list[str] | None) -> tuple[str | None, list[str]]:

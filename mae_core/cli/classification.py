@@ -7,10 +7,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from mae_core.cli.arguments import ConfigAndOverrides, Configured, Resume, read_arguments, read_resume
+from mae_core.cli.arguments import ConfigAndOverrides, Configured, Resume, read_arguments
 from mae_core.cli.checking import check_folders
 from mae_core.cli.weights import export
 from mae_core.errors import user_errors
+from mae_core.resuming import meaning
 
 Device = Literal["auto", "cpu", "cuda"]
 OnError = Literal["skip", "raise"]
@@ -28,7 +29,7 @@ def finetune(arguments: ConfigAndOverrides = None, resume: Resume = "no") -> Non
         config = read_arguments(FinetuneConfig, arguments)
         from mae_core.training.finetune import finetune as run
 
-        run(config, resume=read_resume(resume))
+        run(config, resume=meaning(resume))
 
 
 def linprobe(arguments: ConfigAndOverrides = None, resume: Resume = "no") -> None:
@@ -43,7 +44,7 @@ def linprobe(arguments: ConfigAndOverrides = None, resume: Resume = "no") -> Non
         config = read_arguments(LinprobeConfig, arguments)
         from mae_core.training.linprobe import linprobe as run
 
-        run(config, resume=read_resume(resume))
+        run(config, resume=meaning(resume))
 
 
 def knn(arguments: ConfigAndOverrides = None) -> None:

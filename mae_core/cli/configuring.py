@@ -99,12 +99,12 @@ def show(
             raise UserError("name a recipe, such as pretrain/tiny_96, or a file; mae config recipes lists them")
         kind, _, name = given.rpartition("/")
         path = find_recipe(name, kind) if kind in KINDS else find_recipe(given, _kind_of(given, command))
-        if path.suffix == ".py":
-            typer.echo(path.read_text(encoding="utf-8"), nl=False)
-            return
         if not path.is_file():
             known = [f"{kind}/{name}" for kind in KINDS for name in recipe_names(kind)]
             raise UserError(f"there is no file {given}; as a recipe's name: {hint(given, known)}")
+        if path.suffix == ".py":
+            typer.echo(path.read_text(encoding="utf-8"), nl=False)
+            return
         if command is None and path.parent.name not in KINDS:
             raise UserError(f"say which command {path} is for: --for {' or '.join(SCHEMAS)}")
         schema = schema_of(command or path.parent.name)

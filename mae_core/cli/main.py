@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import mae_core
-from mae_core.cli.arguments import ConfigAndOverrides, Configured, DryRun, Resume, read_arguments, read_resume
+from mae_core.cli.arguments import ConfigAndOverrides, Configured, DryRun, Resume, read_arguments
 from mae_core.cli.checking import check, data_stats
 from mae_core.cli.classification import classify, evaluate, features, finetune, knn, linprobe
 from mae_core.cli.configuring import config
@@ -18,6 +18,7 @@ from mae_core.cli.running import doctor, replay, verify_resume
 from mae_core.cli.tasks import task_groups
 from mae_core.cli.weights import catalogue, convert, export, inspect
 from mae_core.errors import user_errors
+from mae_core.resuming import meaning
 
 app = typer.Typer(
     name="mae",
@@ -60,7 +61,7 @@ def pretrain(
         from mae_core.training.pretrain import pretrain as run
 
         if not dry_run:
-            run(config, resume=read_resume(resume))
+            run(config, resume=meaning(resume))
             return
         from mae_core.training.plan import print_plan
 
@@ -101,7 +102,7 @@ def train_tokenizer(arguments: ConfigAndOverrides = None, resume: Resume = "no")
         config = read_arguments(TokenizerConfig, arguments)
         from mae_core.training.tokenizer import train_tokenizer as run
 
-        run(config, resume=read_resume(resume))
+        run(config, resume=meaning(resume))
 
 
 @app.command()

@@ -124,8 +124,9 @@ def _copy(content: bytes, name: str, suffix: str, reading: Reading, shortest: in
     """One image, smaller where it is larger than asked for. Raises ``UnreadableImage``, of a copy too that does not
     read as what was written."""
     pixels = to_tensor(decode_bytes(content, name, reading))
+    suffix = suffix or _suffix_of(content)
     if min(pixels.shape[1:]) <= shortest:
-        return Copied(content, suffix or _suffix_of(content), False)
+        return Copied(content, suffix, False)
     smaller = _resized(pixels, shortest)
     deep = pixels.is_floating_point() and _is_16_bits(pixels)
     if deep:
@@ -194,7 +195,8 @@ def _suffix_of(content: bytes) -> str:
     """The ending of an image without a name, such as a row of a table."""
     try:
         with Image.open(BytesIO(content)) as image:
-            return {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif"}.get(image.format or "", f".{image.format}".lower())
+            usual = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif", "JPEG2000": ".jp2"}
+            return usual.get(image.format or "", f".{image.format}".lower())
     except Exception:
         return ".npy" if content.startswith(b"\x93NUMPY") else ".tif"
 

@@ -111,7 +111,7 @@ def write_features(config: FeaturesConfig) -> Path:
         check_tsne(len(paths))
     trunk, report = frozen_trunk(source, config.data, config.model.pooling, config.evaluation_batch)
 
-    images = ImageFiles(paths, config.data.channels, config.data.path)
+    images = ImageFiles(paths, config.data.reading, config.data.path)
     check_all_if_asked(images, config.data)
     run = open_run(config, resume=False, names=images.names)
     tell_of_weights(run, report)

@@ -144,7 +144,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if kind.own_classes_only:
         model, files = choose(model, parts[0].files)
         parts = [parts[0]._replace(files=files)]
-    images = ImageFiles([path for part in parts for path in part.files.paths], config.data.channels, config.data.path)
+    images = ImageFiles([path for part in parts for path in part.files.paths], config.data.reading, config.data.path)
     check_all_if_asked(images, config.data)
 
     run = open_run(config, resume=False, names=images.names)

@@ -188,7 +188,8 @@ def parameter_lines(model: MaskedAutoencoder) -> list[str]:
 
 def cost_of(model: MaskedAutoencoder, config: PretrainConfig, precision: torch.dtype, device_type: str = "cpu") -> Cost:
     """Of one image, on the CPU: torch's counter, attention as plain matrix products, whatever kernel the run uses;
-    the bytes are those of the kernels of a device of ``device_type``."""
+    the bytes are those of the kernels of a device of ``device_type``. The model stays on the CPU."""
+    model.cpu()
 
     def loss(images: int) -> Tensor:
         pixels = torch.zeros(images, config.data.channels, *model.encoder.grid.image_size)

@@ -34,6 +34,7 @@ class Scene(NamedTuple):
 
 
 def _pretraining(text: Path) -> tuple[Any, Scene]:
+    from mae_core.training.adapting import Adapted
     from mae_core.training.pretrain import build_pretrain_model, pretrain_loss
     from mae_core.training.pretrain_config import PretrainConfig
     from mae_core.training.warm_start import started_from
@@ -42,6 +43,7 @@ def _pretraining(text: Path) -> tuple[Any, Scene]:
     config = load_config(PretrainConfig, text)
     config, start = started_from(config, resume=True)
     model = build_pretrain_model(config, start)
+    Adapted(model, config.adapt)
     training = split_images(config, open_source(config.data)).training
     images = unlabelled.UnlabelledImages(training, config.data, config.seed)
     images.masks = SampleMasks(model.masker, model.encoder.grid)

@@ -93,7 +93,7 @@ def check_output(config: JobConfig, *, resume: Resume) -> bool:
         raise UserError(f"output {folder} is a file; choose a folder with output=FOLDER")
     resumable = will_resume(folder, "auto")
     if resume == "auto":
-        if not resumable and marks and not any(name in RESULTS for name in marks):
+        if not resumable and marks and not any(folder.glob("*.safetensors")):
             check_configuration(config)
             _clear_unstarted(folder)
             marks = []

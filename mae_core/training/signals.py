@@ -60,9 +60,12 @@ class Signals:
         stop = self.received is not None
         if world_size() == 1:
             return stop, due
-        flags = OnItsWay(sum_over_ranks(torch.tensor([float(stop), float(due)], device=device)))
+        own = torch.tensor([float(stop), float(due)], pin_memory=device.type == "cuda")
+        flags = OnItsWay(sum_over_ranks(own.to(device, non_blocking=True)))
         found, self._flags = self._flags if deferred else flags, flags
         stopping, late = (0.0, 0.0) if found is None else found.read()
+        if late > 0:
+            self._flags = None  # sent before the checkpoint that this call brings, and would bring another
         return stopping > 0, late > 0
 
     def told(self, done: int, total: int) -> str:

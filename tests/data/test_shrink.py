@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import tarfile
 from pathlib import Path
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 from mae_core.cli.main import app
 from mae_core.data import shrink as shrinking
 from mae_core.data.decoding import read_image, to_tensor
-from mae_core.data.images import ImageFiles
+from mae_core.data.images import IMAGE_SUFFIXES, ImageFiles
 from mae_core.data.reading import Reading
 from mae_core.data.shrink import MANIFEST, shrink
 from mae_core.data.sources import open_places
@@ -118,3 +119,13 @@ def test_two_images_of_one_name_both_stay(tmp_path):
     files = ImageFiles([tmp_path / "x.png", tmp_path / "x.bmp"], None, tmp_path)
     shrink(files, tmp_path / "out", reading=Reading(), shortest=25)
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"x.png", "x-2.png", MANIFEST}
+
+
+def test_a_photo_without_a_name_stays_jpeg(tmp_path):
+    """As a row of a table has none."""
+    file = io.BytesIO()
+    Image.fromarray((smooth(120, 90, 3) * 255).astype(np.uint8)).save(file, "JPEG")
+    copied = shrinking._copy(file.getvalue(), "17", "", Reading(), 45, 95)
+    assert copied.suffix == ".jpg" and copied.content.startswith(b"\xff\xd8")
+    Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(file := io.BytesIO(), "JPEG2000")
+    assert shrinking._copy(file.getvalue(), "18", "", Reading(), 45, 95).suffix in IMAGE_SUFFIXES

@@ -6,6 +6,7 @@ import os
 import signal
 
 import pytest
+import torch
 
 from mae_core.config.load import load_config
 from mae_core.layout import complete_checkpoints
@@ -88,3 +89,15 @@ kept.append(kept)  # nothing takes the workers away before the process ends
 def test_workers_that_are_kept_do_not_keep_a_process_from_ending(run_python):
     result = run_python(["-c", LOADER], timeout=100)
     assert result.returncode == 0 and "[[0, 1], [2, 3]]" in result.stdout
+
+
+def test_a_checkpoint_that_is_due_on_several_ranks_comes_once(monkeypatch):
+    """Flags are read a step after they are sent: one that is under way when the checkpoint comes is for the same."""
+    monkeypatch.setattr("mae_core.training.signals.world_size", lambda: 2)
+    monkeypatch.setattr("mae_core.training.signals.sum_over_ranks", lambda flags: flags)
+    signals, saved = Signals(), 0
+    due = True
+    for _ in range(5):
+        _, late = signals.agreed(due, torch.device("cpu"), deferred=True)
+        saved, due = saved + late, due and not late
+    assert saved == 1

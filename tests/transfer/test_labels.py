@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,8 +19,11 @@ from mae_core.errors import UserError
 from transfer.detection.check_data import check_parts, parts_of
 from transfer.detection.coco import Part, decode_masks, read_coco
 from transfer.detection.data_sets import read_data
-from transfer.detection.labels.convert import convert
+from transfer.detection.labels.convert import convert, name_apart
 from transfer.detection.labels.cutting import cut_into_tiles
+from transfer.detection.labels.instance_maps import read_map
+from transfer.detection.labels.records import LabelledImage, Labels
+from transfer.detection.masks import cut_part
 from transfer.detection.run import evaluate_detector, train_detector
 
 pytest.importorskip("pycocotools", reason="pip install mae-transfer[detection]")
@@ -350,6 +354,54 @@ def test_a_large_annotated_image_becomes_tiles(tmp_path):
     assert sum(w * h for _, _, w, h in boxes) >= 100  # 10 of 12 columns in one tile, the rest is below the share
     expected = "parts with less than 0.2 of their object were left out; 0 of 6 objects are in no tile"
     assert any(expected in line for line in said)
+
+
+def test_tiles_are_cut_from_the_pixels_that_were_annotated(tmp_path):
+    """Of an image inside of its annotations, and of a photo on its side that was annotated as it is stored."""
+    inside, root = io.BytesIO(), tmp_path / "labelme"
+    picture("a").save(inside, "PNG")
+    root.mkdir()
+    content = {"imagePath": "gone.png", "imageData": base64.b64encode(inside.getvalue()).decode()}
+    shapes = [{"label": "cat", "points": corners((2, 2, 6, 6))}]
+    for name in "ab":
+        (root / f"{name}.json").write_text(json.dumps({**content, "shapes": shapes}))
+    out = cut_into_tiles(root, tmp_path / "one", tile=64, val_share=0.5, say=lambda text: None)
+    (tile,) = (out / "train").iterdir()
+    assert np.array_equal(np.asarray(Image.open(tile)), np.asarray(picture("a")))
+
+    as_coco(coco := tmp_path / "coco")
+    (path,) = [p for p in coco.rglob("a.*") if p.suffix in (".png", ".jpg")]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture("a").save(path, exif=exif)
+    out = cut_into_tiles(coco, tmp_path / "other", tile=64, val_share=0.5, say=lambda text: None)
+    (tile,) = (p for p in out.rglob("a_0_0.*"))
+    assert np.array_equal(np.asarray(Image.open(tile)), np.asarray(picture("a")))
+
+
+@pytest.mark.parametrize(
+    "by_stem, names", [(False, ["a.png", "a.jpg", "a_2.png"]), (True, ["a.png", "a_2.jpg", "a_3.png"])]
+)
+def test_images_of_one_name_are_numbered(by_stem, names):
+    """Tiles of an image are named by its stem."""
+    images = [LabelledImage(Path(name), name, 1, 1) for name in ("a.png", "a.jpg", "a.png")]
+    labels = Labels("x")
+    name_apart(images, labels, by_stem=by_stem)
+    assert [image.name for image in images] == names
+    assert len(labels.notes) == sum(image.name != image.path.name for image in images)
+
+
+@pytest.mark.parametrize("name, content", [("a.npy", b"\x93NUMPY broken"), ("a.tif", b"II*\0"), ("a.png", b"no")])
+def test_a_damaged_label_map_is_one_sentence(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"label map .*{name} cannot be read \(.+\); repair or remove it"):
+        read_map(tmp_path / name)
+
+
+def test_a_mask_and_a_tile_that_do_not_meet_have_nothing_in_common():
+    """The box of an annotation can reach further than its mask."""
+    corner, part = cut_part((100, 100), np.ones((20, 20), bool), (0, 90, 99, 40))
+    assert not part.size and corner[0] >= 99
 
 
 # ---------------------------------------------------------------- sets that the training finds and splits

@@ -95,6 +95,17 @@ def part_of_code(code: dict[str, Any]) -> tuple[tuple[int, int], np.ndarray]:
     return (int(rows[0]), left), np.ascontiguousarray(columns[:, rows[0] : rows[-1] + 1].T)
 
 
+def cut_part(
+    corner: tuple[int, int], mask: np.ndarray, region: tuple[int, int, int, int]
+) -> tuple[tuple[int, int], np.ndarray]:
+    """The corner (row, column) and the pixels of what ``region`` (top, left, height, width) shows of a mask (h, w)
+    whose first pixel lies at ``corner``; without pixels where they do not meet."""
+    (row, col), (rows, cols), (up, start, height, width) = corner, mask.shape, region
+    top, left = max(row, up), max(col, start)
+    bottom, right = max(top, min(row + rows, up + height)), max(left, min(col + cols, start + width))
+    return (top, left), mask[top - row : bottom - row, left - col : right - col]
+
+
 def code_of_part(mask: np.ndarray, corner: tuple[int, int], size: tuple[int, int]) -> dict[str, Any]:
     """The run-length code in an image of ``size`` (height, width) of a mask (h, w) bool whose first pixel lies at
     ``corner`` (row, column); the inverse of ``part_of_code``."""

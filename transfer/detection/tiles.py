@@ -19,7 +19,7 @@ from mae_core.data.windows import Window, WindowedImage
 from transfer.detection.coco import CocoSet
 from transfer.detection.config import DetectionData
 from transfer.detection.heads import Detections
-from transfer.detection.masks import code_of_part, part_of_code
+from transfer.detection.masks import code_of_part, cut_part, part_of_code
 from transfer.detection.samples import WholeImages
 
 SAME = 0.5
@@ -222,7 +222,7 @@ def _areas(one: Part, other: Part, shared: Window) -> tuple[float, float, float]
         both = np.concatenate([np.maximum(first[:2], second[:2]), np.minimum(first[2:], second[2:])])
         return _area(first), _area(second), _area(both)
     region = Window(*shared)
-    sides = [_inside(part, region) for part in (one, other)]
+    sides = [cut_part(part.corner, part.mask, region) for part in (one, other) if part.mask is not None]
     top, left = (max(side[0][axis] for side in sides) for axis in (0, 1))
     bottom, right = (min(side[0][axis] + side[1].shape[axis] for side in sides) for axis in (0, 1))
     both = 0.0
@@ -230,15 +230,6 @@ def _areas(one: Part, other: Part, shared: Window) -> tuple[float, float, float]
         views = [m[top - row : bottom - row, left - col : right - col] for (row, col), m in sides]
         both = float((views[0] & views[1]).sum())
     return float(sides[0][1].sum()), float(sides[1][1].sum()), both
-
-
-def _inside(part: Part, region: Window) -> tuple[tuple[int, int], np.ndarray]:
-    """The corner and the mask of a part, cut to a region."""
-    assert part.mask is not None
-    (row, col), (rows, cols) = part.corner, part.mask.shape
-    top, left = max(row, region.top), max(col, region.left)
-    bottom, right = max(top, min(row + rows, region.bottom)), max(left, min(col + cols, region.right))
-    return (top, left), part.mask[top - row : bottom - row, left - col : right - col]
 
 
 def _clipped(box: np.ndarray, region: Window) -> np.ndarray:

@@ -75,6 +75,7 @@ def predict(
                 mapped.parent.mkdir(parents=True, exist_ok=True)
                 found = segmenter.predict_in_tiles(path, str(path), tile, overlap, mapped=mapped)
         except UserError as error:
+            mapped.unlink(missing_ok=True)
             if on_error == "raise" or (len(names) == 1):
                 raise
             print(f"skipped: {error}", flush=True)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -415,6 +416,32 @@ def test_tiles_are_labelled_as_images_of_their_own(trained, mosaic):
     assert np.array_equal(tiled.indices, slide.predict(mosaic).indices)
     small = whole.predict(mosaic, tile=500)  # one tile: the image
     assert np.array_equal(small.indices, whole.predict(mosaic).indices)
+
+
+def test_one_score_a_pixel_is_decided_once(trained, monkeypatch):
+    """Of a segmenter with one channel mmseg keeps the sigmoid of the scores: tiles decide as the whole image does."""
+    predictor = Predictor(read_segmenter(trained[0]))
+    logits = torch.tensor([[[-2.0, -0.5, 0.1, 3.0]]])
+    answer = SimpleNamespace(seg_logits=SimpleNamespace(data=logits.sigmoid()))
+    monkeypatch.setattr(predictor, "_answer", lambda *given: answer)
+    scores = predictor.scores_of_own(np.zeros((1, 4, 3), np.uint8))
+    np.testing.assert_allclose(scores, logits.numpy(), atol=1e-4)
+    monkeypatch.setattr(predictor.model.decode_head, "threshold", 0.3, raising=False)
+    assert predictor.decide(scores).tolist() == [[0, 1, 1, 1]]
+
+
+def test_an_image_that_breaks_off_leaves_no_file_of_its_labels(trained, mosaic, tmp_path):
+    cut = tmp_path / "cut.tif"
+    cut.write_bytes(mosaic.read_bytes())
+    with tifffile.TiffFile(mosaic) as file:
+        page = file.pages[0]
+        place, count = page.dataoffsets[-1], page.databytecounts[-1]
+    with cut.open("r+b") as stream:
+        stream.seek(place)
+        stream.write(bytes(count))
+    written = predict(trained[0], [cut, mosaic], tmp_path / "out", tile=48, device="cpu")
+    assert [path.name for path in written] == ["mosaic.tif"]
+    assert [entry.name for entry in (tmp_path / "out" / "labels").iterdir()] == ["mosaic.tif"]
 
 
 def test_large_label_maps_are_tiled_tiffs_read_by_windows(trained, mosaic, tmp_path, monkeypatch):

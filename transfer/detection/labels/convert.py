@@ -140,18 +140,22 @@ def with_split(
     return {split: found for split, found in splits.items() if found}, how
 
 
-def name_apart(images: Sequence[LabelledImage], labels: Labels) -> None:
-    """Number the images of a split that would have one name."""
+def name_apart(images: Sequence[LabelledImage], labels: Labels, *, by_stem: bool = False) -> None:
+    """Number the images of a split that would have one name; with ``by_stem`` one name without the suffix."""
     taken: set[str] = set()
+
+    def compared(name: str) -> str:
+        return name.rpartition(".")[0] or name if by_stem else name
+
     for image in images:
         name, number = image.name, 1
-        while image.name in taken:
+        while compared(image.name) in taken:
             number += 1
             head, dot, suffix = name.rpartition(".")
             image.name = f"{head}_{number}{dot}{suffix}"
         if number > 1:
             labels.notes.append(f"a second image is called {name}; it is written as {image.name}")
-        taken.add(image.name)
+        taken.add(compared(image.name))
 
 
 def place_files(folder: Path, images: Sequence[LabelledImage], *, copy: bool) -> None:

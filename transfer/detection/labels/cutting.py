@@ -11,14 +11,15 @@ from PIL import Image
 from torch import Tensor
 
 from mae_core.atomic import atomic_folder, check_new_folder
-from mae_core.data.decoding import Pixels, UnreadableImage
+from mae_core.data.decoding import Pixels, UnreadableImage, decode_bytes
 from mae_core.data.reading import Reading
-from mae_core.data.windows import Window, open_windows, tiles_of
+from mae_core.data.windows import Window, WindowedImage, open_windows, tiles_of
 from mae_core.errors import UserError
-from transfer.detection.labels.convert import read_labels, with_split, write_splits
-from transfer.detection.labels.records import LabelledImage, LabelledObject, Mask
-from transfer.detection.masks import part_of_code
-from transfer.detection.samples import cut_polygon
+from transfer.detection.coco import CocoImage
+from transfer.detection.labels.convert import name_apart, read_labels, with_split, write_splits
+from transfer.detection.labels.records import LabelledImage, LabelledObject, Mask, mask_of
+from transfer.detection.masks import cut_part, part_of_code
+from transfer.detection.samples import cut_polygon, read_checked
 
 LEAST_SHARE = 0.25
 
@@ -46,6 +47,8 @@ def cut_into_tiles(
     tiles_of(1, 1, tile, overlap)
     labels = read_labels(source)
     splits, how = with_split(labels.images, val_share, seed)
+    for images in splits.values():
+        name_apart(images, labels, by_stem=True)
     cut: dict[str, list[LabelledImage]] = {}
     small, lost, whole = 0, 0, 0
     with atomic_folder(out) as folder:
@@ -70,7 +73,7 @@ def cut_into_tiles(
             "objects_in_no_tile": lost,
         }
         write_splits(folder, cut, labels.classes, record)
-    for line in labels.described():
+    for line in (*labels.described(), *(f"note: {note}" for note in labels.notes)):
         say(line)
     numbers = [f"{split} {len(parts)} tiles of {len(splits[split])} images" for split, parts in cut.items()]
     say(f"{'; '.join(numbers)}; split: {how}")
@@ -83,7 +86,7 @@ def cut_into_tiles(
 def _tiles(image: LabelledImage, tile: int, overlap: float) -> Iterator[tuple[LabelledImage, Window, Pixels]]:
     """Every tile: its record without objects, where it lies, its pixels."""
     try:
-        source = open_windows(image.path, Reading(), str(image.path))
+        source = _opened(image)
         for window in tiles_of(source.height, source.width, tile, overlap):
             pixels = source.read(window)
             suffix = ".tif" if isinstance(pixels, Tensor) else ".png"
@@ -93,6 +96,17 @@ def _tiles(image: LabelledImage, tile: int, overlap: float) -> Iterator[tuple[La
     except UnreadableImage as error:
         path, reason = error.unreadable
         raise UserError(f"image {path} cannot be read ({reason}); repair or remove it") from None
+
+
+def _opened(image: LabelledImage) -> WindowedImage:
+    """The pixels as the annotations were drawn on them: of the file inside of the annotations, and as stored where
+    only those sides are the record's. Raises ``UnreadableImage``, also for a file of another size."""
+    if image.content is not None:
+        return WindowedImage(decode_bytes(image.content, str(image.path), Reading()))
+    source = open_windows(image.path, Reading(), str(image.path))
+    if (source.height, source.width) == (image.height, image.width):
+        return source
+    return WindowedImage(read_checked(CocoImage(0, image.path, image.height, image.width, ()), Reading()))
 
 
 def _save(pixels: Pixels, path: Path) -> None:
@@ -143,16 +157,12 @@ def _part(found: LabelledObject, window: Window) -> tuple[LabelledObject | None,
         share = sum(map(_area, cut)) / max(sum(map(_area, polygons)), 1e-9)
         return (_boxed(found, polygons=cut), share) if cut else (None, 0.0)
     if mask is not None:
-        (top, left), (rows, cols) = mask.corner, mask.pixels.shape
-        up, down = max(top, window.top), min(top + rows, window.bottom)
-        start, stop = max(left, window.left), min(left + cols, window.right)
-        inside = mask.pixels[up - top : down - top, start - left : stop - left]
-        if not inside.any():
+        (top, left), inside = cut_part(*mask, window)
+        part = mask_of(inside)
+        if part is None:
             return None, 0.0
-        used_rows, used_cols = np.flatnonzero(inside.any(axis=1)), np.flatnonzero(inside.any(axis=0))
-        part = inside[used_rows[0] : used_rows[-1] + 1, used_cols[0] : used_cols[-1] + 1]
-        place = (up - window.top + int(used_rows[0]), start - window.left + int(used_cols[0]))
-        return _boxed(found, mask=Mask(place, part)), float(inside.sum() / mask.pixels.sum())
+        place = (top - window.top + part.corner[0], left - window.left + part.corner[1])
+        return _boxed(found, mask=part._replace(corner=place)), float(inside.sum() / mask.pixels.sum())
     x, y, width, height = found.box
     x1, y1 = max(x, window.left), max(y, window.top)
     x2, y2 = min(x + width, window.right), min(y + height, window.bottom)

@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image
 
 from mae_core.data.images import files_below
-from mae_core.errors import UserError
-from transfer.detection.labels.records import LabelledObject, Labels, Mask, add_object
+from mae_core.errors import UserError, first_line
+from transfer.detection.labels.records import LabelledObject, Labels, add_object, mask_of
 
 IMAGE_FOLDERS = ("images", "image", "imgs")
 MAP_FOLDERS = ("masks", "mask", "labels", "label", "instances", "annotations")
@@ -69,18 +69,10 @@ def read(root: Path, class_name: str = "object") -> Labels:
 def read_map(path: Path) -> np.ndarray:
     """(H, W) whole numbers as stored: a palette's indices, 8 to 32 bits, or a number for each colour of RGB, 0 for
     black. Raises ``UserError``."""
-    if path.suffix.lower() == ".npy":
-        array: np.ndarray = np.load(path, allow_pickle=False)
-    elif path.suffix.lower() in (".tif", ".tiff"):
-        import tifffile
-
-        array = tifffile.imread(path)
-    else:
-        try:
-            with Image.open(path) as picture:
-                array = np.asarray(picture.convert("RGB") if picture.mode in ("RGBA", "CMYK") else picture)
-        except (OSError, ValueError) as error:
-            raise UserError(f"label map {path} cannot be read ({error}); repair or remove it") from None
+    try:
+        array = _stored(path)
+    except Exception as error:  # decoders answer damaged files with errors of any kind
+        raise UserError(f"label map {path} cannot be read ({first_line(error)}); repair or remove it") from None
     if array.ndim == 3 and array.shape[2] in (3, 4):
         bands: np.ndarray = array[..., :3].astype(np.int64)
         array = (bands[..., 0] << 16) + (bands[..., 1] << 8) + bands[..., 2]
@@ -90,10 +82,13 @@ def read_map(path: Path) -> np.ndarray:
     return array.astype(np.int64)
 
 
-def mask_of(pixels: np.ndarray) -> Mask | None:
-    """The mask of (H, W) bool pixels, cut to its bounds; None where none is set."""
-    rows, cols = np.flatnonzero(pixels.any(axis=1)), np.flatnonzero(pixels.any(axis=0))
-    if not len(rows):
-        return None
-    part = pixels[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1]
-    return Mask((int(rows[0]), int(cols[0])), np.ascontiguousarray(part))
+def _stored(path: Path) -> np.ndarray:
+    if path.suffix.lower() == ".npy":
+        array: np.ndarray = np.load(path, allow_pickle=False)
+        return array
+    if path.suffix.lower() in (".tif", ".tiff"):
+        import tifffile
+
+        return tifffile.imread(path)
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB") if picture.mode in ("RGBA", "CMYK") else picture)

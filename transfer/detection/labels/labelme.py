@@ -15,7 +15,7 @@ from mae_core.data.decoding import UnreadableImage, decode_bytes, size_of
 from mae_core.errors import UserError
 from mae_core.texts import find_named
 from transfer.detection.headers import header_of
-from transfer.detection.labels.records import LabelledImage, LabelledObject, Labels, Mask, add_object
+from transfer.detection.labels.records import LabelledImage, LabelledObject, Labels, add_object, mask_of
 
 CIRCLE_POINTS = 64
 
@@ -126,10 +126,9 @@ def _masked(name: str, points: np.ndarray, encoded: str, labels: Labels, where: 
     except (ValueError, OSError):
         labels.drop("masks that cannot be read", where)
         return None
-    rows, cols = np.flatnonzero(pixels.any(axis=1)), np.flatnonzero(pixels.any(axis=0))
-    if not len(rows):
+    mask = mask_of(pixels)
+    if mask is None:
         labels.drop("masks without a pixel", where)
         return None
     left, top = (int(value) for value in points.min(axis=0).round())
-    part = pixels[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1]
-    return LabelledObject(name, mask=Mask((top + int(rows[0]), left + int(cols[0])), np.ascontiguousarray(part)))
+    return LabelledObject(name, mask=mask._replace(corner=(top + mask.corner[0], left + mask.corner[1])))

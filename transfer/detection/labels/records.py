@@ -24,6 +24,15 @@ class Mask(NamedTuple):
     pixels: np.ndarray
 
 
+def mask_of(pixels: np.ndarray) -> Mask | None:
+    """The mask of (H, W) bool pixels, cut to its bounds; None where none is set."""
+    rows, cols = np.flatnonzero(pixels.any(axis=1)), np.flatnonzero(pixels.any(axis=0))
+    if not len(rows):
+        return None
+    part = pixels[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1]
+    return Mask((int(rows[0]), int(cols[0])), np.ascontiguousarray(part))
+
+
 @dataclass
 class LabelledObject:
     """An object of class ``name``: polygons (each (points, 2) of x, y), a mask, COCO's own segmentation, or a box alone

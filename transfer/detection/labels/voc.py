@@ -10,8 +10,8 @@ import numpy as np
 from mae_core.data.images import IMAGE_SUFFIXES
 from mae_core.errors import UserError
 from mae_core.texts import find_named, read_lines
-from transfer.detection.labels.instance_maps import mask_of, read_map
-from transfer.detection.labels.records import LabelledObject, Labels, add_object
+from transfer.detection.labels.instance_maps import read_map
+from transfer.detection.labels.records import LabelledObject, Labels, add_object, mask_of
 
 SPLITS = {"train": "train", "val": "val", "test": "test"}
 
@@ -89,7 +89,7 @@ def _image_of(root: Path, path: Path, stated: str) -> Path | None:
             continue
         if name and (found := find_named(folder, name)) is not None and found.is_file():
             return found
-        for suffix in IMAGE_SUFFIXES:
+        for suffix in sorted(IMAGE_SUFFIXES):
             if (folder / f"{path.stem}{suffix}").is_file():
                 return folder / f"{path.stem}{suffix}"
     return None

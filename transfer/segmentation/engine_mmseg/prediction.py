@@ -59,7 +59,10 @@ class Predictor:
 
     def scores_of_own(self, pixels: Pixels) -> np.ndarray:
         """The class scores (K, H, W) float32, before a softmax, of pixels that are an image of their own."""
-        return self._answer(pixels, "window").seg_logits.data.float().cpu().numpy()
+        scores = self._answer(pixels, "window").seg_logits.data.float()
+        if len(scores) == 1:  # mmseg has taken the sigmoid, which ``decide`` takes
+            scores = scores.logit(eps=1e-6)
+        return scores.cpu().numpy()
 
     def scores_in(self, size: tuple[int, int]) -> Callable[[Pixels], np.ndarray]:
         """The same of a window of ``size`` of a large image, passed through the network at once and as it is, as mmseg
