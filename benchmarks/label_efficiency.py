@@ -22,12 +22,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
@@ -159,7 +163,11 @@ def subset(plan: Plan, fraction: float, seed: int) -> list[Any]:
     return order[: max(2, round(fraction * len(order)))]
 
 
-def choose(plan: Plan, fraction: float, arm: str, start: Start) -> tuple[Choice, list[dict[str, Any]]]:
+Cells = Callable[[Sequence[tuple[Any, ...]]], list[dict[str, Any]]]
+"""Runs ``cell`` once for each of its arguments after the plan, some of them at once."""
+
+
+def choose(plan: Plan, fraction: float, arm: str, start: Start, cells: Cells) -> tuple[Choice, list[dict[str, Any]]]:
     """The best point of the grid for an arm at a fraction, and all of them: trained on the first seed's subset without
     a share of it, scored on that share."""
     images = subset(plan, fraction, 0)
@@ -167,18 +175,10 @@ def choose(plan: Plan, fraction: float, arm: str, start: Start) -> tuple[Choice,
     grid = start.grid(plan.grid)
     if len(grid) == 1:
         return grid[0], []
-    tried = [
-        cell(
-            plan,
-            f"grid_{fraction:g}_{arm}_rate_{point.rate:g}_decay_{point.decay:g}",
-            images[:-kept],
-            images[-kept:],
-            start,
-            point,
-            0,
-        )
-        for point in grid
-    ]
+    stem = f"grid_{fraction:g}_{arm}"
+    tried = cells(
+        [(f"{stem}_rate_{p.rate:g}_decay_{p.decay:g}", images[:-kept], images[-kept:], start, p, 0) for p in grid]
+    )
     ended = [entry for entry in tried if entry["score"] is not None]
     if not ended:
         raise UserError(
@@ -188,15 +188,19 @@ def choose(plan: Plan, fraction: float, arm: str, start: Start) -> tuple[Choice,
     return Choice(best["rate"], best["decay"]), tried
 
 
-def measure(plan: Plan, starts: dict[str, Start]) -> Iterator[dict[str, Any]]:
-    """Every arm at every fraction, as its record; the fewest labels first."""
-    for fraction, arm in product(plan.fractions, plan.arms):
-        choice, tried = choose(plan, fraction, arm, starts[arm])
-        found = [
-            cell(plan, f"{fraction:g}_{arm}_seed_{seed}", subset(plan, fraction, seed), None, starts[arm], choice, seed)
-            for seed in range(plan.seeds)
-        ]
-        yield {
+def measure(plan: Plan, starts: dict[str, Start], jobs: int) -> Iterator[dict[str, Any]]:
+    """Every arm at every fraction, as its record; the fewest labels first. ``jobs`` trainings run at once."""
+
+    def record(pair: tuple[float, str], cells: Cells) -> dict[str, Any]:
+        fraction, arm = pair
+        choice, tried = choose(plan, fraction, arm, starts[arm], cells)
+        found = cells(
+            [
+                (f"{fraction:g}_{arm}_seed_{seed}", subset(plan, fraction, seed), None, starts[arm], choice, seed)
+                for seed in range(plan.seeds)
+            ]
+        )
+        return {
             "fraction": fraction,
             "arm": arm,
             "labels": found[0]["labels"],
@@ -204,6 +208,19 @@ def measure(plan: Plan, starts: dict[str, Start]) -> Iterator[dict[str, Any]]:
             "scores": [entry["score"] for entry in found],
             "grid": [{key: entry.get(key) for key in ("rate", "decay", "score", "reason")} for entry in tried],
         }
+
+    pairs = list(product(plan.fractions, plan.arms))
+    if jobs == 1:
+        yield from (record(pair, lambda calls: [cell(plan, *call) for call in calls]) for pair in pairs)
+        return
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    context = multiprocessing.get_context("spawn")  # CUDA cannot be used after a fork
+    with (
+        ProcessPoolExecutor(jobs, context, initializer=torch.set_num_threads, initargs=(threads,)) as processes,
+        ThreadPoolExecutor(len(pairs)) as waiting,
+    ):
+        run: Cells = lambda calls: list(processes.map(partial(cell, plan), *zip(*calls, strict=True)))  # noqa: E731
+        yield from waiting.map(partial(record, cells=run), pairs)
 
 
 def table_of(records: Sequence[dict[str, Any]], metric: str) -> str:
@@ -313,7 +330,7 @@ def label_efficiency(given: argparse.Namespace, command: str) -> Path:
         arm: Start(encoder_of(arm, given, out), arm in READERS, READERS.get(arm, "attentive")) for arm in plan.arms
     }
     records = []
-    for record in measure(plan, starts):
+    for record in measure(plan, starts, given.jobs):
         records.append(record)
         write_results(plan, records, given.task, given.results, command)
         print(f"{record['arm']}, {record['labels']} labels: {record['scores']}", flush=True)
@@ -333,6 +350,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--fractions", type=float, nargs="+", default=[0.05, 0.1, 0.25, 1.0], help="of the training labels")
     add("--arms", nargs="+", choices=ARMS, default=[SCRATCH, PRETRAINED])
     add("--seeds", type=int, default=3, help="final trainings of each arm at each fraction")
+    add("--jobs", type=int, default=1, help="trainings at once, each a process: as many as the memory holds")
     add("--steps", type=int, default=300, help="optimizer steps of every training of a task")
     add(
         "--grid",

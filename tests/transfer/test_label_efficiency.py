@@ -88,7 +88,7 @@ def test_classification_is_rehearsed_and_continued(tmp_path, classes, benchmark,
     grid = json.loads((tmp_path / "out" / "cells" / "grid_0.5_scratch_rate_2_decay_1.json").read_text())
     assert (grid["labels"], grid["rate"]) == (9, 2.0)  # a quarter of the 12 labels is kept out
 
-    benchmark.main([*words, "--fractions", "0.5", "--arms", "frozen", "scratch", "knn", "--seeds", "2"])
+    benchmark.main([*words, "--fractions", "0.5", "--arms", "frozen", "scratch", "knn", "--seeds", "2", "--jobs", "2"])
     assert all(path.stat().st_mtime_ns == before for path, before in first.items())
     content = json.loads((tmp_path / "label_efficiency_classification.json").read_text())
     assert [(r["labels"], r["arm"]) for r in content["results"]] == [(12, "scratch"), (12, "frozen"), (12, "knn")]
@@ -96,6 +96,14 @@ def test_classification_is_rehearsed_and_continued(tmp_path, classes, benchmark,
     assert [len(record["grid"]) for record in content["results"]] == [2, 2, 0]
     assert "| 12 (50%) | frozen | **" in (tmp_path / "label_efficiency_classification.md").read_text()
     assert min(Image.open(tmp_path / "label_efficiency_classification.png").size) > 300
+
+    for file in (alone := tmp_path / "out" / "cells").glob("*scratch*"):
+        (alone / f"{file.name}.before").write_text(json.dumps({**json.loads(file.read_text()), "seconds": 0}))
+        file.unlink()
+    benchmark.main([*words, "--fractions", "0.5", "--arms", "scratch", "--seeds", "2"])
+    for before in alone.glob("*.before"):  # one after the other or at once is the same
+        after = json.loads(before.with_suffix("").read_text())
+        assert {**after, "seconds": 0} == json.loads(before.read_text())
 
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
