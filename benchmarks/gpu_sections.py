@@ -14,7 +14,9 @@ import subprocess
 import sys
 import tarfile
 import time
+import warnings
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -31,6 +33,7 @@ from benchmarks.pretrain_step import CONTESTANTS, Case, train_step
 from benchmarks.side_by_side import counted, matmul, wait_for
 from mae_core import build_mae
 from mae_core.atomic import write_json
+from mae_core.config.load import load_config
 from mae_core.data.loading import make_loader
 from mae_core.data.sources import open_source
 from mae_core.data.unlabelled import UnlabelledImages, collate
@@ -40,6 +43,7 @@ from mae_core.masking import PatchMask, SampleMasks
 from mae_core.models.mae import MaskedAutoencoder
 from mae_core.models.sizes import AnySize
 from mae_core.training.precision import choose_precision
+from mae_core.training.pretrain import pretrain
 from mae_core.training.pretrain_config import PretrainConfig
 from mae_core.training.run import environment
 from transfer.engines import installed
@@ -88,8 +92,8 @@ SCALES = {
         dense={"detector": (dense.Case("base", 1024), (1, 2)), "segmenter": (dense.Case("base", 512), (2, 4))},
         training=(
             "model.size=small model.patch_size=8 decoder.width=256 decoder.depth=4 decoder.heads=8 data.image_size=128 "
-            "optim.batch_size=512 optim.base_lr=1.5e-4 optim.warmup_epochs=10 log.every=20 log.pictures_every=100000 "
-            "log.checkpoint_every=100000"
+            "data.repeats=4 optim.batch_size=256 optim.base_lr=5e-4 optim.warmup_epochs=10 log.every=20 "
+            "log.pictures_every=100000 log.checkpoint_every=100000"
         ).split(),  # type: ignore[arg-type]
         epochs=200,
         probe_epochs=90,
@@ -304,7 +308,8 @@ def steps(setting: Setting, record: Record) -> None:
         for name in names
     ]
     if device.type == "cuda":
-        jobs += [("ours", case_of(size, patch, batches[-1]), True) for size, patch, batches in scale.steps]
+        compiled = [("ours", case_of(size, patch, batches[-1]), True) for size, patch, batches in scale.steps]
+        jobs += [*compiled[::2], *compiled[1::2]]
     for name, case, compiled in jobs:
         what = {"size": case.size, "batch": case.batch, "contestant": f"{name}{', compiled' if compiled else ''}"}
         attempt(record, what, partial(measure, name, case, compiled))
@@ -432,6 +437,31 @@ def dense_section(setting: Setting, record: Record) -> None:
         attempt(record, what, partial(measure, build))
 
 
+def waits(setting: Setting, record: Record) -> None:
+    """Where a pre-training's loop makes the processor wait for the GPU, by torch's own count: lines of code, and how
+    often in a step. Waiting in every step leaves the GPU idle between steps."""
+    if setting.device.type != "cuda":
+        record.add(failed="a CPU does not wait for itself")
+        return
+    photos, steps, batch = photos_of(setting) / "train", 40, 16
+    count = sum(1 for path in photos.rglob("*") if path.is_file())
+    words = ["model.size=nano", "model.patch_size=16", "data.workers=0", f"data.path={photos}", "data.image_size=64"]
+    words += [f"optim.batch_size={batch}", f"optim.epochs={steps * batch / count!r}", "optim.warmup_epochs=0"]
+    words += [f"output={setting.out / 'waits'}", "log.every=1000000", "log.pictures_every=1000000"]
+    torch.zeros(1, device=setting.device)
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pretrain(load_config(PretrainConfig, None, words))
+    torch.cuda.set_sync_debug_mode("default")
+    places = Counter(
+        f"{Path(entry.filename).name}:{entry.lineno}" for entry in caught if "synchronizing" in str(entry.message)
+    )
+    record.add(steps=steps, waits_in_all=places.total(), in_every_step=sum(n >= steps for n in places.values()))
+    for place, times in places.most_common(8):
+        record.add(place=place, times_a_step=times / steps)
+
+
 def run_command(setting: Setting, name: str, *arguments: str) -> Path:
     """``mae NAME ...`` into a folder of that name. Raises ``RuntimeError`` with its last line where it fails."""
     output = setting.out / name
@@ -470,7 +500,8 @@ def training(setting: Setting, record: Record) -> None:
     on_photos = [f"weights={run}", f"data.path={photos}", f"data.workers={workers}"]
     probe = ["linprobe", "configs/linprobe/one_gpu.yaml", f"optim.epochs={setting.size.probe_epochs:g}"]
     probe += ["optim.warmup_epochs=0", f"cache={setting.out / 'cache'}"]
-    tasks = {"knn": ["knn"], "linear": probe, "attentive": [*probe, "probe.kind=attentive"]}
+    mean = ["knn", "model.pooling=mean"]
+    tasks = {"knn": ["knn"], "knn_mean": mean, "linear": probe, "attentive": [*probe, "probe.kind=attentive"]}
 
     def measure(name: str) -> dict[str, Any]:
         folder = run_command(setting, name, *tasks[name], *on_photos)
@@ -493,12 +524,13 @@ class Section(NamedTuple):
 
 
 SECTIONS = {
-    "device": Section(device_section, 4),
-    "numerics": Section(numerics, 9),
-    "steps": Section(steps, 28),
-    "loader": Section(loader, 8),
-    "distributed": Section(distributed, 5),
-    "dense": Section(dense_section, 12),
-    "training": Section(training, 40),
+    "device": Section(device_section, 8),
+    "numerics": Section(numerics, 14),
+    "steps": Section(steps, 34),
+    "loader": Section(loader, 10),
+    "waits": Section(waits, 7),
+    "distributed": Section(distributed, 7),
+    "dense": Section(dense_section, 15),
+    "training": Section(training, 60),
 }
 """In the order in which they run."""
