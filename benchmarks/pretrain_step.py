@@ -43,6 +43,7 @@ from benchmarks.side_by_side import (
     write_results,
 )
 from mae_core import build_mae
+from mae_core.models.block import compile_blocks
 from mae_core.models.sizes import size_of
 from mae_core.patches import patchify
 from mae_core.pos_embed import sincos_2d
@@ -248,7 +249,10 @@ def train_step(
     fused = {"fused": True} if name == "ours" else {}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, **fused)
     images = torch.randn(case.batch, 3, case.image, case.image, device=device)
-    loss_of = torch.compile(loss_of) if compiled else loss_of
+    if compiled and name == "ours":
+        compile_blocks(model)
+    elif compiled:
+        loss_of = torch.compile(loss_of)
 
     def step() -> Tensor:
         optimizer.zero_grad(set_to_none=True)

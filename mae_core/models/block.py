@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import timm.models.vision_transformer as timm_vit
@@ -32,24 +31,25 @@ attention.
 MULTIPLE = 8
 """What fused kernels want the size of a head to be a multiple of."""
 
-_device_type: ContextVar[str | None] = ContextVar("device_type", default=None)
+_device_type: str | None = None  # a plain global: torch.compile cannot look into a ContextVar before torch 2.12
 
 
 @contextmanager
 def kernels_as_on(device_type: str) -> Iterator[None]:
     """Attend as on a device of this type, on whatever device: for estimates of memory that are made on the CPU."""
-    token = _device_type.set(device_type)
+    global _device_type
+    before, _device_type = _device_type, device_type
     try:
         yield
     finally:
-        _device_type.reset(token)
+        _device_type = before
 
 
 def as_products(query: Tensor, key: Tensor, *, special: bool) -> bool:
     """Whether the attention of (B, heads, M, d) and (B, heads, N, d) is computed as batched products here; ``special``
     as in ``LONGEST_AS_PRODUCTS``."""
-    longest = LONGEST_AS_PRODUCTS.get((_device_type.get() or query.device.type, query.dtype), (0, 0))
-    return max(query.shape[2], key.shape[2]) <= longest[special]
+    plain, other = LONGEST_AS_PRODUCTS.get((_device_type or query.device.type, query.dtype), (0, 0))
+    return max(query.shape[2], key.shape[2]) <= (other if special else plain)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, scale: float | None = None) -> Tensor:
@@ -148,6 +148,15 @@ class Block(timm_vit.Block):
         """The residual branches: x (B, n, D), attended (B, heads, n, d) -> (B, n, D)."""
         x = x + self.drop_path1(self.ls1(self.attn.proj(attended.transpose(1, 2).flatten(2))))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """torch.compile the blocks of a model, which hold nearly all of its work. Those of one shape share their code, so
+    that this takes seconds where the whole model takes minutes."""
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.compile(dynamic=False)
+            module.only_at = torch.compile(module.only_at, dynamic=False)  # type: ignore[method-assign]
 
 
 def checkpoint_blocks(model: nn.Module, on: bool = True) -> list[Block]:

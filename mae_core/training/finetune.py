@@ -16,7 +16,7 @@ from mae_core.data.images import ImageFiles, Statistics, statistics_of
 from mae_core.data.labelled import LabelledBatch, TrainImages, collate
 from mae_core.data.loading import share_of
 from mae_core.errors import UserError
-from mae_core.models.block import checkpoint_blocks
+from mae_core.models.block import checkpoint_blocks, compile_blocks
 from mae_core.models.classifier import freeze_below, initialize_as_timm, learning_line
 from mae_core.models.encoder import ViTEncoder
 from mae_core.patches import as_pair
@@ -195,7 +195,7 @@ def finetune(config: FinetuneConfig, *, resume: Resume = False) -> dict[str, Any
     average = None if config.ema is None else attach_average(optimizer, model, config.ema)
     start = run.restore(model, optimizer)
     if config.model.compile:
-        model.compile()
+        compile_blocks(model)
     train_batches = run.training_loader(images, collate, total_steps=settings.total_steps, start_step=start)
     test_batches = evaluation_loader(splits.val, config.data, statistics, config.evaluation_batch, run)
     announce(config, run, model, settings, len(images), len(splits.val.paths), len(splits.classes))

@@ -17,7 +17,7 @@ from mae_core.data.unlabelled import PretrainBatch, UnlabelledImages, collate
 from mae_core.errors import UserError
 from mae_core.layout import ENCODER
 from mae_core.masking import SampleMasks, build_masker
-from mae_core.models.block import checkpoint_blocks
+from mae_core.models.block import checkpoint_blocks, compile_blocks
 from mae_core.models.mae import MaskedAutoencoder, build_mae
 from mae_core.resuming import Resume
 from mae_core.training import distributed
@@ -141,7 +141,7 @@ def pretrain(config: PretrainConfig, *, resume: Resume = False) -> FitResult:
     optimizer = pretrain_optimizer(model, config)
     first_step = run.restore(model, optimizer)
     if config.model.compile:
-        model.compile()
+        compile_blocks(model)
     frozen = config.adapt.frozen_epochs
     frozen_steps = steps_for(len(images), config.optim.batch_size, frozen) if frozen else 0
     adapted.set_frozen(first_step < frozen_steps)

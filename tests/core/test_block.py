@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import timm.models.vision_transformer as timm_vit
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
 
 from mae_core import build_mae
 from mae_core.models import block as block_module
-from mae_core.models.block import Block, attend, products
+from mae_core.models.block import Block, attend, compile_blocks, products
 
 WIDTH, HEADS = 32, 4
 
@@ -183,3 +186,29 @@ def test_an_estimate_for_a_gpu_keeps_what_a_gpu_keeps():
     with block_module.kernels_as_on("cuda"):
         assert "AttentionProducts" not in attend(x, x, x).grad_fn.name()
     assert "AttentionProducts" in attend(x, x, x).grad_fn.name()
+
+
+def test_the_compiler_meets_nothing_that_it_cannot_look_into():
+    """A break of the graph costs more than compiling gains; torch releases differ in what breaks it."""
+    model = build_mae({"width": 32, "depth": 2, "heads": 2}, image_size=32, patch_size=8, decoder_width=16,
+                      decoder_depth=2, decoder_heads=2)  # fmt: skip
+    mask = model.masker(2, model.encoder.grid, None)
+    found = torch._dynamo.explain(lambda x: model(x, mask=mask, predict_visible=False).loss)(torch.randn(2, 3, 32, 32))
+    assert (found.graph_count, found.graph_break_count) == (1, 0)
+
+
+def test_compiled_blocks_of_one_shape_share_their_code_and_compute_the_same(monkeypatch):
+    compiled = partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", compiled)
+    model = build_mae({"width": 32, "depth": 3, "heads": 2}, image_size=32, patch_size=8, decoder_width=16,
+                      decoder_depth=3, decoder_heads=2)  # fmt: skip
+    images, mask = torch.randn(2, 3, 32, 32), model.masker(2, model.encoder.grid, None)
+    expected = model(images, mask=mask, predict_visible=False).loss
+    torch._dynamo.reset()
+    counters.clear()
+    compile_blocks(model)
+    loss = model(images, mask=mask, predict_visible=False).loss
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert counters["stats"]["unique_graphs"] == 3, "a block of the encoder, one of the decoder, and its last"
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
