@@ -5,7 +5,8 @@
 
 Each section of ``benchmarks.gpu_sections`` is a process of its own: one that fails or runs out of time says so, keeps
 what it has measured, and the next one starts. Time that a section leaves goes to those after it. Writes a JSON and a
-log for each section as they come, and ``summary.md``. ``--data``: photos to train on, a folder of classes or tar shards
+log for each section as they come, ``gpu.json`` with all of them, from which ``benchmarks.page`` makes its part of the
+page, and ``summary.md``. ``--data``: photos to train on, a folder of classes or tar shards
 with a folder for each class; ``--validation``: photos of the same classes for k-NN and probes, where empty
 ``../imagenette/val`` beside ``--data`` if that exists. Without ``--data``, noise is trained on.
 """
@@ -28,7 +29,7 @@ from benchmarks.gpu_sections import SCALES, SECTIONS, Record, Setting
 from mae_core.atomic import write_json, write_text
 from mae_core.errors import UserError, user_errors
 
-SUMMARY = "summary.md"
+SUMMARY, RESULTS = "summary.md", "gpu.json"
 LEAST_SECONDS = 10.0
 """A section is not started with less."""
 
@@ -71,10 +72,10 @@ def why(log: Path) -> str:
     return lines[-1] if lines else "it wrote nothing"
 
 
-def summary(sections: Sequence[Mapping[str, Any]], setting: Setting) -> str:
+def page(results: Mapping[str, Any]) -> str:
     """What is measured so far as Markdown: a table for each kind of entry of each section."""
-    lines = [f"# Measured on {setting.device}, scale {setting.scale}", ""]
-    for section in sections:
+    lines = [f"# Measured on {results['device']}, scale {results['scale']}", ""]
+    for section in results["sections"]:
         lines += [f"## {section['section']}: {section['state']} ({section['seconds']:.0f} s)", ""]
         lines += [SECTIONS[section["section"]].about, ""]
         kinds: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
@@ -126,7 +127,9 @@ def main(arguments: list[str] | None = None) -> None:
                 print(f"{name}: at most {seconds:.0f} s", flush=True)
                 found.append(run_section(name, setting, seconds))
             print(f"{name}: {found[-1]['state']}", flush=True)
-            write_text(setting.out / SUMMARY, summary(found, setting))
+            results = {"device": str(setting.device), "scale": setting.scale, "sections": found}
+            write_json(setting.out / RESULTS, results)
+            write_text(setting.out / SUMMARY, page(results))
         print(f"wrote {setting.out / SUMMARY}")
 
 

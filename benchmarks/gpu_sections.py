@@ -219,8 +219,9 @@ def device_section(setting: Setting, record: Record) -> None:
             record.add(fact=package, value=importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
             record.add(fact=package, value="here" if installed(package) else "not installed")
-    kinds = {"fp32": (torch.float32, "highest"), "tf32": (torch.float32, "high"), "bf16": (torch.bfloat16, "highest")}
+    kinds = {"bf16": (torch.bfloat16, "highest")}  # first: shares of the peak need it
     kinds |= {"fp16": (torch.float16, "highest")} if device.type == "cuda" else {}
+    kinds |= {"tf32": (torch.float32, "high"), "fp32": (torch.float32, "highest")}
     for kind, (dtype, precision) in kinds.items():
         for side in setting.size.matmul_sides:
             torch.set_float32_matmul_precision(precision)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import dense, pretrain_step, scaling, table2
+from benchmarks import dense, gpu, pretrain_step, scaling, table2
 from mae_core.atomic import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,6 +23,7 @@ PARTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "table2": table2.page,
     "scaling": scaling.page,
     "dense": dense.page,
+    "gpu": gpu.page,
 }
 """File of ``RESULTS`` without its suffix -> its results as Markdown."""
 HEAD = """# Benchmarks
@@ -39,7 +40,7 @@ time in times that of the row with 1.00. On a machine that does other work too, 
 | a detector's and a segmenter's step, the small recipe | `python -m benchmarks.dense` |
 | all of a GPU, in one command without network | `python -m benchmarks.gpu --out DIR --minutes 8` |
 
-Each has `--help`. On a GPU nothing has been measured yet.
+Each has `--help`. To show what `benchmarks.gpu` measured here, copy its `gpu.json` to `benchmarks/results`.
 """
 
 

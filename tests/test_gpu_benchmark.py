@@ -49,7 +49,8 @@ def test_a_section_measures(name, setting, monkeypatch):
         assert [entry["loss_error"] < 1e-2 for entry in record.entries] == [True] * 5
     if name == "steps":
         assert all(0 < entry["share_of_peak"] for entry in record.entries), "the device came first"
-    text = gpu.summary([{"section": name, "state": "done", "seconds": 1.0, "measured": record.entries}], setting)
+    section = {"section": name, "state": "done", "seconds": 1.0, "measured": record.entries}
+    text = gpu.page({"device": "cpu", "scale": "tiny", "sections": [section]})
     assert text.count("|---|") >= len(EXPECTED[name])
 
 

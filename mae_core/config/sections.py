@@ -51,7 +51,7 @@ class TrainedModel(ModelConfig):
     checkpointing: bool = Field(
         False, description="compute blocks again in the backward pass: less memory, about a third more time"
     )
-    compile: bool = Field(False, description="torch.compile the model; needs a C++ compiler, on a GPU triton too")
+    compile: bool = Field(False, description="torch.compile the blocks; needs a C++ compiler, on a GPU triton too")
 
 
 MicroBatch = Annotated[
