@@ -134,8 +134,12 @@ def resolve_weights(path: Path | str, *, decoder: bool = False) -> Path:
     for name in (CLASSIFIER,) if decoder else (ENCODER, CLASSIFIER):
         if (path / name).is_file():
             return path / name
-    models = (folder / MODEL for folder in reversed(complete_checkpoints(path)))
-    found = next((model for model in models if _is_undamaged(model)), None)
-    if found is None:
+    checkpoint = newest_undamaged(path)
+    if checkpoint is None:
         raise UserError(f"{path} holds no weights and no complete checkpoint; give a run directory or a weights file")
-    return found
+    return checkpoint / MODEL
+
+
+def newest_undamaged(run: Path) -> Path | None:
+    """The newest complete checkpoint of a run whose weights are as they were written; None where there is none."""
+    return next((folder for folder in reversed(complete_checkpoints(run)) if _is_undamaged(folder / MODEL)), None)

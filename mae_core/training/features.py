@@ -116,7 +116,8 @@ def _identity(paths: Sequence[Path], trunk: Viewer, precision: torch.dtype) -> s
     """Changes with the trunk's weights and pooling, the view, the precision, and the files' names, sizes and times."""
     digest = hashlib.sha256(bytes(digest_of(trunk.model).tolist()))
     pooled = [] if getattr(trunk.model, "global_pool", None) else ["tokens"]
-    view = [*pooled, trunk.data.image_size, trunk.data.test_crop, trunk.data.channels, trunk.statistics, str(precision)]
+    data = trunk.data
+    view = [*pooled, data.image_size, data.test_crop, *data.reading, trunk.statistics, str(precision)]
     digest.update(json.dumps(view).encode())
     for path in paths:
         found = path.stat()

@@ -9,7 +9,7 @@ from typing import Any
 from mae_core.config.load import load_config
 from mae_core.data.images import statistics_of
 from mae_core.errors import UserError
-from mae_core.layout import CLASSIFIER, CONFIG, complete_checkpoints
+from mae_core.layout import CLASSIFIER, CONFIG, newest_undamaged
 from mae_core.models.mae import MaskedAutoencoder
 from mae_core.training.pretrain_config import PretrainConfig
 from mae_core.weights.encoder_file import EncoderFile
@@ -77,11 +77,10 @@ def check_start(config: PretrainConfig, *, resume: bool) -> None:
 
 
 def full_model_in(path: Path) -> Path:
-    """Of a pre-training's run directory its last checkpoint, which has the decoder too; else ``path``."""
+    """Of a pre-training's run directory its last undamaged checkpoint, which has the decoder too; else ``path``."""
     if not path.is_dir() or (path / CLASSIFIER).is_file():
         return path
-    found = complete_checkpoints(path)
-    return found[-1] if found else path
+    return newest_undamaged(path) or path
 
 
 def weights_facts(start: EncoderFile | None) -> Mapping[str, Any] | None:

@@ -214,6 +214,8 @@ def test_cached_features_are_computed_once_and_train_the_same_head(tmp_path, dat
     assert one.read_bytes() == other.read_bytes()
     linprobe(configuration(*options, f"output={tmp_path / 'cls'}", "model.pooling=cls"))
     assert len(list((tmp_path / "cache").iterdir())) == 4
+    linprobe(configuration(*options, f"output={tmp_path / 'pages'}", "data.pages=first"))
+    assert len(list((tmp_path / "cache").iterdir())) == 6, "other pages are other pixels"
 
 
 def break_off(monkeypatch: pytest.MonkeyPatch, *options: str) -> None:

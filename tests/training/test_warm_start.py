@@ -15,6 +15,7 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
+from mae_core.atomic import checksum
 from mae_core.config.load import load_config
 from mae_core.config.schema import ConfigError
 from mae_core.errors import UserError
@@ -23,6 +24,7 @@ from mae_core.training.adapting import Adapted
 from mae_core.training.plan import print_plan
 from mae_core.training.pretrain import pretrain
 from mae_core.training.pretrain_config import AdaptConfig, PretrainConfig
+from mae_core.training.warm_start import full_model_in
 from mae_core.weights.encoder_file import EncoderInfo
 from mae_core.weights.files import write_weights
 from mae_core.weights.load import load_encoder, load_mae
@@ -322,3 +324,18 @@ def test_fused_blocks_come_from_a_configuration_and_go_on_with_the_weights(tmp_p
     torch.testing.assert_close(again.fusion.project[0].weight, fused.fusion.project[0].weight)
     run(other, f"weights={first}", "decoder.fuse_blocks=[]")
     assert load_mae(other).fusion is None
+
+
+def test_a_damaged_last_checkpoint_is_passed_over(tmp_path):
+    run = tmp_path / "run"
+    for step in (1, 2):
+        folder = run / "checkpoints" / f"step_{step:08d}"
+        folder.mkdir(parents=True)
+        (model := folder / "model.safetensors").write_bytes(b"weights")
+        files = {model.name: {"bytes": 7, "crc32": checksum(model)}}
+        (folder / "COMPLETE").write_text(json.dumps({"format": 1, "step": step, "files": files}))
+    assert full_model_in(run).name == "step_00000002"
+    (run / "checkpoints" / "step_00000002" / "model.safetensors").write_bytes(b"weighty")
+    assert full_model_in(run).name == "step_00000001"
+    shutil.rmtree(run / "checkpoints" / "step_00000001")
+    assert full_model_in(run) == run, "which is refused by name where it is read"

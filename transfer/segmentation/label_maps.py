@@ -98,7 +98,9 @@ def missing_maps(pairs: Sequence[LabelledImage]) -> list[tuple[LabelledImage, st
             found = [path for path in entries if path.suffix.lower() in IMAGE_SUFFIXES and path not in wanted]
             beside[folder] = [path.name for path in found[:MOST_COMPARED]]
         suffixes.update(
-            name[len(stem) :] for name in beside[folder] if name.startswith(stem) and not name[len(stem)].isalnum()
+            name[len(stem) :]
+            for name in beside[folder]
+            if name.startswith(stem) and name != stem and not name[len(stem)].isalnum()
         )
     ((suffix, count),) = suffixes.most_common(1) or [("", 0)]
     remedy = f"set seg_map_suffix={suffix}" if count > len(missing) / 2 else "add it, or remove the image"

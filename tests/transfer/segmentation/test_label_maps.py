@@ -147,6 +147,14 @@ def test_missing_and_empty_folders(tmp_path):
         check(tmp_path)
 
 
+def test_a_map_named_as_the_images_stem_is_no_suffix(tmp_path):
+    """The map of ``a.png.jpg`` is ``a.png.png``; ``a.png`` is another's."""
+    write_pair(tmp_path, "a.png", np.zeros((2, 2), np.uint8))
+    (tmp_path / "maps" / "a.png.png").rename(tmp_path / "maps" / "a.png")
+    with pytest.raises(UserError, match=r"a\.png\.jpg has no label map .*a\.png\.png; add it, or remove the image"):
+        check(tmp_path)
+
+
 def test_all_ignored_is_refused(tmp_path):
     write_pair(tmp_path, "void", np.full((4, 4), 255, np.uint8))
     with pytest.raises(UserError, match=r"every pixel of the 1 label maps .* is ignored"):
