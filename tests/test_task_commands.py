@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import mae_core
@@ -73,6 +74,12 @@ def test_a_run_brings_its_recipe_to_its_evaluation(tmp_path, words):
         ("segment train small_data", "give either weights=FILE or from_scratch=true"),
         ("segment train small_data weights=w from_scratch=true", "give either weights=FILE or from_scratch=true"),
         ("segment train weights=w", "name a recipe, such as small_data"),
+        ("segment train small_data weights=w device=gpu", "device=gpu is not known; write auto, cpu or cuda"),
+        pytest.param(
+            "segment train small_data weights=w device=cuda",
+            "device=cuda was asked for, but torch sees no GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
         ("segment evaluate small_data", "weights=RUN"),
         ("segment train small_data weights=w precision=fp8", "write auto, bf16 or fp32"),
         ("config keys pretrian", "did you mean 'pretrain'"),

@@ -40,13 +40,20 @@ def announced_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def check_device(device: str) -> None:
+    """Raise ``UserError`` for another word than auto, cpu and cuda, and for cuda where there is none."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device={device} is not known; write auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda was asked for, but torch sees no GPU; use device=auto or device=cpu")
+
+
 def join(device: str) -> Place:
     """Join the process group that ``torchrun`` announces (NCCL on GPUs, gloo on CPUs), or stay alone.
 
     ``device``: auto, cpu or cuda. Raises ``UserError`` for cuda where there is none.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device=cuda was asked for, but torch sees no GPU; use device=auto or device=cpu")
+    check_device(device)
     on_gpu = device != "cpu" and torch.cuda.is_available()
     world = world_size()
     local = int(os.environ.get("LOCAL_RANK", "0"))

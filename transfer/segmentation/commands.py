@@ -26,8 +26,12 @@ def _script_words(arguments: list[str] | None) -> list[str]:
         raise UserError("name a recipe, such as small_data, or an mmseg config; mae config recipes lists them")
     given = dict(word.split("=", 1) for word in overrides)
     flags = [word for name, flag in FLAGS.items() if name in given for word in (flag, given.pop(name))]
-    if given.pop("device", "auto") == "cpu":
+    if (device := given.pop("device", "auto")) == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif device != "auto":
+        from mae_core.training.distributed import check_device
+
+        check_device(device)
     precision = given.pop("precision", "auto")
     if precision not in ("auto", "bf16", "fp32"):
         raise UserError(f"precision={precision} is not known; write auto, bf16 or fp32")

@@ -15,6 +15,7 @@ from mae_core.data.decoding import UnreadableImage
 from mae_core.data.given import AnyImage, as_list, name_of, refusal
 from mae_core.data.windows import WindowedImage, open_windows, overview, tiles_of
 from mae_core.errors import UserError
+from mae_core.training.distributed import check_device
 from transfer.engines import require
 from transfer.segmentation.config import channels_of
 from transfer.segmentation.drawing import draw_overlay
@@ -147,8 +148,7 @@ def load_segmenter(
     Raises ``UserError`` where the file holds no segmenter, or mmseg is not installed.
     """
     require("mmseg")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device cuda was asked for, but torch sees no GPU; use auto or cpu")
+    check_device(device)
     chosen = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
     file = read_segmenter(weights)
     with quietly():
