@@ -31,7 +31,7 @@ attention.
 MULTIPLE = 8
 """What fused kernels want the size of a head to be a multiple of."""
 
-_device_type: str | None = None  # a plain global: torch.compile cannot look into a ContextVar before torch 2.12
+_device_type: str | None = None  # a plain global: torch.compile of torch 2.11 cannot look into a ContextVar
 
 
 @contextmanager
