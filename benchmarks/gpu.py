@@ -6,9 +6,9 @@
 Each section of ``benchmarks.gpu_sections`` is a process of its own: one that fails or runs out of time says so, keeps
 what it has measured, and the next one starts. Time that a section leaves goes to those after it. Writes a JSON and a
 log for each section as they come, ``gpu.json`` with all of them, from which ``benchmarks.page`` makes its part of the
-page, and ``summary.md``. ``--data``: photos to train on, a folder of classes or tar shards
-with a folder for each class; ``--validation``: photos of the same classes for k-NN and probes, where empty
-``../imagenette/val`` beside ``--data`` if that exists. Without ``--data``, noise is trained on.
+page, and ``summary.md``. ``--data``: photos to train on, a folder of classes or tar shards with a folder for each
+class; ``--validation``: photos of the same classes for k-NN and probes, where empty ``../imagenette/val`` beside
+``--data`` if that exists. Without ``--data``, noise is trained on.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -167,11 +168,13 @@ class Record:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.entries: list[dict[str, Any]] = []
+        self._lock = Lock()
 
     def add(self, **entry: Any) -> None:
-        """One more entry."""
-        self.entries.append(entry)
-        write_json(self.path, {"measured": self.entries})
+        """One more entry; threads may add at once."""
+        with self._lock:
+            self.entries.append(entry)
+            write_json(self.path, {"measured": self.entries})
 
 
 def attempt(record: Record, what: dict[str, Any], measured: Callable[[], dict[str, Any]]) -> None:

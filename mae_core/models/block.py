@@ -150,18 +150,22 @@ class Block(timm_vit.Block):
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
+def blocks_of(model: nn.Module) -> list[Block]:
+    """All blocks of a model."""
+    return [module for module in model.modules() if isinstance(module, Block)]
+
+
 def compile_blocks(model: nn.Module) -> None:
     """torch.compile the blocks of a model, which hold nearly all of its work. Those of one shape share their code, so
     that this takes seconds where the whole model takes minutes."""
-    for module in model.modules():
-        if isinstance(module, Block):
-            module.compile(dynamic=False)
-            module.only_at = torch.compile(module.only_at, dynamic=False)  # type: ignore[method-assign]
+    for block in blocks_of(model):
+        block.compile(dynamic=False)
+        block.only_at = torch.compile(block.only_at, dynamic=False)  # type: ignore[method-assign]
 
 
 def checkpoint_blocks(model: nn.Module, on: bool = True) -> list[Block]:
     """Switch activation checkpointing on or off in all blocks of a model, which are returned."""
-    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    blocks = blocks_of(model)
     for block in blocks:
         block.checkpointing = on
     return blocks
