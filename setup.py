@@ -53,10 +53,11 @@ CORE = [
     "matplotlib>=3.8",
     "tifffile>=2024.1.30",
     "PyYAML>=6.0",
+    "jinja2>=3.1",
 ]
 DETECTION = ["pycocotools>=2.0.8"]
 # mmseg does not depend on mmcv and mmengine, so all three are named; what else it imports it pulls in itself.
-SEGMENTATION = ["onedl-mmcv>=2.3.6", "onedl-mmengine>=0.10.12", "onedl-mmsegmentation>=1.4.2", "jinja2>=3.1"]
+SEGMENTATION = ["onedl-mmcv>=2.3.6", "onedl-mmengine>=0.10.12", "onedl-mmsegmentation>=1.4.2"]
 # Tar shards and Hugging Face data sets; folders and file lists need neither.
 DATA = ["webdataset>=1.0", "datasets>=3.0"]
 # JPEG straight from libjpeg-turbo: a third less time than Pillow for the same pixels.
@@ -111,7 +112,10 @@ setup(
     ],
     license_files=["LICENSE"],
     packages=find_packages(include=["mae_core", "mae_core.*", "transfer", "transfer.*"]),
-    package_data={"mae_core": ["**/*.yaml"], "transfer": ["**/*.yaml", "report/*.html", "report/*.md"]},
+    package_data={
+        "mae_core": ["**/*.yaml", "training/*.html"],
+        "transfer": ["**/*.yaml", "report/*.html", "report/*.md"],
+    },
     cmdclass={"build_py": WithRecipes},
     python_requires=">=3.10",
     install_requires=CORE,

@@ -84,6 +84,7 @@ PRINTED_BY: dict[str, tuple[str, ...]] = {
     "mae_core/targets.py": ("pretrain",),
     "mae_core/training/embedding.py": ("features",),
     "mae_core/training/evaluate.py": ("evaluate",),
+    "mae_core/training/feature_map.py": ("map",),
     "mae_core/training/features.py": ("knn", "features"),
     "mae_core/training/finetune": ("finetune",),
     "mae_core/training/frozen_config.py": ("linprobe",),

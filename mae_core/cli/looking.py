@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -62,4 +62,38 @@ def reconstruct(
             decoder_heads=decoder_heads,
             seed=seed,
             most=most,
+        )
+
+
+def map_features(
+    run: Annotated[Path, typer.Argument(help="A run with an encoder, its encoder.safetensors, or any known file.")],
+    images: Annotated[list[Path], typer.Argument(help="Folders of images, lists or shards.")],
+    out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("map.html"),
+    groups: Annotated[int, typer.Option(min=1, help="Groups of k-means.")] = 8,
+    neighbours: Annotated[int, typer.Option(min=1, help="Nearest neighbours of each image.")] = 6,
+    most: Annotated[int, typer.Option(min=2, help="Draw at most this many images, spread over the set.")] = 1000,
+    pooling: Annotated[Literal["cls", "mean"], typer.Option(help="Feature: the cls token, or the patches' mean.")] = (
+        "cls"
+    ),
+    seed: Annotated[int, typer.Option(min=0, help="Seed of k-means.")] = 0,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: a GPU where there is one.")] = "auto",
+) -> None:
+    """Draw the images of a folder as an encoder sees them, on one HTML page: principal components, groups, nearest
+    neighbours, the most alike, and those unlike all others.
+
+    Example: mae map runs/mine photos --out map.html
+    """
+    with user_errors():
+        from mae_core.training.feature_map import write_map
+
+        write_map(
+            run,
+            images,
+            out,
+            groups=groups,
+            neighbours=neighbours,
+            most=most,
+            pooling=pooling,
+            seed=seed,
+            device=device,
         )

@@ -13,7 +13,7 @@ from mae_core.cli.checking import check, data_stats
 from mae_core.cli.classification import classify, evaluate, features, finetune, knn, linprobe
 from mae_core.cli.configuring import config
 from mae_core.cli.data import shrink
-from mae_core.cli.looking import reconstruct
+from mae_core.cli.looking import map_features, reconstruct
 from mae_core.cli.running import doctor, replay, verify_resume
 from mae_core.cli.tasks import task_groups
 from mae_core.cli.weights import catalogue, convert, export, inspect
@@ -135,6 +135,7 @@ def digits(
 
 
 app.command()(reconstruct)
+app.command("map")(map_features)
 app.command("data-stats")(data_stats)
 app.command()(doctor)
 app.command()(replay)

@@ -160,13 +160,17 @@ class FileView:
 
         Raises ``UserError`` for a file that cannot be read, and where the mean and std of the channels are not known.
         """
+        try:
+            pixels = pixels_of(image, self.channels, name_of(image, 0))
+        except UnreadableImage as error:
+            raise UserError(f"image {error.unreadable.path} cannot be read ({error.unreadable.reason})") from None
+        return self.of_pixels()(pixels)
+
+    def of_pixels(self) -> View:
+        """The view of images that are read already. Raises ``UserError`` where mean and std are not known."""
         if self.statistics is None:
             raise UserError(
                 f"the weights do not state the mean and std of their {self.channels} channels; standardise "
                 "the images yourself, with the mean and std that mae data-stats prints"
             )
-        try:
-            pixels = pixels_of(image, self.channels, name_of(image, 0))
-        except UnreadableImage as error:
-            raise UserError(f"image {error.unreadable.path} cannot be read ({error.unreadable.reason})") from None
-        return evaluation_view(1.0, self.size, self.statistics)(pixels)
+        return evaluation_view(1.0, self.size, self.statistics)

@@ -6,7 +6,7 @@ similarity s, each neighbour votes for its class with exp(s / 0.07).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -26,6 +26,29 @@ def check_neighbours(neighbours: Sequence[int], bank: int) -> None:
         raise UserError(
             f"{max(neighbours)} nearest neighbours were asked for, but the bank holds {bank} images; lower k"
         )
+
+
+def _similarities(queries: Tensor, bank: Tensor) -> Iterator[Tensor]:
+    """Cosine similarities (Q, N), float32 on the bank's device, ``QUERIES_AT_ONCE`` rows at a time."""
+    bank = functional.normalize(bank.float(), dim=1)
+    for part in queries.split(QUERIES_AT_ONCE):
+        yield functional.normalize(part.to(bank.device).float(), dim=1) @ bank.T
+
+
+def nearest_others(features: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """(N, D) -> for each row its ``k`` nearest other rows: cosine similarities (N, k), falling, and indices (N, k).
+
+    Raises ``UserError`` where there are fewer than ``k`` others.
+    """
+    check_neighbours([k], len(features) - 1)
+    values, indices, first = [], [], 0
+    for similarity in _similarities(features, features):
+        itself = torch.arange(first, first + len(similarity), device=similarity.device)
+        nearest = similarity.scatter(1, itself[:, None], -torch.inf).topk(k, dim=1)
+        values.append(nearest.values)
+        indices.append(nearest.indices)
+        first += len(similarity)
+    return torch.cat(values), torch.cat(indices)
 
 
 def knn_scores(
@@ -48,16 +71,14 @@ def knn_scores(
     if len(bank_labels) and not (0 <= int(bank_labels.min()) and int(bank_labels.max()) < num_classes):
         found = f"{int(bank_labels.min())} to {int(bank_labels.max())}"
         raise UserError(f"the bank's labels reach from {found}, but there are {num_classes} classes")
-    bank = functional.normalize(bank.float(), dim=1)
     bank_labels = bank_labels.to(bank.device)
     votes: dict[int, list[Tensor]] = {k: [] for k in neighbours}
-    for part in queries.split(QUERIES_AT_ONCE):
-        similarity = functional.normalize(part.to(bank.device).float(), dim=1) @ bank.T
+    for similarity in _similarities(queries, bank):
         nearest = similarity.topk(most, dim=1)
         weights = (nearest.values / temperature).exp()
         classes = bank_labels[nearest.indices]
         for k in neighbours:
-            empty = torch.zeros(len(part), num_classes, device=bank.device)
+            empty = torch.zeros(len(similarity), num_classes, device=bank.device)
             votes[k].append(empty.scatter_add_(1, classes[:, :k], weights[:, :k]))
     return {k: torch.cat(parts) if parts else torch.zeros(0, num_classes) for k, parts in votes.items()}
 

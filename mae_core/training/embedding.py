@@ -85,15 +85,23 @@ def embed(
     with ``data.test_crop=1``. Raises ``UserError`` for an image that cannot be read.
     """
     given, _ = as_list(images)
-    device, rows = encoder.pos_embed.device, []
-    for first in range(0, len(given), batch):
-        pixels = torch.stack([encoder.transform(image) for image in given[first : first + batch]]).to(device)
-        (tokens,) = encoder.forward_intermediates(
-            pixels, indices=1, norm=False, output_fmt="NLC", intermediates_only=True, return_prefix_tokens=True
-        )
-        patches, prefix = tokens
-        rows.append(encoder.norm(prefix[:, 0] if pooling == "cls" else patches.mean(dim=1)).float().cpu())
-    return torch.cat(rows)
+    parts = (given[first : first + batch] for first in range(0, len(given), batch))
+    return torch.cat([pooled(encoder, torch.stack([encoder.transform(x) for x in part]), pooling) for part in parts])
+
+
+@torch.inference_mode()
+def pooled(encoder: ViTEncoder, pixels: Tensor, pooling: Pooling) -> Tensor:
+    """(B, C, H, W), as the encoder expects them -> features (B, D) float32 on the CPU, see ``embed``."""
+    (tokens,) = encoder.forward_intermediates(
+        pixels.to(encoder.pos_embed.device),
+        indices=1,
+        norm=False,
+        output_fmt="NLC",
+        intermediates_only=True,
+        return_prefix_tokens=True,
+    )
+    patches, prefix = tokens
+    return encoder.norm(prefix[:, 0] if pooling == "cls" else patches.mean(dim=1)).float().cpu()
 
 
 def write_features(config: FeaturesConfig) -> Path:

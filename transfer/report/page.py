@@ -7,15 +7,15 @@ import io
 import math
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
+from mae_core.templates import fill
 from transfer.report.results import duration
 
 CONTENT_WIDTH = 1120
@@ -62,16 +62,8 @@ def render(template: str, **values: Any) -> str:
 
     Raises ``ValueError`` for a picture that is not PNG and ``FileNotFoundError`` for a missing one.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=jinja2.select_autoescape(["html"]),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters.update(duration=duration, embed=embed, chart=chart)
-    return environment.get_template(template).render(**values)
+    filters: dict[str, Callable[..., Any]] = {"duration": duration, "embed": embed, "chart": chart}
+    return fill(Path(__file__).parent / template, filters, **values)
 
 
 def embed(picture: Picture) -> dict[str, Any]:
