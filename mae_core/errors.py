@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 EXIT_USER_ERROR = 2
+EXIT_PREEMPTED = 75
+"""After SIGTERM and SIGUSR1: not finished, saved, to be started again (``EX_TEMPFAIL`` of sysexits.h)."""
 
 
 class UserError(ValueError):

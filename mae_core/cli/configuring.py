@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import Annotated, Any
 
@@ -24,7 +25,7 @@ SCHEMAS = {
     "detect": "transfer.detection.config:DetectionConfig",
 }
 """Commands with a configuration -> the schema."""
-SAME = {"classify": "finetune", "detection": "detect"}
+SAME = {"classify": "finetune", "detection": "detect", "segmentation": "segment"}
 PAPER = {"pretrain": "base", "finetune": "base_table9", "linprobe": "base", "detect": "mask_rcnn_vit_base"}
 """Commands -> the recipe with the paper's values of ViT-B."""
 KINDS = ("pretrain", "finetune", "linprobe", "evaluate", "detection", "segmentation")
@@ -37,7 +38,7 @@ def schema_of(command: str) -> Any:
     from mae_core.config.schema import hint
 
     command = SAME.get(command, command)
-    if command in ("segment", "segmentation"):
+    if command == "segment":
         raise UserError(
             "mae segment reads mmseg configs; the variables that a recipe can be given stand at its top, with their "
             "meaning: mae config show segmentation/own_data"
@@ -91,23 +92,13 @@ def show(
     """
     with user_errors():
         from mae_core.config.describing import values_with_origins
-        from mae_core.config.recipes import find_recipe, recipe_names
-        from mae_core.config.schema import hint
 
         given, overrides = split_arguments(arguments)
-        if given is None:
-            raise UserError("name a recipe, such as pretrain/tiny_96, or a file; mae config recipes lists them")
-        kind, _, name = given.rpartition("/")
-        path = find_recipe(name, kind) if kind in KINDS else find_recipe(given, _kind_of(given, command))
-        if not path.is_file():
-            known = [f"{kind}/{name}" for kind in KINDS for name in recipe_names(kind)]
-            raise UserError(f"there is no file {given}; as a recipe's name: {hint(given, known)}")
+        path = locate(given, command)
         if path.suffix == ".py":
             typer.echo(path.read_text(encoding="utf-8"), nl=False)
             return
-        if command is None and path.parent.name not in KINDS:
-            raise UserError(f"say which command {path} is for: --for {' or '.join(SCHEMAS)}")
-        schema = schema_of(command or path.parent.name)
+        schema = schema_of(command_of(path, command))
         free = "from_scratch" in schema.model_fields and not any(
             word.startswith(("weights=", "from_scratch=")) for word in overrides
         )
@@ -122,10 +113,50 @@ def show(
             typer.echo(f"{f'{key}: {value}':<{min(wide, 60)}}  # {origin}")
 
 
+def locate(given: str | None, command: str | None) -> Path:
+    """The file of a recipe: a path, ``kind/name``, or a name that one kind alone has, or ``command``'s kind.
+
+    Raises ``UserError`` where there is none.
+    """
+    from mae_core.config.recipes import find_recipe, recipe_names
+    from mae_core.config.schema import hint
+
+    if given is None:
+        raise UserError("name a recipe, such as pretrain/tiny_96, or a file; mae config recipes lists them")
+    kind, _, name = given.rpartition("/")
+    path = find_recipe(name, kind) if kind in KINDS else find_recipe(given, _kind_of(given, command))
+    if not path.is_file():
+        known = [f"{kind}/{name}" for kind in KINDS for name in recipe_names(kind)]
+        raise UserError(f"there is no file {given}; as a recipe's name: {hint(given, known)}")
+    return path
+
+
+def command_of(path: Path, asked: str | None) -> str:
+    """The command that a recipe is for: the one asked for, or what the folder says that it, or a base of it, is in.
+
+    Raises ``UserError`` where nothing says so.
+    """
+    from mae_core.config.load import read_layers
+    from mae_core.config.recipes import recipes_folder
+
+    if asked is not None:
+        return SAME.get(asked, asked)
+    if path.suffix == ".py":
+        return SAME["segmentation"]
+    for layer in reversed(read_layers(path)):
+        inside = layer.resolve().is_relative_to(recipes_folder().resolve())
+        kind = layer.resolve().relative_to(recipes_folder().resolve()).parts[0] if inside else layer.parent.name
+        if kind in KINDS:
+            return SAME.get(kind, kind)
+    raise UserError(f"say which command {path} is for: --for {' or '.join(SCHEMAS)}")
+
+
 def _kind_of(name: str, command: str | None) -> str:
     """Which folder a recipe's name is looked for in. Raises ``UserError`` for a name that several folders have."""
     from mae_core.config.recipes import recipe_names
 
+    if command in ("segment", "segmentation"):
+        return "segmentation"
     if command is not None:
         return str(schema_of(command).recipes)
     kinds = [kind for kind in KINDS if name in recipe_names(kind)]

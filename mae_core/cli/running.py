@@ -1,4 +1,4 @@
-"""Commands about runs and the machine they run on: doctor, verify-resume, replay."""
+"""Commands about runs and the machines they run on: doctor, verify-resume, replay, slurm."""
 
 from __future__ import annotations
 
@@ -7,8 +7,16 @@ from typing import Annotated
 
 import typer
 
-from mae_core.cli.arguments import ConfigAndOverrides, read_arguments
-from mae_core.errors import user_errors
+from mae_core.cli.arguments import ConfigAndOverrides, read_arguments, split_arguments
+from mae_core.cli.configuring import command_of, locate, schema_of
+from mae_core.errors import UserError, user_errors
+
+TRAINS = {
+    **{name: (name,) for name in ("pretrain", "finetune", "linprobe", "train-tokenizer")},
+    "detect": ("detect", "train"),
+    "segment": ("segment", "train"),
+}
+"""Commands that can be queued again with ``--resume auto``, by what a recipe is for."""
 
 
 def verify_resume(
@@ -59,3 +67,38 @@ def replay(dump: Annotated[Path, typer.Argument(help="An events/nonfinite_*.pt o
 
         if not run(dump):
             raise typer.Exit(1)
+
+
+def slurm(
+    arguments: ConfigAndOverrides = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
+    gpus: Annotated[int, typer.Option(min=0, help="GPUs of a node, a process each; 0: a process on its CPUs.")] = 8,
+    cpus: Annotated[
+        int | None, typer.Option(min=1, help="CPU cores of a process; by default one more than data.workers.")
+    ] = None,
+    time: Annotated[str, typer.Option(help="Time limit of the job, after which it is queued again.")] = "24:00:00",
+    grace: Annotated[int, typer.Option(min=10, help="Seconds before the limit at which the run saves.")] = 300,
+    option: Annotated[
+        list[str] | None, typer.Option(help="A further option of sbatch, such as partition=gpu. May be repeated.")
+    ] = None,
+    command: Annotated[
+        str | None, typer.Option("--for", help="The command that it is for, where its folder does not say that.")
+    ] = None,
+) -> None:
+    """Print a batch file for Slurm: a process per GPU, saved and queued again at the time limit, until it is finished.
+
+    Example: mae slurm pretrain/base data.path=images output=runs/base --nodes 4 > base.sh, then sbatch base.sh
+    """
+    with user_errors():
+        from mae_core.config.recipes import name_of
+        from mae_core.training.slurm import batch_file, job_of
+
+        given, overrides = split_arguments(arguments)
+        path = locate(given, command)
+        kind = command_of(path, command)
+        if kind not in TRAINS:
+            raise UserError(f"mae {kind} trains nothing that could be queued again; recipes of {', '.join(TRAINS)} do")
+        config = None if kind == "segment" else read_arguments(schema_of(kind), [str(path), *overrides])
+        job = job_of(path.stem, config, nodes, gpus, cpus, time, grace, option or [])
+        recipe = given if given is not None and Path(given).is_file() else name_of(path)
+        typer.echo(batch_file(job, ["mae", *TRAINS[kind], recipe, *overrides, "--resume", "auto"]), nl=False)

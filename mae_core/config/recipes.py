@@ -38,6 +38,12 @@ def find_recipe(given: Path | str, kind: str) -> Path:
     return next((path for path in named if path.is_file()), given)
 
 
+def name_of(recipe: Path) -> str:
+    """The name by which its command finds an installed recipe: ``configs/pretrain/table1/d_pca.yaml`` ->
+    ``table1/d_pca``."""
+    return Path(*recipe.relative_to(recipes_folder()).with_suffix("").parts[1:]).as_posix()
+
+
 def which_recipe(given: Path, kind: str) -> str:
     """What may have been meant by a name that ``find_recipe`` did not find, for the end of a message."""
     names = recipe_names(kind) if kind else []

@@ -1,4 +1,4 @@
-"""Who we are under ``torchrun``; one process is a world of one."""
+"""Who we are under ``torchrun`` or ``srun``; one process is a world of one."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mae_core.errors import UserError
+from mae_core.training.slurm import adopt_step
 
 Value = TypeVar("Value")
 
@@ -31,13 +32,19 @@ class Place(NamedTuple):
 
 
 def world_size() -> int:
-    """How many ranks ``torchrun`` announces; known before they join."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many ranks the launcher announces; known before they join."""
+    return _announced("WORLD_SIZE", 1)
 
 
 def announced_rank() -> int:
-    """Which rank ``torchrun`` announces that this process is; known before they join."""
-    return int(os.environ.get("RANK", "0"))
+    """Which rank the launcher announces that this process is; known before they join."""
+    return _announced("RANK", 0)
+
+
+def _announced(name: str, alone: int) -> int:
+    """What ``torchrun`` has put into the environment, or ``srun`` in words of its own; ``alone`` where neither did."""
+    adopt_step(os.environ)
+    return int(os.environ.get(name, alone))
 
 
 def check_device(device: str) -> None:
@@ -49,15 +56,16 @@ def check_device(device: str) -> None:
 
 
 def join(device: str) -> Place:
-    """Join the process group that ``torchrun`` announces (NCCL on GPUs, gloo on CPUs), or stay alone.
+    """Join the process group that the launcher announces (NCCL on GPUs, gloo on CPUs), or stay alone.
 
     ``device``: auto, cpu or cuda. Raises ``UserError`` for cuda where there is none.
     """
     check_device(device)
     on_gpu = device != "cpu" and torch.cuda.is_available()
     world = world_size()
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    local = _announced("LOCAL_RANK", 0)
     if on_gpu:
+        local %= torch.cuda.device_count()  # Slurm may show each process its own GPU alone
         torch.cuda.set_device(local)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if on_gpu else "gloo")

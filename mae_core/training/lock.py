@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mae_core.errors import UserError
+from mae_core.training.slurm import incarnation
 
 LOCK = "run.lock"
 
@@ -77,11 +78,17 @@ def _read(stream: BinaryIO) -> dict[str, Any] | None:
 
 
 def _myself() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "pid": os.getpid(), "started": _start_of(os.getpid())}
+    job = incarnation(os.environ)
+    slurm = {} if job is None else {"job": list(job)}
+    return {"host": socket.gethostname(), "pid": os.getpid(), "started": _start_of(os.getpid()), **slurm}
 
 
 def _is_gone(held: dict[str, Any]) -> bool:
-    """Whether the process of a lock has ended, or is this one: its number may have gone to another since."""
+    """Whether the process of a lock has ended, or is this one: its number may have gone to another since. A Slurm job
+    that was queued again has ended before, on whatever node it was."""
+    job, mine = held.get("job"), incarnation(os.environ)
+    if mine is not None and isinstance(job, list) and job[:1] == [mine[0]] and job != list(mine):
+        return True
     if held.get("host") != socket.gethostname() or not isinstance(held.get("pid"), int):
         return "pid" not in held
     return held == _myself() or _start_of(held["pid"]) != held.get("started")

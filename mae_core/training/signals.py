@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 
+from mae_core.errors import EXIT_PREEMPTED
 from mae_core.training.distributed import OnItsWay, sum_over_ranks, world_size
 
-EXIT_PREEMPTED = 75
-"""Exit code after SIGTERM and SIGUSR1: not finished, saved, to be started again (``EX_TEMPFAIL`` of sysexits.h)."""
 EXIT_INTERRUPTED = 130
 """Exit code after SIGINT (Ctrl-C), as shells give it."""
 TOGETHER = 2.0

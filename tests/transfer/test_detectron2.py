@@ -287,6 +287,18 @@ def test_an_encoder_is_loaded_with_its_report(configure_detection, pretrained, t
     assert json.loads((tmp_path / "run" / "loading.json").read_text())["share"] == 1.0
 
 
+def test_processes_that_a_launcher_started_train_as_one(configure_detection, tmp_path, run_forked):
+    """torchrun's environment, into which srun's is translated."""
+    from omegaconf import OmegaConf
+
+    config = configure_detection("engine=detectron2", "optim.epochs=2", "device=cpu").model_dump(mode="json")
+    (tmp_path / "recipe.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
+    done = run_forked(["transfer/detection/train_net.py", "--config-file", tmp_path / "recipe.yaml"], ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["images"] == 3
+    assert done.stdout.count("wrote ") == 1, "only one rank talks"
+
+
 def test_many_processes_meet_and_a_mistake_ends_them_all(configure_detection, tmp_path, run_python, detection_root):
     from omegaconf import OmegaConf
 

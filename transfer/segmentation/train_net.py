@@ -4,8 +4,7 @@
         --weights runs/pretrain/encoder.safetensors --work-dir runs/segmenter \\
         --cfg-options data_root=PATH num_classes=11
 
-Under ``torchrun --nproc_per_node N``, or ``srun`` with ``--launcher slurm``, the N processes train as one, each with
-the config's batch size.
+Under ``torchrun --nproc_per_node N`` or ``srun`` the N processes train as one, each with the config's batch size.
 
 The work dir gets the finished config, environment.json, log.jsonl, tensorboard/, pictures/, loading.json, mmengine's
 checkpoints, metrics.json (percent), report.html and segmenter.safetensors. With ``--eval-only`` a trained segmenter is
@@ -55,7 +54,7 @@ def train_segmenter(
     cfg_options  ``key=value`` texts or a mapping, keys as in ``model.backbone.drop_path``; variables of the config too
     amp          mixed precision, whatever the config says; None: what it says
     dry_run      print what the training would be and take, write nothing and return an empty mapping
-    launcher     ``pytorch``, ``slurm`` or ``none``; None: torchrun's ranks if it started this process
+    launcher     ``pytorch``, ``slurm`` or ``none``; None: the ranks of torchrun or srun, if one started this process
     returns      mIoU, mAcc, aAcc and per_class (name -> IoU, Acc) in percent, steps, seconds
 
     Data, weights and options are checked first: ``UserError`` comes before anything is written. May be called again in
@@ -145,7 +144,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     add("--dry-run", action="store_true", help="print what the training would be and take, and write nothing")
     add("--eval-only", type=Path, metavar="CKPT", help="train nothing: evaluate this segmenter or run directory")
-    add("--launcher", choices=LAUNCHERS, help="launcher that started the processes; torchrun is recognised without it")
+    add(
+        "--launcher",
+        choices=LAUNCHERS,
+        help="launcher that started the processes; torchrun and srun are recognised without it",
+    )
     add(
         "--cfg-options",
         nargs="+",

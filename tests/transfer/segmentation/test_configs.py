@@ -9,7 +9,7 @@ import torch
 from mae_core.errors import UserError
 from transfer.segmentation import config as configs
 from transfer.segmentation.config import check_key
-from transfer.segmentation.launching import first_host, join_launched, translate_slurm
+from transfer.segmentation.launching import join_launched
 
 mmseg = pytest.importorskip("mmseg", reason="mmseg is not installed; pip install mae-transfer[segmentation]")
 engine = pytest.importorskip("transfer.segmentation.engine_mmseg", reason="mmseg is here without mmcv or mmengine")
@@ -211,22 +211,6 @@ def test_precision_follows_the_user():
         precision(amp=True, gpu=False, bf16=False)
 
 
-def test_ranks_of_slurm_are_translated(monkeypatch):
-    step = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_NODELIST": "gpu[03-05,9]"}
-    translate_slurm(step)
-    assert {name: step[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")} == {
-        "RANK": "5",
-        "WORLD_SIZE": "8",
-        "LOCAL_RANK": "1",
-        "MASTER_ADDR": "gpu03",
-        "MASTER_PORT": "29500",
-    }
-    hosts = [("one", "one"), ("a1,a2", "a1"), ("n[7]-ib,m", "n7-ib"), ("rack-2-[001-004]", "rack-2-001")]
-    assert all(first_host(nodes) == first for nodes, first in hosts)
-    with pytest.raises(UserError, match="SLURM_NODELIST is not set: Slurm did not start this process"):
-        translate_slurm({name: "0" for name in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")})
-
-
 def test_a_launcher_that_did_not_launch_is_refused(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
@@ -236,5 +220,5 @@ def test_a_launcher_that_did_not_launch_is_refused(monkeypatch):
         join_launched("slurm")
     assert join_launched("none").is_main and join_launched(None).is_main
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(UserError, match="torchrun started 4 processes, each of which would train alone"):
+    with pytest.raises(UserError, match="4 processes were started together, each of which would train alone"):
         join_launched("none")

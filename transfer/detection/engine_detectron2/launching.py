@@ -12,6 +12,7 @@ from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException
 
 from mae_core.errors import EXIT_USER_ERROR, UserError, user_errors
+from mae_core.training.distributed import join, world_size
 
 
 def launch_processes(
@@ -23,11 +24,17 @@ def launch_processes(
     dist_url: str,
     args: tuple[Any, ...],
 ) -> None:
-    """Call ``work(*args)`` in ``num_gpus`` processes of this machine, which meet those of the others at ``dist_url``.
+    """Call ``work(*args)`` in ``num_gpus`` processes of this machine, which meet those of the others at ``dist_url``; or
+    in this process alone, where ``torchrun`` or ``srun`` has started all of them.
 
     Raises ``UserError`` for more processes than GPUs (on a machine without any, they are processes of the CPU). A
     user's mistake in a process ends all of them with its exit code.
     """
+    if world_size() > 1:
+        join("auto")
+        comm.create_local_process_group(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        work(*args)
+        return
     seen = torch.cuda.device_count()
     if torch.cuda.is_available() and num_gpus > seen:
         raise UserError(
