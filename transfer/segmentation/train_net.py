@@ -147,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add(
         "--launcher",
         choices=LAUNCHERS,
-        help="launcher that started the processes; torchrun and srun are recognised without it",
+        help="what started the processes; torchrun and srun are recognised without it",
     )
     add(
         "--cfg-options",

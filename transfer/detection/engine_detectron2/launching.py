@@ -24,8 +24,8 @@ def launch_processes(
     dist_url: str,
     args: tuple[Any, ...],
 ) -> None:
-    """Call ``work(*args)`` in ``num_gpus`` processes of this machine, which meet those of the others at ``dist_url``; or
-    in this process alone, where ``torchrun`` or ``srun`` has started all of them.
+    """Call ``work(*args)`` in ``num_gpus`` processes of this machine, which meet those of the others at ``dist_url``;
+    or in this process alone, where ``torchrun`` or ``srun`` has started all of them.
 
     Raises ``UserError`` for more processes than GPUs (on a machine without any, they are processes of the CPU). A
     user's mistake in a process ends all of them with its exit code.
