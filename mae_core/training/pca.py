@@ -78,7 +78,7 @@ def fit_pca(config: PretrainConfig, out: Path | None = None, *, components: int 
             f"{components} components were asked for, but patches of {grid.patch}x{grid.patch} pixels and "
             f"{config.data.channels} channels have {values} values; set --components to 1 to {values}"
         )
-    config = with_statistics(config, open_source(config.data), resume=False, weights=weights_facts(start))
+    config = with_statistics(config, open_source(config.data), resume=False, weights=weights_facts(start, config.data))
     moments = moments_of(config, grid, images, least=components)
     rows, mean, variances = moments.components(components)
     explained = (variances[:components].sum() / variances.sum().clamp(min=1e-12)).item()

@@ -76,7 +76,7 @@ def print_plan(config: PretrainConfig, say: Callable[[str], None] = print) -> No
     source = open_source(config.data)
     for path, reason in damaged_parts(source):
         say(f"damaged: {path} ({reason})")
-    config = with_statistics(config, source, resume=False, weights=weights_facts(start))
+    config = with_statistics(config, source, resume=False, weights=weights_facts(start, config.data))
     watched = split_images(config, source)
     images = UnlabelledImages(watched.training, config.data, config.seed)
     images.fixed_views(1)
@@ -84,7 +84,7 @@ def print_plan(config: PretrainConfig, say: Callable[[str], None] = print) -> No
     seed_everything(config.seed)
     model = build_pretrain_model(config, start).train()
     if start is not None:
-        load_start(model, start).print()
+        load_start(model, start, config.data).print()
     Adapted(model, config.adapt)
     checkpoint_blocks(model, on=config.model.checkpointing)
     config = with_micro_batch(config, model, loss_of_zeros(model, config), resume=False)

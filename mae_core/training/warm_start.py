@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mae_core.config.load import load_config
+from mae_core.data.config import ImagesConfig
 from mae_core.data.images import statistics_of
 from mae_core.errors import UserError
 from mae_core.layout import CLASSIFIER, CONFIG, newest_undamaged
@@ -20,6 +21,7 @@ from mae_core.weights.load import (
     name_in_mae,
     read_encoder,
     section_with,
+    with_statistics_of,
     with_stem,
 )
 from mae_core.weights.parts import missing_decoder
@@ -32,8 +34,8 @@ def started_from(config: PretrainConfig, *, resume: bool) -> tuple[PretrainConfi
     """``config`` as its ``weights`` say, and the file, its patch embedding adapted to ``config``; None without weights.
 
     The trunk is the file's. Image size, channels, patch size and decoder are the file's where the configuration gives
-    none, and so are mean and std. Raises ``UserError`` where the configuration asks for another trunk or other
-    statistics, and where ``weights`` and ``--resume`` exclude each other.
+    none, and so are mean and std, except with ``data.statistics=own``. Raises ``UserError`` where the configuration
+    asks for another trunk, and where ``weights`` and ``--resume`` exclude each other.
     """
     check_start(config, resume=resume)
     if config.weights is None:
@@ -47,7 +49,7 @@ def started_from(config: PretrainConfig, *, resume: bool) -> tuple[PretrainConfi
     data = section_with(file.path, config.data, "data", must={}, may=sides)
     decoder = section_with(file.path, config.decoder, "decoder", must={}, may=decoder_facts(file))
     adapted = with_stem(file, patch_size=patch, in_chans=data.channels)
-    if adapted.info.mean:
+    if adapted.info.mean and not has_other_statistics(adapted, data):
         data = data.model_copy(update=statistics_of(data, adapted.metadata)._asdict())
     return config.model_copy(update={"model": model, "data": data, "decoder": decoder}), adapted
 
@@ -83,9 +85,20 @@ def full_model_in(path: Path) -> Path:
     return newest_undamaged(path) or path
 
 
-def weights_facts(start: EncoderFile | None) -> Mapping[str, Any] | None:
-    """What ``with_statistics`` takes of the weights: nothing where they were trained on other channels."""
-    return None if start is None or "channels" in start.report.resized.get(STEM, "") else start.metadata
+def has_other_statistics(start: EncoderFile, data: ImagesConfig) -> bool:
+    """Whether the pixels are to be standardised with other numbers than those the weights state."""
+    theirs = (tuple(values or ()) for values in (start.info.mean, start.info.std))
+    return data.statistics == "own" or any(
+        ours not in (None, found) for ours, found in zip((data.mean, data.std), theirs, strict=True)
+    )
+
+
+def weights_facts(start: EncoderFile | None, data: ImagesConfig) -> Mapping[str, Any] | None:
+    """What ``with_statistics`` takes of the weights: nothing where they were trained on other channels, or where the
+    pixels are to be standardised with other numbers, which ``load_start`` adapts them to."""
+    if start is None or "channels" in start.report.resized.get(STEM, "") or has_other_statistics(start, data):
+        return None
+    return start.metadata
 
 
 def decoder_facts(file: EncoderFile) -> dict[str, Any]:
@@ -101,9 +114,11 @@ def decoder_facts(file: EncoderFile) -> dict[str, Any]:
     }
 
 
-def load_start(model: MaskedAutoencoder, start: EncoderFile) -> LoadReport:
+def load_start(model: MaskedAutoencoder, start: EncoderFile, data: ImagesConfig) -> LoadReport:
     """Load the encoder of ``start`` into ``model``, and its decoder where it has one that fits; returns the report,
-    whose notes say why a decoder is random. Raises ``UserError`` where the encoder does not fit."""
+    whose notes say why a decoder is random. Where ``data`` standardises pixels with other numbers than the file's, its
+    patch embedding is adapted to them. Raises ``UserError`` where the encoder does not fit."""
+    start = with_statistics_of(start, statistics_of(data))
     why = decoder_obstacle(model, start)
     rename = {name: name_in_mae(name) for name in start.tensors if not why or not is_decoder(name)}
     fusion = model.fusion is not None and model.fusion.blocks == tuple(start.info.fuse_blocks or ()) and not why

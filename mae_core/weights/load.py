@@ -31,7 +31,7 @@ from mae_core.weights.opening import open_weights
 from mae_core.weights.parts import LACKING, UNKNOWN, Parts, check_finite, describe_refused, missing_decoder
 from mae_core.weights.rename import Reading, is_decoder
 from mae_core.weights.report import LoadReport
-from mae_core.weights.resize import STEM_WARNING, Adaptation, adapt_stem, usual_method
+from mae_core.weights.resize import STEM_WARNING, Adaptation, adapt_stem, restandardise_stem, usual_method
 from mae_core.weights.writing import write_parts
 
 AnyRun = TypeVar("AnyRun", bound=JobConfig)
@@ -320,6 +320,19 @@ def with_stem(source: EncoderFile, *, patch_size: int | None = None, in_chans: i
     if in_chans != source.in_chans:
         info = info.with_facts(mean=None, std=None)
     return replace(source, tensors=tensors, info=info, report=report)
+
+
+def with_statistics_of(source: EncoderFile, statistics: Statistics) -> EncoderFile:
+    """``source`` for pixels that are standardised with ``statistics``: its patch embedding takes up the difference, so
+    that it computes the same of the same image. Unchanged where these are its own, or it states none."""
+    mean, std = source.info.mean, source.info.std
+    if not (mean and std) or Statistics(tuple(mean), tuple(std)) == statistics:
+        return source
+    tensors, report = dict(source.tensors), source.report
+    restandardise_stem(tensors, Statistics(tuple(mean), tuple(std)), statistics)
+    told = f"the patch embedding was adapted from the weights' mean and std to {statistics.mean} and {statistics.std}"
+    info = source.info.with_facts(mean=list(statistics.mean), std=list(statistics.std))
+    return replace(source, tensors=tensors, info=info, report=replace(report, notes=[*report.notes, told]))
 
 
 def view_for(encoder: ViTEncoder, info: EncoderInfo) -> FileView:

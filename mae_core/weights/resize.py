@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mae_core.data.images import Statistics
 from mae_core.errors import UserError
 from mae_core.patches import PatchGrid, as_pair
 from mae_core.pos_embed import resize_pos_embed, sincos_2d
@@ -27,7 +28,7 @@ from mae_core.weights.report import LoadReport
 
 ChannelMethod = Literal["sum", "mean_tile", "new"]
 PatchMethod = Literal["bicubic", "pseudo_inverse"]
-STEM = "patch_embed.proj.weight"
+STEM, STEM_BIAS = "patch_embed.proj.weight", "patch_embed.proj.bias"
 STEM_WARNING = "an adapted stem is an initialisation to train on from, not a frozen feature"
 
 
@@ -164,6 +165,16 @@ def adapt_stem(
         del tensors[name]
     if gone:
         report.notes.append("the decoder was dropped: it predicts patches of the old size or channels")
+
+
+def restandardise_stem(tensors: dict[str, Tensor], old: Statistics, new: Statistics) -> None:
+    """Let the patch embedding among ``tensors`` answer to pixels standardised with ``new`` as it did to the same ones
+    standardised with ``old``, in place: (x * new.std + new.mean - old.mean) / old.std is what it was trained on."""
+    weight, bias = (tensors[name] for name in (STEM, STEM_BIAS))
+    was, now = (torch.tensor(each, dtype=torch.float64)[:, :, None, None] for each in (old, new))
+    filters = weight.double() / was[1]
+    tensors[STEM] = (filters * now[1]).float()
+    tensors[STEM_BIAS] = (bias.double() + (filters * (now[0] - was[0])).sum((1, 2, 3))).float()
 
 
 def _resize_positions(parts: Parts, old: tuple[int, int], new: tuple[int, int], antialias: bool) -> None:

@@ -27,7 +27,7 @@ from mae_core.training.pretrain_config import AdaptConfig, PretrainConfig
 from mae_core.training.warm_start import full_model_in
 from mae_core.weights.encoder_file import EncoderInfo
 from mae_core.weights.files import write_weights
-from mae_core.weights.load import load_encoder, load_mae
+from mae_core.weights.load import load_encoder, load_mae, read_encoder
 
 DEPTH = 2
 SMALL = {"width": 32, "depth": DEPTH, "heads": 2, "patch_size": 8}
@@ -289,12 +289,28 @@ def test_options_that_do_not_go_together_are_refused(options, told):
         load_config(PretrainConfig, None, list(options))
 
 
-def test_another_size_and_other_statistics_are_refused(tmp_path, images, full_file):
+def test_another_size_is_refused(tmp_path, images, full_file):
     with pytest.raises(UserError, match="another architecture: width 64 was asked for, but the file has 32"):
         pretrain(config_of(images, tmp_path / "run", full_file, "model.width=64", "model.heads=2"))
-    with pytest.raises(UserError, match="the weights were trained with"):
-        pretrain(config_of(images, tmp_path / "run", full_file, "data.mean=[0.1,0.1,0.1]"))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("asked", [("data.statistics=own",), ("data.mean=[0.1,0.6,0.3]", "data.std=[0.5,0.1,0.2]")])
+def test_with_other_statistics_the_same_image_keeps_its_features(tmp_path, images, full_file, asked):
+    run = tmp_path / "run"
+    pretrain(config_of(images, run, full_file, *asked, "optim.epochs=1", "optim.base_lr=1e-30"))
+    files = [read_encoder(path) for path in (run, full_file)]
+    assert files[0].info.mean != [0.3, 0.4, 0.5]
+    pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+    def standardised(info):
+        mean, std = (torch.tensor(values)[:, None, None] for values in (info.mean, info.std))
+        return (pixels - mean) / std
+
+    found, wanted = (load_encoder(each.path).encode(standardised(each.info)) for each in files)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5)
+    told = json.loads((run / "loading.json").read_text())["notes"]
+    assert any("adapted from the weights' mean and std" in note for note in told)
 
 
 def test_the_plan_of_a_warm_start_says_what_learns(tmp_path, images, full_file, capsys):
