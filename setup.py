@@ -138,10 +138,6 @@ setup(
             "coco = transfer.detection.check_data:main",
             "labels = transfer.segmentation.check_data:main",
         ],
-        "mae_core.tasks": [
-            "detect = transfer.detection.commands:app",
-            "segment = transfer.segmentation.commands:app",
-        ],
         "mae_core.feature_readers": ["mmseg = transfer.segmentation.engine_mmseg.published:run_backbone"],
     },
 )

@@ -331,6 +331,10 @@ def test_no_image_folder_is_refused(tmp_path):
         read_image_folder(None)
     with pytest.raises(UserError, match="the folder does not exist"):
         read_image_folder(tmp_path / "none")
+    (tmp_path / "train").mkdir()
+    (tmp_path / "val").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match=r"no val/ folder \(it holds train, val \(a broken link\)\)"):
+        read_image_folder(tmp_path)
 
 
 @pytest.mark.parametrize("size, box", [((80, 40), (20, 0, 60, 40)), ((40, 80), (0, 20, 40, 60))])
