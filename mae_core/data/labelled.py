@@ -58,8 +58,8 @@ def read_image_folder(root: Path | None, tell: Tell = refuse) -> tuple[LabelledP
         raise UserError("no image folder given; set data.path=FOLDER with train/<class>/* and val/<class>/* in it")
     for split in ("train", "val"):
         if not (root / split).is_dir():
-            names = {p.name: "" if p.exists() else " (a broken link)" for p in root.iterdir()} if root.is_dir() else None
-            there = None if names is None else [f"{name}{names[name]}" for name in sorted(names)[:5]]
+            inside = sorted(root.iterdir())[:5] if root.is_dir() else None
+            there = None if inside is None else [p.name if p.exists() else f"{p.name} (a broken link)" for p in inside]
             found = f"it holds {', '.join(there) or 'nothing'}" if there is not None else "the folder does not exist"
             raise UserError(
                 f"{root} has no {split}/ folder ({found}); data.path needs train/<class>/* and val/<class>/*"
