@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 from mae_core.atomic import write_json
 from mae_core.data.images import describe_passed_over
+from mae_core.data.near_copies import Copy, Fingerprints, copies_across, copies_within
 from mae_core.data.orientation import UPRIGHT
 from mae_core.errors import UserError
 
@@ -55,12 +56,14 @@ def refuse(problem: Problem) -> None:
 
 @dataclass
 class Report:
-    """What is in one set of data: facts, line by line, and what was found; ``data`` holds the facts for the JSON."""
+    """What is in one set of data: facts, line by line, and what was found; ``data`` holds the facts for the JSON, and
+    ``copies`` the images that are near-copies of others."""
 
     name: str
     facts: list[str]
     problems: list[Problem] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
+    copies: list[Copy] = field(default_factory=list)
 
     def describe(self, most: int = MOST_NAMED) -> str:
         """The facts, the notes, then the problems by kind, at most ``most`` of each."""
@@ -79,7 +82,8 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """For a JSON file: all problems, not only those that ``describe`` names."""
-        return {"name": self.name, **self.data, "problems": [problem._asdict() for problem in self.problems]}
+        copies, problems = ([entry._asdict() for entry in found] for found in (self.copies, self.problems))
+        return {"name": self.name, **self.data, "near_copies": copies, "problems": problems}
 
 
 def conclude(
@@ -126,11 +130,71 @@ def files_passed_over(place: Path | str, passed_over: Mapping[str, int]) -> Iter
         yield Problem("files passed over", sentence, str(place), "note")
 
 
-def shared_images(train: Sequence[Path], val: Sequence[Path]) -> Iterator[Problem]:
-    """A note where files of both halves hold the same bytes: scores on them do not hold for new images.
+class Compared(NamedTuple):
+    """A set whose images were compared: its files, and their fingerprints."""
 
-    Files are compared by size first; only those of equal size are read.
-    """
+    files: Sequence[Path]
+    fingerprints: Fingerprints
+
+
+def compare(
+    report: Report, files: Sequence[Path], fingerprints: Fingerprints, train: Compared | None = None
+) -> Compared:
+    """Add to the report of a set which of its images are near-copies of one another, and, of a validation set, which
+    are in the training set too, the same bytes or near-copies."""
+    copies = copies_within(fingerprints)
+    report.copies += copies
+    report.problems += _near_copies(fingerprints, copies)
+    if train is not None:
+        equal = _equal_files(train.files, files)
+        report.problems += _shared(equal, len(files))
+        known = {str(path) for _, path in equal}
+        across = [copy for copy in copies_across(fingerprints, train.fingerprints) if copy.name not in known]
+        report.copies += across
+        report.problems += _near_in_both(across, fingerprints, train.fingerprints)
+    return Compared(files, fingerprints)
+
+
+def shared_images(train: Sequence[Path], val: Sequence[Path]) -> Iterator[Problem]:
+    """A note where files of both halves hold the same bytes: scores on them do not hold for new images."""
+    yield from _shared(_equal_files(train, val), len(val))
+
+
+def _shared(equal: Sequence[tuple[Path, Path]], total: int) -> Iterator[Problem]:
+    if equal:
+        one, other = equal[0]
+        sentence = (
+            f"{len(equal)} of {total} validation images are in the training set too, the first is {other} ({one}); "
+            "scores on them say nothing about new images; remove them from one of the two sets"
+        )
+        yield Problem("images in both halves", sentence, str(other), "note")
+
+
+def _near_copies(images: Fingerprints, copies: Sequence[Copy]) -> Iterator[Problem]:
+    if copies:
+        first = copies[0]
+        sentence = (
+            f"{len(copies)} of {images.total} images are near-copies of another one{images.extent}, the first is "
+            f"{first.name} (of {first.of}, correlation {first.similarity:.3f}); training sees such an image more often "
+            "than others, and a split must keep all its copies on one side; remove those that are not wanted"
+        )
+        yield Problem("near-copies", sentence, first.name, "note")
+
+
+def _near_in_both(copies: Sequence[Copy], images: Fingerprints, train: Fingerprints) -> Iterator[Problem]:
+    if copies:
+        first = copies[0]
+        sentence = (
+            f"{len(copies)} of {images.total} validation images are near-copies of training images"
+            f"{images.extent or train.extent}, the first is {first.name} (of {first.of}, correlation "
+            f"{first.similarity:.3f}); scores on them say little about new images; keep copies, and neighbouring "
+            "frames of a video, in one of the two sets"
+        )
+        yield Problem("near-copies in both halves", sentence, first.name, "note")
+
+
+def _equal_files(train: Sequence[Path], val: Sequence[Path]) -> list[tuple[Path, Path]]:
+    """(training file, validation file) of the same bytes: compared by size first; only those of equal size are read."""
     by_size: dict[int, list[Path]] = defaultdict(list)
     for path in train:
         if path.is_file():
@@ -142,13 +206,7 @@ def shared_images(train: Sequence[Path], val: Sequence[Path]) -> Iterator[Proble
         same = next((one for one in candidates if _digest(one, digests) == _digest(path, digests)), None)
         if same is not None:
             pairs.append((same, path))
-    if pairs:
-        one, other = pairs[0]
-        sentence = (
-            f"{len(pairs)} of {len(val)} validation images are in the training set too, the first is {other} ({one}); "
-            "scores on them say nothing about new images; remove them from one of the two sets"
-        )
-        yield Problem("images in both halves", sentence, str(other), "note")
+    return pairs
 
 
 def _digest(path: Path, known: dict[Path, bytes]) -> bytes:

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
-from mae_core.data.check import Problem, Report, files_passed_over, shared_images, turned_photos
+from mae_core.data.check import Compared, Problem, Report, compare, files_passed_over, turned_photos
 from mae_core.data.decoding import Pixels, Unreadable, UnreadableImage, size_of, to_tensor, with_channels
 from mae_core.data.images import (
     DEFAULT_STATISTICS,
@@ -22,6 +23,7 @@ from mae_core.data.images import (
     passed_over_in,
 )
 from mae_core.data.labelled import LabelledPaths, read_image_folder, read_label_lists
+from mae_core.data.near_copies import Fingerprints, fingerprint
 from mae_core.data.reading import Notes, Reading, notes_taken
 from mae_core.data.sources import JoinedSources, damaged_parts, open_places
 from mae_core.data.statistics import Moments, PatchVariances, distance
@@ -61,6 +63,7 @@ class Survey:
     stored_as    channels as stored, image by image; 0 where it cannot be read
     orientations images with an orientation tag other than 1, and the tag
     noticed   what else was noticed while they were decoded
+    fingerprints  of the images, to compare them with one another
     """
 
     total: int
@@ -73,6 +76,7 @@ class Survey:
     orientations: list[tuple[Path | str, int]] = field(default_factory=list)
     noticed: Notes = field(default_factory=Notes)
     patches: PatchVariances = field(default_factory=PatchVariances)
+    fingerprints: Fingerprints = field(default_factory=lambda: Fingerprints(0))
 
     @property
     def usual_channels(self) -> int:
@@ -101,7 +105,8 @@ class Survey:
 
 
 class Seen(NamedTuple):
-    """What one image tells: (height, width), channels as stored, what its values are, what is measured and noticed."""
+    """What one image tells: (height, width), channels as stored, what its values are, what is measured and noticed, and
+    its fingerprint."""
 
     size: tuple[int, int]
     stored: int
@@ -109,6 +114,7 @@ class Seen(NamedTuple):
     moments: Moments
     patches: PatchVariances
     noticed: Notes
+    row: np.ndarray | None
 
 
 def survey(source: ImageSource, *, channels: int | None = None, on_progress: OnProgress | None = None) -> Survey:
@@ -117,7 +123,7 @@ def survey(source: ImageSource, *, channels: int | None = None, on_progress: OnP
 
     Raises ``UserError`` where no image can be read.
     """
-    found = Survey(len(source), unreadable=damaged_parts(source))
+    found = Survey(len(source), unreadable=damaged_parts(source), fingerprints=Fingerprints(len(source)))
     names: Sequence[Path | str] = [path or name for path, name in zip(paths_of(source), source.names, strict=True)]
 
     def look(index: int) -> Seen | Unreadable:
@@ -132,7 +138,8 @@ def survey(source: ImageSource, *, channels: int | None = None, on_progress: OnP
                 raise UnreadableImage(names[index], str(error)) from None
         except UnreadableImage as error:
             return error.unreadable
-        return Seen(size_of(pixels), stored, kind_of_numbers(pixels), moments, patches, noticed)
+        row = fingerprint(pixels) if index in found.fingerprints.chosen else None
+        return Seen(size_of(pixels), stored, kind_of_numbers(pixels), moments, patches, noticed, row)
 
     for done, result in enumerate(in_threads(look, len(source)), start=1):
         if isinstance(result, Unreadable):
@@ -146,6 +153,7 @@ def survey(source: ImageSource, *, channels: int | None = None, on_progress: OnP
             found.patches.add(result.patches)
             found.stored_as.append(result.stored)
             found.noticed.update(result.noticed)
+            found.fingerprints.add(names[done - 1], result.row)
             if result.noticed.orientation is not None:
                 found.orientations.append((names[done - 1], result.noticed.orientation))
         if on_progress is not None:
@@ -237,7 +245,9 @@ def check_images(
     problems += _noticed(found)
     problems += files_passed_over(", ".join(map(str, paths)), passed_over_in(images))
     problems += _settings(found, chosen, expected)
-    yield Report(", ".join(map(str, paths)), describe(found, channels).splitlines(), problems, found.as_dict())
+    report = Report(", ".join(map(str, paths)), describe(found, channels).splitlines(), problems, found.as_dict())
+    compare(report, [], found.fingerprints)
+    yield report
 
 
 def check_folders(
@@ -257,6 +267,7 @@ def check_folders(
     lists = (root / "train.csv").is_file() and not (root / "train").is_dir()
     halves = read_label_lists(root) if lists else read_image_folder(root, problems.append)
     reports = []
+    train: Compared | None = None
     for name, half in zip(("train", "val"), halves, strict=True):
         place = root / (f"{name}.csv" if lists else name)
         counts = Counter(label for one in half.labels for label in ([one] if isinstance(one, int) else one))
@@ -270,9 +281,9 @@ def check_folders(
             reports[-1].data |= found.as_dict()
             reports[-1].problems += [*_unreadable(found), *turned_photos(found.orientations)]
             reports[-1].problems += [*_noticed(found), *_settings(found, channels, expected)]
+            train = compare(reports[-1], half.paths, found.fingerprints, train)
         reports[-1].problems += _labels_without_images(half, counts, name)
         reports[-1].problems += files_passed_over(place, half.passed_over)
-    reports[1].problems += shared_images(halves[0].paths, halves[1].paths)
     yield from reports
 
 

@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 
-from mae_core.data.check import Problem, Report, Tell, conclude, shared_images, turned_photos
+from mae_core.data.check import Compared, Problem, Report, Tell, compare, conclude, turned_photos
 from mae_core.data.decoding import UnreadableImage, read_image
+from mae_core.data.near_copies import fingerprints_of
 from mae_core.errors import UserError, user_errors
 from transfer.detection.annotations import Instance
 from transfer.detection.coco import CocoImage, CocoSet, Part, check_same_categories, read_coco
@@ -71,6 +72,7 @@ def check_parts(
 ) -> Iterator[Report]:
     """A report for each half, and in the second what is wrong between them. ``seen`` gets the sets and problems."""
     first: CocoSet | None = None
+    train: Compared | None = None
     for part in parts:
         if len(parts) > 1 and not part.annotations.is_file():
             sentence = f"{part.annotations} does not exist; training needs both halves"
@@ -86,7 +88,8 @@ def check_parts(
                 check_same_categories(first.categories, first.path, coco.categories, coco.path)
             except UserError as error:
                 report.problems.append(Problem("different categories", str(error), str(coco.path)))
-            report.problems += shared_images([i.path for i in first.images], [i.path for i in coco.images])
+        files = [image.path for image in coco.images]
+        train = compare(report, files, fingerprints_of(files), train)
         yield report
 
 

@@ -21,8 +21,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mae_core.data.check import Report, conclude, files_passed_over, shared_images, turned_photos
+from mae_core.data.check import Compared, Report, compare, conclude, files_passed_over, turned_photos
 from mae_core.data.images import list_images
+from mae_core.data.near_copies import fingerprints_of
 from mae_core.data.orientation import orientation_of
 from mae_core.errors import UserError, user_errors
 from transfer.engines import require
@@ -78,10 +79,13 @@ def check_folders(folders: LabelledFolders, *, most: int = MOST_CHECKED, seed: i
 
 def check_parts(parts: Sequence[LabelledFolders], *, most: int = MOST_CHECKED) -> Iterator[Report]:
     """A report for each part, and in the later ones what they share with the first."""
+    train: Compared | None = None
     for part in parts:
         report = check_folders(part, most=most)
-        if part is not parts[0] and part.images != parts[0].images:
-            report.problems += shared_images(files_below(parts[0].images), files_below(part.images))
+        if part is parts[0] or part.images != parts[0].images:
+            files = files_below(part.images)
+            compared = compare(report, files, fingerprints_of(files), train)
+            train = train or compared
         yield report
 
 
