@@ -15,6 +15,7 @@ DETECTION_SCRIPT: Dialect = "detectron2"
 SPELLINGS: dict[str, dict[Dialect, str]] = {
     "config": {"mae": "RECIPE or FILE.yaml", "detectron2": "--config-file FILE.yaml", "mmseg": "RECIPE or FILE.py"},
     "weights": {"mae": "weights=FILE", "detectron2": "weights=FILE", "mmseg": "--weights FILE"},
+    "branch": {"mae": "branch=NAME", "detectron2": "branch=NAME", "mmseg": "--branch NAME"},
     "output": {"mae": "output=DIR", "detectron2": "output=DIR", "mmseg": "--work-dir DIR"},
     "data": {"mae": "data.path=DIR", "detectron2": "data.path=DIR", "mmseg": "--cfg-options data_root=DIR"},
     "option": {"mae": "key=value", "detectron2": "key=value", "mmseg": "--cfg-options key=value"},
@@ -26,6 +27,7 @@ SPELLINGS: dict[str, dict[Dialect, str]] = {
 _WORDS = {
     "config": ("--config-file", "--config", "--cfg"),
     "weights": ("--weights", "weights", "--checkpoint", "--pretrained"),
+    "branch": ("--branch", "branch"),
     "output": ("--work-dir", "--output", "--output-dir", "--out", "output", "OUTPUT_DIR"),
     "data": ("--data", "--data-path", "--data-root", "--data_path", "data.path", "data_root"),
     "option": ("--cfg-options", "--opts", "--options"),

@@ -24,6 +24,11 @@ Heads = Annotated[int | None, typer.Option(min=1, help="Attention heads, if the 
 DecoderHeads = Annotated[
     int | None, typer.Option(min=1, help="Attention heads of the decoder, if the file does not state them.")
 ]
+Branch = Annotated[
+    str | None,
+    typer.Option(help="Which encoder of a file that holds several: teacher, student, momentum_encoder, model_ema."),
+]
+BRANCH_OPTION = "--branch {}"
 Resume = Annotated[str, typer.Option("--resume", metavar="[auto]", help=HELP, show_default=False)]
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
+from mae_core.cli.arguments import BRANCH_OPTION, Branch
 from mae_core.cli.tasks import pass_on
 from mae_core.errors import UserError, user_errors
 
@@ -54,13 +55,13 @@ def reading_asked(channels: int | None, pages: str, max_pixels: int | None) -> R
     return Reading(channels, max_pixels or MAX_PIXELS, cast("Pages", pages))
 
 
-def _expected(weights: Path | None) -> Statistics | None:
+def _expected(weights: Path | None, branch: str | None) -> Statistics | None:
     if weights is None:
         return None
     from mae_core.data.images import Statistics
     from mae_core.weights.load import read_encoder
 
-    info = read_encoder(weights).info
+    info = read_encoder(weights, branch=branch, asked_as=BRANCH_OPTION).info
     return Statistics(info.mean, info.std) if info.mean and info.std else None
 
 
@@ -105,6 +106,7 @@ def check_images(
     pages: PagesOption = "auto",
     max_pixels: MaxPixels = None,
     weights: Weights = None,
+    branch: Branch = None,
     json_file: JsonFile = None,
 ) -> None:
     """Images without labels, as mae pretrain takes them. Exit code 2 where training would leave images out.
@@ -116,7 +118,7 @@ def check_images(
         from mae_core.data.survey import check_images as run
         from mae_core.training.progress import Counter
 
-        asked: dict[str, Any] = {"source": known_source(source), "split": split, "expected": _expected(weights)}
+        asked: dict[str, Any] = {"source": known_source(source), "split": split, "expected": _expected(weights, branch)}
         conclude(
             run(paths, reading_asked(channels, pages, max_pixels), **asked, on_progress=Counter("reading images")),
             json_file,
@@ -130,6 +132,7 @@ def check_folders(
     pages: PagesOption = "auto",
     max_pixels: MaxPixels = None,
     weights: Weights = None,
+    branch: Branch = None,
     json_file: JsonFile = None,
 ) -> None:
     """Images with classes, as mae finetune takes them. Exit code 2 where training would refuse or leave images out.
@@ -143,7 +146,7 @@ def check_folders(
 
         progress = Counter("reading images")
         reading = reading_asked(channels, pages, max_pixels)
-        conclude(run(path, reading, expected=_expected(weights), on_progress=progress), json_file)
+        conclude(run(path, reading, expected=_expected(weights, branch), on_progress=progress), json_file)
 
 
 def _checks_elsewhere() -> dict[str, tuple[str, str]]:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from mae_core.cli.arguments import DecoderHeads, Heads
+from mae_core.cli.arguments import Branch, DecoderHeads, Heads
 from mae_core.errors import UserError, user_errors
 
 
@@ -35,6 +35,7 @@ def reconstruct(
     ] = None,
     heads: Heads = None,
     decoder_heads: DecoderHeads = None,
+    branch: Branch = None,
     seed: Annotated[int, typer.Option(help="Seed of the masks.")] = 0,
     most: Annotated[int, typer.Option(min=1, help="Draw at most this many images.")] = 12,
 ) -> None:
@@ -60,6 +61,7 @@ def reconstruct(
             target=target,
             heads=heads,
             decoder_heads=decoder_heads,
+            branch=branch,
             seed=seed,
             most=most,
         )

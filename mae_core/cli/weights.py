@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mae_core.cli.arguments import DecoderHeads, Heads
+from mae_core.cli.arguments import BRANCH_OPTION, Branch, DecoderHeads, Heads
 from mae_core.errors import UserError, user_errors
 
 catalogue = typer.Typer(no_args_is_help=True, help="Published MAE weights: list them, get them.")
@@ -79,6 +79,7 @@ def convert(
     drop: Drop = None,
     heads: Heads = None,
     decoder_heads: DecoderHeads = None,
+    branch: Branch = None,
     check: Check = False,
     report: ReportFile = None,
 ) -> None:
@@ -114,6 +115,8 @@ def convert(
             heads=heads,
             decoder_heads=decoder_heads,
             check=check,
+            branch=branch,
+            asked_as=BRANCH_OPTION,
         )
         account.print(of="the target's")
         if report is not None:
@@ -131,13 +134,15 @@ def inspect(
     file: File,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
     heads: Heads = None,
+    branch: Branch = None,
 ) -> None:
     """Show what a weights file holds: format, architecture, sizes, target, what it can be used for and what it
     lacks."""
     with user_errors():
         from mae_core.weights.tools.inspect import describe_file, inspect_file
 
-        found = inspect_file(file, heads=heads) if as_json else describe_file(file, heads=heads)
+        show = inspect_file if as_json else describe_file
+        found = show(file, heads=heads, branch=branch, asked_as=BRANCH_OPTION)
         typer.echo(json.dumps(found, indent=2, default=str) if as_json else found)
 
 
@@ -152,6 +157,7 @@ def export(
     check: Check = False,
     heads: Heads = None,
     decoder_heads: DecoderHeads = None,
+    branch: Branch = None,
 ) -> None:
     """Write weights for others: a folder of timm or transformers, or the encoder as ONNX.
 
@@ -164,13 +170,22 @@ def export(
         if onnx:
             from mae_core.weights.tools.export import export_encoder
 
-            typer.echo(export_encoder(file, out, heads=heads))
+            typer.echo(export_encoder(file, out, heads=heads, branch=branch, asked_as=BRANCH_OPTION))
             return
         from mae_core.weights.tools.convert import convert_file, summary
 
         if out.suffix:
             raise UserError(f"--out {out} has to be a folder, without a file ending")
-        account, comparison = convert_file(file, chosen[0], out, heads=heads, decoder_heads=decoder_heads, check=check)
+        account, comparison = convert_file(
+            file,
+            chosen[0],
+            out,
+            heads=heads,
+            decoder_heads=decoder_heads,
+            check=check,
+            branch=branch,
+            asked_as=BRANCH_OPTION,
+        )
         for note in account.notes:
             typer.echo(f"note: {note}")
         typer.echo(summary(account, comparison, out))

@@ -127,12 +127,22 @@ Distributed = Annotated[
 ]
 
 
+Branch = Annotated[
+    str | None,
+    Field(
+        description="which encoder of a weights file that holds several: teacher or student, base_encoder or "
+        "momentum_encoder, model or model_ema"
+    ),
+]
+
+
 class TransferConfig(RunConfig):
     """A training that starts from an encoder, or, by request, from nothing."""
 
     weights: Path | None = Field(
         None, description="an encoder.safetensors, a run that has one, or an official MAE file"
     )
+    branch: Branch = None
     from_scratch: bool = Field(False, description="random initialisation instead of weights")
     allow_missing: tuple[str, ...] = Field(
         (),
@@ -144,4 +154,6 @@ class TransferConfig(RunConfig):
     def _weights_or_scratch(self) -> TransferConfig:
         if (self.weights is None) != self.from_scratch:
             raise ValueError("give either weights=FILE or from_scratch=true")
+        if self.branch is not None and self.weights is None:
+            raise ValueError(f"branch={self.branch} chooses an encoder of weights=FILE; set that too, or leave it out")
         return self

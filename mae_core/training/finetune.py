@@ -43,7 +43,7 @@ from mae_core.training.run import Run, check_output, open_run
 from mae_core.training.sharding import shard_if_asked, unsharded
 from mae_core.training.statistics import with_statistics
 from mae_core.weights.encoder_file import EncoderFile
-from mae_core.weights.load import classifier_from, heads_given, read_encoder, with_file
+from mae_core.weights.load import classifier_from, read_encoder, stated_in, with_file
 from mae_core.weights.report import LoadReport
 
 LARGE_RECIPE = "base_lr 1e-3, layer_decay 0.75, drop_path 0.2, 50 epochs"
@@ -84,7 +84,7 @@ def build_model(
         "drop_path": config.model.drop_path,
     }
     if source is None and config.weights is not None:
-        source = read_encoder(config.weights, heads=heads_given(config))
+        source = read_encoder(config.weights, **stated_in(config))
     if source is None:
         model = ViTEncoder(
             config.model.trunk, patch_size=config.model.patch_size, in_chans=config.data.channels, **options
@@ -162,7 +162,7 @@ def check_pairs(config: FinetuneConfig) -> None:
 
 def finetune(config: FinetuneConfig, *, resume: Resume = False) -> dict[str, Any]:
     """Fine-tune and evaluate; returns what metrics.json holds. Raises ``UserError`` for what a user can get wrong."""
-    source = None if config.weights is None else read_encoder(config.weights, heads=heads_given(config))
+    source = None if config.weights is None else read_encoder(config.weights, **stated_in(config))
     config = config if source is None else with_file(source, config)
     resume = check_output(config, resume=resume)
     splits = read_splits(config.data)

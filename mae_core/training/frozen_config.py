@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from mae_core.config.schema import Beta, Count, CropScale, Fraction, Schema, row_of
-from mae_core.config.sections import JobConfig, RunConfig, ScheduleConfig
+from mae_core.config.sections import Branch, JobConfig, RunConfig, ScheduleConfig
 from mae_core.data.config import EvaluationData, LabelledData
 from mae_core.measures.knn import NEIGHBOURS, TEMPERATURE
 from mae_core.measures.robustness import KINDS
@@ -80,6 +80,7 @@ class LinprobeConfig(RunConfig):
     recipes: ClassVar[str] = "linprobe"
     output: Path = Path("runs/linprobe")
     weights: Encoder = None
+    branch: Branch = None
     cache: Path | None = Field(
         None, description="folder for cached features: computed once, without augmentation, then reused"
     )
@@ -106,6 +107,7 @@ class KnnConfig(JobConfig):
 
     output: Path = Path("runs/knn")
     weights: Encoder = None
+    branch: Branch = None
     k: Counts = Field(NEIGHBOURS, min_length=1, description="numbers of neighbours k; each is evaluated")
     temperature: Positive = Field(
         TEMPERATURE, description="a neighbour with cosine similarity s has weight exp(s / temperature)"
@@ -121,6 +123,7 @@ class FeaturesConfig(JobConfig):
 
     output: Path = Path("runs/features")
     weights: Encoder = None
+    branch: Branch = None
     picture: Literal["pca", "tsne", "none"] = Field(
         "pca", description="how the embeddings are projected to two dimensions"
     )
@@ -137,6 +140,7 @@ class EvaluateConfig(JobConfig):
     recipes: ClassVar[str] = "evaluate"
     output: Path = Path("runs/evaluate")
     weights: Path | None = Field(None, description="a classifier.safetensors, a run, or an official fine-tuned file")
+    branch: Branch = None
     kind: Annotated[str, row_of(KINDS)] = Field("folder", description="a row of mae_core.measures.robustness.KINDS")
     model: ClassifierModel = ClassifierModel()
     save_logits: bool = Field(False, description="write logits.npz too: all scores of every image")

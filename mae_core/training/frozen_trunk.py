@@ -15,7 +15,7 @@ from mae_core.models.probe import AttentiveClassifier
 from mae_core.models.sizes import Pooling
 from mae_core.weights.encoder_file import EncoderFile, EncoderInfo
 from mae_core.weights.files import read_weights
-from mae_core.weights.load import fit_state, heads_given, read_encoder, vit_of
+from mae_core.weights.load import fit_state, read_encoder, stated_in, vit_of
 from mae_core.weights.report import LoadReport
 
 QUERIES = "pool.queries"
@@ -27,7 +27,7 @@ def weights_of(config: Any) -> EncoderFile:
     """The file behind the ``weights`` of a configuration. Raises ``UserError`` where none is given."""
     if config.weights is None:
         raise UserError("no weights given; set weights=FILE, such as the encoder.safetensors of a run")
-    return read_encoder(config.weights, heads=heads_given(config))
+    return read_encoder(config.weights, **stated_in(config))
 
 
 def classifier_file(config: Any) -> EncoderFile:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from mae_core.config.schema import Beta, Count, Schema, Size, checked_options, row_of
-from mae_core.config.sections import Distributed, MicroBatch, OptimConfig, RunConfig, TrainedModel
+from mae_core.config.sections import Branch, Distributed, MicroBatch, OptimConfig, RunConfig, TrainedModel
 from mae_core.data.config import PretrainData
 from mae_core.masking import MASKERS, masker_options, num_visible
 from mae_core.patches import PatchGrid
@@ -161,6 +161,7 @@ class PretrainConfig(RunConfig):
     weights: Path | None = Field(
         None, description="start from these: an encoder, alone or with its decoder, of any known format; a new schedule"
     )
+    branch: Branch = None
     adapt: AdaptConfig = AdaptConfig()
     model: TrainedModel = TrainedModel()
     decoder: DecoderConfig = DecoderConfig()
@@ -179,6 +180,8 @@ class PretrainConfig(RunConfig):
 
     @model_validator(mode="after")
     def _adapts_weights(self) -> PretrainConfig:
+        if self.weights is None and self.branch is not None:
+            raise ValueError(f"branch={self.branch} chooses an encoder of weights=FILE; set that too, or leave it out")
         if self.weights is None and self.adapt != AdaptConfig():
             raise ValueError(
                 "adapt applies only to a run that starts from weights; set weights=FILE, or leave adapt out"

@@ -46,6 +46,7 @@ def reconstruct_files(
     target: str | None = None,
     heads: int | None = None,
     decoder_heads: int | None = None,
+    branch: str | None = None,
     seed: int = 0,
     most: int = 12,
 ) -> Path:
@@ -65,7 +66,7 @@ def reconstruct_files(
         check_known(name, MASKERS)
     if target is not None:
         check_known(target, TARGETS)
-    model, statistics = load_with_statistics(weights, target, heads, decoder_heads)
+    model, statistics = load_with_statistics(weights, target, heads, decoder_heads, branch)
     if not model.target.gives_pixels:
         raise UserError(
             f"{weights} predicts {model.target_name}, whose tokenizer has no decoder; there are no pixels to draw"
@@ -119,13 +120,17 @@ def all_rows(
 
 
 def load_with_statistics(
-    weights: Path, target: str | None, heads: int | None = None, decoder_heads: int | None = None
+    weights: Path,
+    target: str | None,
+    heads: int | None = None,
+    decoder_heads: int | None = None,
+    branch: str | None = None,
 ) -> tuple[MaskedAutoencoder, Statistics]:
     """The model, and the mean and std of the pixels it was trained on: the file's, or ImageNet's, as the released
     models'. What is assumed is printed. Raises ``UserError`` where there is no default for these channels."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        source = read_encoder(weights, decoder=True, heads=heads)
+        source = read_encoder(weights, decoder=True, heads=heads, branch=branch, asked_as="--branch {}")
         model = load_mae(source, target=target, decoder_heads=decoder_heads)
     for warning in caught:
         print(f"note: {warning.message}")

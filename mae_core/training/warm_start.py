@@ -16,11 +16,11 @@ from mae_core.training.pretrain_config import PretrainConfig
 from mae_core.weights.encoder_file import EncoderFile
 from mae_core.weights.load import (
     fit_state,
-    heads_given,
     model_facts,
     name_in_mae,
     read_encoder,
     section_with,
+    stated_in,
     with_statistics_of,
     with_stem,
 )
@@ -40,7 +40,7 @@ def started_from(config: PretrainConfig, *, resume: bool) -> tuple[PretrainConfi
     check_start(config, resume=resume)
     if config.weights is None:
         return config, None
-    file = read_encoder(full_model_in(config.weights), image_size=config.data.image_size, heads=heads_given(config))
+    file = read_encoder(full_model_in(config.weights), image_size=config.data.image_size, **stated_in(config))
     file.check_pretrained()
     patch = config.model.patch_size or file.patch_size
     facts = {name: value for name, value in model_facts(file, config.model).items() if name != "patch_size"}

@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mae_core.atomic import atomic_path
-from mae_core.errors import UserError, naming
+from mae_core.errors import UserError
+from mae_core.weights.formats import WRAPPERS
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 SAFETENSORS = ".safetensors"
@@ -30,6 +31,8 @@ PICKLE = ".pkl"
 ZIP_START = b"PK\x03\x04"
 LARGEST_HEADER = 1 << 28
 """Bytes of a safetensors header; more is not one."""
+DEEPEST = 5
+"""Mappings within mappings in which weights are looked for."""
 MOST_TENSORS = 100_000
 """Names in a file; a ViT-H with its decoder has some 600."""
 CHECKSUM = "crc32"
@@ -51,12 +54,6 @@ STARTS = {
     b"\x1f\x8b": "gzip",
 }
 """How a file begins -> what it is."""
-
-WRAPPERS = (
-    "model", "state_dict", "model_state_dict", "module", "net", "network", "model_ema", "state_dict_ema",
-    "ema_state_dict", "ema", "teacher", "student",
-)  # fmt: skip
-"""Keys under which trainers put the weights; where a file has several, the first of them is meant."""
 
 _ARRAY = np.zeros(1)
 _REBUILD: Any = _ARRAY.__reduce__()[0]
@@ -87,6 +84,7 @@ class WeightsFile:
     metadata  as the file has it: of a safetensors file its header, of a torch file what was saved as ``metadata``
     arguments the arguments of the trainer that wrote it, where they lay beside the weights
     notes     wrappers that were taken off
+    branches  keys -> tensors, where several models are in the file; ``state`` is the first of them
     beside    names of what lay beside the weights, such as a trainer's optimizer
     """
 
@@ -96,6 +94,7 @@ class WeightsFile:
     notes: list[str] = field(default_factory=list)
     beside: tuple[str, ...] = ()
     arguments: dict[str, Any] = field(default_factory=dict)
+    branches: dict[tuple[str, ...], dict[str, Tensor]] = field(default_factory=dict)
 
 
 def write_weights(path: Path | str, state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -267,24 +266,33 @@ def _read_torch(path: Path, mapped: bool) -> WeightsFile:
                 "save its state_dict alone, as safetensors"
             ) from None
         raise UserError(broken) from None
-    found = _unwrapped(path, content)
+    found = unwrapped(path, content)
     if zipped and not mapped:
-        found.state = {name: tensor.clone() for name, tensor in found.state.items()}
+        found.branches = {keys: _copied(state) for keys, state in found.branches.items()}
+        found.state = next(iter(found.branches.values())) if found.branches else _copied(found.state)
     return found
 
 
-def _unwrapped(path: Path, content: Any) -> WeightsFile:
-    """The weights in what a file holds, with what it says of them."""
+def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in state.items()}
+
+
+def unwrapped(path: Path, content: Any) -> WeightsFile:
+    """The weights in what a file holds, with what it says of them. Raises ``UserError`` where it holds none."""
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, not named tensors")
-    with naming(path):
-        state, notes, beside = unwrap(content)
-    _check_number(path, state)
+    found = _unwrap(content, (), {})
+    if not found:
+        raise UserError(f"{path}: it holds no tensors, neither under {', '.join(WRAPPERS)} nor at its top level")
+    state, notes, beside = next(iter(found.values()))
+    branches = {keys: row[0] for keys, row in found.items()} if len(found) > 1 else {}
+    for each in branches.values() or [state]:
+        _check_number(path, each)
     arguments, stated = beside.get("args"), beside.get("metadata")
     if isinstance(arguments, argparse.Namespace):
         arguments = vars(arguments)
     metadata, arguments = (dict(each) if isinstance(each, Mapping) else {} for each in (stated, arguments))
-    return WeightsFile(path, state, metadata, notes, tuple(map(str, beside)), arguments)
+    return WeightsFile(path, state, metadata, notes, tuple(map(str, beside)), arguments, branches)
 
 
 def storage_bytes(content: Any) -> int:
@@ -325,7 +333,7 @@ def _read_pickle(path: Path) -> WeightsFile:
         raise UserError(
             f"{path} is truncated or not a pickle of arrays ({type(error).__name__}); copy it again"
         ) from None
-    return _unwrapped(path, _as_tensors(content))
+    return unwrapped(path, _as_tensors(content))
 
 
 def _as_tensors(value: Any) -> Any:
@@ -336,23 +344,21 @@ def _as_tensors(value: Any) -> Any:
     return value
 
 
-def unwrap(content: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str], dict[str, Any]]:
-    """What a torch file holds -> (named tensors, what was unwrapped, what lay beside them). Raises ``UserError`` where
-    it holds no named tensors."""
-    notes: list[str] = []
-    beside: dict[str, Any] = {}
-    while not any(isinstance(value, Tensor) for value in content.values()) or isinstance(
-        content.get(WRAPPERS[0]), Mapping
-    ):
-        found = [key for key in WRAPPERS if isinstance(content.get(key), Mapping)]
-        if not found:
-            raise UserError(f"it holds no tensors, neither under {', '.join(WRAPPERS)} nor at its top level")
-        notes.append(f"unwrapped {found[0]!r}")
-        notes += [f"{key!r} is in the file too and is not used" for key in found[1:]]
-        beside.update({key: value for key, value in content.items() if key != found[0] and key not in WRAPPERS})
-        content = content[found[0]]
+Found = dict[tuple[str, ...], tuple[dict[str, Tensor], list[str], dict[str, Any]]]
+
+
+def _unwrap(content: Mapping[str, Any], keys: tuple[str, ...], beside: Mapping[str, Any]) -> Found:
+    """Keys that lead to named tensors -> (these, what was done, what lay beside them); none, one, or one for each of
+    several models."""
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    if not tensors or isinstance(content.get(WRAPPERS[0]), Mapping):
+        other = {**beside, **{key: value for key, value in content.items() if key not in WRAPPERS}}
+        found: Found = {}
+        for key in WRAPPERS:
+            if isinstance(content.get(key), Mapping) and len(keys) < DEEPEST:
+                found |= _unwrap(content[key], (*keys, key), other)
+        if found or not tensors:
+            return found
     others = sorted(str(name) for name, value in content.items() if not isinstance(value, Tensor))
-    if others:
-        notes.append(f"skipped entries that are not tensors: {', '.join(others[:4])}")
-    return tensors, notes, beside
+    skipped = [f"skipped entries that are not tensors: {', '.join(others[:4])}"] if others else []
+    return {keys: (tensors, [f"unwrapped {key!r}" for key in keys] + skipped, dict(beside))}

@@ -243,6 +243,13 @@ UNILM_BEIT = Layout(
     signs=BLOCK_EXTRAS[2:3],
 )
 
+PROJECTION = "a projection head of the pre-training, not the encoder"
+SELF_DISTILLED = {
+    **dict.fromkeys(("head.[0-9]*", "head.mlp*", "head.last_*"), PROJECTION),
+    "*masked_embed": "iBOT's token for hidden patches, which no encoder takes",
+}
+"""MoCo v3's, DINO's and iBOT's parts beside the encoder."""
+
 FORMATS: dict[str, Format] = {
     row.name: row
     for row in (
@@ -250,7 +257,7 @@ FORMATS: dict[str, Format] = {
             "official",
             "facebookresearch/mae: pre-train, _full, visualize and fine-tuned files",
             (OWN_BARE,),
-            drops=dict.fromkeys(("head.mlp.*", "head.last_layer.*"), "DINO's projection head, not the encoder"),
+            drops=SELF_DISTILLED,
         ),
         Format(
             "mae_core",
@@ -304,6 +311,26 @@ FORMATS: dict[str, Format] = {
     )
 }
 """Name on the command line -> format. Where two formats name an encoder alike, the first row is the one recognised."""
+
+WRAPPERS = (
+    "model", "state_dict", "model_state_dict", "module", "net", "network", "model_ema", "state_dict_ema",
+    "ema_state_dict", "ema_model", "ema", "teacher", "student", "base_encoder", "momentum_encoder", "encoder_q",
+    "encoder_k", "backbone", "encoder", "_forward_module",
+)  # fmt: skip
+"""Keys under which trainers put the weights, and first words of names: distributed training, averaged weights,
+Lightning, the two networks of MoCo, DINO and iBOT."""
+INNER_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_fpw_module.", "_orig_mod.")
+"""What FSDP, activation checkpointing and torch.compile put anywhere into a name."""
+BESIDE = {
+    "predictor.*": "a predictor of the pre-training, not the encoder",
+    **dict.fromkeys(("projector.*", "head.*", "dino_head.*", "ibot_head.*"), PROJECTION),
+    **dict.fromkeys(("queue", "queue_ptr"), "MoCo's queue of negatives"),
+    **dict.fromkeys(("n_averaged", "steps"), "a counter of averaged weights"),
+}
+"""Names beside those of wrapped encoders -> why they are left out."""
+MOCO_V3 = ("base_encoder", "momentum_encoder")
+MOCO_V3_HEADS = {384: 12}
+"""Width of a MoCo v3 encoder -> its attention heads, where they are not those of the size of that width."""
 
 KEPT_APART = {"q_bias": 0, "v_bias": 2}
 """BEiT's biases beside ``qkv.weight`` -> their place among query, key and value; its key bias is zero."""

@@ -32,6 +32,7 @@ from mae_core.weights.parts import LACKING, UNKNOWN, Parts, check_finite, descri
 from mae_core.weights.rename import Reading, is_decoder
 from mae_core.weights.report import LoadReport
 from mae_core.weights.resize import STEM_WARNING, Adaptation, adapt_stem, restandardise_stem, usual_method
+from mae_core.weights.wrappers import ASKED_IN_CONFIG
 from mae_core.weights.writing import write_parts
 
 AnyRun = TypeVar("AnyRun", bound=JobConfig)
@@ -46,17 +47,25 @@ OFFICIAL_DECODER_HEADS = 16
 
 
 def read_encoder(
-    path: Path | str, *, image_size: int | Sequence[int] | None = None, heads: int | None = None, decoder: bool = False
+    path: Path | str,
+    *,
+    image_size: int | Sequence[int] | None = None,
+    heads: int | None = None,
+    decoder: bool = False,
+    branch: str | None = None,
+    asked_as: str = ASKED_IN_CONFIG,
 ) -> EncoderFile:
     """Read the encoder of a weights file of any known format, a run, a checkpoint or a folder of timm or transformers;
     of a full MAE the decoder's tensors come along.
 
     ``image_size`` of the images it is wanted for tells the grid of a file that is not square and does not say.
-    ``heads``: of a file that does not say. ``decoder``: of a run the full model is meant.
+    ``heads``: of a file that does not say. ``decoder``: of a run the full model is meant. ``branch``: which of several
+    encoders; ``asked_as``: how the caller's user writes it.
 
-    Raises ``UserError`` where the file is broken or holds no encoder, and where nothing tells its heads or its grid.
+    Raises ``UserError`` where the file is broken or holds no encoder, or several and ``branch`` names none, and where
+    nothing tells its heads or its grid.
     """
-    parts = open_weights(path, image_size=image_size, heads=heads, decoder=decoder)
+    parts = open_weights(path, image_size=image_size, heads=heads, decoder=decoder, branch=branch, asked_as=asked_as)
     parts.check_decided()
     apart = [name for name in parts.tensors if is_decoder(name) or name.startswith(OWN_ONLY)]
     kept = {name: parts.tensors.pop(name) for name in apart}
@@ -163,9 +172,10 @@ def model_facts(source: EncoderFile, model: Any) -> dict[str, Any]:
     return {**facts, **({"patch_size": trunk.patch_size} if "patch_size" in given else {})}
 
 
-def heads_given(config: Any) -> int | None:
-    """``model.heads`` of a configuration, which states the heads of a file that does not."""
-    return getattr(getattr(config, "model", None), "heads", None)
+def stated_in(config: Any) -> dict[str, Any]:
+    """What a configuration states of its weights that the file does not: ``model.heads``, and which of several encoders
+    (``branch``); options of ``read_encoder``."""
+    return {"heads": getattr(getattr(config, "model", None), "heads", None), "branch": config.branch}
 
 
 # The strict loader.
@@ -270,7 +280,7 @@ def opened_once(source: EncoderFile | Path | str, **options: Any) -> EncoderFile
 
 def _opened(source: EncoderFile | Path | str, **options: Any) -> EncoderFile:
     """``opened_once``, with a warning of what the file does not say and was assumed."""
-    found = opened_once(source, **options)
+    found = opened_once(source, asked_as='branch="{}"', **options)
     for sentence in found.assumptions:
         warnings.warn(f"{found.path}: {sentence}", stacklevel=3)
     return found
@@ -282,11 +292,13 @@ def load_encoder(
     image_size: int | Sequence[int] | None = None,
     in_chans: int | None = None,
     heads: int | None = None,
+    branch: str | None = None,
 ) -> ViTEncoder:
     """The encoder of any known weights file, run directory or checkpoint, in eval mode; positions resized to
     ``image_size``, the patch embedding adapted to ``in_chans`` with a warning. ``heads``: attention heads, for a file
-    that does not say. Raises ``UserError`` where the file does not hold one."""
-    source = _opened(path, image_size=image_size, heads=heads)
+    that does not say. ``branch``: which encoder of a file that holds several, such as "teacher". Raises ``UserError``
+    where the file does not hold one."""
+    source = _opened(path, image_size=image_size, heads=heads, branch=branch)
     if not source.has_norm:
         pooled = "fc_norm.weight" in source.tensors
         kind = "a classifier on mean-pooled patches" if pooled else f"a {source.info.format} file"
@@ -377,15 +389,16 @@ def build_classifier(
     pooling: Pooling = "mean",
     *,
     heads: int | None = None,
+    branch: str | None = None,
     **options: Any,
 ) -> ViTEncoder:
     """A classifier on the encoder of a weights file, for a loop of one's own (paper, A.1).
 
     ``pooling="mean"`` leaves the pre-trained final norm behind and learns a new one after pooling, as the paper does.
-    ``heads``: attention heads of a file that does not say. ``options``: image_size, drop_path. Raises ``UserError``
-    where the file does not fit.
+    ``heads``: attention heads of a file that does not say. ``branch``: which encoder of a file that holds several.
+    ``options``: image_size, drop_path. Raises ``UserError`` where the file does not fit.
     """
-    source = _opened(encoder_file, heads=heads)
+    source = _opened(encoder_file, heads=heads, branch=branch)
     return classifier_from(source, num_classes=num_classes, pooling=pooling, **options)[0]
 
 
@@ -395,16 +408,17 @@ def load_mae(
     target: str | None = None,
     heads: int | None = None,
     decoder_heads: int | None = None,
+    branch: str | None = None,
 ) -> MaskedAutoencoder:
     """Encoder and decoder, in eval mode, of our runs and checkpoints, of official files that have a decoder and of
     transformers' ViTMAE.
 
     ``target`` overrides what the metadata, the trainer's arguments or a config.json name; where none of them names it,
     a warning says what was assumed. ``heads`` and ``decoder_heads``: attention heads, for a file that does not say;
-    where nothing states those of the decoder, a warning says that 16 are assumed. Raises ``UserError`` where the file
-    has no complete decoder.
+    where nothing states those of the decoder, a warning says that 16 are assumed. ``branch``: which of several models
+    in the file. Raises ``UserError`` where the file has no complete decoder.
     """
-    source = _opened(path, heads=heads, decoder=True)
+    source = _opened(path, heads=heads, decoder=True, branch=branch)
     info, tensors = source.info, source.tensors
     width = tensors["decoder_embed.weight"].shape[0]
     decoder = {

@@ -18,9 +18,10 @@ from mae_core.layout import EXPORTED, resolve_weights
 from mae_core.models.sizes import SIZES, ViTSize, heads_of_width
 from mae_core.weights.encoder_file import TRAINER_WORDS, EncoderInfo, info_beside
 from mae_core.weights.files import read_file
-from mae_core.weights.formats import FORMATS
+from mae_core.weights.formats import FORMATS, MOCO_V3, MOCO_V3_HEADS
 from mae_core.weights.parts import Parts, read_parts, sizes_of
 from mae_core.weights.resize import UnknownGrid, positions_of
+from mae_core.weights.wrappers import ASKED_IN_CONFIG
 
 SHARD = re.compile(r"-\d{5}-of-(\d{5})\.")
 HEADS_OPTION = "model.heads=N in a run's configuration, --heads N of mae convert, inspect and export, heads=N in Python"
@@ -34,12 +35,15 @@ def open_weights(
     drop: Sequence[str] = (),
     needless: Sequence[str] = (),
     mapped: bool = False,
+    branch: str | None = None,
+    asked_as: str = ASKED_IN_CONFIG,
     **asked: Any,
 ) -> Parts:
     """Open a weights file of any known format, a run, a checkpoint or a folder of timm or transformers.
 
     ``decoder``: which file of a run is meant, see ``resolve_weights``. ``source``: the format, where it is known;
     otherwise the one that the file states, or that its names show. ``drop``, ``needless``: see ``read_parts``.
+    ``branch``: which encoder of a file that holds several; ``asked_as``: how the caller's user writes it.
     ``asked``: heads, grid, image_size, see ``describe``.
 
     Raises ``UserError`` where the file is broken, of no known format, holds NaN or infinite numbers, or contradicts
@@ -55,8 +59,17 @@ def open_weights(
     if source is None and stated.format in FORMATS:
         source = stated.format
     with naming(path):
-        parts = read_parts(file, source, drop=drop, needless=needless)
+        parts = read_parts(file, source, drop=drop, needless=needless, branch=branch, asked_as=asked_as)
+        stated = stated.completed(_of_its_writer(parts))
         return describe(parts, stated.completed(_of_this_file(info_beside(path), parts)), **asked)
+
+
+def _of_its_writer(parts: Parts) -> EncoderInfo:
+    """What the names tell of who trained it: MoCo v3's ViT-S has twice the heads of other ViT-S."""
+    heads = MOCO_V3_HEADS.get(sizes_of(parts.tensors)["D"]) if {*MOCO_V3} & {*parts.words} else None
+    if heads is not None:
+        parts.report.notes.append(f"{heads} attention heads, as MoCo v3's models of this width have")
+    return EncoderInfo(heads=heads)
 
 
 def _of_this_file(beside: EncoderInfo, parts: Parts) -> EncoderInfo:

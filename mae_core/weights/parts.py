@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
-import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,17 +16,15 @@ from mae_core.weights.encoder_file import EncoderInfo
 from mae_core.weights.files import WeightsFile
 from mae_core.weights.formats import KEPT_APART, OWN_ONLY, SHAPES
 from mae_core.weights.rename import (
-    OUTER_PREFIXES,
     Fit,
     Slot,
-    fit_names,
     is_decoder,
     natural,
-    readings,
     recognise,
     split_index,
 )
 from mae_core.weights.report import LoadReport
+from mae_core.weights.wrappers import ASKED_IN_CONFIG, choose_branch
 
 PRECISIONS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """Of numbers that are weights: no other can be computed with as they are, or say at what scale they are."""
@@ -37,48 +33,14 @@ LACKING = "missing from the file"
 UNKNOWN = "the model has no such tensor"
 
 
-def strip_prefixes(
-    state: Mapping[str, Tensor], source: str | None = None, drop: Sequence[str] = ()
-) -> tuple[dict[str, Tensor], list[str], list[str]]:
-    """Take off what wrappers put before every name, as far as no format (or not ``source``) knows the names with it.
-
-    Returns the state, the prefixes taken off, and the names in the file of what ``drop`` leaves out: its patterns hold
-    for a name as it is in the file and for what is left of it. A prefix that is not a known wrapper's goes too, where
-    all names carry it and a format explains every name behind it.
-    """
-
-    def explained(names: list[str]) -> bool:
-        return any(fit_names(names, reading).cost[0] == 0 for reading in readings(source))
-
-    taken: list[str] = []
-    dropped: list[str] = []
-    state = dict(state)
-    while True:
-        for name in [name for name in state if any(fnmatch.fnmatchcase(name, pattern) for pattern in drop)]:
-            dropped.append("".join(taken) + name)
-            del state[name]
-        if not state or explained(list(state)):
-            return state, taken, dropped
-        first = next(iter(state))
-        for match in list(re.finditer(r"\.", first))[:3]:
-            head = first[: match.end()]
-            if all(name.startswith(head) for name in state) and (
-                head in OUTER_PREFIXES or explained([name.removeprefix(head) for name in state])
-            ):
-                break
-        else:
-            return state, taken, dropped
-        state = {name.removeprefix(head): tensor for name, tensor in state.items()}
-        taken.append(head)
-
-
 @dataclass
 class Parts:
     """An encoder and what came with it under our names, and every fact of it.
 
     file         as it was read
     fit, others  how its names were read, and the formats that name its tensors alike
-    state        its tensors without outer prefixes
+    words        what wraps the encoder in the file: keys and beginnings of names
+    state        its tensors without them
     tensors      our name -> values
     sources      our name -> the names they have in the file
     info         what the file, what lies beside it, and its shapes say
@@ -89,6 +51,7 @@ class Parts:
     file: WeightsFile
     fit: Fit
     others: list[str]
+    words: tuple[str, ...]
     state: dict[str, Tensor]
     report: LoadReport
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -124,22 +87,28 @@ class Parts:
 
 
 def read_parts(
-    file: WeightsFile, source: str | None = None, *, drop: Sequence[str] = (), needless: Sequence[str] = ()
+    file: WeightsFile,
+    source: str | None = None,
+    *,
+    drop: Sequence[str] = (),
+    needless: Sequence[str] = (),
+    branch: str | None = None,
+    asked_as: str = ASKED_IN_CONFIG,
 ) -> Parts:
     """A file's tensors under our names, completely accounted for.
 
-    ``drop``: patterns of tensors that the user wants left out. ``needless``: parts that may be missing. Raises
-    ``UserError`` where a tensor is missing, left over, not finite, or of a shape that contradicts the others.
+    ``drop``: patterns of tensors that the user wants left out. ``needless``: parts that may be missing. ``branch``,
+    ``asked_as``: which of several encoders, see ``choose_branch``. Raises ``UserError`` where a tensor is missing, left
+    over, not finite, or of a shape that contradicts the others.
     """
-    check_not_empty(file.state)
-    report = LoadReport(str(file.path), notes=list(file.notes))
-    state, taken, dropped = strip_prefixes(file.state, source, drop)
-    if taken:
-        report.notes.append(f"removed the prefix {' and '.join(repr(prefix) for prefix in taken)} from every name")
+    found = choose_branch(file, source, drop, branch, asked_as)
+    state = found.state
+    check_not_empty(state)
+    report = LoadReport(str(file.path), notes=[*file.notes, *found.notes])
     fit, others = recognise(list(state), source)
     fit.missing = [name for name in fit.missing if not name.startswith(tuple(needless))]
-    report.unused = {**dict.fromkeys(dropped, LEFT_OUT), **fit.dropped}
-    parts = Parts(file, fit, others, state, report)
+    report.unused = {**dict.fromkeys(found.dropped, LEFT_OUT), **found.beside, **fit.dropped}
+    parts = Parts(file, fit, others, found.words, state, report)
     thirds: dict[str, dict[int, str]] = {}
     for name, (ours, place) in fit.known.items():
         values = state[name]

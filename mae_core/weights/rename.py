@@ -26,8 +26,6 @@ from mae_core.weights.formats import (
 )
 
 INDEX = re.compile(r"\.(\d+)\.")
-OUTER_PREFIXES = ("module.", "_orig_mod.", "model.", "ema_model.", "ema.", "student.", "encoder.")
-"""What wrappers put before every name: DistributedDataParallel, torch.compile, trainers, averaged weights."""
 
 
 def split_index(name: str) -> tuple[str, int | None]:

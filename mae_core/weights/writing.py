@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mae_core.errors import UserError
 from mae_core.weights.encoder_file import EncoderInfo
-from mae_core.weights.files import WeightsFile, unwrap
+from mae_core.weights.files import unwrapped
 from mae_core.weights.formats import BLOCK_EXTRAS, KEPT_APART, OWN_ONLY, Format
 from mae_core.weights.opening import describe
 from mae_core.weights.parts import Parts, missing_decoder, num_parameters, read_parts
@@ -47,20 +47,21 @@ def convert(
     adaptation: Adaptation | None = None,
     drop: Sequence[str] = (),
     heads: int | None = None,
+    branch: str | None = None,
 ) -> tuple[dict[str, Tensor], LoadReport]:
     """Tensors of one format -> (tensors of another, the account of every tensor on both sides).
 
     ``source``: name of a format, or None to recognise it. ``state`` may be wrapped as trainers do. Encoder and decoder
     are converted where both formats hold a decoder, the encoder alone otherwise. ``adaptation``: sizes to change on the
     way. ``drop``: patterns of source tensors to leave out. ``heads``: attention heads; names and shapes alone are
-    converted without them, but they must divide the width. What is only renamed shares its memory with ``state``.
+    converted without them, but they must divide the width. ``branch``: which encoder, where ``state`` holds several.
+    What is only renamed shares its memory with ``state``.
 
     Raises ``UserError`` where a tensor is missing, left over, of a wrong shape, not finite, or means something that the
     target cannot hold.
     """
-    plain, notes, _ = unwrap(state)
-    file = WeightsFile(Path("the tensors"), plain, notes=notes)
-    parts = read_parts(file, source, drop=drop, needless=tuple(format_of(target).lacks))
+    file = unwrapped(Path("the tensors"), state)
+    parts = read_parts(file, source, drop=drop, needless=tuple(format_of(target).lacks), branch=branch)
     wanted = adaptation or Adaptation()
     describe(parts, EncoderInfo(), heads=heads, grid=wanted.grid, image_size=wanted.image_size)
     return convert_parts(parts, target, wanted).tensors, parts.report

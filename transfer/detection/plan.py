@@ -16,7 +16,7 @@ from mae_core.training import distributed
 from mae_core.training.memory import GIB, StepMemory, step_memory
 from mae_core.training.plan import batch_line, rate_line, steps_line
 from mae_core.training.run import Run
-from mae_core.weights.load import heads_given, read_encoder, with_file
+from mae_core.weights.load import read_encoder, stated_in, with_file
 from transfer.detection.config import DetectionConfig
 from transfer.detection.data_sets import read_data
 from transfer.detection.engine import build_network, load_engine
@@ -38,7 +38,7 @@ def print_plan(config: DetectionConfig, devices: int, say: Callable[[str], None]
     """
     engine, source = load_engine(config.engine), None
     if config.weights is not None and zoo_detector(engine, config.weights) is None:
-        source = read_encoder(config.weights, heads=heads_given(config))
+        source = read_encoder(config.weights, **stated_in(config))
         config = with_file(source, config)
     optim = config.optim
     train_set, val_set = read_data(config)

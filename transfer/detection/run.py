@@ -21,7 +21,7 @@ from mae_core.training.loop import FitSettings
 from mae_core.training.run import Run, check_output, open_run
 from mae_core.training.statistics import with_statistics
 from mae_core.weights.files import SAFETENSORS, WeightsFile, read_file
-from mae_core.weights.load import heads_given, read_encoder, with_file
+from mae_core.weights.load import read_encoder, stated_in, with_file
 from transfer.detection.coco import CocoSet, check_same_categories
 from transfer.detection.config import DetectionConfig
 from transfer.detection.data_sets import HALVES, check_images, files_of, read_data, read_halves, shared_files
@@ -48,9 +48,7 @@ def train_detector(config: DetectionConfig, *, resume: Resume = False) -> dict[s
     engine = load_engine(config.engine)
     builder_of(config.model.head, config.engine)
     whole = None if config.weights is None else zoo_detector(engine, config.weights)
-    source = (
-        None if config.weights is None or whole is not None else read_encoder(config.weights, heads=heads_given(config))
-    )
+    source = None if config.weights is None or whole is not None else read_encoder(config.weights, **stated_in(config))
     if source is not None:
         config = with_file(source, config)
     resume = check_output(config, resume=resume)

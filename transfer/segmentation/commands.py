@@ -12,7 +12,7 @@ from mae_core.errors import UserError, user_errors
 
 app = typer.Typer(no_args_is_help=True, help="Semantic segmentation on an encoder, from images and label maps.")
 
-FLAGS = {"weights": "--weights", "output": "--work-dir"}
+FLAGS = {"weights": "--weights", "branch": "--branch", "output": "--work-dir"}
 """Options of ``mae`` that the script has as flags; all others are options of the config."""
 SPELLED = {"data.path": "data_root", "seed": "randomness.seed"}
 """Options that every other recipe of ``mae`` calls so, and what mmseg's configs call them."""

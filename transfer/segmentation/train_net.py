@@ -39,6 +39,7 @@ def train_segmenter(
     config_path: Path | str,
     *,
     weights: Path | str | None = None,
+    branch: str | None = None,
     work_dir: Path | str,
     cfg_options: Mapping[str, Any] | Sequence[str] | None = None,
     resume: Resume = False,
@@ -50,6 +51,7 @@ def train_segmenter(
 
     config_path  a file, or the name of a recipe of configs/segmentation
     weights      any file the loader takes; None trains from scratch
+    branch       which encoder of a file that holds several, such as teacher
     work_dir     the run directory, new or empty unless ``resume``; "auto" continues where there is a checkpoint
     cfg_options  ``key=value`` texts or a mapping, keys as in ``model.backbone.drop_path``; variables of the config too
     amp          mixed precision, whatever the config says; None: what it says
@@ -69,6 +71,7 @@ def train_segmenter(
         return engine.train(
             config_path,
             weights=weights,
+            branch=branch,
             work_dir=work_dir,
             options=options,
             checkpoints=checkpoints,
@@ -135,6 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("config", type=Path, metavar="CONFIG", help="an mmseg config, or the name of one of configs/segmentation")
     add("--weights", type=Path, metavar="FILE", help="encoder.safetensors, a run directory or an official file")
+    add("--branch", metavar="NAME", help="which encoder of a file that holds several: teacher, momentum_encoder, ...")
     add("--work-dir", type=Path, metavar="DIR", help="run directory; runs/segmentation/<config> when left out")
     add("--resume", type=meaning, default=False, metavar="[auto]", help=HELP)
     add(
@@ -168,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if given.eval_only:
             results = evaluate_segmenter(given.config, given.eval_only, **shared)
         else:
-            training = {name: getattr(given, name) for name in ("weights", "resume", "amp", "dry_run")}
+            training = {name: getattr(given, name) for name in ("weights", "branch", "resume", "amp", "dry_run")}
             results = train_segmenter(given.config, **training, **shared)
         report(results, given.config, work_dir, place, wrote_model=not given.eval_only)
 

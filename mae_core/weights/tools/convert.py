@@ -24,6 +24,7 @@ from mae_core.weights.report import LoadReport
 from mae_core.weights.resize import Adaptation
 from mae_core.weights.tools.check import TOLERANCE, Comparison, compare_features
 from mae_core.weights.tools.export import config_of, write_folder
+from mae_core.weights.wrappers import ASKED_IN_CONFIG
 from mae_core.weights.writing import Converted, convert_parts, write_parts
 
 FOLDERS = ("huggingface", "huggingface_5", "timm")
@@ -41,12 +42,15 @@ def convert_file(
     heads: int | None = None,
     decoder_heads: int | None = None,
     check: bool = False,
+    branch: str | None = None,
+    asked_as: str = ASKED_IN_CONFIG,
 ) -> tuple[LoadReport, Comparison | None]:
     """Convert the weights file ``source`` (or a run, checkpoint or exported folder) and write ``out``.
 
     A ``.pth`` or ``.bin`` ending writes a torch file, ``.safetensors`` a safetensors file with metadata, no ending the
-    folder that timm or transformers opens. ``heads``, ``decoder_heads``: of a file that does not say. With ``check``
-    both ends run on the same images first. Raises ``UserError`` for what does not fit, an ``out`` that exists, heads
+    folder that timm or transformers opens. ``heads``, ``decoder_heads``: of a file that does not say. ``branch``: which
+    of several encoders; ``asked_as``: how the caller's user writes it. With ``check`` both ends run on the same images
+    first. Raises ``UserError`` for what does not fit, an ``out`` that exists, heads
     that nothing tells, and a difference above 1e-4; then nothing is written.
     """
     format_of(target)
@@ -63,6 +67,8 @@ def convert_file(
         drop=drop,
         needless=tuple(format_of(target).lacks),
         mapped=True,
+        branch=branch,
+        asked_as=asked_as,
         heads=heads,
         grid=wanted.grid,
         image_size=wanted.image_size,

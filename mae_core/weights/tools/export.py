@@ -17,7 +17,7 @@ from mae_core.models.onnx_export import export_onnx
 from mae_core.models.sizes import ViTSize
 from mae_core.weights.catalogue import LICENCE
 from mae_core.weights.files import write_weights
-from mae_core.weights.load import OFFICIAL_DECODER_HEADS, load_encoder
+from mae_core.weights.load import OFFICIAL_DECODER_HEADS, load_encoder, read_encoder
 from mae_core.weights.parts import Parts
 from mae_core.weights.tools.check import TRANSFORMERS_NAMES
 from mae_core.weights.writing import Converted
@@ -223,12 +223,12 @@ Weights that come from the released MAE files are under {LICENCE}, whatever they
 """
 
 
-def export_encoder(source: Path, out: Path, *, heads: int | None = None) -> str:
-    """``mae export --onnx``: the encoder of any weights file as ONNX; returns a line to print. Raises ``UserError`` as
-    ``export_onnx`` and ``load_encoder`` do."""
+def export_encoder(source: Path, out: Path, **asked: Any) -> str:
+    """``mae export --onnx``: the encoder of any weights file as ONNX; returns a line to print. ``asked``: heads, branch
+    and asked_as, see ``read_encoder``. Raises ``UserError`` as ``export_onnx`` and ``load_encoder`` do."""
     if out.suffix != ".onnx":
         raise UserError(f"--out {out} has to end in .onnx")
-    encoder = load_encoder(source, heads=heads)
+    encoder = load_encoder(read_encoder(source, **asked))
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, encoder.in_channels, *encoder.grid.image_size, generator=generator)
     difference = export_onnx(encoder, images, out)

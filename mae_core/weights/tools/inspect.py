@@ -29,13 +29,14 @@ SHOWN = (
 TRAINING = ("target", "mask_ratio", "epochs", "step")
 
 
-def inspect_file(path: Path | str, *, heads: int | None = None) -> dict[str, Any]:
-    """What a weights file, run, checkpoint or exported folder holds, as JSON values.
+def inspect_file(path: Path | str, **asked: Any) -> dict[str, Any]:
+    """What a weights file, run, checkpoint or exported folder holds, as JSON values. ``asked``: heads, branch and
+    asked_as, see ``open_weights``.
 
     Raises ``UserError`` where loading it would: broken, of no known format (then the nearest is named), more prefix
     tokens than a cls token, NaN or infinite numbers.
     """
-    parts = open_weights(path, heads=heads, mapped=True)
+    parts = open_weights(path, mapped=True, **asked)
     path, info, report, file, tensors = parts.path, parts.info, parts.report, parts.file, parts.tensors
     report.notes += parts.undecided
     sizes = sizes_of(tensors)
@@ -63,7 +64,7 @@ def inspect_file(path: Path | str, *, heads: int | None = None) -> dict[str, Any
         "classes": sizes.get("K", 0),
         "target": info.target or (published.target if published else None),
         "dtype": sorted({str(values.dtype).removeprefix("torch.") for values in tensors.values()}),
-        "tensors": len(file.state),
+        "tensors": len(parts.state),
         "parameters": num_parameters(tensors),
         "metadata": dict(file.metadata),
         "dropped": report.unused,
@@ -87,9 +88,9 @@ def kind_of(tensors: Mapping[str, Any], beside: Collection[str]) -> str:
     return kind + (trainer if "optimizer" in beside else "")
 
 
-def describe_file(path: Path | str, *, heads: int | None = None) -> str:
+def describe_file(path: Path | str, **asked: Any) -> str:
     """``inspect_file`` in lines to read. Raises ``UserError`` as it does."""
-    found = inspect_file(path, heads=heads)
+    found = inspect_file(path, **asked)
     training = ", ".join(f"{name} {value}" for name, value in found["training"].items())
     alike = f" ({', '.join(found['same_names'])} has the same names)" if found["same_names"] else ""
     size = f"ViT-{found['size']}" if found["size"] else "a ViT of no named size"

@@ -68,6 +68,7 @@ def train(
     config_path: Path | str,
     *,
     weights: Path | str | None,
+    branch: str | None = None,
     work_dir: Path | str,
     options: Mapping[str, Any],
     checkpoints: Sequence[Path],
@@ -92,7 +93,7 @@ def train(
         notes.append(f"weights: from {checkpoint}")
         notes += configs.fit_to_run(view, stored_config(checkpoint), checkpoint, list(options))
     elif weights is not None:
-        source = read_encoder(weights)
+        source = read_encoder(weights, branch=branch, asked_as="--branch {}")
         notes += configs.fit_to_weights(view, source, list(options))
     else:
         configs.check_frozen_blocks_have_weights(view)

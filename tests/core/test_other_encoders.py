@@ -1,0 +1,249 @@
+"""Files of other encoders of the field: MoCo v3, DINO, iBOT, supervised ViTs. Each gives the features that timm's or
+torchvision's own model computes, every tensor is accounted for, and what is ambiguous is refused with the option that
+chooses."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from timm.layers import resample_abs_pos_embed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+import mae_core
+from mae_core.cli.main import app
+from mae_core.errors import UserError
+from mae_core.weights.load import read_encoder
+from mae_core.weights.tools.inspect import inspect_file
+
+SIDE = 32
+SIZES = [(SIDE, SIDE), (16, 40)]
+"""The native size and one that is not square."""
+
+
+def vit(**options: Any) -> VisionTransformer:
+    """timm's ViT of six blocks of width 128 with random weights, none of them zero or one."""
+    shape: dict[str, Any] = {"embed_dim": 128, "depth": 6, "num_heads": 4, "num_classes": 0, "global_pool": ""}
+    norm = partial(nn.LayerNorm, eps=1e-6)
+    model = VisionTransformer(img_size=SIDE, patch_size=8, norm_layer=norm, **{**shape, **options})
+    generator = torch.Generator().manual_seed(len(options))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return model.eval()
+
+
+def images(size: tuple[int, int]) -> Tensor:
+    return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(5))
+
+
+@torch.no_grad()
+def tokens_of(model: VisionTransformer, size: tuple[int, int]) -> Tensor:
+    """timm's own tokens, normalised, at any size: the positions resized as the official MAE code does."""
+    grid = (size[0] // 8, size[1] // 8)
+    if grid != model.patch_embed.grid_size:
+        prefix = 0 if model.no_embed_class else 1
+        table = resample_abs_pos_embed(model.pos_embed, list(grid), num_prefix_tokens=prefix, antialias=False)
+        model.pos_embed = nn.Parameter(table)
+        model.patch_embed.img_size, model.patch_embed.grid_size = size, grid
+    return model.forward_features(images(size))
+
+
+def behind(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": tensor for name, tensor in state.items()}
+
+
+HEAD = {
+    "head.0.weight": torch.ones(3, 128),
+    "head.1.running_mean": torch.ones(3),
+    "head.7.num_batches_tracked": torch.tensor(2),
+}
+DINO_HEAD = {"head.mlp.0.weight": torch.ones(4, 128), "head.last_layer.weight_g": torch.ones(3, 1)}
+IBOT_HEAD = {**DINO_HEAD, "head.last_layer2.weight_v": torch.ones(3, 4), "head.last_norm.running_mean": torch.ones(3)}
+
+
+def moco(wanted: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {
+        "epoch": 300,
+        "arch": "vit_base",
+        "state_dict": {
+            **behind("module.base_encoder.", {**other, **HEAD}),
+            **behind("module.momentum_encoder.", {**wanted, **HEAD}),
+            "module.predictor.0.weight": torch.ones(2, 3),
+        },
+        "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}},
+    }
+
+
+def dino(wanted: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {
+        "student": behind("module.", {**behind("backbone.", other), **DINO_HEAD}),
+        "teacher": {**behind("backbone.", wanted), **DINO_HEAD},
+        "epoch": 100,
+        "dino_loss": {"center": torch.zeros(1, 3)},
+    }
+
+
+def ibot(wanted: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Any]:
+    mask = {"backbone.masked_embed": torch.ones(1, 128)}
+    return {
+        "student": behind("module.", {**behind("backbone.", other), **mask, **IBOT_HEAD}),
+        "teacher": {**behind("backbone.", wanted), **mask, **IBOT_HEAD},
+        "ibot_loss": {"center": torch.zeros(1, 3), "center2": torch.zeros(1, 1, 3)},
+    }
+
+
+SEVERAL: dict[str, tuple[Callable[..., dict[str, Any]], str, str]] = {
+    "moco": (moco, "momentum_encoder", "base_encoder"),
+    "dino": (dino, "teacher", "student"),
+    "ibot": (ibot, "teacher", "student"),
+    "deit": (lambda a, b: {"model": b, "model_ema": a, "optimizer": {}}, "model_ema", "model"),
+    "timm": (lambda a, b: {"state_dict": b, "state_dict_ema": a}, "state_dict_ema", "state_dict"),
+    "deepspeed": (lambda a, b: {"module": b, "ema": {"module": a}}, "ema", "module"),
+    "lightning": (
+        lambda a, b: {"state_dict": {**behind("student.backbone.", b), **behind("teacher.backbone.", a)}},
+        "teacher",
+        "student",
+    ),
+    "dinov2": (
+        lambda a, b: {
+            "model": {
+                **behind("student.backbone._fsdp_wrapped_module.", b),
+                **behind("teacher.backbone._fsdp_wrapped_module.", a),
+                "student.dino_head.mlp.0.weight": torch.ones(2, 2),
+            }
+        },
+        "teacher",
+        "student",
+    ),
+}
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", SEVERAL)
+def test_the_encoder_that_is_chosen_gives_timms_features(tmp_path, kind, size):
+    wrap, name, other = SEVERAL[kind]
+    wanted = vit()
+    file = tmp_path / "x.pth"
+    torch.save(wrap(wanted.state_dict(), vit(proj_bias=True).state_dict()), file)
+    encoder = mae_core.load_encoder(file, branch=name, image_size=size)
+    assert (encoder.encode(images(size)) - tokens_of(wanted, size)).abs().max() < 1e-5
+    with pytest.raises(UserError, match=f'holds 2 encoders .*branch="{name}"') as caught:
+        mae_core.load_encoder(file)
+    assert f'branch="{other}"' in str(caught.value)
+    with pytest.raises(UserError, match="has no such encoder; choose one of"):
+        mae_core.load_encoder(file, branch="coach")
+    report = read_encoder(file, branch=name).report
+    apart = {name for name, why in report.unused.items() if why == "of another encoder in the file"}
+    assert len(apart) >= len(wanted.state_dict()) and all(other in name.split(".") for name in apart)
+
+
+def test_all_of_a_chosen_branch_is_accounted_for(tmp_path):
+    state = vit().state_dict()
+    torch.save(moco(state, state), tmp_path / "moco.pth")
+    assert beside(tmp_path / "moco.pth", "base_encoder") == {
+        "module.predictor.0.weight": "a predictor of the pre-training, not the encoder",
+        **dict.fromkeys(HEAD, "a projection head of the pre-training, not the encoder"),
+    }
+    torch.save(ibot(state, state), tmp_path / "ibot.pth")
+    assert beside(tmp_path / "ibot.pth", "student").keys() == {*IBOT_HEAD, "backbone.masked_embed"}
+
+
+def beside(path: Path, branch: str) -> dict[str, str]:
+    unused = read_encoder(path, branch=branch).report.unused
+    return {name: why for name, why in unused.items() if why != "of another encoder in the file"}
+
+
+def test_moco_v3s_small_has_twelve_heads(tmp_path):
+    state = vit(embed_dim=384, num_heads=12, depth=12).state_dict()
+    torch.save(moco(state, state), tmp_path / "moco.pth")
+    torch.save(state, tmp_path / "plain.pth")
+    assert read_encoder(tmp_path / "moco.pth", branch="momentum_encoder").shape.heads == 12
+    assert read_encoder(tmp_path / "plain.pth").shape.heads == 6
+
+
+def mae(*arguments: object, code: int) -> str:
+    result = CliRunner().invoke(app, [str(each) for each in arguments])
+    assert result.exit_code == code, result.output
+    return re.sub(r"\s+", " ", result.output)
+
+
+def test_each_command_names_its_own_option(tmp_path):
+    state = vit().state_dict()
+    file = tmp_path / "dino.pth"
+    torch.save(dino(state, state), file)
+    out = tmp_path / "o.safetensors"
+    for arguments in (
+        ["inspect", file],
+        ["convert", file, "--to", "mae_core", "--out", out],
+        ["export", file, "--timm", "--out", tmp_path / "folder"],
+        ["check", "images", tmp_path, "--weights", file],
+    ):
+        assert "choose one with --branch teacher or --branch student" in mae(*arguments, code=2)
+    assert "of another encoder in the file" in mae("inspect", file, "--branch", "teacher", code=0)
+    mae("convert", file, "--to", "mae_core", "--out", out, "--branch", "teacher", "--check", code=0)
+    for task in ("knn", "linprobe", "finetune", "features", "pretrain"):
+        told = mae(task, f"weights={file}", f"data.path={tmp_path}", f"output={tmp_path / task}", code=2)
+        assert "choose one with branch=teacher or branch=student" in told, told
+    assert inspect_file(out)["format"] == "mae_core"
+    with pytest.raises(UserError, match="it holds a single encoder; leave it out"):
+        mae_core.load_encoder(out, branch="teacher")
+
+
+def in_blocks(word: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {re.sub(r"(blocks\.\d\.)", rf"\1{word}", name): tensor for name, tensor in state.items()}
+
+
+WRAPPED: dict[str, Callable[[dict[str, Tensor]], dict[str, Any]]] = {
+    "distributed": lambda s: {"state_dict": behind("module.", s)},
+    "compiled": lambda s: behind("_orig_mod.", s),
+    "lightning": lambda s: {"state_dict": behind("model.", s), "pytorch-lightning_version": "2"},
+    "lightning_encoder": lambda s: {"state_dict": behind("model.encoder.", s)},
+    "deepspeed": lambda s: {"module": behind("module.", s), "optimizer": None},
+    "fsdp": lambda s: {"model": behind("_fsdp_wrapped_module.", in_blocks("_fsdp_wrapped_module.", s))},
+    "checkpointed": lambda s: in_blocks("_checkpoint_wrapped_module.", s),
+    "average": lambda s: {"ema_model": {**behind("module.", s), "n_averaged": torch.tensor(7)}},
+    "one_branch_of_two": lambda s: {"student": {"fc.weight": torch.ones(2, 2)}, "teacher": s},
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_what_trainers_wrap_around_an_encoder_is_taken_off(tmp_path, kind):
+    model = vit()
+    torch.save(WRAPPED[kind](model.state_dict()), tmp_path / "x.pth")
+    encoder = mae_core.load_encoder(tmp_path / "x.pth")
+    assert (encoder.encode(images((SIDE, SIDE))) - tokens_of(model, (SIDE, SIDE))).abs().max() < 1e-5
+    notes = " ".join(read_encoder(tmp_path / "x.pth").report.notes)
+    assert "unwrapped" in notes or "removed" in notes
+
+
+def test_flat_shards_of_fsdp_are_named(tmp_path):
+    torch.save({"model": {"_fsdp_wrapped_module._flat_param": torch.ones(9)}}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=r"a shard of FSDP.*full_state_dict=True"):
+        mae_core.load_encoder(tmp_path / "x.pth")
+
+
+IN_MOMENTUM = "module.momentum_encoder.blocks.1."
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        (lambda s: s.pop(f"{IN_MOMENTUM}attn.proj.weight"), "blocks.1.attn.proj.weight: missing"),
+        (lambda s: s.update({f"{IN_MOMENTUM}mlp.fc3.weight": torch.ones(2)}), "fc3.weight: the model has no"),
+    ],
+)
+def test_a_damaged_branch_is_refused(tmp_path, change, told):
+    state = vit().state_dict()
+    content = moco(state, state)
+    change(content["state_dict"])
+    torch.save(content, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=told):
+        mae_core.load_encoder(tmp_path / "x.pth", branch="momentum_encoder")
