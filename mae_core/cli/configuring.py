@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Annotated, Any
@@ -29,6 +30,31 @@ SAME = {"classify": "finetune", "detection": "detect", "segmentation": "segment"
 PAPER = {"pretrain": "base", "finetune": "base_table9", "linprobe": "base", "detect": "mask_rcnn_vit_base"}
 """Commands -> the recipe with the paper's values of ViT-B."""
 KINDS = ("pretrain", "finetune", "linprobe", "evaluate", "detection", "segmentation")
+
+
+def published(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Which command a run's options, by dotted key, are of, and the values of the paper's recipe for its ViT; none
+    where the paper has none."""
+    from mae_core.config.load import flattened, load_config
+    from mae_core.config.recipes import recipe_names
+    from mae_core.config.schema import leaf_names
+
+    shares = {}
+    for name in SCHEMAS:
+        options = {*leaf_names(schema_of(name))}
+        shares[name] = len(options & config.keys()) / max(len(options | config.keys()), 1)
+    command = max(shares, key=lambda name: shares[name])
+    if shares[command] < 0.5:
+        return ("segment", {}) if "optim_wrapper.type" in config else ("unknown", {})
+    schema = schema_of(command)
+    if command not in PAPER:
+        return command, {}
+    sized = PAPER[command].replace("base", str(config.get("model.size", "base")))
+    recipe = sized if sized in recipe_names(schema.recipes) else PAPER[command]
+    needed = ["from_scratch=true"] if "from_scratch" in schema.model_fields else []
+    needed += ["weights=FILE"] if "weights" in needed else []
+    return command, flattened(load_config(schema, recipe, needed).model_dump(mode="json"))
+
 
 Command = Annotated[str, typer.Argument(metavar="COMMAND", help=", ".join(SCHEMAS))]
 

@@ -14,7 +14,7 @@ from mae_core.cli.classification import classify, evaluate, features, finetune, 
 from mae_core.cli.configuring import config
 from mae_core.cli.data import shrink
 from mae_core.cli.looking import map_features, reconstruct
-from mae_core.cli.running import doctor, replay, slurm, verify_resume
+from mae_core.cli.running import compare_runs, doctor, replay, report, slurm, verify_resume
 from mae_core.cli.tasks import task_groups
 from mae_core.cli.weights import catalogue, convert, export, inspect
 from mae_core.errors import user_errors
@@ -141,6 +141,8 @@ app.command()(doctor)
 app.command()(replay)
 app.command("verify-resume", cls=Configured)(verify_resume)
 app.command(cls=Configured)(slurm)
+app.command()(report)
+app.command("compare-runs")(compare_runs)
 app.command()(shrink)
 for configured in (finetune, linprobe, knn, features, evaluate):
     app.command(cls=Configured)(configured)

@@ -1,14 +1,16 @@
-"""Commands about runs and the machines they run on: doctor, verify-resume, replay, slurm."""
+"""Commands about runs and the machines they run on: doctor, verify-resume, replay, slurm, report,
+compare-runs."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Annotated
 
 import typer
 
 from mae_core.cli.arguments import ConfigAndOverrides, read_arguments, split_arguments
-from mae_core.cli.configuring import command_of, locate, schema_of
+from mae_core.cli.configuring import command_of, locate, published, schema_of
 from mae_core.errors import UserError, user_errors
 
 TRAINS = {
@@ -102,3 +104,37 @@ def slurm(
         job = job_of(path.stem, config, nodes, gpus, cpus, time, grace, option or [])
         recipe = given if given is not None and Path(given).is_file() else name_of(path)
         typer.echo(batch_file(job, ["mae", *TRAINS[kind], recipe, *overrides, "--resume", "auto"]), nl=False)
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories of any task, finished or not.")],
+    out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("runs.html"),
+) -> None:
+    """Write one HTML page about runs, side by side: curves, pictures, events, what differs from the paper's recipe and
+    between them, environment.
+
+    Example: mae report runs/mine runs/other --out runs.html
+    """
+    with user_errors():
+        page, paper = (resolve_name(f"transfer.report.runs:{name}") for name in ("write_runs_report", "Published"))
+        typer.echo(f"wrote {page(runs, out, lambda options: paper(*published(options)))}")
+
+
+def compare_runs(
+    one: Annotated[Path, typer.Argument(help="A run directory.")],
+    other: Annotated[Path, typer.Argument(help="Another.")],
+    tolerance: Annotated[float, typer.Option(min=0, help="Relative difference of numbers that counts as none.")] = 0.0,
+) -> None:
+    """Name the first difference of two runs in configuration, data, logged numbers and weights. Exit code 0 where they
+    are equal, 1 where they differ.
+
+    Example: mae compare-runs runs/mine runs/again
+    """
+    with user_errors():
+        from mae_core.training.compare_runs import compare_runs as run
+
+        found = run(one, other, tolerance=tolerance)
+        for part, same, text in found:
+            typer.echo(f"{'same' if same else 'DIFFERS':>7}  {part}: {text}")
+        if not all(difference.same for difference in found):
+            raise typer.Exit(1)
