@@ -61,6 +61,7 @@ PRINTED_BY: dict[str, tuple[str, ...]] = {
     "mae_core/cli/data.py": ("shrink",),
     "mae_core/cli/looking.py": ("reconstruct",),
     "mae_core/cli/main.py": ("fit-pca",),
+    "mae_core/cli/running.py": ("slurm", "report"),
     "mae_core/cli/configuring.py": ("config-show",),
     "mae_core/cli/weights.py": ("inspect", "convert", "export"),
     "mae_core/config/sections.py": ("finetune", "detect"),
@@ -100,6 +101,7 @@ PRINTED_BY: dict[str, tuple[str, ...]] = {
     "mae_core/training/loop.py": RUNS,
     "mae_core/training/lock.py": RUNS,
     "mae_core/training/resuming_proof.py": ("verify-resume",),
+    "mae_core/training/slurm.py": ("slurm",),
     "mae_core/training/": ("pretrain",),
     "mae_core/weights/catalogue.py": ("weights-get",),
     "mae_core/weights/tools/": ("convert",),
@@ -119,6 +121,7 @@ PRINTED_BY: dict[str, tuple[str, ...]] = {
     "transfer/segmentation/commands.py": ("mae-segment",),
     "transfer/segmentation/config.py": ("segment", "segment-predict"),
     "transfer/segmentation/": ("segment",),
+    "transfer/report/runs.py": ("report",),
     "transfer/": ("detect",),
 }
 """Start of a file's name -> the commands that print its messages; the first start that fits counts."""
@@ -127,8 +130,9 @@ SECTIONS = sorted({name.split(".")[0] for schema in SCHEMAS.values() for name in
 FLAG = re.compile(r"(?<![\w.-])--[a-z][a-z_-]+")
 KEY = re.compile(rf"(?<![\w./{{])(?:{'|'.join(SECTIONS)})(?:\.[a-z_0-9]+)+(?![\w(.])|(?<![\w.(-])[a-z_]+(?==[\w\[{{])")
 OF_OTHERS = {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--help", "--shm-size"}
+OF_OTHERS |= {"--requeue", "--wait", "--kill-on-bad-exit", "--cpus-per-task", "partition"}
 OF_OTHERS |= {"key", "log.jsonl", "data.yaml", "model.safetensors", "bytes", "k", "norm_layer", "pretrained"}
-"""torchrun's, those of other libraries, and words that only look like options."""
+"""torchrun's and Slurm's, those of other libraries, and words that only look like options."""
 ONE_OF_THEM = (
     "mae_core/cli/",
     "mae_core/weights/",

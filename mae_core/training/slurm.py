@@ -37,8 +37,7 @@ def translate(environment: MutableMapping[str, str]) -> None:
     missing = [name for name in (*NAMES, "SLURM_NODELIST") if name not in environment]
     if missing:
         raise UserError(
-            f"{', '.join(missing)} is not set: Slurm did not start this process; put srun before the command, or leave "
-            "--launcher out"
+            f"{', '.join(missing)} is not set: Slurm did not start this process; put srun before the command"
         )
     for theirs, ours in NAMES.items():
         environment[ours] = environment[theirs]
