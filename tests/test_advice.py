@@ -58,7 +58,7 @@ PRINTED_BY: dict[str, tuple[str, ...]] = {
     "mae_core/cli/arguments.py": ("pretrain",),
     "mae_core/cli/tasks.py": ("detect-predict", "segment-predict"),
     "mae_core/cli/checking.py": ("check-images", "data-stats"),
-    "mae_core/cli/data.py": ("shrink",),
+    "mae_core/cli/data.py": ("shrink", "bench-data"),
     "mae_core/cli/looking.py": ("reconstruct",),
     "mae_core/cli/main.py": ("fit-pca",),
     "mae_core/cli/running.py": ("slurm", "report"),
@@ -67,6 +67,7 @@ PRINTED_BY: dict[str, tuple[str, ...]] = {
     "mae_core/config/sections.py": ("finetune", "detect"),
     "mae_core/config/": ("pretrain", "finetune", "detect"),
     "mae_core/data/loading.py": ("pretrain",),
+    "mae_core/data/rates.py": ("bench-data",),
     "mae_core/data/check.py": ("check-images", "check-folders", "check-coco", "check-labels"),
     "mae_core/data/survey.py": ("check-images", "data-stats"),
     "mae_core/data/labelled.py": ("finetune",),
@@ -160,7 +161,10 @@ ELSEWHERE: dict[str, set[str]] = {
     "detect": {"train.max_iter", "train.init_checkpoint", "train.output_dir"},
     "segment": set(SEGMENT_KEYS),
     "mae-segment": {"weights", "from_scratch", "precision", "output", "data.path", "--resume", "--out", "--to"},
-    **{name: set(leaf_names(PretrainConfig)) for name in ("check-images", "check-folders", "data-stats", "shrink")},
+    **{
+        name: set(leaf_names(PretrainConfig))
+        for name in ("check-images", "check-folders", "data-stats", "shrink", "bench-data")
+    },
 }
 """Keys of detectron2's LazyConfigs and of mmseg's configs; a check speaks of the options of the training."""
 

@@ -1,4 +1,4 @@
-"""``mae shrink``: a smaller copy of a set of images."""
+"""``mae shrink``: a smaller copy of a set of images; ``mae bench-data``: how fast they are read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
+from mae_core.cli.arguments import ConfigAndOverrides, read_arguments, split_arguments
 from mae_core.cli.checking import Source, Split, known_source, reading_asked
+from mae_core.cli.configuring import command_of, locate, schema_of
 from mae_core.errors import UserError, user_errors
 
 
@@ -52,3 +54,30 @@ def shrink(
         )
         for line in found.lines(out):
             typer.echo(line)
+
+
+def bench_data(
+    arguments: ConfigAndOverrides = None,
+    rate: Annotated[float, typer.Option(min=1e-3, help="Images per second that a GPU trains.")] = 1000.0,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Of each measured number of processes.")] = 2.0,
+    command: Annotated[
+        str | None, typer.Option("--for", help="The command that it is for, where its folder does not say that.")
+    ] = None,
+) -> None:
+    """Measure the loader of a recipe, without a model: images per second by stage (read, decode, augment, collate) and
+    by number of processes, and how many a GPU of a rate needs. Writes nothing.
+
+    Example: mae bench-data pretrain/tiny_96 data.path=images --rate 2000
+    """
+    with user_errors():
+        given, overrides = split_arguments(arguments)
+        path = locate(given, command)
+        schema = schema_of(command_of(path, command))
+        named = {word.partition("=")[0] for word in overrides}
+        needed = [] if "output" in named else ["output=unused"]
+        if "from_scratch" in schema.model_fields and not named & {"weights", "from_scratch"}:
+            needed.append("weights=unused")
+        config = read_arguments(schema, [str(path), *overrides, *needed])
+        from mae_core.training.bench_data import bench_data as run
+
+        run(config, rate, seconds=seconds, say=typer.echo)

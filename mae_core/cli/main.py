@@ -12,7 +12,7 @@ from mae_core.cli.arguments import ConfigAndOverrides, Configured, DryRun, Resum
 from mae_core.cli.checking import check, data_stats
 from mae_core.cli.classification import classify, evaluate, features, finetune, knn, linprobe
 from mae_core.cli.configuring import config
-from mae_core.cli.data import shrink
+from mae_core.cli.data import bench_data, shrink
 from mae_core.cli.looking import map_features, reconstruct
 from mae_core.cli.running import compare_runs, doctor, replay, report, slurm, verify_resume
 from mae_core.cli.tasks import task_groups
@@ -144,6 +144,7 @@ app.command(cls=Configured)(slurm)
 app.command()(report)
 app.command("compare-runs")(compare_runs)
 app.command()(shrink)
+app.command("bench-data", cls=Configured)(bench_data)
 for configured in (finetune, linprobe, knn, features, evaluate):
     app.command(cls=Configured)(configured)
 app.command()(inspect)

@@ -10,6 +10,9 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from mae_core.config.schema import Count, CropScale, Fraction, Schema, Size
 from mae_core.data.reading import MAX_PIXELS, Pages, Reading
 
+Workers = Annotated[int, Field(ge=0)] | Literal["auto"]
+"""A number of processes, or to measure which is best."""
+
 
 class ImagesConfig(Schema):
     """How images are read, in every task."""
@@ -36,7 +39,9 @@ class ImagesConfig(Schema):
         description="files of several pages: bands: the pages are the channels of one image; first: "
         "only the first page is read",
     )
-    workers: Annotated[int, Field(ge=0)] = Field(2, description="processes that read images, per rank")
+    workers: Workers = Field(
+        2, description="processes that read images, per rank; auto: measured once, as few as read near the best rate"
+    )
     on_error: Literal["skip", "raise"] = Field(
         "skip",
         description="skip: unreadable images are named, skipped and counted; raise: all images are "

@@ -111,7 +111,12 @@ class StepSampler(Sampler[list[Place]]):
 
 
 def make_loader(
-    dataset: Dataset[Any], sampler: Sampler[Any], collate: Callable[[list[Any]], Any], *, workers: int, pin: bool
+    dataset: Dataset[Any],
+    sampler: Sampler[Any],
+    collate: Callable[[list[Any]], Any],
+    *,
+    workers: int,
+    pin: bool = False,
 ) -> DataLoader[Any]:
     """A DataLoader over ``sampler``; worker processes leave no trace in what it yields, nor in a ``UserError`` of
     ``collate``."""

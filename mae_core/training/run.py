@@ -20,8 +20,10 @@ import mae_core
 from mae_core.atomic import atomic_path, said_plainly, write_json, write_text
 from mae_core.config.load import config_differences, dump_config, load_config
 from mae_core.config.sections import JobConfig, RunConfig
+from mae_core.data.config import Workers
 from mae_core.data.images import Unreadable, refuse_unreadable
 from mae_core.data.loading import StepSampler, make_loader
+from mae_core.data.rates import AT_ONCE, SECONDS, best_number, candidates, cores, loader_rate
 from mae_core.errors import UserError
 from mae_core.layout import (
     ATTENTIVE,
@@ -47,6 +49,7 @@ from mae_core.training.sharding import load_model, load_optimizer, whole
 from mae_core.training.statistics import with_stored_statistics
 from mae_core.weights.files import write_weights
 
+AUTO = "auto"
 ROOM = (
     "free disk space or restore write permission; earlier checkpoints are complete, and --resume continues from the "
     "last one"
@@ -282,10 +285,13 @@ class Run:
         total_steps: int,
         start_step: int = 0,
         repeats: int = 1,
-        workers: int | None = None,
+        workers: Workers | None = None,
     ) -> DataLoader[Any]:
         """Batches of this rank's share of ``images``, by (epoch, index), ``optim.batch_size`` a step over all ranks.
         ``workers``: those of the configuration when None."""
+        workers = self.config.data.workers if workers is None else workers
+        if workers == AUTO:
+            workers = self._measured_workers(images, collate)
         steps = {"total_steps": total_steps, "start_step": start_step, "repeats": repeats}
         place = {"rank": self.rank, "world": self.world}
         sampler = StepSampler(len(images), self.config.optim.batch_size, self.config.seed, **steps, **place)
@@ -297,7 +303,7 @@ class Run:
         collate: Collate,
         batch: int,
         *,
-        workers: int | None = None,
+        workers: Workers | None = None,
         indices: Sequence[int] | None = None,
     ) -> DataLoader[Any]:
         """Batches of this rank's share of ``images``, or of those of ``indices``: each on one rank, once, in order.
@@ -305,9 +311,27 @@ class Run:
         mine = (range(len(images)) if indices is None else indices)[self.rank :: self.world]
         return self._loader(images, BatchSampler(mine, batch, drop_last=False), collate, workers)
 
-    def _loader(self, images: Any, sampler: Any, collate: Collate, workers: int | None) -> DataLoader[Any]:
-        workers = self.config.data.workers if workers is None else workers
-        return make_loader(images, sampler, collate, workers=workers, pin=self.device.type == "cuda")
+    def _measured_workers(self, images: Any, collate: Collate) -> int:
+        """The number of processes for ``data.workers=auto``, the same on all ranks, which all measure at once; it is
+        put into the configuration of the run and its config.yaml."""
+        most = cores() - 1 if self.device.type == "cuda" else min(2, cores())  # a CPU has more to do than to read
+        found: dict[int, float] = {}
+        for number in candidates(most):
+            rates = distributed.gather(loader_rate(images, collate, number, batch=AT_ONCE, seconds=SECONDS))
+            found[number] = min(rates)
+        chosen = best_number(found)
+        data = self.config.data.model_copy(update={"workers": chosen})
+        self.config = self.config.model_copy(update={"data": data})
+        if self.is_main:
+            write_text(self.folder / CONFIG, dump_config(self.config))
+        measured = ", ".join(f"{number}: {rate:.0f}" for number, rate in found.items())
+        self.say(f"data.workers: {chosen} (images/s a rank by number of processes: {measured})")
+        return chosen
+
+    def _loader(self, images: Any, sampler: Any, collate: Collate, workers: Workers | None) -> DataLoader[Any]:
+        asked: Workers = self.config.data.workers if workers is None or workers == AUTO else workers
+        number = cores() if asked == "auto" else asked
+        return make_loader(images, sampler, collate, workers=number, pin=self.device.type == "cuda")
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
         """Load the last whole checkpoint -> steps done, 0 where the run is not a resumed one; the log forgets what came
@@ -371,6 +395,7 @@ class Run:
 def open_run(config: JobConfig, *, resume: bool, names: Sequence[str] | None = None) -> Run:
     """Claim the run directory and write its config.yaml, environment.json and, of the ``names`` of the images,
     data.json; see ``check_output`` and ``check_data`` for what is refused."""
+    config = with_stored_workers(config) if resume else config
     data = None if names is None else fingerprint(names)
     if resume and data is not None:
         check_data(config, data)
@@ -380,6 +405,16 @@ def open_run(config: JobConfig, *, resume: bool, names: Sequence[str] | None = N
     distributed.on_main(lambda: _claim_folder(run, data), is_main=place.is_main)
     run.say(f"precision: {run.computes_in}")
     return run
+
+
+def with_stored_workers(config: JobConfig) -> JobConfig:
+    """``config`` with the number that a run has found for ``data.workers=auto``, where its config.yaml has one."""
+    data: Any = getattr(config, "data", None)
+    if getattr(data, "workers", None) != AUTO or not (config.output / CONFIG).is_file():
+        return config
+    stored: Any = load_config(type(config), config.output / CONFIG)
+    data = data.model_copy(update={"workers": stored.data.workers})
+    return config.model_copy(update={"data": data})
 
 
 def _claim_folder(run: Run, data: Mapping[str, Any] | None) -> None:

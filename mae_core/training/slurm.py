@@ -14,7 +14,7 @@ from mae_core.errors import EXIT_PREEMPTED, UserError
 NAMES = {"SLURM_PROCID": "RANK", "SLURM_NTASKS": "WORLD_SIZE", "SLURM_LOCALID": "LOCAL_RANK"}
 """What Slurm calls the things that torch reads."""
 DEFAULT_WORKERS = 7
-"""Loading processes of a training whose configuration is not read."""
+"""Loading processes of a training whose configuration does not say how many."""
 FIRST_PORT, PORTS = 15000, 10000
 """Where the ranks meet unless MASTER_PORT says otherwise: a port of the job's number, as jobs may share a node."""
 KILLED_BY_USR1 = 138
@@ -109,7 +109,7 @@ def job_of(
     if not re.fullmatch(r"[\d:-]+", time):
         raise UserError(f"--time {time} is not a time; write minutes, HH:MM:SS or D-HH:MM:SS")
     pairs = tuple((key, value) for key, _, value in (option.partition("=") for option in options))
-    workers = DEFAULT_WORKERS if config is None else config.data.workers
+    workers = DEFAULT_WORKERS if config is None or config.data.workers == "auto" else config.data.workers
     job = Job(name, nodes, gpus, cpus or workers + 1, time, grace, pairs)
     if config is not None:
         check_repeats(config.optim.batch_size, job.ranks, getattr(config.data, "repeats", 1))

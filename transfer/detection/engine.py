@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import nn
 from torch.utils.data import DataLoader
 
+from mae_core.data.config import Workers
 from mae_core.data.images import Statistics, Unreadable, statistics_of
 from mae_core.errors import UserError
 from mae_core.patches import as_pair
@@ -64,7 +65,14 @@ class Detect(Protocol):
     """What ``model`` finds in the images of ``indices``, in original pixels, and the images that could not be read."""
 
     def __call__(
-        self, model: nn.Module, images: WholeImages, run: Run, indices: Sequence[int], *, batch_size: int, workers: int
+        self,
+        model: nn.Module,
+        images: WholeImages,
+        run: Run,
+        indices: Sequence[int],
+        *,
+        batch_size: int,
+        workers: Workers,
     ) -> tuple[list[Detections], list[Unreadable]]: ...
 
 

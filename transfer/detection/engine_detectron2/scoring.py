@@ -13,6 +13,7 @@ from detectron2.structures import Instances
 from torch import nn
 
 from mae_core.atomic import write_text
+from mae_core.data.config import Workers
 from mae_core.data.images import Unreadable
 from mae_core.training import distributed
 from mae_core.training.run import Run
@@ -31,7 +32,9 @@ EVALUATION = "evaluation"
 class WholeRecords:
     """Batches of records of whole images, this rank's share, for inference; unreadable images are left out."""
 
-    def __init__(self, images: WholeImages, run: Run, indices: Sequence[int], batch_size: int, workers: int) -> None:
+    def __init__(
+        self, images: WholeImages, run: Run, indices: Sequence[int], batch_size: int, workers: Workers
+    ) -> None:
         plain = images.with_statistics(plain_pixels(len(images.statistics.mean)))
         self.loader = run.loader(plain, collate_readable, batch_size, workers=workers, indices=indices)
         self.coco = images.coco
@@ -87,7 +90,7 @@ def detections_of(instances: Instances, index: int) -> Detections:
 
 
 def detect(
-    model: nn.Module, images: WholeImages, run: Run, indices: Sequence[int], *, batch_size: int, workers: int
+    model: nn.Module, images: WholeImages, run: Run, indices: Sequence[int], *, batch_size: int, workers: Workers
 ) -> tuple[list[Detections], list[Unreadable]]:
     """What ``model`` finds in the images of ``indices``, in original pixels, and the images that could not be read."""
     return _infer(model, WholeRecords(images, run, indices, batch_size, workers), run, [])[:2]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mae_core.data.config import Workers
 from mae_core.data.images import Unreadable, spread_indices
 from mae_core.training import distributed
 from mae_core.training.averaging import attach_average
@@ -33,7 +34,7 @@ def detection_losses(model: nn.Module, batch: DetectionBatch) -> dict[str, Tenso
 
 @torch.inference_mode()
 def detect(
-    model: nn.Module, images: WholeImages, run: Run, indices: Sequence[int], *, batch_size: int, workers: int
+    model: nn.Module, images: WholeImages, run: Run, indices: Sequence[int], *, batch_size: int, workers: Workers
 ) -> tuple[list[Detections], list[Unreadable]]:
     """What ``model`` finds in the images of ``indices``, in original pixels, and the images that could not be read.
 
