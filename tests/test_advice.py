@@ -26,6 +26,7 @@ from mae_core.training.pretrain import pretrain
 from mae_core.training.pretrain_config import PretrainConfig
 from mae_core.training.tokenizer_config import TokenizerConfig
 from mae_core.training.watch import split_images
+from transfer.compare.config import CompareConfig
 from transfer.detection.config import DetectionConfig
 from transfer.segmentation.config import variables_of
 
@@ -40,6 +41,7 @@ SCHEMAS = {
     "features": FeaturesConfig,
     "evaluate": EvaluateConfig,
     "detect": DetectionConfig,
+    "compare": CompareConfig,
 }
 SCRIPTS = {
     "detect": "detection/train_net",
@@ -107,6 +109,7 @@ PRINTED_BY: dict[str, tuple[str, ...]] = {
     "mae_core/weights/catalogue.py": ("weights-get",),
     "mae_core/weights/tools/": ("convert",),
     "mae_core/weights/": ("inspect", "convert", "export", "reconstruct"),
+    "transfer/compare/": ("compare", "finetune", "pretrain", "detect", "segment"),
     "transfer/detection/commands.py": ("detect", "detect-predict"),
     "transfer/detection/labels/cutting.py": ("labels-tile",),
     "transfer/detection/labels/": ("labels-convert", "detect"),
@@ -137,6 +140,7 @@ OF_OTHERS |= {"key", "log.jsonl", "data.yaml", "model.safetensors", "bytes", "k"
 ONE_OF_THEM = (
     "mae_core/cli/",
     "mae_core/weights/",
+    "transfer/compare/",
     "transfer/segmentation/config.py",
     "transfer/detection/commands.py",
     "transfer/detection/labels/",

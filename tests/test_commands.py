@@ -19,7 +19,7 @@ from mae_core.weights.files import write_weights
 COMMANDS = (
     *("pretrain", "fit-pca", "train-tokenizer", "finetune", "linprobe", "knn", "features", "evaluate"),
     *("reconstruct", "inspect", "convert", "export", "digits", "data-stats"),
-    *("shrink", "doctor", "verify-resume", "replay", "slurm", "map", "report", "compare-runs", "bench-data"),
+    *("shrink", "doctor", "verify-resume", "replay", "slurm", "map", "report", "compare-runs", "bench-data", "compare"),
 )
 SCRATCH = ("from_scratch=true", "model.size=nano", "model.patch_size=8", "data.image_size=32", "data.workers=0")
 

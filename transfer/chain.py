@@ -13,7 +13,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +25,14 @@ from mae_core.layout import ENCODER, ENVIRONMENT, LOADING, LOG, METRICS, PICTURE
 from mae_core.training.progress import clock
 from transfer.report import Curve, Picture, Report, TaskResult, write_report
 from transfer.segmentation.segmenter_file import LAST_CHECKPOINT
+from transfer.warm_processes import AVAILABLE, run_warm
 
 ROOT = Path(__file__).resolve().parents[1]
 ARMS = SCRATCH, PRETRAINED = ("scratch", "pre-trained")
 MOST_ABREAST = 4
 SECONDS_BETWEEN_LINES = 15
 RESUME = "--resume"
+LAST_LINES = 20
 QUIET = {"PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore", "COLUMNS": "120"}
 
 
@@ -94,10 +97,16 @@ class Stage:
     """Runs jobs as processes of ``threads`` threads, ``parallel`` at a time, and tells now and then what each is doing.
 
     Finished runs in the folder are used again, interrupted ones continue. ``seconds`` holds what each job took.
+
+    place      the folder that the commands run in
+    tolerated  words in the last lines of a job that may fail; empty: none may
+    on_finish  is called with a finished job and, of one that may fail and did, its last line
     """
 
-    def __init__(self, folder: Path, *, parallel: int, threads: int) -> None:
+    def __init__(self, folder: Path, *, parallel: int, threads: int, place: Path = ROOT, tolerated: str = "") -> None:
         self.folder, self.parallel, self.threads = folder, parallel, threads
+        self.place, self.tolerated = place, tolerated
+        self.on_finish: Callable[[Job, str], None] = lambda job, failure: None
         self.seconds: dict[str, float] = {}
         self._status: dict[str, str] = {}
 
@@ -134,38 +143,54 @@ class Stage:
             check_same_command(log, first_line, job)
         if command is None:
             print(f"  {job.name}: already finished, reused", flush=True)
+            self.on_finish(job, "")
             return
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         threads = str(job.threads or self.threads)
-        environment = {**os.environ, **QUIET, "OMP_NUM_THREADS": threads, "PYTHONPATH": path}
-        started, last = time.perf_counter(), ""
-        with (
-            log.open("a" if command[-1] == RESUME else "w", encoding="utf-8") as file,
-            subprocess.Popen(
-                executable(command),
-                cwd=ROOT,
-                env=environment,
-                text=True,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-            ) as process,
-        ):
+        started = time.perf_counter()
+        lines: deque[str] = deque(maxlen=LAST_LINES)
+        with log.open("a" if command[-1] == RESUME else "w", encoding="utf-8") as file:
             file.write(f"$ {shlex.join(command)}\n")
-            for line in process.stdout or ():
+
+            def read(line: str) -> None:
                 file.write(line)
                 file.flush()
                 if line.strip():
-                    self._status[job.name] = last = line.strip()
+                    self._status[job.name] = line.strip()
+                    lines.append(line.strip())
+
+            code = execute(command, self.place, {**QUIET, "OMP_NUM_THREADS": threads}, read)
         self._status.pop(job.name, None)
-        if process.returncode:
+        last = lines[-1] if lines else ""
+        tolerable = bool(self.tolerated) and self.tolerated in " ".join(lines)
+        if code and not tolerable:
             raise UserError(f"{job.name} failed ({last}); {log} holds its full output")
         self.seconds[job.name] = time.perf_counter() - started
-        print(f"  {job.name}: done in {clock(self.seconds[job.name])}", flush=True)
+        print(f"  {job.name}: {'did not end' if code else 'done'} in {clock(self.seconds[job.name])}", flush=True)
+        self.on_finish(job, last if code else "")
 
     def _tell(self, finished: threading.Event) -> None:
         while not finished.wait(SECONDS_BETWEEN_LINES):
             for name, status in sorted(self._status.copy().items()):
                 print(f"  {name}: {status[:120]}", flush=True)
+
+
+def execute(command: Sequence[str], place: Path, surroundings: Mapping[str, str], read: Callable[[str], None]) -> int:
+    """Run a command as a process in the folder ``place`` -> its exit code. ``read`` gets its lines, ``surroundings`` is
+    added to its environment."""
+    if command[0] == "mae" and AVAILABLE:
+        return run_warm(command[1:], place, surroundings, read)
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    with subprocess.Popen(
+        executable(command),
+        cwd=place,
+        env={**os.environ, **surroundings, "PYTHONPATH": path},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    ) as process:
+        for line in process.stdout or ():
+            read(line)
+    return process.returncode
 
 
 def check_same_command(log: Path, first_line: str, job: Job) -> None:

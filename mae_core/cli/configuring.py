@@ -24,12 +24,13 @@ SCHEMAS = {
     "evaluate": "mae_core.training.frozen_config:EvaluateConfig",
     "train-tokenizer": "mae_core.training.tokenizer_config:TokenizerConfig",
     "detect": "transfer.detection.config:DetectionConfig",
+    "compare": "transfer.compare.config:CompareConfig",
 }
 """Commands with a configuration -> the schema."""
 SAME = {"classify": "finetune", "detection": "detect", "segmentation": "segment"}
 PAPER = {"pretrain": "base", "finetune": "base_table9", "linprobe": "base", "detect": "mask_rcnn_vit_base"}
 """Commands -> the recipe with the paper's values of ViT-B."""
-KINDS = ("pretrain", "finetune", "linprobe", "evaluate", "detection", "segmentation")
+KINDS = ("pretrain", "finetune", "linprobe", "evaluate", "detection", "segmentation", "compare")
 
 
 def published(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

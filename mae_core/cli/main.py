@@ -15,7 +15,7 @@ from mae_core.cli.configuring import config
 from mae_core.cli.data import bench_data, shrink
 from mae_core.cli.looking import map_features, reconstruct
 from mae_core.cli.running import compare_runs, doctor, replay, report, slurm, verify_resume
-from mae_core.cli.tasks import task_groups
+from mae_core.cli.tasks import task_commands, task_groups
 from mae_core.cli.weights import catalogue, convert, export, inspect
 from mae_core.errors import user_errors
 from mae_core.resuming import meaning
@@ -154,6 +154,8 @@ for name, group in {"check": check, "classify": classify, "config": config, "wei
     app.add_typer(group, name=name)
 for name, group in task_groups().items():
     app.add_typer(group, name=name)
+for name, command in task_commands().items():
+    app.command(name, cls=Configured)(command)
 
 
 def main() -> None:

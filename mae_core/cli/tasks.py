@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from pkgutil import resolve_name
+from typing import Any
 
 import typer
 
@@ -18,6 +19,8 @@ ELSEWHERE = {
     "labels": "transfer.detection.labels.commands:app",
 }
 """Groups of this distribution outside of this package, by the name of the verb."""
+COMMANDS = {"compare": "transfer.compare.command:compare"}
+"""Commands of this distribution outside of this package."""
 
 
 def pass_on(app: typer.Typer, name: str, place: str, *, prog: str, about: str) -> None:
@@ -39,10 +42,19 @@ def pass_on(app: typer.Typer, name: str, place: str, *, prog: str, about: str) -
 def task_groups() -> dict[str, typer.Typer]:
     """The groups that are installed, by the verb."""
     places = {**{point.name: point.value for point in entry_points(group=GROUP)}, **ELSEWHERE}
-    groups = {}
+    return _installed(places)
+
+
+def task_commands() -> dict[str, Callable[..., None]]:
+    """Commands that stand beside the groups, by the verb."""
+    return _installed(COMMANDS)
+
+
+def _installed(places: Mapping[str, str]) -> dict[str, Any]:
+    found = {}
     for name, place in places.items():
         try:
-            groups[name] = resolve_name(place)
+            found[name] = resolve_name(place)
         except ModuleNotFoundError:
             continue
-    return groups
+    return found

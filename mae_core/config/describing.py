@@ -32,7 +32,9 @@ def options_of(schema: type[BaseModel], prefix: str = "", defaults: Any = None) 
         value = getattr(defaults, name) if defaults is not None else field.get_default(call_default_factory=True)
         section = section_of(field.annotation)
         if section is not None:
-            yield from options_of(section, f"{prefix}{name}.", None if value is PydanticUndefined else value)
+            listed = typing.get_origin(field.annotation) is tuple
+            stated = None if listed or value is PydanticUndefined else value
+            yield from options_of(section, f"{prefix}{name}{'[]' if listed else ''}.", stated)
             continue
         default = "required" if value is PydanticUndefined else as_typed(value)
         yield Option(prefix + name, in_words(field.annotation, field), default, _meaning(schema, name))

@@ -250,7 +250,7 @@ def _explain(
 
     A problem between options, which has no key of its own, comes from the command line where the file alone lacks it.
     """
-    place = [str(part) for part in problem["loc"]]
+    place = [str(part) for part in problem["loc"] if not isinstance(part, int)]  # a list's entries have one schema
     section: type[BaseModel] | None = schema
     depth = 0
     for part in place:

@@ -1,11 +1,10 @@
-"""The benchmark of few labels: nested subsets, a grid that never sees the validation set, cells that stay finished, and
-a rehearsal of each task."""
+"""The benchmark of few labels is a comparison: its arms as encoders and tasks, and its table and curve."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -13,108 +12,95 @@ import pytest
 from PIL import Image
 
 from mae_core.errors import UserError
+from transfer.compare.encoders import check_files, encoders_of
+from transfer.compare.trainings import Task
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-SMALL = ("model.size=nano", "model.patch_size=8", "data.image_size=32", "data.workers=0", "device=cpu")
 
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
-        spec = importlib.util.spec_from_file_location("label_efficiency", BENCHMARKS / "label_efficiency.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["label_efficiency"] = module  # dataclasses look their module up
-        spec.loader.exec_module(module)
-        yield module
-    del sys.modules["label_efficiency"]
+    spec = importlib.util.spec_from_file_location("label_efficiency", BENCHMARKS / "label_efficiency.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture
-def classes(tmp_path, write_classes):
-    return write_classes(tmp_path / "classes", train=8, val=2)
+def configured(benchmark, monkeypatch):
+    """(words) -> the comparison of a command line."""
 
+    def configure(*words: str):
+        found: list[argparse.Namespace] = []
+        monkeypatch.setattr(benchmark, "label_efficiency", lambda given, command: found.append(given))
+        benchmark.main([*map(str, words)])
+        return benchmark.configuration(found[0])
 
-def test_smaller_subsets_are_inside_larger_ones_and_hold_all_classes(classes, benchmark):
-    task = benchmark.TASKS["classification"](classes)
-    first, again, other = task.order(0), task.order(0), task.order(1)
-    assert first == again and first != other and sorted(first) == sorted(other) and len(first) == 24
-    for count in (3, 6, 12):
-        found = [path.parent.name for path in first[:count]]
-        assert {name: found.count(name) for name in ("ash", "birch", "cedar")} == dict.fromkeys(
-            ("ash", "birch", "cedar"), count // 3
-        )
-
-
-def test_what_is_held_out_is_scored_in_place_of_the_validation_set(tmp_path, classes, detection_root, benchmark):
-    task = benchmark.TASKS["classification"](classes)
-    order = task.order(0)
-    task.write(tmp_path / "held", order[:6], order[6:9])
-    task.write(tmp_path / "final", order[:9], None)
-
-    def files(folder):
-        return sorted(path.resolve() for path in folder.rglob("*.png"))
-
-    assert files(tmp_path / "held" / "train") == sorted(order[:6])
-    assert files(tmp_path / "held" / "val") == sorted(order[6:9])
-    scored = [path for name in ("ash", "birch", "cedar") for path in files(tmp_path / "final" / "val" / name)]
-    assert scored == files(classes / "val")
-
-    coco = benchmark.TASKS["detection"](detection_root)
-    ids = coco.order(0)
-    coco.write(tmp_path / "coco", ids[:2], ids[2:3])
-    for name, chosen in (("train", ids[:2]), ("val", ids[2:3])):
-        content = json.loads((tmp_path / "coco" / f"{name}.json").read_text())
-        assert {image["id"] for image in content["images"]} == set(chosen)
-        assert {entry["image_id"] for entry in content["annotations"]} == set(chosen)
+    return configure
 
 
 def test_the_grid_is_read_and_refused(benchmark):
-    assert benchmark.grid_of(["decay=0.75,1", "rate=2,1"]) == ((1, 1), (1, 0.75), (2, 1), (2, 0.75))
-    assert benchmark.grid_of(["rate=2"]) == ((2, 1),)
+    assert benchmark.grid_of(["decay=0.75,1", "rate=2,1"]) == {"rate": [1, 2], "decay": [1, 0.75]}
+    assert benchmark.grid_of(["rate=2"]) == {"rate": [2], "decay": [1]}
     for word in ("rates=1", "rate=", "decay=-1", "rate"):
         with pytest.raises(UserError, match=r"cannot be read; write rate=0.5,1,2 and decay=1,0.75"):
             benchmark.grid_of([word])
 
 
-def test_classification_is_rehearsed_and_continued(tmp_path, classes, benchmark, capsys):
-    words = ["classification", "--data", str(classes), "--unlabelled", str(classes / "train"), "--steps", "2"]
-    words += ["--out", str(tmp_path / "out"), "--results", str(tmp_path), "--grid", "rate=1,2", "decay=1"]
-    words += ["--options", *SMALL, "optim.batch_size=4"]
-    words += ["--pretrain", *SMALL, "decoder.width=32", "decoder.depth=1", "optim.epochs=0.5", "optim.warmup_epochs=0"]
-    benchmark.main([*words, "--fractions", "0.5", "--arms", "scratch", "--seeds", "1"])
-    first = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "cells").iterdir()}
-    assert len(first) == 2 + 1 and not list((tmp_path / "out" / "runs").iterdir())
-    grid = json.loads((tmp_path / "out" / "cells" / "grid_0.5_scratch_rate_2_decay_1.json").read_text())
-    assert (grid["labels"], grid["rate"]) == (9, 2.0)  # a quarter of the 12 labels is kept out
-
-    benchmark.main([*words, "--fractions", "0.5", "--arms", "frozen", "scratch", "knn", "--seeds", "2", "--jobs", "2"])
-    assert all(path.stat().st_mtime_ns == before for path, before in first.items())
-    content = json.loads((tmp_path / "label_efficiency_classification.json").read_text())
-    assert [(r["labels"], r["arm"]) for r in content["results"]] == [(12, "scratch"), (12, "frozen"), (12, "knn")]
-    assert all(len(record["scores"]) == 2 for record in content["results"])
-    assert [len(record["grid"]) for record in content["results"]] == [2, 2, 0]
-    assert "| 12 (50%) | frozen | **" in (tmp_path / "label_efficiency_classification.md").read_text()
-    assert min(Image.open(tmp_path / "label_efficiency_classification.png").size) > 300
-
-    for file in (alone := tmp_path / "out" / "cells").glob("*scratch*"):
-        (alone / f"{file.name}.before").write_text(json.dumps({**json.loads(file.read_text()), "seconds": 0}))
-        file.unlink()
-    benchmark.main([*words, "--fractions", "0.5", "--arms", "scratch", "--seeds", "2"])
-    for before in alone.glob("*.before"):  # one after the other or at once is the same
-        after = json.loads(before.with_suffix("").read_text())
-        assert {**after, "seconds": 0} == json.loads(before.read_text())
-
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        benchmark.main([*words, "--steps", "3"])
-    assert ended.value.code == 2 and "was begun with other settings (steps: 2 there)" in capsys.readouterr().err
+def test_arms_are_encoders_and_tasks_whose_commands_parse(configured, write_classes, tmp_path, pretrained):
+    data = write_classes(tmp_path / "classes", train=8, val=2)
+    words = ["classification", "--data", data, "--unlabelled", data / "train", "--warm-from", pretrained]
+    options = ["model.size=nano", "model.patch_size=8", "data.image_size=32", "data.workers=0", "optim.batch_size=4"]
+    config = configured(*words, "--arms", *"scratch pretrained warm frozen linear knn".split(), "--options", *options)
+    assert [encoder.name for encoder in config.encoders] == ["scratch", "pretrained", "warm"]
+    commands = {encoder.name: encoder.command for encoder in config.encoders}
+    assert commands["pretrained"].startswith("mae pretrain tiny_96 data.path=") and commands["scratch"] is None
+    assert commands["warm"].startswith("mae pretrain continue ") and f"weights={pretrained}" in commands["warm"]
+    check_files(config)
+    kinds = {task.title: (task.kind, task.encoders) for task in config.tasks}
+    assert kinds["warm"] == ("finetune", ("warm",)) and kinds["frozen"] == ("attentive", ("pretrained",))
+    assert kinds["linear"] == ("linprobe", ("pretrained",)) and kinds["knn"] == ("knn", ("pretrained",))
+    assert config.labels == (0.05, 0.1, 0.25, 1.0)
+    for task in (Task(spec, config) for spec in config.tasks):
+        assert task.kind.trains == (task.spec.kind == "knn") ^ True and "data.image_size=32" in task.spec.options
+        task.validate([] if task.kind.frozen else encoders_of(config)["scratch"].words(task.kind))
 
 
-def test_detection_is_rehearsed(tmp_path, detection_root, tiny_detector, benchmark):
-    options = [word for word in tiny_detector if not word.startswith(("from_scratch", "optim.warmup"))]
-    words = ["detection", "--data", str(detection_root), "--steps", "1", "--fractions", "0.5", "--arms", "scratch"]
-    words += ["--out", str(tmp_path / "out"), "--results", str(tmp_path), "--seeds", "1", "--grid", "rate=2"]
-    benchmark.main([*words, "--options", *options])
-    content = json.loads((tmp_path / "label_efficiency_detection.json").read_text())
-    assert content["results"][0]["labels"] == 2 and 0 <= content["results"][0]["scores"][0] <= 100
+def test_a_frozen_trunk_of_detection_has_no_decay(configured, detection_root, pretrained):
+    words = ["--data", detection_root, "--encoder", f"pretrained={pretrained}", "--arms", "pretrained", "frozen"]
+    config = configured("detection", *words)
+    assert len(config.encoders) == 1 and config.tasks[1].options == ("model.trainable_blocks=0",)
+    assert [len(Task(spec, config).grid()) for spec in config.tasks] == [9, 3]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--arms", "pretrained"],
+            "arm pretrained needs --unlabelled IMAGES to pre-train on, or --encoder p",
+        ),
+        (["--arms", "warm", "--unlabelled", "x"], "arm warm needs --warm-from FILE"),
+        (["--encoder", "scratch=x"], "--encoder scratch=x is not ARM=FILE"),
+        (["--fractions", "2"], "--fractions 2 is no share of the labels"),
+        (["--arms", "knn"], "arm knn is for classification"),
+    ],
+)
+def test_what_cannot_be_asked(configured, words, message):
+    with pytest.raises(UserError, match=message):
+        configured("detection", "--data", "x", *words)
+
+
+def test_the_table_and_the_curve_show_every_arm(benchmark, configured, tmp_path):
+    config = configured("classification", "--data", "x", "--arms", "scratch", "--seeds", "2")
+    results = [
+        {"share": share, "task": arm, "labels": int(24 * share), "choice": {"rate": 2.0}, "scores": scores, "grid": []}
+        for share in (1.0, 0.5)
+        for arm, scores in (("pretrained", [50.0, 52.0]), ("scratch", [40.0, 41.0]))
+    ]
+    records = benchmark.records_of(results)
+    assert [(record["labels"], record["arm"]) for record in records[:2]] == [(12, "scratch"), (12, "pretrained")]
+    table = benchmark.write_results(config, records, "classification", tmp_path, "command")
+    assert "| 12 (50%) | pretrained | **51.0** | 1.4 | 50.0, 52.0 | +10.5 | 2.0 | 2 | 1 |" in table.read_text()
+    assert json.loads(table.with_suffix(".json").read_text())["results"] == records
+    assert min(Image.open(table.with_suffix(".png")).size) > 300
