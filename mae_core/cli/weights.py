@@ -19,8 +19,8 @@ Target = Annotated[
     str,
     typer.Option(
         "--to",
-        help="official, mae_core, timm, huggingface, mmseg, mmpretrain, detectron2 or mae_segmentation; also "
-        "huggingface_5 (the names transformers 5 has in memory) and mmseg_beit.",
+        help="official, mae_core, timm, huggingface, mmseg, mmpretrain, detectron2, mae_segmentation, torchvision or "
+        "deit_3; also huggingface_5 (the names transformers 5 has in memory) and mmseg_beit.",
     ),
 ]
 Out = Annotated[

@@ -52,11 +52,7 @@ def trunk_from(
     norm follows, as in a classifier, with the norm it was trained with. The official code leaves a random norm there.
     Raises ``UserError`` where the file is a classifier on mean-pooled patches and the cls token is asked for.
     """
-    if pooling != "mean" and not source.has_norm:
-        raise UserError(
-            f"{source.path} is a classifier on mean-pooled patches and has no norm of its tokens; set "
-            "model.pooling=mean, or give the encoder it was fine-tuned from"
-        )
+    source.check_pooling(pooling)
     model = vit_of(source, image_size, pooling=pooling)
     rename = NORM_AFTER_POOLING if pooling == "mean" and source.has_norm else {}
     report = fit_state(model, source, grid=model.grid[:2], unused={"head.*": "a classifier's head"}, rename=rename)

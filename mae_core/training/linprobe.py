@@ -194,7 +194,6 @@ def linprobe(config: LinprobeConfig, *, resume: Resume = False) -> dict[str, Any
     ``UserError`` for what a user can get wrong.
     """
     source = weights_of(config)
-    source.check_pretrained()
     config = with_file(source, config, frozen=True)
     resume = check_output(config, resume=resume)
     check_cache(config.cache)

@@ -226,11 +226,19 @@ class EncoderFile:
         return len(self.tensors.get("head.weight", ()))
 
     def check_pretrained(self) -> None:
-        """Raise ``UserError`` where the file is a classifier: what trains a new head starts from an encoder."""
+        """Raise ``UserError`` where the file is a classifier: a pre-training starts from an encoder."""
         if self.num_classes:
             raise UserError(
                 f"{self.path} is a fine-tuned classifier of {self.num_classes} classes, not a pre-trained encoder; "
                 "give the encoder it was fine-tuned from, or evaluate it with mae evaluate"
+            )
+
+    def check_pooling(self, pooling: str | None) -> None:
+        """Raise ``UserError`` where the normalised cls token is asked of a classifier on mean-pooled patches."""
+        if pooling != "mean" and "fc_norm.weight" in self.tensors and not self.has_norm:
+            raise UserError(
+                f"{self.path} is a classifier on mean-pooled patches and has no norm of its tokens; set "
+                "model.pooling=mean, or give the encoder it was fine-tuned from"
             )
 
 

@@ -8,7 +8,7 @@ value apart. To add a format: one table of names and one row in ``FORMATS``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 Part = str | tuple[str, ...]
@@ -45,6 +45,15 @@ TRANSFORMERS_5_BLOCK: dict[str, Part] = {
     "mlp.fc2": "mlp.fc2",
 }
 
+TORCHVISION_BLOCK: dict[str, Part] = {
+    "norm1": "ln_1",
+    "attn.qkv": "self_attention.in_proj_",
+    "attn.proj": "self_attention.out_proj",
+    "norm2": "ln_2",
+    "mlp.fc1": "mlp.0",
+    "mlp.fc2": "mlp.3",
+}
+
 OWN_TOP = {name: name for name in ("cls_token", "pos_embed", "patch_embed.proj", "norm", "fc_norm")}
 TRANSFORMERS_TOP = {
     "cls_token": "embeddings.cls_token",
@@ -68,7 +77,8 @@ class Layout:
     """One way in which a format names its tensors.
 
     top             parts of the encoder outside its blocks; named behind the prefix, like the blocks
-    blocks, block   where the blocks are and how the parts of one are named
+    blocks, block   where the blocks are and how the parts of one are named; a name that ends in ``_`` goes on without
+                    a dot
     decoder         parts of the decoder outside its blocks, full names; none: the layout holds no decoder
     decoder_blocks  where the decoder's blocks are; their parts are named as the encoder's
     head            full name of the classifier, where the layout holds one
@@ -138,6 +148,24 @@ TIMM = Layout(
     OWN_BLOCK,
     head="head",
     extras={"gamma_1": "ls1.gamma", "gamma_2": "ls2.gamma"},
+)
+DEIT_3 = replace(TIMM, extras={name: name for name in BLOCK_EXTRAS[:2]}, signs=BLOCK_EXTRAS[:1])
+TORCHVISION = Layout(
+    "VisionTransformer",
+    {
+        "cls_token": "class_token",
+        "pos_embed": "encoder.pos_embedding",
+        "patch_embed.proj": "conv_proj",
+        "norm": "encoder.ln",
+    },
+    "encoder.layers.encoder_layer_",
+    TORCHVISION_BLOCK,
+    head="heads.head",
+)
+TORCHVISION_0_12 = replace(
+    TORCHVISION,
+    about="the published files, which torchvision renames as it reads them",
+    block={**TORCHVISION_BLOCK, "mlp.fc1": "mlp.linear_1", "mlp.fc2": "mlp.linear_2"},
 )
 NO_DECODER = {"decoder": "the format holds no decoder"}
 SEGMENTATION_EXTRAS = {name: name for name in BLOCK_EXTRAS[:3]}
@@ -265,7 +293,21 @@ FORMATS: dict[str, Format] = {
             (MAE_CORE_FULL, OWN_BARE),
             bare=OWN_BARE,
         ),
-        Format("timm", "timm's VisionTransformer", (TIMM,), lacks=NO_DECODER, wrapper=None),
+        Format(
+            "timm",
+            "timm's VisionTransformer, DINOv2",
+            (TIMM,),
+            lacks=NO_DECODER,
+            drops={"mask_token": "DINOv2's token for hidden patches, which no encoder takes"},
+            wrapper=None,
+        ),
+        Format(
+            "torchvision",
+            "torchvision's VisionTransformer",
+            (TORCHVISION, TORCHVISION_0_12),
+            lacks={**NO_DECODER, "fc_norm": "its classifier reads the normalised cls token, not the mean"},
+            wrapper=None,
+        ),
         Format(
             "huggingface",
             "transformers' ViTMAE and ViT under the names of transformers 4, which 5 opens too",
@@ -308,6 +350,7 @@ FORMATS: dict[str, Format] = {
             (MAE_SEGMENTATION, UNILM_BEIT),
             **SEGMENTER,
         ),
+        Format("deit_3", "DeiT III's own files, with layer scale", (DEIT_3,), lacks=NO_DECODER),
     )
 }
 """Name on the command line -> format. Where two formats name an encoder alike, the first row is the one recognised."""
@@ -331,6 +374,17 @@ BESIDE = {
 MOCO_V3 = ("base_encoder", "momentum_encoder")
 MOCO_V3_HEADS = {384: 12}
 """Width of a MoCo v3 encoder -> its attention heads, where they are not those of the size of that width."""
+
+BEIT = "*rel_pos_bias.relative_position_bias_table"
+OTHER_TRUNKS = {
+    BEIT: ("its attention has relative positions and it has no absolute ones, as BEiT", "beit_base_patch16_224"),
+    "*dist_token": ("it has a distillation token, as DeiT's distilled models", "deit_base_distilled_patch16_224"),
+    "*register_tokens": ("it has register tokens, as DINOv2", "vit_base_patch14_reg4_dinov2"),
+    "*reg_token": ("it has register tokens, as DINOv2", "vit_base_patch14_reg4_dinov2"),
+    "*storage_tokens": ("it has register tokens and rotary positions, as DINOv3", "vit_base_patch16_dinov3"),
+    "*.mlp.w12.weight": ("its MLP is a SwiGLU, as in DINOv2's largest model", "vit_giant_patch14_dinov2"),
+}
+"""Name of a tensor that our ViT does not have -> what it shows, and a model of timm that has it."""
 
 KEPT_APART = {"q_bias": 0, "v_bias": 2}
 """BEiT's biases beside ``qkv.weight`` -> their place among query, key and value; its key bias is zero."""

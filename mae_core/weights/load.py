@@ -26,10 +26,10 @@ from mae_core.pos_embed import resize_pos_embed
 from mae_core.targets import rebuild_target
 from mae_core.weights.catalogue import published_target
 from mae_core.weights.encoder_file import EncoderFile, EncoderInfo
-from mae_core.weights.formats import FORMATS, MAE_CORE_FULL, OWN_ONLY
+from mae_core.weights.formats import BEIT, FORMATS, MAE_CORE_FULL, OTHER_TRUNKS, OWN_ONLY
 from mae_core.weights.opening import open_weights
 from mae_core.weights.parts import LACKING, UNKNOWN, Parts, check_finite, describe_refused, missing_decoder
-from mae_core.weights.rename import Reading, is_decoder
+from mae_core.weights.rename import Reading, is_decoder, told_trunk
 from mae_core.weights.report import LoadReport
 from mae_core.weights.resize import STEM_WARNING, Adaptation, adapt_stem, restandardise_stem, usual_method
 from mae_core.weights.wrappers import ASKED_IN_CONFIG
@@ -70,6 +70,9 @@ def read_encoder(
     apart = [name for name in parts.tensors if is_decoder(name) or name.startswith(OWN_ONLY)]
     kept = {name: parts.tensors.pop(name) for name in apart}
     with naming(parts.path):
+        tables = [each for name, each in parts.tensors.items() if name.endswith("relative_position_bias_table")]
+        if "pos_embed" not in parts.tensors and any(table.count_nonzero() for table in tables):
+            raise UserError(told_trunk(*OTHER_TRUNKS[BEIT]))
         official = write_parts(replace(parts, report=replace(parts.report, notes=[])), FORMATS["official"])
     if decoder:
         _check_decoder(parts, kept)
@@ -373,14 +376,24 @@ def classifier_from(
     allow_missing: Sequence[str] = (),
 ) -> tuple[ViTEncoder, LoadReport]:
     """A classifier on a pre-trained encoder, and the report of what was loaded. ``allow_missing``: see ``fit_state``.
-    Raises ``UserError`` where the file is a classifier already, or does not fit, or there is no class to tell."""
-    source.check_pretrained()
+    A classifier's trunk is taken, and its norm after pooling, but not its head. Raises ``UserError`` where the file
+    does not fit, or there is no class to tell."""
+    source.check_pooling(pooling)
     if num_classes < 1:
         raise UserError(f"a classifier has one class or more; num_classes={num_classes} was asked for")
     unused = {"norm.*": "mean pooling learns a new norm after pooling"} if pooling == "mean" else {}
+    source = without_head(source)
     model = vit_of(source, image_size, num_classes=num_classes, pooling=pooling, drop_path=drop_path)
     new = ("head.*", "fc_norm.*", *allow_missing)
     return model, fit_state(model, source, grid=model.grid[:2], new=new, unused=unused)
+
+
+def without_head(source: EncoderFile) -> EncoderFile:
+    """``source`` without the head of a classifier, which its report says."""
+    heads = [name for name in source.tensors if name.startswith("head.")]
+    why = {theirs: "a classifier's head; a new one learns" for name in heads for theirs in source.names[name]}
+    report = replace(source.report, unused={**source.report.unused, **why})
+    return replace(source, tensors={n: t for n, t in source.tensors.items() if n not in heads}, report=report)
 
 
 def build_classifier(

@@ -20,6 +20,7 @@ from mae_core.weights.rename import (
     Slot,
     is_decoder,
     natural,
+    other_trunk,
     recognise,
     split_index,
 )
@@ -162,6 +163,8 @@ def _refuse_unfit(parts: Parts) -> None:
     refused.update({parts.sources[name][0]: why for name, why in wrong_shapes(tensors).items()})
     if not refused:
         return
+    if (told := other_trunk(fit.unknown)) is not None:
+        raise UserError(told)
     bare = {"pos_embed", "patch_embed.proj.weight"} & set(fit.missing)
     unknown = [name for name, why in refused.items() if why == UNKNOWN]
     remedy = leave_out(unknown) if len(unknown) == len(refused) else "copy or export the file again"

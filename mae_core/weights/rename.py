@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
@@ -18,6 +18,7 @@ from mae_core.weights.formats import (
     FORMATS,
     KEPT_APART,
     MAE_CORE_FULL,
+    OTHER_TRUNKS,
     OWN_ONLY,
     OWN_TENSORS,
     TENSORS,
@@ -25,7 +26,7 @@ from mae_core.weights.formats import (
     Layout,
 )
 
-INDEX = re.compile(r"\.(\d+)\.")
+INDEX = re.compile(r"(?<=[._])\d+(?=\.)")
 
 
 def split_index(name: str) -> tuple[str, int | None]:
@@ -33,12 +34,17 @@ def split_index(name: str) -> tuple[str, int | None]:
     found = INDEX.search(name)
     if found is None:
         return name, None
-    return f"{name[: found.start()]}.{{}}.{name[found.end() :]}", int(found.group(1))
+    return f"{name[: found.start()]}{{}}{name[found.end() :]}", int(found.group())
 
 
 def leaves(part: str) -> tuple[str, ...]:
     """What follows the name of a part: nothing for a tensor, weight and bias for a layer."""
     return ("",) if part in TENSORS or part.endswith(BLOCK_EXTRAS) else (".weight", ".bias")
+
+
+def below(name: str, rest: str) -> str:
+    """What is called ``rest`` below ``name``; behind a name that ends in ``_`` without a dot."""
+    return name + rest.removeprefix(".") if name.endswith("_") else f"{name}.{rest.removeprefix('.')}" if rest else name
 
 
 def natural(name: str) -> list[str | int]:
@@ -69,7 +75,7 @@ class Reading:
     @cached_property
     def rows(self) -> Mapping[str, Slot]:
         """Pattern of a name in the file -> slot; ``{}`` stands for the number of a block."""
-        layout, trunk = self.layout, f"{self.prefix}{self.layout.blocks}.{{}}"
+        layout, trunk = self.layout, below(f"{self.prefix}{self.layout.blocks}", "{}")
         parts = [(ours, self.prefix + name) for table in (layout.aliases, layout.top) for ours, name in table.items()]
         parts += [("head", layout.head)] if layout.head else []
         parts += [(f"blocks.{{}}.{ours}", f"{trunk}.{name}") for ours, name in layout.extras.items()]
@@ -81,7 +87,7 @@ class Reading:
                 named = [(None, part)] if isinstance(part, str) else enumerate(part)
                 for place, name in named:
                     for leaf in leaves(ours):
-                        rows[f"{theirs}.{name}{leaf}"] = Slot(f"{mine}.{{}}.{ours}{leaf}", place)
+                        rows[below(f"{theirs}.{name}", leaf)] = Slot(f"{mine}.{{}}.{ours}{leaf}", place)
         if isinstance(layout.block["attn.qkv"], str):
             rows |= {f"{trunk}.attn.{n}": Slot("blocks.{}.attn.qkv.bias", place) for n, place in KEPT_APART.items()}
         return rows
@@ -148,6 +154,17 @@ def format_of(name: str) -> Format:
     return FORMATS[name]
 
 
+def other_trunk(names: Iterable[str]) -> str | None:
+    """What names show that our ViT does not compute, and the option that takes it; None where they show nothing."""
+    rows = [row for pattern, row in OTHER_TRUNKS.items() if fnmatch.filter(names, pattern)]
+    return told_trunk(*rows[0]) if rows else None
+
+
+def told_trunk(fact: str, name: str) -> str:
+    """A refusal: ``fact`` of a file that is none of our ViT, and the model of timm that takes it."""
+    return f"{fact}, which the toolkit's own ViT does not compute; take timm's with model.trunk=timm:{name}"
+
+
 @dataclass
 class Fit:
     """How well a reading explains the names of a file."""
@@ -204,6 +221,8 @@ def recognise(names: Sequence[str], source: str | None = None) -> tuple[Fit, lis
     near = len(trunk) >= 12 and len(best.missing) <= len(trunk) and len(best.unknown) <= len(best.known)
     if best.cost[0] == 0 or near:
         return best, sorted({fit.reading.format.name for fit in equal} - {best.reading.format.name})
+    if (shown := other_trunk(names)) is not None:
+        raise UserError(shown)
     asked = "no MAE encoder in it"
     if source is not None:
         right = min((fit_names(names, reading) for reading in readings()), key=lambda fit: fit.cost)

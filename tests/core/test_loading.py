@@ -436,7 +436,7 @@ def test_a_mean_pooled_classifier_is_not_an_encoder_and_inspect_says_so(tmp_path
     path = tmp_path / "classifier.safetensors"
     write_weights(path, model.state_dict(), describe_encoder(model))
     assert "no final norm" in refusal(load_encoder, path)
-    assert "use it for detection, segmentation" in describe_file(path)
+    assert "use it for finetune, detection, segmentation" in describe_file(path)
 
 
 @pytest.mark.parametrize("grid", ["4x6", [4], [4.0, 6.0], {"rows": 4}, 24])

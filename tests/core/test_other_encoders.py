@@ -247,3 +247,159 @@ def test_a_damaged_branch_is_refused(tmp_path, change, told):
     torch.save(content, tmp_path / "x.pth")
     with pytest.raises(UserError, match=told):
         mae_core.load_encoder(tmp_path / "x.pth", branch="momentum_encoder")
+
+
+# Supervised ViTs.
+
+
+def official_deit(model: VisionTransformer) -> dict[str, Any]:
+    return {"model": model.state_dict()}
+
+
+def official_deit_3(model: VisionTransformer) -> dict[str, Any]:
+    """Its layer scale is named as in BEiT."""
+    return {"model": {re.sub(r"ls(\d)\.gamma", r"gamma_\1", name): t for name, t in model.state_dict().items()}}
+
+
+def old_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The names in the published files."""
+    return {n.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2."): t for n, t in state.items()}
+
+
+SCALED = {"init_values": 0.3, "no_embed_class": True, "num_classes": 5}
+SUPERVISED: dict[str, tuple[dict[str, Any], Callable[[VisionTransformer], dict[str, Any]]]] = {
+    "timm": ({"num_classes": 5}, lambda model: model.state_dict()),
+    "deit": ({"num_classes": 5}, official_deit),
+    "deit_3_timm": (SCALED, lambda model: model.state_dict()),
+    "deit_3": (SCALED, official_deit_3),
+    "dinov2": ({"init_values": 0.3}, lambda model: {**model.state_dict(), "mask_token": torch.ones(1, 128)}),
+}
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", SUPERVISED)
+def test_a_supervised_vit_gives_timms_features(tmp_path, kind, size):
+    options, named = SUPERVISED[kind]
+    model = vit(**options)
+    torch.save(named(model), tmp_path / "x.pth")
+    encoder = mae_core.load_encoder(tmp_path / "x.pth", image_size=size)
+    assert (encoder.encode(images(size)) - tokens_of(model, size)).abs().max() < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("named", [dict, old_torchvision])
+def test_torchvisions_vit_gives_its_features(tmp_path, named, size):
+    from torchvision.models.vision_transformer import VisionTransformer as Torchvisions
+
+    model = Torchvisions(
+        image_size=SIDE, patch_size=8, num_layers=6, num_heads=4, hidden_dim=128, mlp_dim=512, num_classes=5
+    ).eval()
+    for parameter in model.parameters():
+        parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.05)
+    state = model.state_dict()
+    torch.save(named(state), tmp_path / "x.pth")
+    encoder = mae_core.load_encoder(tmp_path / "x.pth", image_size=size)
+    table = resample_abs_pos_embed(model.encoder.pos_embedding, [s // 8 for s in size], antialias=False)
+    model.encoder.pos_embedding = nn.Parameter(table)
+    patches = model.conv_proj(images(size)).flatten(2).transpose(1, 2)
+    expected = model.encoder(torch.cat([model.class_token.expand(2, -1, -1), patches], dim=1))
+    assert (encoder.encode(images(size)) - expected).abs().max() < 1e-5
+    found = inspect_file(tmp_path / "x.pth")
+    assert (found["format"], found["classes"], found["dropped"]) == ("torchvision", 5, {})
+    back, _ = mae_core.convert(mae_core.convert(state, None, "official")[0], "official", "torchvision")
+    assert back.keys() == state.keys() and all(torch.equal(back[name], tensor) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize("named", [official_deit, official_deit_3])
+def test_a_conversion_of_a_supervised_vit_is_proven(tmp_path, named):
+    torch.save(named(vit(**SCALED)), tmp_path / "x.pth")
+    for target in ("mae_core", "timm", "torchvision", "mmpretrain"):
+        out = tmp_path / f"{target}.safetensors"
+        told = mae("convert", tmp_path / "x.pth", "--to", target, "--out", out, "--check", code=0)
+        assert "checked: largest feature difference" in told
+
+
+def test_the_trunk_of_a_classifier_is_fine_tuned_and_probed(tmp_path):
+    from mae_core.training.frozen_trunk import trunk_from
+    from mae_core.weights.load import classifier_from
+    from transfer.backbone import DenseViT
+    from transfer.trunk import load_pretrained
+
+    torch.save(official_deit_3(vit(**SCALED)), tmp_path / "deit.pth")
+    source = read_encoder(tmp_path / "deit.pth")
+    for pooling, left in (
+        ("mean", {"head.weight", "head.bias", "norm.weight", "norm.bias"}),
+        ("cls", {"head.weight", "head.bias"}),
+    ):
+        model, report = classifier_from(source, num_classes=3, pooling=pooling)
+        assert model.head.weight.shape == (3, 128)
+        assert {name for name in report.unused if "blocks" not in name} == left
+        assert trunk_from(source, pooling=pooling)[1].share == 1
+    assert load_pretrained(DenseViT("nano", image_size=SIDE, patch_size=8), source).share == 1
+    pooled = vit(num_classes=5, global_pool="avg").state_dict()
+    torch.save(pooled, tmp_path / "pooled.pth")
+    source = read_encoder(tmp_path / "pooled.pth")
+    model, report = classifier_from(source, num_classes=3)
+    assert torch.equal(model.fc_norm.weight, pooled["fc_norm.weight"])
+    with pytest.raises(UserError, match=r"classifier on mean-pooled patches .* set model\.pooling=mean"):
+        classifier_from(source, num_classes=3, pooling="cls")
+
+
+# Encoders that are none of ours.
+
+
+def beit(*, pretrained: bool) -> dict[str, Tensor]:
+    from timm.models.beit import Beit
+
+    tables = {"use_abs_pos_emb": False, "use_rel_pos_bias": not pretrained, "use_shared_rel_pos_bias": pretrained}
+    model = Beit(
+        img_size=SIDE, patch_size=8, embed_dim=128, depth=6, num_heads=4, num_classes=5, init_values=0.1, **tables
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02)
+    state = model.state_dict()
+    if pretrained:
+        state = {n: t for n, t in state.items() if not n.startswith(("head", "fc_norm"))}
+        state |= {"mask_token": torch.ones(1, 1, 128), "norm.weight": torch.ones(128), "norm.bias": torch.ones(128)}
+    return state
+
+
+TIMMS = {
+    "beit": (lambda: beit(pretrained=False), "relative positions and it has no absolute ones", "beit_base_patch16_224"),
+    "beit_pretrained": (
+        lambda: {"model": beit(pretrained=True)},
+        "relative positions and it has no",
+        "beit_base_patch16_224",
+    ),
+    "distilled": (
+        lambda: {**vit().state_dict(), "dist_token": torch.ones(1, 1, 128), "pos_embed": torch.ones(1, 18, 128)},
+        "a distillation token",
+        "deit_base_distilled_patch16_224",
+    ),
+    "registers": (
+        lambda: {**vit(init_values=1.0).state_dict(), "register_tokens": torch.ones(1, 4, 128)},
+        "register tokens",
+        "vit_base_patch14_reg4_dinov2",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TIMMS)
+def test_a_file_of_another_trunk_is_refused_by_its_fact_and_the_option_that_takes_it(tmp_path, kind):
+    import timm
+
+    make, fact, name = TIMMS[kind]
+    torch.save(make(), tmp_path / "x.pth")
+    with pytest.raises(UserError, match=rf"x\.pth: .*{fact}.*model\.trunk=timm:{name}$"):
+        read_encoder(tmp_path / "x.pth")
+    assert timm.is_model(name)
+
+
+def test_every_option_for_another_trunk_names_a_model_of_timm():
+    import timm
+
+    from mae_core.weights.formats import OTHER_TRUNKS
+
+    assert all(timm.is_model(name) for _, name in OTHER_TRUNKS.values())

@@ -218,7 +218,7 @@ def run_side(
     if found is None:
         shown = f"timm, on {reading.format.name}'s tensors converted back"
         encoder = read_parts(WeightsFile(Path("check"), encoder), reading.format.name, needless=("cls_token",)).tensors
-        encoder = {n.replace("gamma_1", "ls1.gamma").replace("gamma_2", "ls2.gamma"): t for n, t in encoder.items()}
+    encoder = {n.replace("gamma_1", "ls1.gamma").replace("gamma_2", "ls2.gamma"): t for n, t in encoder.items()}
     if not cls:  # ViTDet has no cls token; timm's table has no row for it then
         encoder.pop("cls_token", None)
         encoder["pos_embed"] = encoder["pos_embed"][:, -geometry.num_patches :]

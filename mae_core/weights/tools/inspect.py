@@ -46,9 +46,6 @@ def inspect_file(path: Path | str, **asked: Any) -> dict[str, Any]:
     lost = missing_decoder(tensors) if parts.has_decoder else []
     uses = {use: [name for name in names if name not in tensors] for use, names in USES.items()}
     uses["reconstruct"] += [name for name in lost if name not in uses["reconstruct"]]
-    if "head.weight" in tensors:  # a classifier's trunk is no pre-trained encoder
-        for use in ("finetune", "linprobe"):
-            uses[use].append("a trunk that was not fine-tuned")
     for lacking in uses.values():
         lacking += [word for word in ("heads", "grid") if getattr(info, word) is None and "pos_embed" not in lacking]
     published = next((row for row in CATALOGUE.values() if row.filename == path.name), None)
