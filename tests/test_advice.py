@@ -107,6 +107,8 @@ PRINTED_BY: dict[str, tuple[str, ...]] = {
     "mae_core/training/slurm.py": ("slurm",),
     "mae_core/training/": ("pretrain",),
     "mae_core/weights/catalogue.py": ("weights-get",),
+    "mae_core/weights/encoder_file.py": ("linprobe", "knn", "features", "finetune"),
+    "mae_core/weights/rename.py": ("convert", "knn"),
     "mae_core/weights/tools/": ("convert",),
     "mae_core/weights/": ("inspect", "convert", "export", "reconstruct"),
     "transfer/compare/": ("compare", "finetune", "pretrain", "detect", "segment"),
@@ -148,7 +150,7 @@ ONE_OF_THEM = (
     "transfer/detection/detector.py",
 )
 """Files of several commands, whose messages belong to one of them each."""
-FRAGMENTS = {"--drop '{}'", " --boxes-only"}
+FRAGMENTS = {"--drop '{}'", "--branch {}", " --boxes-only"}
 """Parts of a command that the message names in full."""
 SEGMENT_KEYS = {
     "model.backbone.trainable_blocks": 1,
@@ -164,6 +166,7 @@ SEGMENT_KEYS = {
 ELSEWHERE: dict[str, set[str]] = {
     "detect": {"train.max_iter", "train.init_checkpoint", "train.output_dir"},
     "segment": set(SEGMENT_KEYS),
+    "knn": {"model.trunk"},
     "mae-segment": {"weights", "from_scratch", "precision", "output", "data.path", "--resume", "--out", "--to"},
     **{
         name: set(leaf_names(PretrainConfig))

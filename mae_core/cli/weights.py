@@ -11,7 +11,7 @@ import typer
 from mae_core.cli.arguments import BRANCH_OPTION, Branch, DecoderHeads, Heads
 from mae_core.errors import UserError, user_errors
 
-catalogue = typer.Typer(no_args_is_help=True, help="Published MAE weights: list them, get them.")
+catalogue = typer.Typer(no_args_is_help=True, help="Published weights: list them, get them.")
 File = Annotated[Path, typer.Argument(help="A weights file, a run, a checkpoint, or a folder of timm or transformers.")]
 
 
@@ -193,18 +193,19 @@ def export(
 
 @catalogue.command("list")
 def list_weights(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Show the published MAE weights: content, pixel target, hash, licence, URL."""
+    """Show the published weights, of MAE and of others: content, pixel target, hash, licence, URL."""
     from dataclasses import asdict
 
-    from mae_core.weights.catalogue import CATALOGUE, NOTICE
+    from mae_core.weights.catalogue import CATALOGUE, LICENCE, NOTICE
 
     if as_json:
         typer.echo(json.dumps([asdict(row) for row in CATALOGUE.values()], indent=2))
         return
     for row in CATALOGUE.values():
         typer.echo(f"{row.name}: {row.content}")
-        typer.echo(f"    target {row.target or 'none'}, md5 {row.md5 or 'not published'}..., {row.licence}, {row.url}")
-    typer.echo(NOTICE)
+        hashed = " begins ".join(row.hashed) if row.hashed else "no hash published"
+        typer.echo(f"    target {row.target or 'none'}, {hashed}, {row.licence}, {row.url}")
+    typer.echo(f"Where the licence is {LICENCE}: {NOTICE}")
 
 
 @catalogue.command("get")
@@ -215,12 +216,12 @@ def get(
 ) -> None:
     """Download published weights: an interrupted download continues, and the hash is checked."""
     with user_errors():
-        from mae_core.weights.catalogue import CATALOGUE, NOTICE, get_weights
+        from mae_core.weights.catalogue import CATALOGUE, get_weights
 
         path = get_weights(name, out, url=url, on_progress=_show_progress)
-        typer.echo(NOTICE, err=True)
         row = CATALOGUE[name]
-        told = f"md5 begins {row.md5}" if row.md5 else "no hash is published for it, so it was not checked"
+        typer.echo(row.notice, err=True)
+        told = " begins ".join(row.hashed) if row.hashed else "no hash is published for it, so it was not checked"
         typer.echo(f"{path} ({told})")
 
 

@@ -89,8 +89,8 @@ def _without_inner(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list
     flat = next((name for name in state if name.rsplit(".", 1)[-1].lstrip("_").startswith("flat_param")), None)
     if flat is not None:
         raise UserError(
-            f"{flat} is a shard of FSDP, which tells no names of tensors; save the whole model with "
-            "torch.distributed.checkpoint.state_dict.get_model_state_dict and full_state_dict=True"
+            f"{flat} is a shard of FSDP, which tells no names of tensors; save the whole model, with the option "
+            "full_state_dict of torch.distributed.checkpoint.state_dict.get_model_state_dict"
         )
     plain = {"".join(re.split("|".join(map(re.escape, INNER_WRAPPERS)), name)): each for name, each in state.items()}
     if plain.keys() == state.keys() or len(plain) != len(state):

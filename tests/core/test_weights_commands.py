@@ -393,6 +393,9 @@ def test_the_catalogue_names_the_published_files():
     text = mae("weights", "list")
     assert "8cad7c" in text and "CC BY-NC" in text and "no commercial use" in text
     rows = {row["name"]: row for row in json.loads(mae("weights", "list", "--json"))}
-    assert len(rows) == 13 and rows["visualize_huge"]["target"] == "pixels"
+    assert len(catalogue.OF_MAE) == 13 and rows["visualize_huge"]["target"] == "pixels"
     assert rows["full_large"]["target"] == "normalized_pixels" == rows["pretrain_huge"]["target"]
-    assert all(row["url"].startswith(catalogue.BASE_URL) for row in rows.values())
+    assert all(rows[name]["url"].startswith(catalogue.BASE_URL) for name in catalogue.OF_MAE)
+    assert "sha256 begins b5f2ef4d, Apache 2.0" in text and rows["moco_v3_base"]["licence"] == catalogue.LICENCE
+    assert all(row["licence"] and row["content"] and row["url"].startswith("https://") for row in rows.values())
+    assert "by hand from https://github.com/bytedance/ibot" in mae("weights", "get", "ibot_base", code=2)
