@@ -66,6 +66,9 @@ FAST = ["simplejpeg>=1.7"]
 TIFF = ["imagecodecs>=2024.1.1"]
 # Adapters of low rank for pre-training that starts from weights: adapt.mode=lora.
 LORA = ["peft>=0.15"]
+# Services that show runs: log.to=[tensorboard,wandb,mlflow].
+WANDB = ["wandb>=0.16"]
+MLFLOW = ["mlflow>=2.10"]
 DEMO = ["scikit-learn>=1.4", *DETECTION, *SEGMENTATION]
 ONNX = ["onnx>=1.16", "onnxscript>=0.3", "onnxruntime>=1.18"]
 # Of Python 3.11 on: what Sphinx needs for 3.10 does not go with rich's markdown-it-py.
@@ -126,6 +129,8 @@ setup(
         "fast": FAST,
         "tiff": TIFF,
         "lora": LORA,
+        "wandb": WANDB,
+        "mlflow": MLFLOW,
         "demo": DEMO,
         "onnx": ONNX,
         "docs": DOCS,

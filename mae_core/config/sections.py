@@ -102,6 +102,9 @@ class LogConfig(Schema):
     checkpoint_every: Count = Field(1000, description="a checkpoint, from which --resume continues")
     checkpoint_minutes: Annotated[float, Field(gt=0)] = Field(10, description="save too when the last is older")
     keep_checkpoints: Count = Field(2, description="older ones are deleted")
+    to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
+        ("tensorboard",), description="what shows numbers and pictures, beside log.jsonl and pictures/"
+    )
 
 
 class JobConfig(Schema):

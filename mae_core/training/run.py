@@ -18,7 +18,7 @@ from torch.utils.data import BatchSampler, DataLoader
 
 import mae_core
 from mae_core.atomic import atomic_path, said_plainly, write_json, write_text
-from mae_core.config.load import config_differences, dump_config, load_config
+from mae_core.config.load import config_differences, dump_config, flattened, load_config
 from mae_core.config.sections import JobConfig, RunConfig
 from mae_core.data.config import Workers
 from mae_core.data.images import Unreadable, refuse_unreadable
@@ -40,6 +40,7 @@ from mae_core.layout import (
 )
 from mae_core.resuming import Resume
 from mae_core.training import distributed
+from mae_core.training.boards import Boards, Logged, check_boards
 from mae_core.training.checkpoints import load_checkpoint, save_checkpoint
 from mae_core.training.finite import refuse_non_finite
 from mae_core.training.lock import claim, release
@@ -90,6 +91,7 @@ def check_output(config: JobConfig, *, resume: Resume) -> bool:
     ``resume="auto"`` resumes where there is a checkpoint, and else starts, in a folder of a run that was killed before
     its first checkpoint too, whose few lines are removed.
     """
+    check_boards(_boards_of(config))
     folder = config.output
     marks = [name for name in (CONFIG, LOG, CHECKPOINTS, *RESULTS) if (folder / name).exists()]
     if folder.exists() and not folder.is_dir():
@@ -204,7 +206,7 @@ class Run:
         prepare_process(self.device, config.precision)
         self.unreadable: dict[str, str] = {}
         self._untold: list[Unreadable] = []
-        self._board: Any = None
+        self._board: Boards | None = None
         self._restored: int | None = None
         self.resumed = False
 
@@ -223,7 +225,7 @@ class Run:
             print(text, flush=True)
 
     def record(self, entry: Mapping[str, Any]) -> None:
-        """Append a line to log.jsonl, and numbers that have a step to TensorBoard."""
+        """Append a line to log.jsonl, and numbers that have a step to the boards of ``log.to``."""
         if not self.is_main:
             return
         with said_plainly(self.folder, ROOM):
@@ -235,17 +237,15 @@ class Run:
                         self.board.add_scalar(name, value, entry["step"])
 
     @property
-    def board(self) -> Any:
-        """The TensorBoard writer, opened at first use."""
+    def board(self) -> Boards:
+        """What shows the run, opened at first use."""
         if self._board is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            purge = None if self._restored is None else self._restored + 1
-            self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=purge)
+            shown = Logged(self.folder, flattened(self.config.model_dump(mode="json")), self._restored)
+            self._board = Boards(_boards_of(self.config), shown, self.say)
         return self._board
 
     def picture(self, name: str, image: Image.Image, step: int | None = None) -> Path:
-        """Write ``pictures/<name>.png``, and show it in TensorBoard where it has a step."""
+        """Write ``pictures/<name>.png``, and show it on the boards where it has a step."""
         path = self.folder / PICTURES / f"{name}.png"
         if self.is_main:
             with said_plainly(self.folder, ROOM), atomic_path(path) as temporary:
@@ -415,6 +415,10 @@ def with_stored_workers(config: JobConfig) -> JobConfig:
     stored: Any = load_config(type(config), config.output / CONFIG)
     data = data.model_copy(update={"workers": stored.data.workers})
     return config.model_copy(update={"data": data})
+
+
+def _boards_of(config: JobConfig) -> tuple[str, ...]:
+    return config.log.to if isinstance(config, RunConfig) else ("tensorboard",)
 
 
 def _claim_folder(run: Run, data: Mapping[str, Any] | None) -> None:
