@@ -20,7 +20,7 @@ from mae_core.weights.encoder_file import TRAINER_WORDS, EncoderInfo, info_besid
 from mae_core.weights.files import read_file
 from mae_core.weights.formats import FORMATS, MOCO_V3, MOCO_V3_HEADS
 from mae_core.weights.parts import Parts, read_parts, sizes_of
-from mae_core.weights.resize import UnknownGrid, positions_of
+from mae_core.weights.resize import UnknownGrid, grid_of_table, positions_of
 from mae_core.weights.wrappers import ASKED_IN_CONFIG
 
 SHARD = re.compile(r"-\d{5}-of-(\d{5})\.")
@@ -118,6 +118,13 @@ def describe(
         in_chans=sizes["C"],
     )
     info = info.with_facts(size=info.trunk.name if number is not None and info.trunk.name in SIZES else None)
+    relative = next((each for name, each in tensors.items() if name.endswith("relative_position_bias_table")), None)
+    if relative is not None and "pos_embed" not in tensors:
+        try:
+            cells = grid_of_table(len(relative), grid or info.grid)
+            info = info.with_facts(grid=list(cells), image_size=[side * sizes["P"] for side in cells])
+        except UnknownGrid as error:
+            undecided.append(str(error))
     if "pos_embed" in tensors:
         table = tensors["pos_embed"]
         sized = info if stated.patch_size in (None, sizes["P"]) else info.with_facts(image_size=None)

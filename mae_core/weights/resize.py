@@ -111,6 +111,17 @@ def positions_of(
     )
 
 
+def grid_of_table(rows: int, asked: tuple[int, int] | None = None) -> tuple[int, int]:
+    """(rows, columns) of the grid that a table of BEiT's relative positions is made for: the one ``asked`` for, else a
+    square. Raises ``UserError`` where the table is of another one."""
+    side = (math.isqrt(max(rows - 3, 0)) + 1) // 2
+    grid = (asked[0], asked[1]) if asked else (side, side)
+    if (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3 == rows:
+        return grid
+    wrong = f"relative_position_bias_table has {rows} rows, which is not that of a {grid[0]}x{grid[1]} grid"
+    raise (UserError if asked else UnknownGrid)(f"{wrong}; name its grid with mae convert --grid ROWS COLS")
+
+
 def _too_many(rows: int, prefix: int, grid: tuple[int, int]) -> str:
     return (
         f"{prefix} prefix tokens: pos_embed has {rows} rows for {grid[0]}x{grid[1]} patches, so that {prefix - 1} more "

@@ -70,7 +70,7 @@ def convert(
 def convert_parts(parts: Parts, target: str, adaptation: Adaptation) -> Converted:
     """An opened file under the names of another format, resized as asked. Raises ``UserError`` as ``convert`` does."""
     parts.report.path = f"{parts.format} -> {target}"
-    if parts.info.grid is None and "pos_embed" in parts.tensors:
+    if parts.info.grid is None and any("grid" in each for each in parts.undecided):
         if adaptation != Adaptation():
             raise UserError(next(each for each in parts.undecided if "grid" in each))
         parts.report.notes.append("the grid is not known: the positions do not fill a square")
@@ -173,11 +173,9 @@ def _settle_positions(tensors: dict[str, Tensor], reading: Reading, parts: Parts
             )
         parts.report.unused[parts.sources["pos_embed"][0]] = "positions that are all zero do nothing"
     elif "pos_embed" not in tensors and "pos_embed" in reading.layout.top:
-        table = next((v for n, v in parts.tensors.items() if n.endswith("relative_position_bias_table")), None)
-        if table is not None:
-            side = round(((table.shape[0] - 3) ** 0.5 + 1) / 2)
+        if parts.info.grid is not None:
             bias = tensors["patch_embed.proj.bias"]
-            tensors["pos_embed"] = bias.new_zeros(1, 1 + side * side, len(bias))
+            tensors["pos_embed"] = bias.new_zeros(1, 1 + parts.info.grid[0] * parts.info.grid[1], len(bias))
             parts.sources["pos_embed"] = []
 
 

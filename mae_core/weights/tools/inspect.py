@@ -41,7 +41,7 @@ def inspect_file(path: Path | str, **asked: Any) -> dict[str, Any]:
     report.notes += parts.undecided
     sizes = sizes_of(tensors)
     grid = None if info.grid is None else (info.grid[0], info.grid[1])
-    if grid is not None and is_row_first(tensors["pos_embed"], grid):
+    if grid is not None and "pos_embed" in tensors and is_row_first(tensors["pos_embed"], grid):
         report.notes.append("pos_embed has the row-first sine-cosine layout of mmpretrain and MIMDet")
     lost = missing_decoder(tensors) if parts.has_decoder else []
     uses = {use: [name for name in names if name not in tensors] for use, names in USES.items()}

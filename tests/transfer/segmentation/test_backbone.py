@@ -1,15 +1,18 @@
 # ruff: noqa: E402 (most imports need mmseg, which may be absent)
 """The backbone against mmseg's own, and the groups of the optimizer against the published rule and mmseg's."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from timm.optim import param_groups_layer_decay
 
+import mae_core
 from mae_core.errors import UserError
 from mae_core.models.encoder import ViTEncoder
 from mae_core.models.sizes import SIZES
+from mae_core.weights.resize import Adaptation
 from transfer.backbone import DenseViT
 
 mmseg = pytest.importorskip("mmseg", reason="mmseg is not installed; pip install mae-transfer[segmentation]")
@@ -262,3 +265,30 @@ def test_layer_decay_rule(digits_model):
         assert by_name.get(name, groups[0])["weight_decay"] in (0, 0.05)
     assert by_name["decode_head.conv_seg.bias"]["weight_decay"] == 0
     assert groups[0]["lr_scale"] == 1  # what mmengine's log shows
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (2, 5)])
+@torch.no_grad()
+def test_a_dense_vit_computes_what_mmsegs_beit_does(grid):
+    """Query and value biases apart, a table a block, layer scale, no absolute positions; the conversion fuses, and adds
+    positions of zeros."""
+    from mmseg.models.backbones import BEiT
+
+    size, taps = (8 * grid[0], 8 * grid[1]), (2, 5)
+    norm, shape = {"type": "LN", "eps": 1e-6}, {"embed_dims": 128, "num_layers": 6, "num_heads": 4, "mlp_ratio": 4}
+    theirs = BEiT(img_size=size, patch_size=8, out_indices=taps, init_values=0.3, norm_cfg=norm, **shape)
+    theirs.eval()  # which returns nothing
+    generator = torch.Generator().manual_seed(3)
+    for parameter in theirs.parameters():
+        parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    wide = Adaptation(grid=grid)
+    state, report = mae_core.convert(theirs.state_dict(), "mmseg_beit", "mae_segmentation", adaptation=wide)
+    ours = DenseViT(
+        "nano", image_size=size, patch_size=8, taps=taps, relative_positions="table", layer_scale=1.0, cls_token=True
+    ).eval()
+    names = {name: re.sub(r"gamma_(\d)", r"ls\1.gamma", name) for name in state}
+    ours.load_state_dict({names[name]: tensor for name, tensor in state.items()})
+    images = torch.randn(2, 3, *size, generator=generator)
+    for one, other in zip(ours(images), theirs(images), strict=True):
+        assert (one - other).abs().max() < 1e-5
+    assert set(report.unused) <= {name for name in theirs.state_dict() if name.endswith("relative_position_index")}
