@@ -33,6 +33,9 @@ Weights = Annotated[Path | None, typer.Option(help="Compare mean and std with th
 PagesOption = Annotated[str, typer.Option("--pages", help="data.pages of the training: auto, bands or first.")]
 MaxPixels = Annotated[int | None, typer.Option(min=1, help="data.max_pixels of the training.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write all findings to this file, as JSON.")]
+PictureFile = Annotated[
+    Path | None, typer.Option("--picture", help="Draw images of the set: unreadable and odd ones, then near-copies.")
+]
 
 
 def known_source(source: str) -> str:
@@ -108,6 +111,7 @@ def check_images(
     weights: Weights = None,
     branch: Branch = None,
     json_file: JsonFile = None,
+    picture: PictureFile = None,
 ) -> None:
     """Images without labels, as mae pretrain takes them. Exit code 2 where training would leave images out.
 
@@ -122,6 +126,7 @@ def check_images(
         conclude(
             run(paths, reading_asked(channels, pages, max_pixels), **asked, on_progress=Counter("reading images")),
             json_file,
+            picture=picture,
         )
 
 
@@ -134,6 +139,7 @@ def check_folders(
     weights: Weights = None,
     branch: Branch = None,
     json_file: JsonFile = None,
+    picture: PictureFile = None,
 ) -> None:
     """Images with classes, as mae finetune takes them. Exit code 2 where training would refuse or leave images out.
 
@@ -146,7 +152,8 @@ def check_folders(
 
         progress = Counter("reading images")
         reading = reading_asked(channels, pages, max_pixels)
-        conclude(run(path, reading, expected=_expected(weights, branch), on_progress=progress), json_file)
+        reports = run(path, reading, expected=_expected(weights, branch), on_progress=progress)
+        conclude(reports, json_file, picture=picture)
 
 
 def _checks_elsewhere() -> dict[str, tuple[str, str]]:

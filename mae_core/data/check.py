@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from mae_core.atomic import write_json
+from mae_core.data.contact_sheet import Cell, check_new_picture, draw_checked
 from mae_core.data.images import describe_passed_over
 from mae_core.data.near_copies import Copy, Fingerprints, copies_across, copies_within
 from mae_core.data.orientation import UPRIGHT
@@ -57,13 +58,14 @@ def refuse(problem: Problem) -> None:
 @dataclass
 class Report:
     """What is in one set of data: facts, line by line, and what was found; ``data`` holds the facts for the JSON, and
-    ``copies`` the images that are near-copies of others."""
+    ``copies`` the images that are near-copies of others. ``cells`` gives what a contact sheet shows of it."""
 
     name: str
     facts: list[str]
     problems: list[Problem] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
     copies: list[Copy] = field(default_factory=list)
+    cells: Callable[[], Sequence[Cell]] = list
 
     def describe(self, most: int = MOST_NAMED) -> str:
         """The facts, the notes, then the problems by kind, at most ``most`` of each."""
@@ -87,23 +89,35 @@ class Report:
 
 
 def conclude(
-    reports: Iterable[Report], json_file: Path | None = None, say: Callable[[str], None] = partial(print, flush=True)
+    reports: Iterable[Report],
+    json_file: Path | None = None,
+    say: Callable[[str], None] = partial(print, flush=True),
+    *,
+    picture: Path | None = None,
 ) -> None:
-    """Print every report as it comes, write all of them to ``json_file``, and print the outcome.
+    """Print every report as it comes, write all of them to ``json_file``, draw their images into ``picture``, and print
+    the outcome.
 
-    Raises ``UserError`` (exit code 2 of a command) where anything is more than a note, and where the file exists.
+    Raises ``UserError`` (exit code 2 of a command) where anything is more than a note, and where a file exists.
     """
     if json_file is not None and json_file.exists():
         raise UserError(f"{json_file} exists; choose another file with --json")
+    check_new_picture(picture)
     done = []
     for report in reports:
         say(report.describe())
         done.append(report)
-    count = sum(problem.severity != "note" for report in done for problem in report.problems)
+    wrong = [problem for report in done for problem in report.problems if problem.severity != "note"]
     if json_file is not None:
-        write_json(json_file, {"sets": [report.as_dict() for report in done], "wrong": count})
-    if count:
-        raise UserError(f"{count} problem{'s' * (count > 1)} found, listed above; correct the data and check it again")
+        write_json(json_file, {"sets": [report.as_dict() for report in done], "wrong": len(wrong)})
+    if picture is not None:
+        cells = [cell for report in done for cell in report.cells()]
+        copies = [copy for report in done for copy in report.copies]
+        say(draw_checked(picture, cells, {problem.path for problem in wrong}, copies))
+    if wrong:
+        raise UserError(
+            f"{len(wrong)} problem{'s' * (len(wrong) > 1)} found, listed above; correct the data and check it again"
+        )
     say("nothing is wrong")
 
 

@@ -6,14 +6,17 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
 
 from mae_core.data.check import Compared, Problem, Report, compare, files_passed_over, turned_photos
-from mae_core.data.decoding import Pixels, Unreadable, UnreadableImage, size_of, to_tensor, with_channels
+from mae_core.data.contact_sheet import Cell
+from mae_core.data.decoding import Pixels, Unreadable, UnreadableImage, size_of, to_picture, to_tensor, with_channels
 from mae_core.data.images import (
     DEFAULT_STATISTICS,
     ImageFiles,
@@ -164,6 +167,19 @@ def survey(source: ImageSource, *, channels: int | None = None, on_progress: OnP
     return found
 
 
+def cells_of(source: ImageSource) -> list[Cell]:
+    """The images of a source for a contact sheet, each above its folder and its name."""
+
+    def draw(index: int) -> Image.Image:
+        return to_picture(source.read(index))
+
+    called = zip(paths_of(source), source.names, strict=True)
+    return [
+        Cell((str(path or name),), "\n".join((Path(name).name, Path(name).parent.as_posix())), partial(draw, index))
+        for index, (path, name) in enumerate(called)
+    ]
+
+
 def paths_of(source: ImageSource) -> list[Path | None]:
     """The file of every image; None where it lies inside another file."""
     if isinstance(source, JoinedSources):
@@ -246,6 +262,7 @@ def check_images(
     problems += files_passed_over(", ".join(map(str, paths)), passed_over_in(images))
     problems += _settings(found, chosen, expected)
     report = Report(", ".join(map(str, paths)), describe(found, channels).splitlines(), problems, found.as_dict())
+    report.cells = partial(cells_of, images)
     compare(report, [], found.fingerprints)
     yield report
 
@@ -277,7 +294,9 @@ def check_folders(
         reports.append(Report(str(place), facts, [p for p in problems if p.path.startswith(str(place))]))
         reports[-1].data = {"images": len(half.paths), "classes": half.classes}
         if half.paths:
-            found = survey(ImageFiles(half.paths, reading, root), channels=channels, on_progress=on_progress)
+            images = ImageFiles(half.paths, reading, root)
+            found = survey(images, channels=channels, on_progress=on_progress)
+            reports[-1].cells = partial(cells_of, images)
             reports[-1].data |= found.as_dict()
             reports[-1].problems += [*_unreadable(found), *turned_photos(found.orientations)]
             reports[-1].problems += [*_noticed(found), *_settings(found, channels, expected)]

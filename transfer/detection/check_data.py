@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -21,6 +22,7 @@ from mae_core.data.decoding import UnreadableImage, read_image
 from mae_core.data.near_copies import fingerprints_of
 from mae_core.errors import UserError, user_errors
 from transfer.detection.annotations import Instance
+from transfer.detection.check_picture import cells_of
 from transfer.detection.coco import CocoImage, CocoSet, Part, check_same_categories, read_coco
 from transfer.detection.config import InferenceConfig
 from transfer.detection.data_sets import HALVES, half_in, images_beside
@@ -63,14 +65,13 @@ def check_part(part: Part, *, masks: bool = True) -> tuple[Report, CocoSet]:
     _check_whole_boxes(coco, tell)
     problems += _notes(coco, headers)
     report = Report(str(coco.path), _facts(part, coco, headers), problems)
+    report.cells = partial(cells_of, coco)
     report.data = {"images": len(coco.images), "objects": len(_objects(coco)), "classes": coco.names}
     return report, coco
 
 
-def check_parts(
-    parts: Sequence[Part], *, masks: bool = True, seen: list[tuple[CocoSet, list[Problem]]] | None = None
-) -> Iterator[Report]:
-    """A report for each half, and in the second what is wrong between them. ``seen`` gets the sets and problems."""
+def check_parts(parts: Sequence[Part], *, masks: bool = True) -> Iterator[Report]:
+    """A report for each half, and in the second what is wrong between them."""
     first: CocoSet | None = None
     train: Compared | None = None
     for part in parts:
@@ -79,8 +80,6 @@ def check_parts(
             yield Report(str(part.annotations), [], [Problem("missing halves", sentence, str(part.annotations))])
             continue
         report, coco = check_part(part, masks=masks)
-        if seen is not None:
-            seen.append((coco, report.problems))
         if first is None:
             first = coco
         else:
@@ -171,7 +170,7 @@ def _check_shapes(path: Path, image: CocoImage, tell: Tell) -> None:
         where = f"{path}: annotation {instance.id} of image {image.id}"
 
         def wrong(kind: str, sentence: str, where: str = where) -> None:
-            tell(Problem(kind, f"{where} {sentence}", str(path), "wrong"))
+            tell(Problem(kind, f"{where} {sentence}", str(image.path), "wrong"))
 
         counts: object = None
         kind, sentence = _box_outside(instance.box, image)
@@ -361,19 +360,12 @@ def main(arguments: Sequence[str] | None = None, prog: str = "check_data.py") ->
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all findings to this file, as JSON")
     parser.add_argument(
-        "--picture", type=Path, metavar="FILE", help="draw images with their objects, faulty ones first"
+        "--picture", type=Path, metavar="FILE", help="draw images with their objects: faulty ones, then near-copies"
     )
     given = parser.parse_args(arguments)
     with user_errors():
-        seen: list[tuple[CocoSet, list[Problem]]] = []
-        reports = check_parts(parts_of(given.data, given.images), masks=not given.boxes_only, seen=seen)
-        try:
-            conclude(reports, given.json)
-        finally:
-            if given.picture is not None and seen:
-                from transfer.detection.check_picture import draw_sheet
-
-                print(draw_sheet(given.picture, seen), flush=True)
+        reports = check_parts(parts_of(given.data, given.images), masks=not given.boxes_only)
+        conclude(reports, given.json, picture=given.picture)
 
 
 if __name__ == "__main__":

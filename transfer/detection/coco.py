@@ -131,7 +131,8 @@ def read_coco(part: Part, *, masks: bool = True, tell: Tell = refuse) -> CocoSet
             instance = instance_of(path, annotation, number, records, label_of, masks=masks)
         except UserError as error:
             kind = "objects without a mask" if isinstance(error, NoMask) else "broken records"
-            tell(Problem(kind, str(error), str(path)))
+            record = records.get(identity) if isinstance(identity := annotation.get("image_id"), int | str) else None
+            tell(Problem(kind, str(error), str(path if record is None else file_of(images_folder, record))))
             continue
         if instance.id in seen:
             sentence = f"{path}: annotation id {instance.id} appears twice; ids must be unique"

@@ -16,22 +16,30 @@ import ast
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from mae_core.data.check import Compared, Report, compare, conclude, files_passed_over, turned_photos
+from mae_core.data.contact_sheet import MISSING, Cell
+from mae_core.data.decoding import UnreadableImage, read_image, to_picture
 from mae_core.data.images import list_images
 from mae_core.data.near_copies import fingerprints_of
 from mae_core.data.orientation import orientation_of
 from mae_core.errors import UserError, user_errors
 from transfer.engines import require
 from transfer.segmentation.config import check_config_exists
+from transfer.segmentation.drawing import IGNORED_COLOUR, palette
 from transfer.segmentation.label_check import MOST_CHECKED, Survey, stray_maps, survey
 from transfer.segmentation.label_coding import LabelCoding, Names
-from transfer.segmentation.label_maps import files_below, possible_pairs, read_classes, read_label_map
+from transfer.segmentation.label_maps import LabelledImage, files_below, possible_pairs, read_classes, read_label_map
 from transfer.segmentation.quiet import quietly
+
+OPACITY = 0.5
+"""Of the labels over an image in the contact sheet."""
 
 
 class LabelledFolders(NamedTuple):
@@ -73,6 +81,7 @@ def check_folders(folders: LabelledFolders, *, most: int = MOST_CHECKED, seed: i
     list_images(folders.images, others)
     problems += files_passed_over(folders.images, others)
     report = Report(folders.part, _facts(folders, found, len(pairs)), problems)
+    report.cells = partial(_cells, pairs, folders)
     report.data = {"images": len(pairs), "checked": found.checked, "pixels": dict(sorted(found.values.items()))}
     return report
 
@@ -98,6 +107,32 @@ def folders_of_config(config: Path, options: Sequence[str] | Mapping[str, Any]) 
 
         given = options if isinstance(options, Mapping) else engine_mmseg.parse_options(options)
         return [LabelledFolders(**facts) for facts in engine_mmseg.folders_to_check(config, given)]
+
+
+def _cells(pairs: Sequence[LabelledImage], folders: LabelledFolders) -> list[Cell]:
+    """Every image under the colours of its label map, above its name."""
+
+    def draw(pair: LabelledImage) -> Image.Image:
+        try:
+            image = to_picture(read_image(pair.image, None)).convert("RGB")
+            labels = read_label_map(pair.label_map).values
+        except UserError as error:
+            raise UnreadableImage(pair.image, str(error)) from None
+        if labels.shape != image.size[::-1]:
+            raise UnreadableImage(pair.image, "its label map has another size")
+        return Image.blend(image, _coloured(labels, folders.coding), OPACITY)
+
+    return [Cell((str(pair.image), str(pair.label_map)), pair.image.name, partial(draw, pair)) for pair in pairs]
+
+
+def _coloured(labels: np.ndarray, coding: LabelCoding) -> Image.Image:
+    """(H, W) values as stored -> a colour per class, black where they are ignored, red where they are no class."""
+    values, places = np.unique(labels, return_inverse=True)
+    colours = dict.fromkeys(coding.ignored, IGNORED_COLOUR)
+    for entry, colour in zip(coding.classes, palette(coding.num_classes), strict=True):
+        colours |= dict.fromkeys(entry, colour)
+    table = np.array([colours.get(value, MISSING) for value in values.tolist()], dtype=np.uint8)
+    return Image.fromarray(table[places.reshape(labels.shape)])
 
 
 def _facts(folders: LabelledFolders, found: Survey, total: int) -> list[str]:
@@ -131,9 +166,10 @@ def main(arguments: Sequence[str] | None = None, prog: str = "check_data.py") ->
     add("--map-suffix", default=".png", metavar="SUFFIX", help="suffix of the label maps, in place of the image's")
     add("--most", type=int, default=MOST_CHECKED, metavar="N", help="read the pixels of at most this many pairs")
     add("--json", type=Path, metavar="FILE", help="write all findings to this file, as JSON")
+    add("--picture", type=Path, metavar="FILE", help="draw images under their labels: faulty ones, then near-copies")
     given = parser.parse_intermixed_args(arguments)
     with user_errors():
-        conclude(check_parts(_asked(given), most=given.most), given.json)
+        conclude(check_parts(_asked(given), most=given.most), given.json, picture=given.picture)
 
 
 def _asked(given: argparse.Namespace) -> list[LabelledFolders]:
