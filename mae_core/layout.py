@@ -97,11 +97,12 @@ def _refuse_other_networks(path: Path, files: list[Path]) -> None:
             )
 
 
-def stated_format(file: Path) -> str:
-    """What a safetensors file says its format is; empty where it says nothing, or is another kind of file."""
+def stated_format(file: Path, key: str = "format") -> str:
+    """What a safetensors file says its format is, or another ``key`` of its metadata; empty where it says nothing, or
+    is another kind of file."""
     try:
         with safe_open(file, framework="pt") as opened:
-            stated = (opened.metadata() or {}).get("format", "")
+            stated = (opened.metadata() or {}).get(key, "")
         return str(json.loads(stated)) if stated.startswith('"') else stated
     except (SafetensorError, OSError, ValueError, RecursionError):
         return ""

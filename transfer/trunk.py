@@ -127,7 +127,7 @@ def parameter_groups(
     """
     groups = layer_decay_groups(
         model,
-        len(model.backbone.vit.blocks),
+        model.backbone.vit,
         trunk="backbone.vit.",
         layer_decay=layer_decay,
         weight_decay=weight_decay,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -26,6 +27,15 @@ class TrunkOptions(Schema):
         return trunk_of(size, width=self.width, depth=self.depth, heads=self.heads, mlp_ratio=self.mlp_ratio)
 
 
+Trunk = Annotated[
+    str | None,
+    Field(
+        description="timm:NAME, such as timm:vit_small_patch14_dinov2: a ViT of timm; weights=FILE is in its names or "
+        "those of the model's own project; empty: the toolkit's own ViT, or what the weights file says"
+    ),
+]
+
+
 class ModelConfig(TrunkOptions):
     """The encoder."""
 
@@ -35,7 +45,7 @@ class ModelConfig(TrunkOptions):
     )
 
     @property
-    def trunk(self) -> ViTSize:
+    def shape(self) -> ViTSize:
         """Width, depth, heads and MLP ratio."""
         return self.trunk_on(self.size)
 
@@ -45,13 +55,36 @@ class ModelConfig(TrunkOptions):
         return self
 
 
+OWN_ALONE = ("size", "width", "depth", "heads", "mlp_ratio", "patch_size")
+"""Options of the toolkit's own ViT, which the name of a trunk of timm decides."""
+
+
+def check_trunk(section: Schema, alone: Sequence[str] = OWN_ALONE) -> None:
+    """Raise ``ValueError`` where a section names a trunk of timm and sets an option of the toolkit's own ViT."""
+    fields = type(section).model_fields
+    given = [name for name in alone if name in fields and getattr(section, name) != fields[name].default]
+    trunk = getattr(section, "trunk", None)
+    if trunk is not None and given:
+        raise ValueError(
+            f"{', '.join(f'model.{name}' for name in given)} {'are' if len(given) > 1 else 'is'} of the toolkit's own "
+            f"ViT, and model.trunk={trunk} decides the architecture; leave out one of them"
+        )
+
+
 class TrainedModel(ModelConfig):
     """An encoder that a run trains."""
+
+    trunk: Trunk = None
 
     checkpointing: bool = Field(
         False, description="compute blocks again in the backward pass: less memory, about a third more time"
     )
     compile: bool = Field(False, description="torch.compile the blocks; needs a C++ compiler, on a GPU triton too")
+
+    @model_validator(mode="after")
+    def _trunk_decides(self) -> TrainedModel:
+        check_trunk(self)
+        return self
 
 
 MicroBatch = Annotated[

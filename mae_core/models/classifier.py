@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from timm.layers import DropPath
 from torch import nn
 
 from mae_core.errors import UserError
 from mae_core.models.encoder import ViTEncoder
+from mae_core.models.timm_trunk import Encoder
 
 HALF_BLOCK = 0.5
 """The MLP sub-block of the last block alone."""
+BEHIND_BLOCKS = ("norm", "fc_norm", "attn_pool", "neck", "head", "head_dist")
+"""Parts of a trunk and classifier that read the last block."""
+MLP_PARTS = ("norm2", "mlp", "ls2", "gamma_2")
+"""Parts of a block that make its MLP sub-block."""
 
 
-def freeze_below(model: ViTEncoder, trainable_blocks: float | None) -> int:
+def freeze_below(model: Encoder, trainable_blocks: float | None) -> int:
     """Freeze all of ``model`` below its last ``trainable_blocks`` blocks; the head and the norm before it always learn.
     Returns the number of blocks that are frozen in whole.
 
@@ -27,16 +33,20 @@ def freeze_below(model: ViTEncoder, trainable_blocks: float | None) -> int:
     if trainable_blocks > depth:
         raise UserError(f"trainable_blocks={trainable_blocks:g} was asked for, but ViT-{model.size} has {depth} blocks")
     below = depth - (1 if trainable_blocks == HALF_BLOCK else int(trainable_blocks))
-    frozen: list[nn.Module] = [model.patch_embed, *model.blocks[:below]]
+    half = f"blocks.{below}." if trainable_blocks == HALF_BLOCK else None
+    for name, parameter in model.named_parameters():
+        first, _, rest = name.partition(".")
+        place, _, part = rest.partition(".")
+        learns = int(place) >= below if first == "blocks" else first in BEHIND_BLOCKS
+        if half is not None and name.startswith(half):
+            learns = part.startswith(MLP_PARTS)
+        if not learns:
+            parameter.requires_grad_(False)
     for block in model.blocks[:below]:
-        block.drop_path1, block.drop_path2 = nn.Identity(), nn.Identity()
-    if trainable_blocks == HALF_BLOCK:
-        last = model.blocks[-1]
-        frozen += [last.norm1, last.attn]
-        last.drop_path1 = nn.Identity()
-    tokens = [token for token in (model.cls_token, model.pos_embed) if token is not None]
-    for parameter in (*tokens, *(p for module in frozen for p in module.parameters())):
-        parameter.requires_grad_(False)
+        for drop in [module for module in block.modules() if isinstance(module, DropPath)]:
+            drop.drop_prob = 0.0
+    if half is not None:
+        model.blocks[-1].drop_path1 = nn.Identity()
     return below
 
 

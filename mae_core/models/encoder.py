@@ -8,7 +8,7 @@ conversion need no second ViT.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mae_core.errors import UserError
 from mae_core.masking import PatchMask
 from mae_core.models.block import Block
-from mae_core.models.sizes import AnySize, Pooling, size_of
+from mae_core.models.sizes import SIZES, AnySize, Pooling, size_of
 from mae_core.patches import PatchGrid, patchify
 from mae_core.pos_embed import sincos_2d
 
@@ -60,7 +60,9 @@ class ViTEncoder(VisionTransformer):
         if in_chans < 1:
             raise UserError(f"an image has at least one channel; in_chans={in_chans} was asked for")
         if pooling not in POOLINGS:
-            raise UserError(f"unknown pooling {pooling!r}; known: 'mean', 'cls', or None for all tokens")
+            raise UserError(
+                f"unknown pooling {pooling!r}; known: 'mean', 'cls', or None for all tokens (map: of timm alone)"
+            )
         super().__init__(
             img_size=grid.image_size,
             patch_size=patch,
@@ -100,6 +102,23 @@ class ViTEncoder(VisionTransformer):
     def in_channels(self) -> int:
         """Channels of the images it takes."""
         return self.patch_embed.proj.in_channels
+
+    @property
+    def prefix(self) -> int:
+        """Tokens before the patch tokens: the cls token."""
+        return int(self.num_prefix_tokens)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the metadata of a file says of the trunk, so that it can be built again."""
+        return {"size": self.shape.name if self.shape.name in SIZES else None, **asdict(self.shape)}
+
+    def layer_of(self, name: str) -> int:
+        """Layer of a parameter: 0 for the embeddings, i + 1 for block i, depth + 1 for everything else."""
+        first, _, rest = name.partition(".")
+        if first == "blocks":
+            return int(rest.partition(".")[0]) + 1
+        return 0 if first in ("cls_token", "pos_embed", "patch_embed") else len(self.blocks) + 1
 
     def check_images(self, images: Tensor) -> None:
         """Raise ``UserError`` unless ``images`` is (B, C, H, W) of this encoder's channels and size."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mae_core.errors import UserError
-from mae_core.models.encoder import ViTEncoder
+from mae_core.models.timm_trunk import Encoder
 
 NORM_EPS = 1e-6
 
@@ -24,7 +24,7 @@ class Probe(nn.Module):
 
     heads: nn.ModuleList
 
-    def __init__(self, trunk: ViTEncoder | None) -> None:
+    def __init__(self, trunk: Encoder | None) -> None:
         super().__init__()
         self._trunk = () if trunk is None else (trunk.requires_grad_(False).eval(),)  # a tuple: no submodule
 
@@ -54,7 +54,7 @@ class LinearProbe(Probe):
     """
 
     def __init__(
-        self, trunk: ViTEncoder | None, width: int, num_classes: int, *, heads: int = 1, batch_norm: bool = True
+        self, trunk: Encoder | None, width: int, num_classes: int, *, heads: int = 1, batch_norm: bool = True
     ) -> None:
         super().__init__(trunk)
         self.norm = standardiser(width, batch_norm)
@@ -123,27 +123,30 @@ class AttentiveHead(nn.Module):
 
 
 class AttentiveProbe(Probe):
-    """An ``AttentiveHead`` a learning rate, on the patch tokens of a trunk without pooling and not on its cls token."""
+    """An ``AttentiveHead`` a learning rate, on the patch tokens of a trunk without pooling and not on the
+    ``prefix`` tokens before them."""
 
     def __init__(
         self,
-        trunk: ViTEncoder | None,
+        trunk: Encoder | None,
         width: int,
         num_classes: int,
         *,
         queries: int,
         heads: int = 1,
         batch_norm: bool = True,
+        prefix: int = 1,
     ) -> None:
         super().__init__(trunk)
+        self.prefix = prefix
         self.heads = nn.ModuleList(AttentiveHead(width, num_classes, queries, batch_norm) for _ in range(heads))
         for head in self.heads[1:]:
             head.load_state_dict(self.heads[0].state_dict())
         self._note_trunk()
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """(B, C, H, W) images, or (B, 1 + N, D) tokens without a trunk -> (heads, B, classes)."""
-        patches = self.features(inputs)[:, 1:]
+        """(B, C, H, W) images, or (B, prefix + N, D) tokens without a trunk -> (heads, B, classes)."""
+        patches = self.features(inputs)[:, self.prefix :]
         return torch.stack([head(patches) for head in self.heads])
 
     def exported(self, number: int) -> dict[str, Tensor]:
@@ -158,15 +161,15 @@ class AttentiveClassifier(nn.Module):
     """What an attentive probe leaves: a trunk without pooling, learned queries that pool its patch tokens, and a linear
     layer, into which the batch norm was folded. The trunk is a part of it, under the names of its file."""
 
-    def __init__(self, trunk: ViTEncoder, num_classes: int, queries: int) -> None:
+    def __init__(self, trunk: Encoder, num_classes: int, queries: int) -> None:
         super().__init__()
         self.trunk = trunk
-        self.pool = AttentivePool(trunk.embed_dim, queries)
-        self.head = nn.Linear(trunk.embed_dim, num_classes)
+        self.pool = AttentivePool(trunk.num_features, queries)
+        self.head = nn.Linear(trunk.num_features, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, classes)."""
-        logits: Tensor = self.head(self.pool(self.trunk(images)[:, 1:].float()))
+        logits: Tensor = self.head(self.pool(self.trunk(images)[:, self.trunk.prefix :].float()))
         return logits
 
 

@@ -11,8 +11,9 @@ from mae_core.errors import UserError
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu")
 """Of the hidden layer of a block's MLP, under timm's names; MAE's is ``gelu``."""
 
-Pooling: TypeAlias = Literal["mean", "cls"]
-"""Which tokens of the trunk a classifier reads: the mean of the patches', or the cls token."""
+Pooling: TypeAlias = Literal["mean", "cls", "map"]
+"""Which tokens of the trunk a classifier reads: the mean of the patches', the cls token, or what the attention pooling
+of a trunk of timm makes of them (SigLIP)."""
 
 
 @dataclass(frozen=True)

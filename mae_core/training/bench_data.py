@@ -35,7 +35,7 @@ def loaded_by(config: PretrainConfig | FinetuneConfig) -> Loaded:
         samples = TrainImages(splits.train, data, size, statistics, config.seed)
         return ImageFiles(splits.train.paths, data.reading), samples, labelled.collate
     source = open_source(data)
-    grid = PatchGrid.of(data.image_size, config.model.patch_size or config.model.trunk.patch_size)
+    grid = PatchGrid.of(data.image_size, config.model.patch_size or config.model.shape.patch_size)
     masks = SampleMasks(build_masker(config.masking.kind, config.masking.ratio, config.masking.options), grid)
     return source, UnlabelledImages(source, data, config.seed, masks), unlabelled.collate
 

@@ -22,7 +22,7 @@ from mae_core.data.labelled import (
 )
 from mae_core.data.views import check_pictures
 from mae_core.layout import CLASSIFIER, LOADING
-from mae_core.models.encoder import ViTEncoder
+from mae_core.models.timm_trunk import Encoder
 from mae_core.patches import as_pair
 from mae_core.training import distributed
 from mae_core.training.predictions import evaluate_classifier, evaluate_multi_label
@@ -116,7 +116,7 @@ def steps_between(epochs: float, images: int, batch_size: int) -> int:
     return max(1, round(epochs * images / batch_size))
 
 
-def classifier_metadata(model: ViTEncoder, config: Any, statistics: Statistics, classes: list[str]) -> dict[str, Any]:
+def classifier_metadata(model: Encoder, config: Any, statistics: Statistics, classes: list[str]) -> dict[str, Any]:
     """What the file of a classifier says about itself; without a test crop it is the usual one of its image size."""
     return EncoderInfo.of(
         model,

@@ -17,8 +17,8 @@ from mae_core.data.config import EvaluationData
 from mae_core.data.images import Statistics
 from mae_core.data.labelled import LabelledPaths, TestImages, collate_readable
 from mae_core.errors import UserError
-from mae_core.models.encoder import ViTEncoder
 from mae_core.models.probe import digest_of
+from mae_core.models.timm_trunk import Encoder
 from mae_core.patches import as_pair
 from mae_core.training.distributed import gather
 from mae_core.training.memory import GIB, available_memory
@@ -96,12 +96,12 @@ def check_cache(cache: Path | None) -> None:
         raise UserError(f"cannot write features to cache={cache}: {nearest} is not writable; give another folder")
 
 
-def check_tokens_fit(images: int, model: ViTEncoder, cache: Path, device: torch.device) -> None:
+def check_tokens_fit(images: int, model: Encoder, cache: Path, device: torch.device) -> None:
     """Raise ``UserError`` where the tokens of so many images do not fit into memory and into the disk of ``cache``.
 
     All rows are in memory at once, twice while they are put together; tokens are hundreds of times what features are.
     """
-    needed = images * (1 + model.grid.num_patches) * model.embed_dim * torch.float32.itemsize
+    needed = images * (model.prefix + model.grid.num_patches) * model.num_features * torch.float32.itemsize
     nearest = next(place for place in (cache, *cache.absolute().parents) if place.exists())
     there = {"memory": available_memory(device) // 2, "disk": shutil.disk_usage(nearest).free}
     for kind, free in there.items():
@@ -115,7 +115,8 @@ def check_tokens_fit(images: int, model: ViTEncoder, cache: Path, device: torch.
 def _identity(paths: Sequence[Path], trunk: Viewer, precision: torch.dtype) -> str:
     """Changes with the trunk's weights and pooling, the view, the precision, and the files' names, sizes and times."""
     digest = hashlib.sha256(bytes(digest_of(trunk.model).tolist()))
-    pooled = [] if getattr(trunk.model, "global_pool", None) else ["tokens"]
+    pooling = getattr(trunk.model, "pooling", getattr(trunk.model, "global_pool", None))
+    pooled = [] if pooling else ["tokens"]
     data = trunk.data
     view = [*pooled, data.image_size, data.test_crop, *data.reading, trunk.statistics, str(precision)]
     digest.update(json.dumps(view).encode())

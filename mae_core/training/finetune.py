@@ -19,6 +19,7 @@ from mae_core.errors import UserError
 from mae_core.models.block import checkpoint_blocks, compile_blocks
 from mae_core.models.classifier import freeze_below, initialize_as_timm, learning_line
 from mae_core.models.encoder import ViTEncoder
+from mae_core.models.timm_trunk import Encoder, build_timm, described
 from mae_core.patches import as_pair
 from mae_core.resuming import Resume
 from mae_core.training import distributed
@@ -74,7 +75,7 @@ def scratch_line(config: FinetuneConfig) -> str:
 
 def build_model(
     config: FinetuneConfig, num_classes: int, source: EncoderFile | None = None
-) -> tuple[ViTEncoder, LoadReport | None, Statistics]:
+) -> tuple[Encoder, LoadReport | None, Statistics]:
     """The classifier, from ``source`` (the weights, read before) or from scratch, the report of its weights, and the
     pixel statistics its encoder was trained with. Raises ``UserError`` where the weights do not fit."""
     options: dict[str, Any] = {
@@ -85,9 +86,13 @@ def build_model(
     }
     if source is None and config.weights is not None:
         source = read_encoder(config.weights, **stated_in(config))
+    if source is None and config.model.trunk is not None:
+        own = {} if "pooling" in config.model.model_fields_set else {"pooling": described(config.model.trunk).pooling}
+        trunk = build_timm(config.model.trunk, in_chans=config.data.channels, **(options | own))
+        return trunk, None, statistics_of(config.data)
     if source is None:
         model = ViTEncoder(
-            config.model.trunk, patch_size=config.model.patch_size, in_chans=config.data.channels, **options
+            config.model.shape, patch_size=config.model.patch_size, in_chans=config.data.channels, **options
         )
         if config.model.init == "timm":
             initialize_as_timm(model)
@@ -137,11 +142,11 @@ def multi_label_loss(data: FinetuneData) -> LossOf:
     return loss
 
 
-def logits_of_zeros(model: ViTEncoder, config: FinetuneConfig) -> Callable[[int], Tensor]:
+def logits_of_zeros(model: Encoder, config: FinetuneConfig) -> Callable[[int], Tensor]:
     """Number of images -> the sum of the logits of so many black ones, where the model is: for a plan of memory."""
 
     def loss(images: int) -> Tensor:
-        device = model.pos_embed.device
+        device = next(model.parameters()).device
         pixels = torch.zeros(images, model.in_channels, *model.grid.image_size, device=device)
         with choose_precision(config.precision, device).autocast(device):
             logits: Tensor = model.train()(pixels)
@@ -189,7 +194,7 @@ def finetune(config: FinetuneConfig, *, resume: Resume = False) -> dict[str, Any
     model.to(run.device)
     shard_if_asked(model, config.distributed)
     groups = layer_decay_groups(
-        model, len(model.blocks), layer_decay=config.optim.layer_decay, weight_decay=config.optim.weight_decay
+        model, model, layer_decay=config.optim.layer_decay, weight_decay=config.optim.weight_decay
     )
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=config.optim.betas, fused=True)
     average = None if config.ema is None else attach_average(optimizer, model, config.ema)
@@ -235,7 +240,7 @@ def finetune(config: FinetuneConfig, *, resume: Resume = False) -> dict[str, Any
 def announce(
     config: FinetuneConfig,
     run: Run,
-    model: ViTEncoder,
+    model: Encoder,
     settings: FitSettings,
     training: int,
     validation: int,

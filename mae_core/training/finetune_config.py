@@ -12,6 +12,7 @@ from mae_core.config.load import config_differences
 from mae_core.config.schema import Beta, Count, Fraction
 from mae_core.config.sections import Distributed, MicroBatch, OptimConfig, TrainedModel, TransferConfig
 from mae_core.data.config import FinetuneData
+from mae_core.models.sizes import Pooling
 
 
 class FinetuneOptim(OptimConfig):
@@ -32,7 +33,11 @@ class FinetuneOptim(OptimConfig):
 class ClassifierConfig(TrainedModel):
     """The classifier; the trunk's size comes from the weights file where one is given."""
 
-    pooling: Literal["mean", "cls"] = Field("mean", description="of the patch tokens, or the cls token")
+    pooling: Pooling = Field(
+        "mean",
+        description="of the patch tokens, or cls, the cls token, or map, the attention pooling of a trunk of timm; "
+        "such a trunk's own where none is set",
+    )
     drop_path: Fraction = Field(0.1, description="stochastic depth of the last block; rises linearly from 0")
     init: Literal["mae", "timm"] = Field(
         "mae",
@@ -82,6 +87,10 @@ class FinetuneConfig(TransferConfig):
 
     @model_validator(mode="after")
     def _shards_what_learns(self) -> FinetuneConfig:
+        if self.distributed == "fsdp" and self.model.trunk is not None:
+            raise ValueError(
+                "distributed=fsdp shards the toolkit's own ViT alone; leave distributed or model.trunk out"
+            )
         if self.distributed == "fsdp" and (self.ema is not None or self.trainable_blocks is not None):
             raise ValueError(
                 "distributed=fsdp trains all of the model, without an average; leave ema and trainable_blocks out"

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from mae_core.config.schema import Beta, Count, CropScale, Fraction, Schema, row_of
-from mae_core.config.sections import Branch, JobConfig, RunConfig, ScheduleConfig
+from mae_core.config.sections import Branch, JobConfig, RunConfig, ScheduleConfig, Trunk
 from mae_core.data.config import EvaluationData, LabelledData
 from mae_core.measures.knn import NEIGHBOURS, TEMPERATURE
 from mae_core.measures.robustness import KINDS
@@ -29,13 +29,19 @@ Encoder = Annotated[Path | None, Field(description="an encoder.safetensors, a ru
 class FrozenModel(Schema):
     """The frozen trunk; its size is that of the weights file."""
 
-    pooling: Pooling = Field("cls", description="cls: the normalised cls token; mean: of the patch tokens, normalised")
+    trunk: Trunk = None
+    pooling: Pooling = Field(
+        "cls",
+        description="cls: the normalised cls token; mean: of the patch tokens, normalised; map: attention pooling of a "
+        "trunk of timm; such a trunk's own where none is set",
+    )
     heads: Count | None = Field(None, description="attention heads, if the weights file does not state them")
 
 
 class ClassifierModel(Schema):
     """The classifier, which is the weights file's."""
 
+    trunk: Trunk = None
     heads: Count | None = Field(None, description="attention heads, if the weights file does not state them")
 
 

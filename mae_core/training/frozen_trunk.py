@@ -10,13 +10,14 @@ from torch import nn
 
 from mae_core.errors import UserError
 from mae_core.layout import ATTENTIVE, ATTENTIVE_FORMAT, CLASSIFIER, stated_format
-from mae_core.models.encoder import ViTEncoder
 from mae_core.models.probe import AttentiveClassifier
 from mae_core.models.sizes import Pooling
+from mae_core.models.timm_trunk import Encoder
 from mae_core.weights.encoder_file import EncoderFile, EncoderInfo
 from mae_core.weights.files import read_weights
-from mae_core.weights.load import fit_state, read_encoder, stated_in, vit_of
+from mae_core.weights.load import fit_state, read_encoder, stated_in
 from mae_core.weights.report import LoadReport
+from mae_core.weights.timm_file import read_timm
 
 QUERIES = "pool.queries"
 """The tensor that tells the classifier of an attentive probe."""
@@ -37,6 +38,8 @@ def classifier_file(config: Any) -> EncoderFile:
         path = path / ATTENTIVE
     if path is None or not path.is_file() or stated_format(path) != ATTENTIVE_FORMAT:
         return weights_of(config)
+    if trunk := stated_format(path, "timm"):
+        return read_timm(path, trunk)
     tensors, metadata = read_weights(path)
     info = EncoderInfo.from_metadata(metadata).with_facts(format="mae_core")
     return EncoderFile(path, info, tensors, {name: [name] for name in tensors}, LoadReport(str(path)))
@@ -44,7 +47,7 @@ def classifier_file(config: Any) -> EncoderFile:
 
 def trunk_from(
     source: EncoderFile, *, pooling: Pooling | None, image_size: int | Sequence[int] | None = None
-) -> tuple[ViTEncoder, LoadReport]:
+) -> tuple[Encoder, LoadReport]:
     """A frozen trunk that maps images (B, C, H, W) to features (B, D), in eval mode, and the report of its weights;
     without ``pooling`` to normalised tokens (B, 1 + N, D), the cls token first.
 
@@ -53,7 +56,7 @@ def trunk_from(
     Raises ``UserError`` where the file is a classifier on mean-pooled patches and the cls token is asked for.
     """
     source.check_pooling(pooling)
-    model = vit_of(source, image_size, pooling=pooling)
+    model = source.build(image_size, pooling=pooling)
     rename = NORM_AFTER_POOLING if pooling == "mean" and source.has_norm else {}
     report = fit_state(model, source, grid=model.grid[:2], unused={"head.*": "a classifier's head"}, rename=rename)
     return model.requires_grad_(False).eval(), report
@@ -74,10 +77,9 @@ def classifier_of(
             "or measure it with mae linprobe or mae knn"
         )
     if QUERIES in source.tensors:
-        trunk = vit_of(source, image_size)
+        trunk = source.build(image_size)
         attentive = AttentiveClassifier(trunk, source.num_classes, len(source.tensors[QUERIES]))
         rename = {name: f"trunk.{name}" for name in source.tensors if not name.startswith(("pool.", "head."))}
-        return attentive.eval(), fit_state(attentive, source, grid=trunk.grid[:2], rename=rename)
-    pooling: Pooling = "cls" if source.has_norm else "mean"
-    model = vit_of(source, image_size, pooling=pooling, num_classes=source.num_classes)
+        return attentive.eval(), fit_state(attentive, source, grid=trunk.grid[:2], trunk=trunk, rename=rename)
+    model = source.build(image_size, pooling=source.classifier_pooling, num_classes=source.num_classes)
     return model.eval(), fit_state(model, source, grid=model.grid[:2])

@@ -7,22 +7,14 @@ from typing import Any
 
 from torch import nn
 
+from mae_core.models.timm_trunk import Encoder
+
 NEVER_DECAYED = ("pos_embed", "cls_token", "relative_position_bias_table", "rel_pos_h", "rel_pos_w")
-
-
-def layer_of(name: str, depth: int, trunk: str = "") -> int:
-    """Layer of a parameter: 0 for the trunk's embeddings, i + 1 for its block i, depth + 1 for everything else."""
-    if not name.startswith(trunk):
-        return depth + 1
-    parts = name.removeprefix(trunk).split(".")
-    if parts[0] == "blocks":
-        return int(parts[1]) + 1
-    return 0 if parts[0] in ("cls_token", "pos_embed", "patch_embed") else depth + 1
 
 
 def layer_decay_groups(
     model: nn.Module,
-    depth: int,
+    vit: Encoder,
     *,
     layer_decay: float,
     weight_decay: float,
@@ -33,15 +25,18 @@ def layer_decay_groups(
 
     The rule of the official ``lr_decay.py`` (paper, A.1): the last block already has one factor of decay, heads have
     none. 1-D tensors and those whose last name is in ``never_decayed`` (positions, absolute and relative, and the cls
-    token) are not weight-decayed. ``trunk`` is the prefix of the ViT's names.
-    timm's own function gives the last block the head's rate where the trunk has no final norm, so it is not used here.
+    token) are not weight-decayed, nor what timm says of a trunk of its own. ``vit`` is the trunk, ``trunk`` the prefix
+    of its names.
+    timm's own function gives the last block the head's rate where the trunk has no final norm, so it is not used here;
+    the layer of a tensor in a trunk of timm is timm's.
     """
+    depth, exempt = len(vit.blocks), {f"{trunk}{name}" for name in vit.no_weight_decay() if never_decayed}
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        layer = layer_of(name, depth, trunk)
-        decayed = parameter.ndim > 1 and name.rpartition(".")[2] not in never_decayed
+        layer = vit.layer_of(name.removeprefix(trunk)) if name.startswith(trunk) else depth + 1
+        decayed = parameter.ndim > 1 and name.rpartition(".")[2] not in never_decayed and name not in exempt
         group = groups.setdefault(
             (layer, decayed),
             {

@@ -24,8 +24,8 @@ from mae_core.data.views import probe_view
 from mae_core.errors import UserError
 from mae_core.layout import ATTENTIVE, ATTENTIVE_FORMAT, CLASSIFIER
 from mae_core.measures.accuracy import Tally
-from mae_core.models.encoder import ViTEncoder
 from mae_core.models.probe import AttentiveProbe, LinearProbe, Probe
+from mae_core.models.timm_trunk import Encoder
 from mae_core.patches import as_pair
 from mae_core.resuming import Resume
 from mae_core.training import distributed
@@ -73,13 +73,15 @@ def rates_of(optim: ProbeOptim) -> list[float]:
 
 
 def build_probe(
-    config: ProbeConfig, trunk: ViTEncoder | None, width: int, num_classes: int, *, heads: int
+    config: ProbeConfig, trunk: Encoder | None, width: int, num_classes: int, *, heads: int, prefix: int = 1
 ) -> LinearProbe | AttentiveProbe:
     """The probe of a configuration on ``trunk``, or without one on what a trunk of ``width`` says. Raises ``UserError``
     where the queries do not divide the width."""
     if config.kind == "linear":
         return LinearProbe(trunk, width, num_classes, heads=heads, batch_norm=config.batch_norm)
-    return AttentiveProbe(trunk, width, num_classes, queries=config.queries, heads=heads, batch_norm=config.batch_norm)
+    return AttentiveProbe(
+        trunk, width, num_classes, queries=config.queries, heads=heads, batch_norm=config.batch_norm, prefix=prefix
+    )
 
 
 def probe_optimizer(probe: Probe, optim: ProbeOptim, lr: float) -> torch.optim.Optimizer:
@@ -207,7 +209,9 @@ def linprobe(config: LinprobeConfig, *, resume: Resume = False) -> dict[str, Any
     seed_everything(config.seed)
     rates, cached = rates_of(config.optim), config.cache is not None
     on = None if cached else trunk
-    probe = build_probe(config.probe, on, trunk.embed_dim, len(splits.classes), heads=len(rates))
+    probe = build_probe(
+        config.probe, on, trunk.num_features, len(splits.classes), heads=len(rates), prefix=trunk.prefix
+    )
     if config.cache is not None and attentive:
         images = len(splits.train.paths) + len(splits.val.paths)
         check_tokens_fit(images, trunk, config.cache, torch.device("cpu"))
@@ -225,7 +229,7 @@ def linprobe(config: LinprobeConfig, *, resume: Resume = False) -> dict[str, Any
     train_batches = run.training_loader(data.images, collate, workers=workers, **steps)
     run.say(
         f"{data.num_images} training and {len(splits.val.paths)} validation images of {len(splits.classes)} classes; "
-        f"{trunk.embed_dim} {what} {'kept' if cached else 'of augmented images'}; "
+        f"{trunk.num_features} {what} {'kept' if cached else 'of augmented images'}; "
         f"{settings.total_steps} steps of {config.optim.batch_size}, base lr {', '.join(f'{r:g}' for r in rates)}"
         f"{', the loss is their sum' if len(rates) > 1 else ''}; writing to {run.folder}"
     )

@@ -72,7 +72,7 @@ def fit_pca(config: PretrainConfig, out: Path | None = None, *, components: int 
         out.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out.parent).close()  # fails now, not after the fit
     config, start = started_from(config, resume=False)
-    grid = PatchGrid.of(config.data.image_size, config.model.patch_size or config.model.trunk.patch_size)
+    grid = PatchGrid.of(config.data.image_size, config.model.patch_size or config.model.shape.patch_size)
     values = grid.patch**2 * config.data.channels
     if not 0 < components <= values:
         raise UserError(

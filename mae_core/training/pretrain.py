@@ -46,7 +46,7 @@ def build_pretrain_model(config: PretrainConfig, start: EncoderFile | None = Non
     Raises ``UserError`` where a file of its target is missing.
     """
     model = build_mae(
-        config.model.trunk if start is None else start.shape,
+        config.model.shape if start is None else start.shape,
         image_size=config.data.image_size,
         patch_size=config.model.patch_size,
         in_chans=config.data.channels,
@@ -191,7 +191,7 @@ def announce(
     hidden = fixed_mask(model, 1, 0).hidden_ids.shape[1]
     say(
         f"{num_images} images, {grid.image_size[0]}x{grid.image_size[1]}x{config.data.channels}; "
-        f"ViT-{config.model.trunk.name} with {grid.patch}x{grid.patch} patches, {parameters:.1f} M parameters with "
+        f"ViT-{config.model.shape.name} with {grid.patch}x{grid.patch} patches, {parameters:.1f} M parameters with "
         "decoder; "
         f"{hidden} of {grid.num_patches} patches hidden; target {config.target.kind}"
         + ("" if model.target.gives_pixels else ", whose tokenizer has no decoder: no pictures are drawn")

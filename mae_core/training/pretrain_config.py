@@ -179,6 +179,15 @@ class PretrainConfig(RunConfig):
         return self
 
     @model_validator(mode="after")
+    def _own_vit(self) -> PretrainConfig:
+        if self.model.trunk is not None:
+            raise ValueError(
+                f"model.trunk={self.model.trunk}: masked pre-training hides patches from the toolkit's own ViT; leave "
+                "model.trunk out and set model.size"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _adapts_weights(self) -> PretrainConfig:
         if self.weights is None and self.branch is not None:
             raise ValueError(f"branch={self.branch} chooses an encoder of weights=FILE; set that too, or leave it out")
@@ -197,6 +206,6 @@ class PretrainConfig(RunConfig):
     def _patches_fit(self) -> PretrainConfig:
         if self.weights is not None:  # which may say patch and image size: looked at once they are read
             return self
-        grid = PatchGrid.of(self.data.image_size, self.model.patch_size or self.model.trunk.patch_size)
+        grid = PatchGrid.of(self.data.image_size, self.model.patch_size or self.model.shape.patch_size)
         num_visible(grid.num_patches, self.masking.ratio)
         return self

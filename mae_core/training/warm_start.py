@@ -16,7 +16,6 @@ from mae_core.training.pretrain_config import PretrainConfig
 from mae_core.weights.encoder_file import EncoderFile
 from mae_core.weights.load import (
     fit_state,
-    model_facts,
     name_in_mae,
     read_encoder,
     section_with,
@@ -43,7 +42,7 @@ def started_from(config: PretrainConfig, *, resume: bool) -> tuple[PretrainConfi
     file = read_encoder(full_model_in(config.weights), image_size=config.data.image_size, **stated_in(config))
     file.check_pretrained()
     patch = config.model.patch_size or file.patch_size
-    facts = {name: value for name, value in model_facts(file, config.model).items() if name != "patch_size"}
+    facts = {name: value for name, value in file.model_facts(config.model).items() if name != "patch_size"}
     model = section_with(file.path, config.model, "model", must={**facts, "patch_size": patch})
     sides = {"channels": file.in_chans, "image_size": file.image_size}
     data = section_with(file.path, config.data, "data", must={}, may=sides)

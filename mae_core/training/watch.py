@@ -94,7 +94,7 @@ def split_images(config: PretrainConfig, source: ImageSource) -> Watched:
 
 def _check_tokens_fit(config: PretrainConfig, images: int) -> None:
     """Raise ``UserError`` where the tokens of so many images take more than half of the memory."""
-    trunk = config.model.trunk
+    trunk = config.model.shape
     grid = PatchGrid.of(config.data.image_size, config.model.patch_size or trunk.patch_size)
     needed = images * (1 + grid.num_patches) * trunk.width * torch.float32.itemsize
     free = available_memory(torch.device("cpu")) // 2

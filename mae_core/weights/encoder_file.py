@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.layers import get_act_layer
@@ -17,7 +17,9 @@ from mae_core.errors import UserError, naming
 from mae_core.layout import EXPORT_CONFIG, PREPROCESSOR_CONFIG
 from mae_core.models.encoder import ViTEncoder
 from mae_core.models.mae import MaskedAutoencoder
-from mae_core.models.sizes import ACTIVATIONS, SIZES, ViTSize
+from mae_core.models.sizes import ACTIVATIONS, Pooling, ViTSize
+from mae_core.models.timm_trunk import Encoder
+from mae_core.pos_embed import resize_pos_embed
 from mae_core.weights.report import LoadReport
 
 TRANSFORMERS_WORDS = {
@@ -49,6 +51,7 @@ class EncoderInfo:
     """What is known of an encoder and of how it was trained; None: not stated.
 
     format            of the names in the file; ``converted_from``: of the file it was made from
+    timm              ``timm:NAME`` of a trunk of timm's; None: the toolkit's own ViT
     size              the named size, where it has one
     image_size, grid  (height, width) in pixels and (rows, columns) of the stored positions
     mean, std         of the pixels, channel by channel, after scaling to [0, 1]
@@ -60,6 +63,7 @@ class EncoderInfo:
 
     format: str | None = None
     converted_from: str | None = None
+    timm: str | None = None
     size: str | None = None
     width: int | None = None
     depth: int | None = None
@@ -138,20 +142,21 @@ class EncoderInfo:
         return ViTSize(**known)
 
     @classmethod
-    def of(cls, model: ViTEncoder | MaskedAutoencoder, **more: Any) -> EncoderInfo:
-        """The record of a model of ours; ``more``: further facts."""
+    def of(cls, model: Encoder | MaskedAutoencoder, **more: Any) -> EncoderInfo:
+        """The record of a model of ours, or of a trunk of timm; ``more``: further facts."""
         encoder = model.encoder if isinstance(model, MaskedAutoencoder) else model
-        grid, trunk = encoder.grid, encoder.shape
+        grid = encoder.grid
         return cls(
             format="mae_core",
-            size=trunk.name if trunk.name in SIZES else None,
             image_size=list(grid.image_size),
             grid=[grid.rows, grid.cols],
             in_chans=encoder.in_channels,
-            **dataclasses.asdict(trunk),
+            **encoder.facts,
         ).with_facts(**more)
 
 
+HEADS = ("head.", "head_dist.", "lm_head.")
+"""How the names of classifiers' heads begin: DeiT's second one, and that of BEiT's pre-training."""
 KEYS = tuple(each.name for each in dataclasses.fields(EncoderInfo) if each.name != "other")
 TRUNK = tuple(each.name for each in dataclasses.fields(ViTSize))
 
@@ -159,6 +164,17 @@ TRUNK = tuple(each.name for each in dataclasses.fields(ViTSize))
 def describe_encoder(model: ViTEncoder | MaskedAutoencoder) -> dict[str, Any]:
     """The metadata every weights file of ours carries about its encoder."""
     return EncoderInfo.of(model).to_metadata()
+
+
+class Adapted(NamedTuple):
+    """An encoder's tensors as a model takes them, the names they have in the file, what was done to them, patterns of
+    what the model does not take -> why, and what to do where they do not fit."""
+
+    tensors: dict[str, Tensor]
+    names: dict[str, list[str]]
+    report: LoadReport
+    unused: Mapping[str, str]
+    remedy: str
 
 
 @dataclass(frozen=True)
@@ -233,13 +249,66 @@ class EncoderFile:
                 "give the encoder it was fine-tuned from, or evaluate it with mae evaluate"
             )
 
-    def check_pooling(self, pooling: str | None) -> None:
+    def headless(self) -> EncoderFile:
+        """The encoder without the head of a classifier, for a new one; its report says so."""
+        heads = [name for name in self.tensors if name.startswith(HEADS)]
+        why = {theirs: "a classifier's head; a new one learns" for name in heads for theirs in self.names[name]}
+        report = dataclasses.replace(self.report, unused={**self.report.unused, **why})
+        tensors = {name: tensor for name, tensor in self.tensors.items() if name not in heads}
+        return dataclasses.replace(self, tensors=tensors, report=report)
+
+    @property
+    def classifier_pooling(self) -> Pooling:
+        """What its head reads."""
+        return "cls" if self.has_norm else "mean"
+
+    def check_pooling(self, pooling: Pooling | None) -> None:
         """Raise ``UserError`` where the normalised cls token is asked of a classifier on mean-pooled patches."""
         if pooling != "mean" and "fc_norm.weight" in self.tensors and not self.has_norm:
             raise UserError(
                 f"{self.path} is a classifier on mean-pooled patches and has no norm of its tokens; set "
                 "model.pooling=mean, or give the encoder it was fine-tuned from"
             )
+
+    def model_facts(self, model: Any) -> dict[str, Any]:
+        """The file's trunk in the words of the ``model`` section: its name where it has one, its numbers otherwise, and
+        what the section gives of them; nothing for a section that has no words for it."""
+        if not hasattr(model, "size"):
+            return {}
+        trunk = self.shape
+        numbers = {name: getattr(trunk, name) for name in ("width", "depth", "heads", "mlp_ratio")}
+        # a recorded config.yaml names every option, those without a value too
+        given = {name for name in model.model_fields_set if getattr(model, name) is not None}
+        if self.info.size is not None:
+            facts = {"size": self.info.size, **{name: value for name, value in numbers.items() if name in given}}
+        elif "size" in given and {"width", "depth"} - given:
+            facts = {**numbers, "size": trunk.name}
+        else:
+            facts = numbers
+        return {**facts, **({"patch_size": trunk.patch_size} if "patch_size" in given else {})}
+
+    def model_defaults(self, model: Any) -> dict[str, Any]:
+        """What holds of the ``model`` section where the user said nothing."""
+        return {}
+
+    def build(self, image_size: int | Sequence[int] | None = None, **options: Any) -> Encoder:
+        """An untrained model of the file's architecture, by default at its image size."""
+        size = self.image_size if image_size is None else image_size
+        return ViTEncoder(self.shape, image_size=size, in_chans=self.in_chans, **options)
+
+    def adapted(self, trunk: Any, grid: tuple[int, int], rename: Mapping[str, str]) -> Adapted:
+        """The tensors with positions resized to ``grid``; ``rename``: where they go in a larger model than the
+        ``trunk``."""
+        before = self.report
+        resized = {rename.get(name, name): how for name, how in before.resized.items()}
+        report = LoadReport(before.path, resized=resized, unused={**before.unused}, notes=[*before.notes])
+        tensors = dict(self.tensors)
+        for name in {"pos_embed", "decoder_pos_embed"} & tensors.keys() if self.grid != tuple(grid) else ():
+            if name == "pos_embed" or name in rename:
+                tensors[name] = resize_pos_embed(tensors[name], self.grid, grid)
+                report.resized[rename.get(name, name)] = f"{self.grid[0]}x{self.grid[1]} -> {grid[0]}x{grid[1]}"
+        remedy = f"the file holds a {self.size} encoder with patch {self.patch_size} and {self.in_chans} channels"
+        return Adapted(tensors, self.names, report, {}, remedy)
 
 
 # What lies beside a weights file: the configuration of a folder of transformers or timm.

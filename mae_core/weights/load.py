@@ -19,10 +19,10 @@ from mae_core.config.sections import JobConfig
 from mae_core.data.images import DEFAULT_STATISTICS, Statistics
 from mae_core.data.views import FileView
 from mae_core.errors import UserError, naming
-from mae_core.models.encoder import ViTEncoder
+from mae_core.layout import resolve_weights, stated_format
 from mae_core.models.mae import MaskedAutoencoder, assemble_mae
 from mae_core.models.sizes import Pooling, size_of
-from mae_core.pos_embed import resize_pos_embed
+from mae_core.models.timm_trunk import Encoder
 from mae_core.targets import rebuild_target
 from mae_core.weights.catalogue import published_target
 from mae_core.weights.encoder_file import EncoderFile, EncoderInfo
@@ -32,6 +32,7 @@ from mae_core.weights.parts import LACKING, UNKNOWN, Parts, check_finite, descri
 from mae_core.weights.rename import Reading, is_decoder, told_trunk
 from mae_core.weights.report import LoadReport
 from mae_core.weights.resize import STEM_WARNING, Adaptation, adapt_stem, restandardise_stem, usual_method
+from mae_core.weights.timm_file import read_timm
 from mae_core.weights.wrappers import ASKED_IN_CONFIG
 from mae_core.weights.writing import write_parts
 
@@ -54,17 +55,28 @@ def read_encoder(
     decoder: bool = False,
     branch: str | None = None,
     asked_as: str = ASKED_IN_CONFIG,
+    trunk: str | None = None,
+    named_statistics: bool = True,
 ) -> EncoderFile:
     """Read the encoder of a weights file of any known format, a run, a checkpoint or a folder of timm or transformers;
     of a full MAE the decoder's tensors come along.
 
     ``image_size`` of the images it is wanted for tells the grid of a file that is not square and does not say.
     ``heads``: of a file that does not say. ``decoder``: of a run the full model is meant. ``branch``: which of several
-    encoders; ``asked_as``: how the caller's user writes it.
+    encoders; ``asked_as``: how the caller's user writes it. ``trunk``: ``timm:NAME``, where the file is of a trunk of
+    timm and does not say so itself; ``named_statistics``: see ``read_timm``.
 
     Raises ``UserError`` where the file is broken or holds no encoder, or several and ``branch`` names none, and where
     nothing tells its heads or its grid.
     """
+    trunk = trunk or stated_format(resolve_weights(path, decoder=decoder), "timm") or None
+    if trunk is not None:
+        file = read_timm(
+            resolve_weights(path), trunk, named_statistics=named_statistics, branch=branch, asked_as=asked_as
+        )
+        if decoder:
+            raise file.refusal()
+        return file
     parts = open_weights(path, image_size=image_size, heads=heads, decoder=decoder, branch=branch, asked_as=asked_as)
     parts.check_decided()
     apart = [name for name in parts.tensors if is_decoder(name) or name.startswith(OWN_ONLY)]
@@ -154,31 +166,29 @@ def with_file(source: EncoderFile, config: AnyRun, *, frozen: bool = False) -> A
     may = {"image_size": source.image_size, "test_crop": source.info.test_crop} if frozen else {}
     may = {name: value for name, value in may.items() if name in type(data).model_fields}
     update = {"data": section_with(source.path, data, "data", must={"channels": source.in_chans}, may=may)}
-    if model is not None and "size" in type(model).model_fields:
-        update["model"] = section_with(source.path, model, "model", must=model_facts(source, model))
+    if model is not None and {"size", "trunk"} & type(model).model_fields.keys():
+        update["model"] = section_with(
+            source.path, model, "model", must=source.model_facts(model), may=source.model_defaults(model)
+        )
     return config.model_copy(update=update)
 
 
-def model_facts(source: EncoderFile, model: Any) -> dict[str, Any]:
-    """The file's trunk in the words of the ``model`` section: its name where it has one, its numbers otherwise, and
-    what the section gives of them."""
-    trunk = source.shape
-    numbers = {name: getattr(trunk, name) for name in ("width", "depth", "heads", "mlp_ratio")}
-    # a recorded config.yaml names every option, those without a value too
-    given = {name for name in model.model_fields_set if getattr(model, name) is not None}
-    if source.info.size is not None:
-        facts = {"size": source.info.size, **{name: value for name, value in numbers.items() if name in given}}
-    elif "size" in given and {"width", "depth"} - given:
-        facts = {**numbers, "size": trunk.name}
-    else:
-        facts = numbers
-    return {**facts, **({"patch_size": trunk.patch_size} if "patch_size" in given else {})}
-
-
 def stated_in(config: Any) -> dict[str, Any]:
-    """What a configuration states of its weights that the file does not: ``model.heads``, and which of several encoders
-    (``branch``); options of ``read_encoder``."""
-    return {"heads": getattr(getattr(config, "model", None), "heads", None), "branch": config.branch}
+    """What a configuration states of its weights that the file does not: ``model.heads``, which of several encoders
+    (``branch``), and ``model.trunk``, whose mean and std hold unless the configuration sets its own; options of
+    ``read_encoder``."""
+    model, data = getattr(config, "model", None), getattr(config, "data", None)
+    own = any(getattr(data, name, default) != default for name, default in DATA_DEFAULTS.items())
+    return {
+        "heads": getattr(model, "heads", None),
+        "branch": config.branch,
+        "trunk": getattr(model, "trunk", None),
+        "named_statistics": not own,
+    }
+
+
+DATA_DEFAULTS = {"mean": None, "std": None, "statistics": "auto"}
+"""The options of the data that say what pixels are standardised with."""
 
 
 # The strict loader.
@@ -248,31 +258,27 @@ def fit_state(
     source: EncoderFile,
     *,
     grid: tuple[int, int],
+    trunk: nn.Module | None = None,
     new: Sequence[str] = (),
     unused: Mapping[str, str] | None = None,
     rename: Mapping[str, str] | None = None,
     allow_missing: Sequence[str] = (),
 ) -> LoadReport:
     """``load_state`` for an encoder: positions are resized to ``grid``, a decoder is left out unless ``rename`` says
-    where it goes. ``allow_missing``: patterns of tensors that the user allows to start anew."""
-    rename, before = rename or {}, source.report
-    resized = {rename.get(name, name): how for name, how in before.resized.items()}
-    report = LoadReport(before.path, resized=resized, unused={**before.unused}, notes=[*before.notes])
-    tensors = dict(source.tensors)
-    for name in {"pos_embed", "decoder_pos_embed"} & tensors.keys() if source.grid != tuple(grid) else ():
-        if name == "pos_embed" or name in rename:
-            tensors[name] = resize_pos_embed(tensors[name], source.grid, grid)
-            report.resized[rename.get(name, name)] = f"{source.grid[0]}x{source.grid[1]} -> {grid[0]}x{grid[1]}"
+    where it goes. ``trunk``: the part of ``model`` that is the encoder, where ``model`` is more. ``allow_missing``:
+    patterns of tensors that the user allows to start anew."""
+    rename = rename or {}
+    ready = source.adapted(trunk or model, grid, rename)
     return load_state(
         model,
-        tensors,
+        ready.tensors,
         source.path,
         new=(*new, *allow_missing),
-        unused={**UNUSED, **(unused or {})},
+        unused={**UNUSED, **ready.unused, **(unused or {})},
         rename=rename,
-        names=source.names,
-        report=report,
-        remedy=f"the file holds a {source.size} encoder with patch {source.patch_size} and {source.in_chans} channels",
+        names=ready.names,
+        report=ready.report,
+        remedy=ready.remedy,
     )
 
 
@@ -296,13 +302,15 @@ def load_encoder(
     in_chans: int | None = None,
     heads: int | None = None,
     branch: str | None = None,
-) -> ViTEncoder:
+    trunk: str | None = None,
+) -> Encoder:
     """The encoder of any known weights file, run directory or checkpoint, in eval mode; positions resized to
     ``image_size``, the patch embedding adapted to ``in_chans`` with a warning. ``heads``: attention heads, for a file
-    that does not say. ``branch``: which encoder of a file that holds several, such as "teacher". Raises ``UserError``
-    where the file does not hold one."""
-    source = _opened(path, image_size=image_size, heads=heads, branch=branch)
-    if not source.has_norm:
+    that does not say. ``branch``: which encoder of a file that holds several, such as "teacher". ``trunk``:
+    ``timm:NAME``, for a file of a ViT of timm's, whose tokens it then gives. Raises ``UserError`` where the file does
+    not hold one."""
+    source = _opened(path, image_size=image_size, heads=heads, branch=branch, trunk=trunk)
+    if source.info.timm is None and not source.has_norm:
         pooled = "fc_norm.weight" in source.tensors
         kind = "a classifier on mean-pooled patches" if pooled else f"a {source.info.format} file"
         raise UserError(
@@ -316,7 +324,7 @@ def load_encoder(
             stacklevel=2,
         )
         source = with_stem(source, in_chans=in_chans)
-    encoder = vit_of(source, image_size)
+    encoder = source.build(image_size)
     fit_state(encoder, source, grid=encoder.grid[:2], unused={"head.*": "a classifier's head"})
     encoder.transform = view_for(encoder, source.info)
     return encoder.eval()
@@ -350,7 +358,7 @@ def with_statistics_of(source: EncoderFile, statistics: Statistics) -> EncoderFi
     return replace(source, tensors=tensors, info=info, report=replace(report, notes=[*report.notes, told]))
 
 
-def view_for(encoder: ViTEncoder, info: EncoderInfo) -> FileView:
+def view_for(encoder: Encoder, info: EncoderInfo) -> FileView:
     """What turns an image into what ``encoder`` was trained on; mean and std as its file says, else ImageNet's."""
     channels = encoder.in_channels
     mean, std = info.mean, info.std
@@ -358,12 +366,6 @@ def view_for(encoder: ViTEncoder, info: EncoderInfo) -> FileView:
         mean, std = DEFAULT_STATISTICS.get(channels, ((), ()))
     statistics = Statistics(tuple(mean), tuple(std)) if mean else None
     return FileView(encoder.grid.image_size, channels, statistics)
-
-
-def vit_of(source: EncoderFile, image_size: int | Sequence[int] | None = None, **options: Any) -> ViTEncoder:
-    """An untrained model of a file's architecture, by default at its image size."""
-    size = source.image_size if image_size is None else image_size
-    return ViTEncoder(source.shape, image_size=size, in_chans=source.in_chans, **options)
 
 
 def classifier_from(
@@ -374,7 +376,7 @@ def classifier_from(
     image_size: int | Sequence[int] | None = None,
     drop_path: float = 0.0,
     allow_missing: Sequence[str] = (),
-) -> tuple[ViTEncoder, LoadReport]:
+) -> tuple[Encoder, LoadReport]:
     """A classifier on a pre-trained encoder, and the report of what was loaded. ``allow_missing``: see ``fit_state``.
     A classifier's trunk is taken, and its norm after pooling, but not its head. Raises ``UserError`` where the file
     does not fit, or there is no class to tell."""
@@ -382,18 +384,10 @@ def classifier_from(
     if num_classes < 1:
         raise UserError(f"a classifier has one class or more; num_classes={num_classes} was asked for")
     unused = {"norm.*": "mean pooling learns a new norm after pooling"} if pooling == "mean" else {}
-    source = without_head(source)
-    model = vit_of(source, image_size, num_classes=num_classes, pooling=pooling, drop_path=drop_path)
+    source = source.headless()
+    model = source.build(image_size, num_classes=num_classes, pooling=pooling, drop_path=drop_path)
     new = ("head.*", "fc_norm.*", *allow_missing)
     return model, fit_state(model, source, grid=model.grid[:2], new=new, unused=unused)
-
-
-def without_head(source: EncoderFile) -> EncoderFile:
-    """``source`` without the head of a classifier, which its report says."""
-    heads = [name for name in source.tensors if name.startswith("head.")]
-    why = {theirs: "a classifier's head; a new one learns" for name in heads for theirs in source.names[name]}
-    report = replace(source.report, unused={**source.report.unused, **why})
-    return replace(source, tensors={n: t for n, t in source.tensors.items() if n not in heads}, report=report)
 
 
 def build_classifier(
@@ -404,7 +398,7 @@ def build_classifier(
     heads: int | None = None,
     branch: str | None = None,
     **options: Any,
-) -> ViTEncoder:
+) -> Encoder:
     """A classifier on the encoder of a weights file, for a loop of one's own (paper, A.1).
 
     ``pooling="mean"`` leaves the pre-trained final norm behind and learns a new one after pooling, as the paper does.
@@ -446,7 +440,7 @@ def load_mae(
         info.target_options or {},
         {name.removeprefix(fitted): each for name, each in tensors.items() if name.startswith(fitted)},
     )
-    model = assemble_mae(vit_of(source), objective, decoder, fuse_blocks=info.fuse_blocks or (), **masking_of(info))
+    model = assemble_mae(source.build(), objective, decoder, fuse_blocks=info.fuse_blocks or (), **masking_of(info))
     model.loss_on_all_patches = bool(info.loss_on_all_patches)
     rename = {name: name_in_mae(name) for name in tensors}
     load_state(model, tensors, source.path, rename=rename, names=source.names, remedy="it is not a complete MAE")

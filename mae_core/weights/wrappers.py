@@ -60,8 +60,8 @@ def choose_branch(
             each.notes = notes + _prefix_notes(each.words)
             found.append(replace(each, words=(*keys, *each.words)))
     encoders = [each for each in found if len(found) > 1 and _is_encoder(each.state, source)] or found[:1]
-    names = _short_names([each.words for each in encoders])
-    chosen = encoders[_position(branch, names, [each.words for each in encoders], asked_as)]
+    names = short_names([each.words for each in encoders])
+    chosen = encoders[position_of(branch, names, [each.words for each in encoders], asked_as)]
     for each in found:
         why = "of another encoder in the file" if each in encoders else "no encoder"
         if each is not chosen:
@@ -70,7 +70,7 @@ def choose_branch(
     return chosen
 
 
-def _position(branch: str | None, names: Sequence[str], paths: Sequence[Sequence[str]], asked_as: str) -> int:
+def position_of(branch: str | None, names: Sequence[str], paths: Sequence[Sequence[str]], asked_as: str) -> int:
     """Which of several encoders is asked for. Raises ``UserError`` where it is none of them, and where none is."""
     if branch is None and len(names) > 1:
         options = " or ".join(asked_as.format(name) for name in names)
@@ -154,7 +154,7 @@ def _prefix_notes(words: Sequence[str]) -> list[str]:
     return [f"removed the prefix {told} from every name"] if words else []
 
 
-def _short_names(paths: Sequence[Sequence[str]]) -> list[str]:
+def short_names(paths: Sequence[Sequence[str]]) -> list[str]:
     """What tells each path from the others: the first word that differs where that is enough, else the path."""
     shared = 0
     while all(len(path) > shared for path in paths) and len({path[shared] for path in paths}) == 1:

@@ -28,7 +28,7 @@ def test_parameter_groups_are_the_official_rules(size):
     decay, depth, num_groups, rate_of_embeddings, in_a_block = GOLDEN[size]
     with torch.device("meta"):
         model = ViTEncoder(size, num_classes=1000, pooling="mean")
-    groups = layer_decay_groups(model, depth, layer_decay=decay, weight_decay=0.05)
+    groups = layer_decay_groups(model, model, layer_decay=decay, weight_decay=0.05)
     assert len(groups) == num_groups
     seen = {}
     for group in groups:

@@ -147,9 +147,7 @@ def test_layer_decay_scales_from_the_stem_to_the_heads(configure):
     model = tiny_detector(configure())
     scale, decay = {}, {}
     names = {id(p): name for name, p in model.named_parameters()}
-    groups = layer_decay_groups(
-        model, len(model.backbone.vit.blocks), layer_decay=0.5, weight_decay=0.1, trunk="backbone.vit."
-    )
+    groups = layer_decay_groups(model, model.backbone.vit, layer_decay=0.5, weight_decay=0.1, trunk="backbone.vit.")
     for group in groups:
         for parameter in group["params"]:
             scale[names[id(parameter)]], decay[names[id(parameter)]] = group["lr_scale"], group["weight_decay"]

@@ -42,7 +42,7 @@ class MAECoreLayerDecay(DefaultOptimWrapperConstructor):
             raise UserError(f"paramwise_cfg has no {RULE}; set it, to 1.0 for one learning rate everywhere")
         groups = layer_decay_groups(
             module,
-            len(module.backbone.blocks),
+            module.backbone,
             layer_decay=self.paramwise_cfg[RULE],
             weight_decay=self.base_wd,
             trunk="backbone.",
