@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -41,7 +40,7 @@ from mae_core.training.progress import clock
 from mae_core.training.run import environment
 from transfer.compare.config import CompareConfig
 from transfer.compare.kinds import KINDS
-from transfer.compare.run import compare
+from transfer.compare.run import commit, compare
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = {"classification": "finetune", "detection": "detection", "segmentation": "segmentation"}
@@ -208,8 +207,7 @@ def write_results(
 ) -> Path:
     """label_efficiency_<task>.{json,md,png} -> the path of the table."""
     stem = f"label_efficiency_{name}"
-    commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    facts = {**environment(torch.device("cpu")), "commit": commit.stdout.strip() or "unknown"}
+    facts = {**environment(torch.device("cpu")), "commit": commit()}
     metric = KINDS[TASKS[name]].metric
     settings = {name: getattr(config, name) for name in ("steps", "seeds", "rates", "layer_decays", "holdout")}
     content = {"command": command, "metric": metric, "settings": settings, "environment": facts}

@@ -3,8 +3,8 @@
     python benchmarks/table1.py DATA OUT [--epochs 12] [--finetune-epochs 5] [--rows 1a,1f]
 
 DATA holds train/<class>/* and val/<class>/*, such as imagenette. A row is what its file in configs/pretrain/table1
-says, on top of benchmarks/table1.yaml; its encoder is measured by k-NN and by a short fine-tuning. Two rows run
-abreast, one thread each. Stopped, the same command goes on where it was. OUT/table1.md and .json hold the numbers.
+says, on top of benchmarks/table1.yaml; its encoder is measured by k-NN and by a short fine-tuning: a comparison of
+encoders as `mae compare` runs it. Stopped, the same command goes on. OUT/table1.md and .json hold the numbers.
 """
 
 from __future__ import annotations
@@ -13,32 +13,31 @@ import argparse
 import json
 import math
 import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
 
-from mae_core.atomic import atomic_path, write_json, write_text
+from mae_core.atomic import write_json, write_text
 from mae_core.config.load import config_differences, load_config
-from mae_core.data.decoding import UnreadableImage, read_image
 from mae_core.data.labelled import read_image_folder
 from mae_core.errors import UserError, user_errors
-from mae_core.layout import ENCODER, METRICS, TOKENIZER
+from mae_core.layout import TOKENIZER
+from mae_core.training.finetune_config import FinetuneConfig
 from mae_core.training.plan import cost_of
 from mae_core.training.pretrain import build_pretrain_model
 from mae_core.training.pretrain_config import PretrainConfig
-from mae_core.training.progress import Counter
-from mae_core.training.run import environment
 from transfer.chain import Job, Stage
+from transfer.compare.config import CompareConfig
+from transfer.compare.run import commit, compare
 
 ROOT = Path(__file__).resolve().parents[1]
 ROW_FILES = ROOT / "configs" / "pretrain" / "table1"
 SMALL, FINETUNE = "benchmarks/table1.yaml", "benchmarks/table1_finetune.yaml"
-SHORTER_SIDE = 96
+SHORTEST = "96"
+ABREAST = 2
 WIDTH_SCALE = 8
 COMPONENTS = 24
 NEIGHBOURS = 20
@@ -91,27 +90,6 @@ class Bench:
         self.out, self.epochs, self.finetune_epochs, self.seed = out, epochs, finetune_epochs, seed
         self.data, self.pca, self.tokenizer = out / "data", out / "pca.safetensors", out / "tokenizer"
 
-    def claim(self, data: Path) -> None:
-        """Note what all rows have in common. Raises ``UserError`` where ``out`` was begun with something else."""
-        wanted = {
-            "data": str(data.resolve()),
-            "epochs": self.epochs,
-            "finetune_epochs": self.finetune_epochs,
-            "seed": self.seed,
-        }
-        file = self.out / "settings.json"
-        begun = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else wanted
-        if begun != wanted:
-            changed = ", ".join(
-                f"{key} {begun.get(key)} then, {wanted[key]} now" for key in wanted if begun.get(key) != wanted[key]
-            )
-            raise UserError(f"{self.out} was begun otherwise ({changed}); give the same, or another folder")
-        write_json(file, wanted)
-
-    def run_of(self, stage: str, name: str) -> Path:
-        """Run directory of a row's stage."""
-        return self.out / stage / name
-
     def overrides(self, name: str) -> list[str]:
         """What differs in a row from the baseline, scaled: widths by 1/8, files and tokens of this benchmark's own."""
         baseline, row = (load_config(PretrainConfig, ROW_FILES / f"{n}.yaml") for n in (BASELINE, name))
@@ -128,13 +106,20 @@ class Bench:
     def options(self, name: str) -> list[str]:
         """Of the pre-training of a row."""
         given = [f"data.path={self.data / 'train'}", f"optim.epochs={self.epochs:g}", f"seed={self.seed}"]
-        return [SMALL, *given, *self.overrides(name)]
+        return [str(ROOT / SMALL), *given, *self.overrides(name)]
 
-    def preparations(self, names: Sequence[str]) -> list[Job]:
-        """What the rows on PCA and tokens need first."""
+    def preparations(self, names: Sequence[str], source: Path) -> list[Job]:
+        """What comes first: smaller images, since to decode large ones would take most of the time; and what the rows
+        on PCA and tokens need."""
         data = f"data.path={self.data / 'train'}"
-        fit = ["mae", "fit-pca", SMALL, data, "--out", str(self.pca), "--components", str(COMPONENTS)]
-        jobs = [Job("fit pca", fit)] if "d_pca" in names and not self.pca.is_file() else []
+        jobs = [
+            Job(f"shrink {part}", ["mae", "shrink", str(source / part), str(self.data / part), "--shortest", SHORTEST])
+            for part in ("train", "val")
+            if not (self.data / part).is_dir()
+        ]
+        if "d_pca" in names and not self.pca.is_file():
+            fit = ["mae", "fit-pca", str(ROOT / SMALL), data, "--out", str(self.pca), "--components", str(COMPONENTS)]
+            jobs.append(Job("fit pca", fit))
         if "d_tokens" in names:
             train = ["mae", "train-tokenizer", data, "data.image_size=48", "data.workers=0", "model.patch_size=8"]
             train += ["model.vocabulary=256", "model.width=128", "optim.batch_size=64", "optim.base_lr=4e-3"]
@@ -143,74 +128,40 @@ class Bench:
             jobs.append(Job("train tokenizer", command, self.tokenizer, TOKENIZER))
         return jobs
 
-    def jobs(self, stage: str, names: Sequence[str]) -> list[Job]:
-        """The commands of a stage."""
-        found = []
-        for name in names:
-            output, encoder, data = self.run_of(stage, name), self.run_of("pretrain", name), f"data.path={self.data}"
-            command = {
-                "pretrain": ["mae", "pretrain", *self.options(name)],
-                "knn": ["mae", "knn", f"weights={encoder}", data, "data.image_size=48", "data.workers=0"],
-                "finetune": ["mae", "finetune", FINETUNE, f"weights={encoder}", data, f"seed={self.seed}"],
-            }[stage]
-            more = {
-                "knn": [f"k=[{NEIGHBOURS}]", "model.pooling=mean", "data.test_crop=1"],
-                "finetune": [f"optim.epochs={self.finetune_epochs:g}"],
-            }
-            command = [*command, *more.get(stage, []), f"output={output}"]
-            found.append(Job(f"{stage} {name}", command, output, {"pretrain": ENCODER}.get(stage, METRICS)))
-        return found
+    def configuration(self, names: Sequence[str]) -> CompareConfig:
+        """The rows as encoders, k-NN and fine-tuning as tasks."""
+        images = len(read_image_folder(self.data)[0].paths)
+        batch = load_config(FinetuneConfig, ROOT / FINETUNE, ["from_scratch=true"]).optim.batch_size
+        knn = ["data.image_size=48", "data.workers=0", f"k=[{NEIGHBOURS}]", "model.pooling=mean", "data.test_crop=1"]
+        tasks = [
+            {"kind": "knn", "data": str(self.data), "options": knn},
+            {"kind": "finetune", "data": str(self.data), "recipe": str(ROOT / FINETUNE)},
+        ]
+        encoders = [{"name": name, "command": shlex.join(["mae", "pretrain", *self.options(name)])} for name in names]
+        budget = {"seeds": 1, "steps": max(1, round(self.finetune_epochs * images / batch))}
+        grid = {"rates": [1.0], "layer_decays": [0.75]}
+        entries = {"title": "Table 1 at small scale", "output": str(self.out), "encoders": encoders, "tasks": tasks}
+        return CompareConfig.model_validate({**entries, **budget, **grid, "jobs": ABREAST})
 
 
-def shrink(source: Path, target: Path) -> None:
-    """Copy an ImageFolder with images of a shorter side of ``SHORTER_SIDE`` pixels at most, once: at this scale to
-    decode large files would take most of the time. Unreadable images are named and left out."""
-    done = target / "COMPLETE"
-    if done.is_file():
-        return
-    parts = dict(zip(("train", "val"), read_image_folder(source), strict=True))
-    files = [
-        (part, path, split.classes[split.labels[i]])
-        for part, split in parts.items()
-        for i, path in enumerate(split.paths)
-    ]
-    tell = Counter("shrinking images")
-    for number, (part, path, name) in enumerate(files, start=1):
-        small = target / part / name / f"{path.name}.png"
-        try:
-            image: Any = small.is_file() or read_image(path, 3)
-        except UnreadableImage as error:
-            print(f"left out {path} ({error.unreadable.reason})", flush=True)
-            continue
-        if isinstance(image, Image.Image):
-            scale = min(1.0, SHORTER_SIDE / min(image.size))
-            size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-            with atomic_path(small) as temporary:
-                image.resize(size, Image.Resampling.BICUBIC).save(temporary)
-        tell(number, len(files))
-    write_text(done, f"{source}\n")
-
-
-def run_all(bench: Bench, rows: Sequence[Row]) -> dict[str, Any]:
+def run_all(bench: Bench, rows: Sequence[Row], source: Path) -> dict[str, Any]:
     """Run what is not done yet -> what was measured."""
     names = list(dict.fromkeys(row.name for row in rows))
-    abreast = Stage(bench.out, parallel=2, threads=1)
-    abreast.run(bench.preparations(names))
-    for stage in ("pretrain", "knn", "finetune"):
-        jobs = bench.jobs(stage, names)
-        print(f"{stage}: {len(jobs)} rows", flush=True)
-        abreast.run(jobs)
+    preparations = bench.preparations(names, source)
+    Stage(bench.out, parallel=1, threads=1).run(preparations)
+    compare(bench.configuration(names))
+    found = json.loads((bench.out / "report.json").read_text(encoding="utf-8"))
+    scores = {(entry["encoder"], entry["task"]): entry["scores"][0] for entry in found["results"]}
     flops = {name: flops_of(bench, name) for name in dict.fromkeys([BASELINE, *names])}
     measured = []
     for row in rows:
-        knn, finetuned = (json.loads((bench.run_of(s, row.name) / METRICS).read_text()) for s in ("knn", "finetune"))
         numbers = {
-            "finetuned": finetuned["top1"],
-            "knn": knn["top1"][str(NEIGHBOURS)],
+            "finetuned": scores[row.name, "finetune"],
+            "knn": scores[row.name, "knn"],
             "flops": flops[row.name] / flops[BASELINE],
         }
         measured.append({**row._asdict(), "difference": bench.overrides(row.name), "measured": numbers})
-    images = finetuned["images"]
+    images = len(read_image_folder(bench.data)[1].paths)
     return {
         "rows": measured,
         "images": images,
@@ -220,29 +171,15 @@ def run_all(bench: Bench, rows: Sequence[Row]) -> dict[str, Any]:
         "seed": bench.seed,
         "command": shlex.join(["python", *sys.argv]),
         "commit": commit(),
-        "machine": environment(torch.device("cpu")),
+        "machine": found["environment"],
     }
 
 
 def flops_of(bench: Bench, name: str) -> int:
     """Forward and backward of one image."""
     file, *overrides = bench.options(name)
-    config = load_config(PretrainConfig, ROOT / file, overrides)
+    config = load_config(PretrainConfig, file, overrides)
     return cost_of(build_pretrain_model(config), config, torch.float32).total
-
-
-def commit() -> str:
-    """The commit of the code that ran, marked where it was changed."""
-    try:
-        run = subprocess.run(
-            ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return run.stdout.strip()
 
 
 def markdown(found: dict[str, Any]) -> str:
@@ -294,9 +231,7 @@ def main() -> None:
         out = given.out.resolve()
         bench = Bench(out, epochs=given.epochs, finetune_epochs=given.finetune_epochs, seed=given.seed)
         read_image_folder(given.data)
-        bench.claim(given.data)
-        shrink(given.data, bench.data)
-        found = run_all(bench, rows)
+        found = run_all(bench, rows, given.data.resolve())
         write_json(out / "table1.json", found)
         write_text(out / "table1.md", markdown(found))
         print(markdown(found))

@@ -1,17 +1,15 @@
-"""The Table 1 benchmark: its rows are the row files, scaled; what is done stays done; other settings are refused."""
+"""The Table 1 benchmark: its rows are the row files, scaled, and encoders of a comparison."""
 
 import importlib.util
 import json
 from pathlib import Path
 
 import pytest
-import torch
-from PIL import Image
 
 from mae_core.config.load import load_config
-from mae_core.errors import UserError
-from mae_core.training.checkpoints import save_checkpoint
 from mae_core.training.pretrain_config import PretrainConfig
+from transfer.compare.encoders import check_files
+from transfer.compare.trainings import Choice, Task
 
 ROOT = Path(__file__).parents[1]
 
@@ -53,48 +51,25 @@ def test_a_row_runs_its_difference_at_the_benchmarks_scale(bench, row):
     assert config.target.tokenizer_image_size is None
 
 
-def test_what_is_done_is_left_and_what_was_stopped_goes_on(bench):
-    done, stopped, torn = (bench.run_of("pretrain", name) for name in ("baseline", "a_depth_1", "a_depth_2"))
-    for folder in (done, torn):
-        folder.mkdir(parents=True)
-    (done / "encoder.safetensors").write_bytes(b"x")
-    (torn / "config.yaml").write_text("")
-
-    save_checkpoint(stopped, 3, {"x": torch.zeros(1)}, {}, {}, keep=1)
-    jobs = bench.jobs("pretrain", ["baseline", "a_depth_1", "a_depth_2", "a_depth_4"])
-    left = [job.remaining() for job in jobs]
-    assert left[0] is None and left[1] == [*jobs[1].command, "--resume"]
-    assert left[2:] == [job.command for job in jobs[2:]]
-    assert not torn.exists() and stopped.exists()
+def test_what_comes_first_is_made_once(bench, tmp_path):
+    (bench.data / "val").mkdir(parents=True)
+    jobs = bench.preparations(["d_pca", "d_tokens"], tmp_path / "images")
+    assert [job.name for job in jobs] == ["shrink train", "fit pca", "train tokenizer"]
+    assert jobs[0].command[2:4] == [str(tmp_path / "images" / "train"), str(bench.data / "train")]
+    (bench.data / "train").mkdir()
+    assert bench.preparations(["baseline"], tmp_path / "images") == []
 
 
-def test_only_rows_that_need_a_file_have_it_made(bench):
-    assert [job.name for job in bench.preparations(["d_pca", "d_tokens"])] == ["fit pca", "train tokenizer"]
-    assert bench.preparations(["baseline"]) == []
-
-
-def test_a_folder_begun_with_another_budget_is_refused(bench, tmp_path):
-    bench.claim(tmp_path)
-    bench.claim(tmp_path)
-    other = table1.Bench(bench.out, epochs=3, finetune_epochs=1, seed=0)
-    with pytest.raises(UserError, match=r"epochs 2 then, 3 now"):
-        other.claim(tmp_path)
-
-
-def test_images_are_shrunk_once_and_the_unreadable_left_out(tmp_path, write_classes, capsys):
-
-    root = write_classes(tmp_path / "classes")
-    for path in root.rglob("*.png"):
-        Image.open(path).resize((200, 120)).save(path)
-    broken = next((root / "train").rglob("*.png"))
-    broken.write_bytes(b"broken")
-    table1.shrink(root, tmp_path / "small")
-    found = sorted((tmp_path / "small").rglob("*.png"))
-    assert len(found) == len(list(root.rglob("*.png"))) - 1 and str(broken) in capsys.readouterr().out
-    assert {Image.open(path).size for path in found} == {(160, 96)}
-    found[0].unlink()
-    table1.shrink(root, tmp_path / "small")
-    assert not found[0].exists()
+def test_rows_are_encoders_of_a_comparison(bench, write_classes):
+    write_classes(bench.data, train=8)
+    config = bench.configuration(["baseline", "f_grid_75"])
+    assert [encoder.name for encoder in config.encoders] == ["baseline", "f_grid_75"]
+    assert "masking.kind=grid" in config.encoders[1].command and "output=" not in config.encoders[1].command
+    check_files(config)
+    assert [(task.kind, Task(task, config).grid()) for task in config.tasks] == [
+        *(("knn", (Choice(),)), ("finetune", (Choice(1.0, 0.75),)))
+    ]
+    assert config.steps == 1  # an epoch of 24 images in batches of 64
 
 
 def test_the_table_says_how_it_came_about():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from mae_core.errors import UserError
 from mae_core.layout import LOADING, LOG, PICTURES
 from mae_core.training.progress import clock
 from mae_core.training.run import environment
-from transfer.chain import loading_line, read_log
+from transfer.chain import ROOT, loading_line, read_log
 from transfer.compare.config import CompareConfig, file_name
 from transfer.compare.costs import cost_of
 from transfer.compare.encoders import (
@@ -201,6 +202,15 @@ def row_of(config: CompareConfig, encoder: Encoder, folder: Path) -> EncoderRow:
     )
 
 
+def commit() -> str:
+    """The commit of the code that runs, marked where it was changed; "unknown" outside a clone."""
+    words = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
 def results_of(
     config: CompareConfig, rows: list[EncoderRow], cells: list[Cell], trainings: Trainings, command: str
 ) -> Results:
@@ -215,6 +225,6 @@ def results_of(
         trainings=len(known),
         seeds=config.seeds,
         holdout=config.holdout,
-        environment=environment(device),
+        environment={**environment(device), "commit": commit()},
         command=command,
     )

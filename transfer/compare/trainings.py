@@ -125,7 +125,8 @@ class Task:
 
             read = read_config(recipe, options)
             return float(read.optim_wrapper["optimizer"]["lr"]), int(read.train_dataloader["batch_size"])
-        optim = self.validate(["from_scratch=true"] if not self.kind.frozen else [])
+        scratch = any(option.startswith("model.init=") for option in self.spec.options)  # which is for nothing else
+        optim = self.validate(["from_scratch=true"] if scratch else ["weights=encoder.safetensors"])
         return optim.base_lr, optim.batch_size
 
     def validate(self, words: Sequence[str]) -> Any:
