@@ -6,16 +6,19 @@
 Kills: a tiny training is ended by SIGKILL, with its workers, at random moments (in steps, saves, pictures), resumed
 each time by the same command, and compared with an uninterrupted one. Mutations: bits, bytes and lengths of the files
 of a run and of configurations are changed at random; what reads them has to refuse them in a sentence or read what
-was written. FOLDER gets everything, and faults.md.
+was written. FOLDER gets everything, and faults.md; the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -37,6 +40,7 @@ from mae_core.training.finetune_config import FinetuneConfig
 from mae_core.training.pretrain import build_pretrain_model, pretrain, pretrain_optimizer
 from mae_core.training.pretrain_config import PretrainConfig
 from mae_core.training.resuming_proof import differences, kill_and_resume
+from mae_core.training.run import environment
 from mae_core.weights.files import read_weights
 from transfer.detection.config import DetectionConfig
 from transfer.detection.detector_file import DETECTOR
@@ -133,29 +137,42 @@ TASKS: dict[str, tuple[Callable[[Path, Path], None], str, int, int]] = {
 """Name -> (training, its file, its steps, kills of the whole table)."""
 
 
-def kills(folder: Path, share: float, seed: int, names: list[str]) -> list[str]:
-    """The rows of the first table."""
-    rows = []
-    for name in names:
-        work, result, steps, count = TASKS[name]
-        count = max(1, round(count * share))
-        place = folder / name.split(" (")[0].replace(", ", "_").replace(" ", "_")
-        place.mkdir(parents=True)
+class Rows:
+    """The rows of the table that are measured, kept in a file: a stopped benchmark goes on."""
 
-        def start(run: Path, work: Callable[[Path, Path], None] = work) -> Callable[[], Forked]:
-            return lambda: Forked(lambda: work(folder / "data", run), run.with_suffix(".txt"))
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.known: dict[str, str] = json.loads(file.read_text()) if file.exists() else {}
 
-        began = time.monotonic()
-        kill_and_resume(start(place / "whole"), place / "whole", steps, 0, random.Random(seed), 0.0)
-        pause = 2 * (time.monotonic() - began) / steps
-        moments, early = kill_and_resume(
-            start(place / "killed"), place / "killed", steps, count, random.Random(seed), pause
-        )
-        tensors, differing = differences(place / "whole" / result, place / "killed" / result)
-        verdict = f"all {tensors} tensors bitwise equal" if not differing else f"{len(differing)} of {tensors} differ"
-        rows.append(f"| {name} | {steps} | {len(moments)} | {early} | {verdict} |")
-        print(rows[-1], flush=True)
-    return rows
+    def row(self, name: str, measure: Callable[[], str]) -> str:
+        """The row ``name``, measured unless it is known."""
+        if name not in self.known:
+            self.known[name] = measure()
+            self.file.write_text(json.dumps(self.known, indent=2))
+            print(self.known[name], flush=True)
+        return self.known[name]
+
+
+def killed(folder: Path, share: float, seed: int, name: str) -> str:
+    """A row of the first table."""
+    work, result, steps, count = TASKS[name]
+    count = max(1, round(count * share))
+    place = folder / name.split(" (")[0].replace(", ", "_").replace(" ", "_")
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+
+    def start(run: Path) -> Callable[[], Forked]:
+        return lambda: Forked(lambda: work(folder / "data", run), run.with_suffix(".txt"))
+
+    began = time.monotonic()
+    kill_and_resume(start(place / "whole"), place / "whole", steps, 0, random.Random(seed), 0.0)
+    pause = 2 * (time.monotonic() - began) / steps
+    moments, early = kill_and_resume(
+        start(place / "killed"), place / "killed", steps, count, random.Random(seed), pause
+    )
+    tensors, differing = differences(place / "whole" / result, place / "killed" / result)
+    verdict = f"all {tensors} tensors bitwise equal" if not differing else f"{len(differing)} of {tensors} differ"
+    return f"| {name} | {steps} | {len(moments)} | {early} | {verdict} |"
 
 
 def mutated(content: bytes, chance: random.Random) -> bytes:
@@ -215,6 +232,7 @@ def mutated_checkpoints(folder: Path, count: int, seed: int) -> Counter[str]:
     run = folder / "mutated_run"
     places = {"data.path": folder / "data" / "images", "output": run, "data.workers": 0, "optim.epochs": 1.2}
     config = load_config(PretrainConfig, None, options_of({**PRETRAIN, **places}))
+    shutil.rmtree(run, ignore_errors=True)
     process = Forked(lambda: pretrain(config), folder / "mutated_run.txt")
     process.process.join()
     model = build_pretrain_model(config)
@@ -294,15 +312,33 @@ def write_data(folder: Path) -> None:
         (digits / task).rename(folder / task)
 
 
+def damaged(what: str, mutate: Callable[[Path, int, int], Counter[str]], folder: Path, count: int, seed: int) -> str:
+    """A row of the second table."""
+    found = mutate(folder, count, seed)
+    return f"| {what} | {count} | {', '.join(f'{n} {name}' for name, n in found.most_common())} |"
+
+
 def table(folder: Path, share: float, seed: int, names: list[str]) -> str:
     """Everything, as Markdown."""
-    write_data(folder / "data")
+    if not (folder / "data").exists():
+        write_data(folder / "unfinished")
+        (folder / "unfinished").rename(folder / "data")
+    rows = Rows(folder / "rows.json")
+    about = environment(torch.device("cpu"))
+    head = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     lines = [
+        "# Faults",
+        "",
+        f"`python benchmarks/faults.py FOLDER{f' --share {share:g}' if share != 1 else ''}` at {head.stdout.strip()}",
+        "",
+        f"{about['processor']}, {about['threads']} thread, torch {about['torch']}",
+        "",
         "## Killed and resumed",
         "",
         "| training | steps | SIGKILLs | before the first checkpoint | final weights |",
     ]
-    lines += ["|---|---|---|---|---|", *kills(folder, share, seed, names)]
+    lines += ["|---|---|---|---|---|"]
+    lines += [rows.row(name, lambda name=name: killed(folder, share, seed, name)) for name in names]  # type: ignore[misc]
     count = max(8, round(500 * share))
     lines += ["", "## Damaged files", "", "| files | mutations | outcome |", "|---|---|---|"]
     for what, mutate in (
@@ -310,9 +346,7 @@ def table(folder: Path, share: float, seed: int, names: list[str]) -> str:
         ("weights (ours, and a torch file without checksums)", mutated_weights),
         ("configurations", mutated_configs),
     ):
-        found = mutate(folder, count, seed)
-        lines.append(f"| {what} | {count} | {', '.join(f'{n} {name}' for name, n in found.most_common())} |")
-        print(lines[-1], flush=True)
+        lines.append(rows.row(what, lambda what=what, mutate=mutate: damaged(what, mutate, folder, count, seed)))  # type: ignore[misc]
     return "\n".join(lines) + "\n"
 
 
@@ -324,7 +358,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tasks", nargs="*", choices=list(TASKS), default=list(TASKS), help="which are killed")
     given = parser.parse_args()
-    if given.folder.exists() and any(given.folder.iterdir()):
+    if given.folder.exists() and any(given.folder.iterdir()) and not (given.folder / "data").exists():
         parser.error(f"{given.folder} is not empty; choose another folder")
     torch.set_num_threads(1)
     given.folder.mkdir(parents=True, exist_ok=True)
