@@ -79,6 +79,7 @@ def map_features(
     ),
     seed: Annotated[int, typer.Option(min=0, help="Seed of k-means.")] = 0,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: a GPU where there is one.")] = "auto",
+    branch: Branch = None,
 ) -> None:
     """Draw the images of a folder as an encoder sees them, on one HTML page: principal components, groups, nearest
     neighbours, the most alike, and those unlike all others.
@@ -98,4 +99,5 @@ def map_features(
             pooling=pooling,
             seed=seed,
             device=device,
+            branch=branch,
         )

@@ -77,6 +77,7 @@ def write_map(
     most: int = 1000,
     seed: int = 0,
     device: Literal["auto", "cpu", "cuda"] = "auto",
+    branch: str | None = None,
     say: Callable[[str], None] = print,
 ) -> Path:
     """Draw the features of images under the encoder of ``weights`` into the new HTML file ``out``.
@@ -84,6 +85,7 @@ def write_map(
     images      folders, lists or shards; of more than ``most`` that many, spread over the set, are drawn
     groups      of k-means on features of length 1; fewer where there are fewer images
     neighbours  nearest others of each image, by cosine similarity
+    branch      which encoder of a file that holds several
 
     Raises ``UserError`` for a file that exists, an encoder that cannot be loaded, fewer than two readable images, and
     without scikit-learn.
@@ -92,7 +94,7 @@ def write_map(
     if out.exists():
         raise UserError(f"{out} exists; choose another file with --out")
     _require_kmeans()
-    file = read_encoder(weights)
+    file = read_encoder(weights, branch=branch, asked_as="--branch {}")
     encoder = load_encoder(file).to(join(device).device)
     source = _opened([Path(place) for place in images], encoder.in_channels)
     places = spread_indices(len(source), most)

@@ -20,8 +20,11 @@ from typer.testing import CliRunner
 import mae_core
 from mae_core.cli.main import app
 from mae_core.errors import UserError
-from mae_core.weights.load import read_encoder
+from mae_core.training.frozen_trunk import classifier_of
+from mae_core.weights.load import classifier_from, read_encoder
 from mae_core.weights.tools.inspect import inspect_file
+from transfer.backbone import DenseViT
+from transfer.trunk import build_trunk, load_pretrained
 
 SIDE = 32
 SIZES = [(SIDE, SIDE), (16, 40)]
@@ -185,6 +188,7 @@ def test_each_command_names_its_own_option(tmp_path):
         ["convert", file, "--to", "mae_core", "--out", out],
         ["export", file, "--timm", "--out", tmp_path / "folder"],
         ["check", "images", tmp_path, "--weights", file],
+        ["map", file, tmp_path, "--out", tmp_path / "map.html"],
     ):
         assert "choose one with --branch teacher or --branch student" in mae(*arguments, code=2)
     assert "of another encoder in the file" in mae("inspect", file, "--branch", "teacher", code=0)
@@ -283,7 +287,11 @@ def test_a_supervised_vit_gives_timms_features(tmp_path, kind, size):
     model = vit(**options)
     torch.save(named(model), tmp_path / "x.pth")
     encoder = mae_core.load_encoder(tmp_path / "x.pth", image_size=size)
-    assert (encoder.encode(images(size)) - tokens_of(model, size)).abs().max() < 1e-5
+    tokens = tokens_of(model, size)
+    assert (encoder.encode(images(size)) - tokens).abs().max() < 1e-5
+    if model.num_classes:
+        classifier, _ = classifier_of(read_encoder(tmp_path / "x.pth"), image_size=size)
+        assert (classifier(images(size)) - model.head(tokens[:, 0])).abs().max() < 1e-5
 
 
 @torch.no_grad()
@@ -314,17 +322,44 @@ def test_torchvisions_vit_gives_its_features(tmp_path, named, size):
 @pytest.mark.parametrize("named", [official_deit, official_deit_3])
 def test_a_conversion_of_a_supervised_vit_is_proven(tmp_path, named):
     torch.save(named(vit(**SCALED)), tmp_path / "x.pth")
-    for target in ("mae_core", "timm", "torchvision", "mmpretrain"):
+    for target in ("timm", "torchvision"):
         out = tmp_path / f"{target}.safetensors"
         told = mae("convert", tmp_path / "x.pth", "--to", target, "--out", out, "--check", code=0)
         assert "checked: largest feature difference" in told
 
 
+def saved(kind: str, path: Path) -> str | None:
+    """Write a file of that kind; the branch to ask for."""
+    if kind in SEVERAL:
+        wrap, branch, _ = SEVERAL[kind]
+        torch.save(wrap(vit().state_dict(), vit().state_dict()), path)
+        return branch
+    options, named = SUPERVISED[kind]
+    torch.save(named(vit(**options)), path)
+    return None
+
+
+@pytest.mark.parametrize("kind", ["moco", "dino", "ibot", *SUPERVISED])
+def test_every_file_takes_a_step_in_classification_and_as_a_dense_trunk(tmp_path, kind):
+    source = read_encoder(tmp_path / "x.pth", branch=saved(kind, tmp_path / "x.pth"))
+    classifier, _ = classifier_from(source, num_classes=3)
+    windows = build_trunk(source, taps=lambda size: size.quarter_taps, positions=(48, 40), window=2)
+    tables = build_trunk(source, taps=lambda size: size.quarter_taps, relative_positions="table", cls_token=True)
+    losses = (
+        nn.functional.cross_entropy(classifier(images((SIDE, SIDE))), torch.tensor([0, 2])),
+        sum(level.square().mean() for level in windows.vit(images((48, 40)))),
+        sum(level.square().mean() for level in tables.vit(images((48, 40)))),
+    )
+    for model, loss in zip((classifier, windows.vit, tables.vit), losses, strict=True):
+        before = model.blocks[0].attn.qkv.weight.detach().clone()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        loss.backward()
+        optimizer.step()
+        assert loss.isfinite() and not torch.equal(before, model.blocks[0].attn.qkv.weight)
+
+
 def test_the_trunk_of_a_classifier_is_fine_tuned_and_probed(tmp_path):
     from mae_core.training.frozen_trunk import trunk_from
-    from mae_core.weights.load import classifier_from
-    from transfer.backbone import DenseViT
-    from transfer.trunk import load_pretrained
 
     torch.save(official_deit_3(vit(**SCALED)), tmp_path / "deit.pth")
     source = read_encoder(tmp_path / "deit.pth")

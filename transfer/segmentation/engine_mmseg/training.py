@@ -93,7 +93,7 @@ def train(
         notes.append(f"weights: from {checkpoint}")
         notes += configs.fit_to_run(view, stored_config(checkpoint), checkpoint, list(options))
     elif weights is not None:
-        source = read_encoder(weights, branch=branch, asked_as="--branch {}")
+        source = read_encoder(weights, branch=branch, asked_as="--branch {0} (mae segment: branch={0})")
         notes += configs.fit_to_weights(view, source, list(options))
     else:
         configs.check_frozen_blocks_have_weights(view)
