@@ -103,6 +103,8 @@ PRINTED_BY: dict[str, tuple[str, ...]] = {
     "mae_core/training/checkpoints.py": RUNS,
     "mae_core/training/run.py": RUNS,
     "mae_core/training/loop.py": RUNS,
+    "mae_core/training/machine_faults.py": ("pretrain", "finetune"),
+    "mae_core/training/same_data.py": RUNS,
     "mae_core/training/lock.py": RUNS,
     "mae_core/training/resuming_proof.py": ("verify-resume",),
     "mae_core/training/slurm.py": ("slurm",),

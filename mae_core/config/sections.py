@@ -148,6 +148,9 @@ class JobConfig(Schema):
         "auto", description="auto: bf16 on a GPU or CPU that has it, else fp32; tf32: fp32 with TF32 products on a GPU"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
+    rank_timeout: Annotated[float, Field(gt=0)] = Field(
+        1800, description="seconds that several ranks wait for one another before the run ends"
+    )
 
 
 class RunConfig(JobConfig):

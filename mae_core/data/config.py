@@ -42,6 +42,9 @@ class ImagesConfig(Schema):
     workers: Workers = Field(
         2, description="processes that read images, per rank; auto: measured once, as few as read near the best rate"
     )
+    timeout: Annotated[float, Field(ge=0)] = Field(
+        600, description="seconds without a batch from the reading processes after which a run stops; 0: never"
+    )
     on_error: Literal["skip", "raise"] = Field(
         "skip",
         description="skip: unreadable images are named, skipped and counted; raise: all images are "

@@ -117,9 +117,10 @@ def make_loader(
     *,
     workers: int,
     pin: bool = False,
+    timeout: float = 0,
 ) -> DataLoader[Any]:
     """A DataLoader over ``sampler``; worker processes leave no trace in what it yields, nor in a ``UserError`` of
-    ``collate``."""
+    ``collate``. ``timeout``: seconds that a batch may take; 0 is for ever."""
     return _Loader(
         dataset,
         batch_sampler=sampler,
@@ -127,6 +128,7 @@ def make_loader(
         num_workers=workers,
         pin_memory=pin,
         prefetch_factor=4 if workers else None,
+        timeout=timeout if workers else 0,
         persistent_workers=workers > 0,  # of a loader that is gone through again: an evaluation's
         worker_init_fn=worker_setup(),
     )
@@ -159,6 +161,13 @@ class _Loader(DataLoader[Any]):
         return _raise_refusals(super().__iter__())  # not a generator itself: torch draws a seed when iteration starts
 
 
+def _end_processes(batches: Any) -> None:
+    """End the processes of an iterator for good: one that was stopped would not heed the signal that torch sends it,
+    and be waited for without end."""
+    for process in getattr(batches, "_workers", ()):
+        process.kill()
+
+
 def _batch_or_refusal(collate: Callable[[list[Any]], Any], samples: list[Any]) -> Any:
     try:
         return collate(samples)
@@ -167,7 +176,11 @@ def _batch_or_refusal(collate: Callable[[list[Any]], Any], samples: list[Any]) -
 
 
 def _raise_refusals(batches: Iterator[Any]) -> Iterator[Any]:
-    for batch in batches:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    try:
+        for batch in batches:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+    except RuntimeError:  # a process that is gone, or hangs
+        _end_processes(batches)
+        raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter as Tally
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -28,6 +29,7 @@ from mae_core.training import distributed
 from mae_core.training.predictions import evaluate_classifier, evaluate_multi_label
 from mae_core.training.progress import Counter
 from mae_core.training.run import Run
+from mae_core.training.same_data import Data
 from mae_core.weights.encoder_file import EncoderInfo
 from mae_core.weights.report import LoadReport
 
@@ -35,16 +37,22 @@ IMAGES_TRIED = 4
 
 
 class Splits(NamedTuple):
-    """Training and validation images of the same classes; and all of them as one source."""
+    """Training and validation images of the same classes; all of them as one source; and the lists that name them."""
 
     train: LabelledPaths
     val: LabelledPaths
     source: ImageFiles
+    lists: tuple[Path, ...] = ()
 
     @property
     def classes(self) -> list[str]:
         """Class names by index."""
         return self.train.classes
+
+    @property
+    def data(self) -> Data:
+        """What a run reads."""
+        return Data(self.source.names, self.source.content, self.lists)
 
 
 def read_splits(data: LabelledData) -> Splits:
@@ -64,7 +72,8 @@ def read_splits(data: LabelledData) -> Splits:
         tried = read_some(ImageFiles(files.paths, data.reading), IMAGES_TRIED)
         if isinstance(data, FinetuneData):
             check_pictures(tried, data)
-    return Splits(train, val, source)
+    lists = [data.path / f"{split}.csv" for split in ("train", "val")] if several and data.path else []
+    return Splits(train, val, source, tuple(lists))
 
 
 def check_all_if_asked(source: ImageFiles, data: ImagesConfig) -> None:

@@ -86,7 +86,7 @@ class Classifier:
     def __init__(
         self, model: nn.Module, config: EvaluateConfig, statistics: Statistics, classes: list[str], multi_label: bool
     ) -> None:
-        self._run = Run(config, distributed.join(config.device))
+        self._run = Run(config, distributed.join(config.device, config.rank_timeout))
         self.model = model.to(self._run.device).eval()
         self.classes, self.multi_label = classes, multi_label
         self._reading = config.data.reading

@@ -55,10 +55,11 @@ def check_device(device: str) -> None:
         raise UserError("device=cuda was asked for, but torch sees no GPU; use device=auto or device=cpu")
 
 
-def join(device: str) -> Place:
+def join(device: str, timeout: float = 1800) -> Place:
     """Join the process group that the launcher announces (NCCL on GPUs, gloo on CPUs), or stay alone.
 
-    ``device``: auto, cpu or cuda. Raises ``UserError`` for cuda where there is none.
+    ``device``: auto, cpu or cuda. ``timeout``: seconds that ranks wait for one another. Raises ``UserError`` for cuda
+    where there is none.
     """
     check_device(device)
     on_gpu = device != "cpu" and torch.cuda.is_available()
@@ -68,7 +69,7 @@ def join(device: str) -> Place:
         local %= torch.cuda.device_count()  # Slurm may show each process its own GPU alone
         torch.cuda.set_device(local)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if on_gpu else "gloo")
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout))
     rank = dist.get_rank() if dist.is_initialized() else 0
     return Place(rank, world, torch.device("cuda", local) if on_gpu else torch.device("cpu"))
 

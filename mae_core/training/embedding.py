@@ -26,6 +26,7 @@ from mae_core.training.frozen_config import FeaturesConfig, KnnConfig
 from mae_core.training.frozen_trunk import trunk_from, weights_of
 from mae_core.training.plots import scatter_picture
 from mae_core.training.run import check_output, open_run
+from mae_core.training.same_data import Data
 from mae_core.weights.encoder_file import EncoderFile
 from mae_core.weights.load import with_file
 from mae_core.weights.report import LoadReport
@@ -48,7 +49,7 @@ def knn(config: KnnConfig) -> dict[str, Any]:
     check_neighbours(config.k, len(splits.train.paths))
     trunk, report = frozen_trunk(source, config.data, config.model.pooling, config.evaluation_batch)
 
-    run = open_run(config, resume=False, names=splits.source.names)
+    run = open_run(config, resume=False, data=splits.data)
     tell_of_weights(run, report)
     trunk.model.to(run.device)
 
@@ -121,7 +122,7 @@ def write_features(config: FeaturesConfig) -> Path:
 
     images = ImageFiles(paths, config.data.reading, config.data.path)
     check_all_if_asked(images, config.data)
-    run = open_run(config, resume=False, names=images.names)
+    run = open_run(config, resume=False, data=Data(images.names, images.content))
     tell_of_weights(run, report)
     trunk.model.to(run.device)
     found = features_of(paths, trunk, run, cache=config.cache)

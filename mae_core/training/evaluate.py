@@ -22,6 +22,7 @@ from mae_core.training.features import Rows, Viewer, rows_of
 from mae_core.training.frozen_config import EvaluateConfig
 from mae_core.training.frozen_trunk import classifier_file, classifier_of
 from mae_core.training.run import Run, check_output, open_run
+from mae_core.training.same_data import Data
 from mae_core.training.tables import PredictionTable, write_logits, write_per_class
 from mae_core.weights.encoder_file import EncoderFile
 from mae_core.weights.load import with_file
@@ -147,7 +148,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     images = ImageFiles([path for part in parts for path in part.files.paths], config.data.reading, config.data.path)
     check_all_if_asked(images, config.data)
 
-    run = open_run(config, resume=False, names=images.names)
+    run = open_run(config, resume=False, data=Data(images.names, images.content))
     announce(run, source, kind, parts, len(images))
     viewer = Viewer(
         model.to(run.device), config.data, statistics_of(config.data, source.metadata), config.evaluation_batch

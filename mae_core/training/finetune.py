@@ -181,11 +181,11 @@ def finetune(config: FinetuneConfig, *, resume: Resume = False) -> dict[str, Any
     mixes = bool(config.data.mixup or config.data.cutmix)
     config = with_micro_batch(config, model, logits_of_zeros(model, config), resume=resume, even=mixes)
     if config.model.compile:
-        check_compiler(distributed.join(config.device).device)
+        check_compiler(distributed.join(config.device, config.rank_timeout).device)
     settings = FitSettings.of(config.optim, len(splits.train.paths))
     images = TrainImages(splits.train, config.data, as_pair(config.data.image_size), statistics, config.seed)
 
-    run = open_run(config, resume=resume, names=splits.source.names)
+    run = open_run(config, resume=resume, data=splits.data)
     tell_of_weights(run, report)
     if config.from_scratch:
         run.say(scratch_line(config))

@@ -216,7 +216,7 @@ def linprobe(config: LinprobeConfig, *, resume: Resume = False) -> dict[str, Any
         images = len(splits.train.paths) + len(splits.val.paths)
         check_tokens_fit(images, trunk, config.cache, torch.device("cpu"))
 
-    run = open_run(config, resume=resume, names=splits.source.names)
+    run = open_run(config, resume=resume, data=splits.data)
     tell_of_weights(run, report)
     frozen = Viewer(trunk.to(run.device), config.data, statistics, config.evaluation_batch)
     data = probe_data(config, splits, frozen, run)

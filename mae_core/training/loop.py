@@ -31,6 +31,7 @@ from mae_core.training.culprit import write_dump
 from mae_core.training.deciding import Decisions
 from mae_core.training.distributed import gather, mean_over_ranks, world_size
 from mae_core.training.finite import SkippedSteps, bad_samples, gradient_norm, non_finite
+from mae_core.training.machine_faults import machine_faults, smaller_runs
 from mae_core.training.progress import Progress
 from mae_core.training.run import Run
 from mae_core.training.sharding import is_sharded, unsharded, whole
@@ -156,7 +157,7 @@ def fit(
         clip_grad=settings.clip_grad,
     )
     saved = time.monotonic()
-    with Signals() as signals:
+    with Signals() as signals, machine_faults(smaller_runs(run.config)):
         stream = iter(batches)
         model.train()
         for step in range(start_step, settings.total_steps):

@@ -38,7 +38,7 @@ def with_micro_batch(
     section: Any = getattr(config, "optim")  # noqa: B009  # every training has it, their base does not
     if section.micro_batch != AUTO:
         return config
-    place = distributed.join(config.device)
+    place = distributed.join(config.device, config.rank_timeout)
     share = share_of(section.batch_size, place.world)
     stored = stored_micro_batch(config) if resume else None
     if stored is None:

@@ -91,7 +91,7 @@ def print_plan(config: PretrainConfig, say: Callable[[str], None] = print) -> No
     config = with_micro_batch(config, model, loss_of_zeros(model, config), resume=False)
     settings = FitSettings.of(config.optim, len(images))
     images.masks = SampleMasks(model.masker, model.encoder.grid)
-    place = distributed.join(config.device)
+    place = distributed.join(config.device, config.rank_timeout)
     try:
         run = Run(config, place)
         announce(run.say, config, model, len(images), settings)

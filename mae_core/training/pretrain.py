@@ -30,6 +30,7 @@ from mae_core.training.precision import check_compiler, choose_precision
 from mae_core.training.pretrain_config import PretrainConfig
 from mae_core.training.progress import Counter
 from mae_core.training.run import check_output, open_run, will_resume
+from mae_core.training.same_data import Data
 from mae_core.training.sharding import shard_if_asked
 from mae_core.training.statistics import with_statistics
 from mae_core.training.target_files import load_target
@@ -129,10 +130,10 @@ def pretrain(config: PretrainConfig, *, resume: Resume = False) -> FitResult:
     settings = FitSettings.of(config.optim, len(watched.training))
     images.masks = SampleMasks(model.masker, model.encoder.grid)
     if config.model.compile:
-        check_compiler(distributed.join(config.device).device)
+        check_compiler(distributed.join(config.device, config.rank_timeout).device)
     metadata = pretrain_metadata(model, config)
 
-    run = open_run(config, resume=resume, names=source.names)
+    run = open_run(config, resume=resume, data=Data(source.names, source.content))
     run.note_unreadable(damaged_parts(source))
     if report is not None:
         tell_of_weights(run, report)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import shutil
@@ -46,6 +45,7 @@ from mae_core.training.finite import refuse_non_finite
 from mae_core.training.lock import claim, release
 from mae_core.training.precision import choose_precision, prepare_process
 from mae_core.training.pretrain_config import PretrainConfig
+from mae_core.training.same_data import Data, check_data, fingerprint
 from mae_core.training.sharding import load_model, load_optimizer, whole
 from mae_core.training.statistics import with_stored_statistics
 from mae_core.weights.files import write_weights
@@ -59,9 +59,11 @@ RESULTS = (ENCODER, CLASSIFIER, ATTENTIVE)
 MAY_CHANGE = (
     "data.workers",
     "data.on_error",
+    "data.timeout",
     "log.",
     "device",
     "distributed",
+    "rank_timeout",
     "output",
     "data.path",
     "data.max_pixels",
@@ -165,30 +167,6 @@ def lowered(stored: JobConfig, config: JobConfig) -> list[str]:
         falls = after != "None" and (before == "None" or float(after) < float(before)) if key in MAY_FALL else False
         found += [line] if falls else []
     return found
-
-
-def fingerprint(names: Sequence[str]) -> dict[str, Any]:
-    """What says whether two data sets are the same: the number of images, and a hash of their names."""
-    text = "\n".join(names)
-    return {"images": len(names), "sha256": hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()}
-
-
-def check_data(config: JobConfig, found: Mapping[str, Any]) -> None:
-    """Refuse a resume on another data set than the one the run started on, as its data.json describes it."""
-    file = config.output / DATA
-    try:
-        started = json.loads(file.read_text(encoding="utf-8"))
-        known = isinstance(started, dict) and started.keys() == found.keys()
-    except (OSError, ValueError, RecursionError):
-        known = False
-    if not known:
-        print(f"{file} is missing or damaged: the run may have started on other images, which cannot be checked")
-    elif started != dict(found):
-        counts = f"{started['images']} images then, {found['images']} now"
-        raise UserError(
-            f"{config.output} was started on other images ({counts}, or other names); set data.path to the same files, "
-            "or start a new run with output=FOLDER"
-        )
 
 
 Collate = Callable[[list[Any]], Any]
@@ -331,7 +309,9 @@ class Run:
     def _loader(self, images: Any, sampler: Any, collate: Collate, workers: Workers | None) -> DataLoader[Any]:
         asked: Workers = self.config.data.workers if workers is None or workers == AUTO else workers
         number = cores() if asked == "auto" else asked
-        return make_loader(images, sampler, collate, workers=number, pin=self.device.type == "cuda")
+        return make_loader(
+            images, sampler, collate, workers=number, pin=self.device.type == "cuda", timeout=self.config.data.timeout
+        )
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
         """Load the last whole checkpoint -> steps done, 0 where the run is not a resumed one; the log forgets what came
@@ -392,17 +372,17 @@ class Run:
         distributed.leave()
 
 
-def open_run(config: JobConfig, *, resume: bool, names: Sequence[str] | None = None) -> Run:
-    """Claim the run directory and write its config.yaml, environment.json and, of the ``names`` of the images,
-    data.json; see ``check_output`` and ``check_data`` for what is refused."""
+def open_run(config: JobConfig, *, resume: bool, data: Data | None = None) -> Run:
+    """Claim the run directory and write its config.yaml, environment.json and, of its ``data``, data.json;
+    see ``check_output`` and ``check_data`` for what is refused."""
     config = with_stored_workers(config) if resume else config
-    data = None if names is None else fingerprint(names)
-    if resume and data is not None:
-        check_data(config, data)
-    place = distributed.join(config.device)
+    known = None if data is None else fingerprint(data)
+    if resume and known is not None:
+        check_data(config, known)
+    place = distributed.join(config.device, config.rank_timeout)
     run = Run(config, place)
     run.resumed = resume
-    distributed.on_main(lambda: _claim_folder(run, data), is_main=place.is_main)
+    distributed.on_main(lambda: _claim_folder(run, known), is_main=place.is_main)
     run.say(f"precision: {run.computes_in}")
     return run
 

@@ -72,7 +72,7 @@ def _updated(config: Config, values: Mapping[str, Any]) -> Config:
 def _measured_by_rank_0(config: JobConfig, source: ImageSource) -> Any:
     if distributed.world_size() == 1:
         return measure_statistics(source)
-    place, found = distributed.join(config.device), list[Any]()
+    place, found = distributed.join(config.device, config.rank_timeout), list[Any]()
     distributed.on_main(lambda: found.append(measure_statistics(source)), is_main=place.is_main)
     return distributed.gather(found)[0][0]
 

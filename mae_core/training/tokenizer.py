@@ -22,6 +22,7 @@ from mae_core.training.loop import FitResult, FitSettings, fit, seed_everything
 from mae_core.training.pictures import Display, Strip, tile
 from mae_core.training.progress import Counter
 from mae_core.training.run import check_output, open_run
+from mae_core.training.same_data import Data
 from mae_core.training.statistics import with_statistics
 from mae_core.training.target_files import TOKENIZER_FORMAT
 from mae_core.training.tokenizer_config import TokenizerConfig
@@ -82,7 +83,7 @@ def train_tokenizer(config: TokenizerConfig, *, resume: Resume = False) -> FitRe
         "tokenizer": tokenizer.describe(),
         "epochs": config.optim.epochs,
     }
-    run = open_run(config, resume=resume, names=source.names)
+    run = open_run(config, resume=resume, data=Data(source.names, source.content))
     run.note_unreadable(damaged_parts(source))
     training = TokenizerTraining(tokenizer, config.optim.divergence_weight).to(run.device)
     optimizer = torch.optim.AdamW(

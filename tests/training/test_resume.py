@@ -171,6 +171,19 @@ def test_data_may_move_but_not_change(finished, pretrained, tmp_path):
     assert contents(finished) == before
 
 
+def test_images_replaced_under_their_names_are_found(finished, pretrained, tmp_path, write_images):
+    moved = tmp_path / "moved"
+    shutil.copytree(pretrained.parent / "images", moved)
+    write_images(tmp_path / "others", 1, seed=9)[0].replace(moved / "003.png")
+    before = contents(finished)
+    with pytest.raises(UserError, match=r"other images of the same names: 1 of 8 compared files .* such as 003\.png"):
+        pretrain(configuration(finished, f"data.path={moved}"), resume=True)
+    assert contents(finished) == before
+    data = json.loads((finished / "data.json").read_text())
+    (finished / "data.json").write_text(json.dumps({key: data[key] for key in ("images", "sha256")}))
+    pretrain(configuration(finished, f"data.path={moved}"), resume=True)  # of an older version: nothing to compare
+
+
 def test_repeats_resume_exactly_count_as_samples_and_must_divide_the_batch(tmp_path, write_images, pretrain_options):
     write_images(tmp_path / "images", 6)
     options = [*pretrain_options, f"data.path={tmp_path / 'images'}", "data.repeats=2", "log.checkpoint_every=5"]

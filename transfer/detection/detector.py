@@ -123,7 +123,7 @@ class Detector:
         engine = load_engine(config.engine)
         model, self.categories, self.statistics, self.config = trained_detector(file, config, engine, categories)
         self.note = engines_note(file, config.engine)
-        self.run = Run(self.config, distributed.join(self.config.device))
+        self.run = Run(self.config, distributed.join(self.config.device, self.config.rank_timeout))
         self.model = model.to(self.run.device)
         self._detect = engine.detect
 

@@ -72,7 +72,7 @@ def print_plan(config: DetectionConfig, devices: int, say: Callable[[str], None]
         say(f"memory: not estimated for model.head={config.model.head}, which has no proposals and regions")
         say("dry run: nothing was written")
         return
-    run = Run(config, distributed.join(config.device))
+    run = Run(config, distributed.join(config.device, config.rank_timeout))
     precision = run.precision
     distributed.leave()
     with kernels_as_on(run.device.type):

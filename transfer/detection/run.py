@@ -19,6 +19,7 @@ from mae_core.training import distributed
 from mae_core.training.classification import tell_of_weights
 from mae_core.training.loop import FitSettings
 from mae_core.training.run import Run, check_output, open_run
+from mae_core.training.same_data import Data
 from mae_core.training.statistics import with_statistics
 from mae_core.weights.files import SAFETENSORS, WeightsFile, read_file
 from mae_core.weights.load import read_encoder, stated_in, with_file
@@ -66,7 +67,10 @@ def train_detector(config: DetectionConfig, *, resume: Resume = False) -> dict[s
     if engine.zoo is not None and whole is not None:
         report = engine.zoo.load(model, whole, other_classes=True)
 
-    run = open_run(config, resume=resume, names=relative_names(files_of(config, train_set, val_set), config.data.path))
+    names = relative_names(files_of(config, train_set, val_set), config.data.path)
+    files = ImageFiles([image.path for coco in (train_set, val_set) for image in coco.images], config.data.reading)
+    labels = list(dict.fromkeys((train_set.path, val_set.path)))
+    run = open_run(config, resume=resume, data=Data(names, files.content, labels))
     tell_of_weights(run, report)
     tell_of_split(run, train_set, val_set)
     model.to(run.device)
@@ -124,7 +128,7 @@ def settings_of(config: DetectionConfig, images: int) -> FitSettings:
 
 def leave_finished(config: DetectionConfig) -> dict[str, Any]:
     """Say that the run is complete; the metrics it has, on rank 0."""
-    run = Run(config, distributed.join(config.device))
+    run = Run(config, distributed.join(config.device, config.rank_timeout))
     run.say(f"{run.folder} is a finished run, nothing is left to resume; its scores are in {run.folder / METRICS}")
     distributed.leave()
     return json.loads((run.folder / METRICS).read_text(encoding="utf-8")) if run.is_main else {}
@@ -151,7 +155,7 @@ def evaluate_detector(config: DetectionConfig) -> dict[str, Any]:
     model, categories, statistics, config = trained_detector(file, config, engine, val_set.categories)
     check_same_categories(categories, config.weights or Path(), val_set.categories, val_set.path)
     check_images(config.data, val_set)
-    run = Run(config, distributed.join(config.device))
+    run = Run(config, distributed.join(config.device, config.rank_timeout))
     if run.is_main:
         try:
             run.folder.mkdir(parents=True, exist_ok=True)

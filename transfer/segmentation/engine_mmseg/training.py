@@ -26,6 +26,7 @@ from mae_core.data.statistics import Measured, measure_statistics
 from mae_core.errors import UserError
 from mae_core.training.distributed import barrier, on_main, world_size
 from mae_core.training.lock import claim, release
+from mae_core.training.machine_faults import machine_faults
 from mae_core.training.precision import choose_precision, prepare_process
 from mae_core.training.run import environment
 from mae_core.training.signals import Signals
@@ -126,7 +127,8 @@ def train(
         runner.register_hook(Faults())
         runner.register_hook(SeededSteps())
         bare_model(runner.model).backbone.source = source
-        with worker_errors(), Signals() as signals:
+        smaller = ["lower batch_size", "start a run of a smaller crop_size or model"]
+        with worker_errors(), Signals() as signals, machine_faults(smaller):
             for hook in runner.hooks:
                 if isinstance(hook, WholeCheckpoints):
                     hook.signals = signals
