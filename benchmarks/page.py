@@ -13,13 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import dense, gpu, pretrain_step, scaling, table2
+from benchmarks import dense, gpu, loader, pretrain_step, scaling, table2
 from mae_core.atomic import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks.md"
 PARTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "pretrain_step": pretrain_step.page,
+    "loader": loader.page,
     "table2": table2.page,
     "scaling": scaling.page,
     "dense": dense.page,
@@ -35,6 +36,7 @@ time in times that of the row with 1.00. On a machine that does other work too, 
 | to measure again | |
 |---|---|
 | a pre-training step beside other implementations | `python -m benchmarks.pretrain_step` |
+| from a JPEG to pixels, beside the pipeline of the paper's code | `python -m benchmarks.loader` |
 | mask tokens in the encoder or not (paper, Table 2) | `python -m benchmarks.table2` |
 | cost against image size, mask ratio and ranks | `python -m benchmarks.scaling` |
 | a detector's and a segmenter's step, the small recipe | `python -m benchmarks.dense` |
