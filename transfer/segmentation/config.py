@@ -441,6 +441,12 @@ def sections(node: Any) -> Iterator[MutableMapping[str, Any]]:
 
 def check_steps_left(checkpoint: Path, config: Mapping[str, Any]) -> None:
     """Raise ``UserError`` where a checkpoint already is at the config's last step."""
-    done, last = step_of(checkpoint), config["train_cfg"].get("max_iters")
-    if done is not None and last is not None and done >= last:
+    if all_steps_done(checkpoint, config):
+        last = config["train_cfg"]["max_iters"]
         raise UserError(f"{checkpoint} has done all {last} steps; raise train_cfg.max_iters to go on")
+
+
+def all_steps_done(checkpoint: Path | None, config: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint is at the config's last step."""
+    done, last = None if checkpoint is None else step_of(checkpoint), config["train_cfg"].get("max_iters")
+    return done is not None and last is not None and done >= last

@@ -186,6 +186,17 @@ def test_resume_goes_on_from_the_last_checkpoint(tmp_path, stopped):
         train_segmenter(DIGITS, work_dir=tmp_path / "other", cfg_options=options, resume=True)
 
 
+def test_a_run_that_was_killed_before_its_results_were_written_gets_them(tmp_path, stopped):
+    run, options = shutil.copytree(stopped[0], tmp_path / "run"), {**stopped[1], "train_cfg.max_iters": 2}
+    before = json.loads((run / "metrics.json").read_text())
+    for name in ("metrics.json", "segmenter.safetensors"):
+        (run / name).unlink()
+    results = train_segmenter(DIGITS, work_dir=run, cfg_options=options, resume="auto")
+    assert results["steps"] == 2 and results["mIoU"] == before["mIoU"]
+    one, other = (load_file(folder / "segmenter.safetensors") for folder in (stopped[0], run))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
 class Malice:
     """Unpickled, it leaves a file behind."""
 

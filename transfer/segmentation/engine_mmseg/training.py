@@ -89,7 +89,8 @@ def train(
     weights = weights or view["model"]["backbone"].get("weights")
     checkpoint = newest_whole(checkpoints) if checkpoints else None
     if checkpoint is not None:
-        configs.check_steps_left(checkpoint, view)
+        if all((work_dir / name).is_file() for name in (SEGMENTER, layout.METRICS)):
+            configs.check_steps_left(checkpoint, view)
         keep_seed(config, checkpoint)
         notes.append(f"weights: from {checkpoint}")
         notes += configs.fit_to_run(view, stored_config(checkpoint), checkpoint, list(options))
@@ -132,7 +133,10 @@ def train(
             for hook in runner.hooks:
                 if isinstance(hook, WholeCheckpoints):
                     hook.signals = signals
+            done = configs.all_steps_done(checkpoint, view)
             runner.train()
+            if done:  # it was ended before its results were whole
+                runner.val_loop.run()
         return finish(runner, runner.val_evaluator, started, write_model=True)
 
 
