@@ -111,7 +111,7 @@ PRINTED_BY: dict[str, tuple[str, ...]] = {
     "mae_core/training/": ("pretrain",),
     "mae_core/weights/catalogue.py": ("weights-get",),
     "mae_core/weights/encoder_file.py": ("linprobe", "knn", "features", "finetune"),
-    "mae_core/weights/rename.py": ("convert", "knn"),
+    "mae_core/weights/parts.py": ("convert", "knn"),
     "mae_core/weights/tools/": ("convert",),
     "mae_core/weights/": ("inspect", "convert", "export", "reconstruct"),
     "transfer/compare/": ("compare", "finetune", "pretrain", "detect", "segment"),
@@ -168,7 +168,6 @@ SEGMENT_KEYS = {
 ELSEWHERE: dict[str, set[str]] = {
     "detect": {"train.max_iter", "train.init_checkpoint", "train.output_dir"},
     "segment": set(SEGMENT_KEYS),
-    "knn": {"model.trunk"},
     "mae-segment": {"weights", "from_scratch", "precision", "output", "data.path", "--resume", "--out", "--to"},
     **{
         name: set(leaf_names(PretrainConfig))

@@ -377,14 +377,16 @@ MOCO_V3_HEADS = {384: 12}
 
 BEIT = "*rel_pos_bias.relative_position_bias_table"
 OTHER_TRUNKS = {
-    BEIT: ("its attention has relative positions and it has no absolute ones, as BEiT", "beit_base_patch16_224"),
-    "*dist_token": ("it has a distillation token, as DeiT's distilled models", "deit_base_distilled_patch16_224"),
-    "*register_tokens": ("it has register tokens, as DINOv2", "vit_base_patch14_reg4_dinov2"),
-    "*reg_token": ("it has register tokens, as DINOv2", "vit_base_patch14_reg4_dinov2"),
-    "*storage_tokens": ("it has register tokens and rotary positions, as DINOv3", "vit_base_patch16_dinov3"),
+    BEIT: ("its attention has relative positions and it has no absolute ones, as BEiT", "beit_{}_patch16_224"),
+    "*dist_token": ("it has a distillation token, as DeiT's distilled models", "deit_{}_distilled_patch16_224"),
+    "*register_tokens": ("it has register tokens, as DINOv2", "vit_{}_patch14_reg4_dinov2"),
+    "*reg_token": ("it has register tokens, as DINOv2", "vit_{}_patch14_reg4_dinov2"),
+    "*storage_tokens": ("it has register tokens and rotary positions, as DINOv3", "vit_{}_patch16_dinov3"),
     "*.mlp.w12.weight": ("its MLP is a SwiGLU, as in DINOv2's largest model", "vit_giant_patch14_dinov2"),
 }
-"""Name of a tensor that our ViT does not have -> what it shows, and a model of timm that has it."""
+"""Name of a tensor that our ViT does not have -> what it shows, and the models of timm that have it, by size."""
+TIMM_SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1536: "giant"}
+"""Width -> timm's word for it."""
 
 KEPT_APART = {"q_bias": 0, "v_bias": 2}
 """BEiT's biases beside ``qkv.weight`` -> their place among query, key and value; its key bias is zero."""

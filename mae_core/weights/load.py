@@ -26,10 +26,10 @@ from mae_core.models.timm_trunk import Encoder
 from mae_core.targets import rebuild_target
 from mae_core.weights.catalogue import published_target
 from mae_core.weights.encoder_file import EncoderFile, EncoderInfo
-from mae_core.weights.formats import BEIT, FORMATS, MAE_CORE_FULL, OTHER_TRUNKS, OWN_ONLY
+from mae_core.weights.formats import BEIT, FORMATS, MAE_CORE_FULL, OWN_ONLY
 from mae_core.weights.opening import open_weights
-from mae_core.weights.parts import LACKING, UNKNOWN, Parts, check_finite, describe_refused, missing_decoder
-from mae_core.weights.rename import Reading, is_decoder, told_trunk
+from mae_core.weights.parts import LACKING, UNKNOWN, Parts, check_finite, describe_refused, missing_decoder, told_trunk
+from mae_core.weights.rename import Reading, is_decoder
 from mae_core.weights.report import LoadReport
 from mae_core.weights.resize import STEM_WARNING, Adaptation, adapt_stem, restandardise_stem, usual_method
 from mae_core.weights.timm_file import read_timm
@@ -84,7 +84,7 @@ def read_encoder(
     with naming(parts.path):
         tables = [each for name, each in parts.tensors.items() if name.endswith("relative_position_bias_table")]
         if "pos_embed" not in parts.tensors and any(table.count_nonzero() for table in tables):
-            raise UserError(told_trunk(*OTHER_TRUNKS[BEIT]))
+            raise UserError(told_trunk(BEIT, parts.info.width or 0))
         official = write_parts(replace(parts, report=replace(parts.report, notes=[])), FORMATS["official"])
     if decoder:
         _check_decoder(parts, kept)

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
+import timm
 import torch
 from torch import Tensor
 
 from mae_core.errors import UserError
 from mae_core.weights.encoder_file import EncoderInfo
 from mae_core.weights.files import WeightsFile
-from mae_core.weights.formats import KEPT_APART, OWN_ONLY, SHAPES
+from mae_core.weights.formats import KEPT_APART, OTHER_TRUNKS, OWN_ONLY, SHAPES, TIMM_SIZES
 from mae_core.weights.rename import (
     Fit,
     Slot,
+    fit_names,
     is_decoder,
     natural,
-    other_trunk,
+    readings,
     recognise,
     split_index,
 )
@@ -106,6 +109,7 @@ def read_parts(
     state = found.state
     check_not_empty(state)
     report = LoadReport(str(file.path), notes=[*file.notes, *found.notes])
+    check_trunk(state, source)
     fit, others = recognise(list(state), source)
     fit.missing = [name for name in fit.missing if not name.startswith(tuple(needless))]
     report.unused = {**dict.fromkeys(found.dropped, LEFT_OUT), **found.beside, **fit.dropped}
@@ -163,8 +167,6 @@ def _refuse_unfit(parts: Parts) -> None:
     refused.update({parts.sources[name][0]: why for name, why in wrong_shapes(tensors).items()})
     if not refused:
         return
-    if (told := other_trunk(fit.unknown)) is not None:
-        raise UserError(told)
     bare = {"pos_embed", "patch_embed.proj.weight"} & set(fit.missing)
     unknown = [name for name, why in refused.items() if why == UNKNOWN]
     remedy = leave_out(unknown) if len(unknown) == len(refused) else "copy or export the file again"
@@ -172,6 +174,23 @@ def _refuse_unfit(parts: Parts) -> None:
         f"{'no MAE encoder in it: ' if bare else ''}read as {fit.reading.format.name} ({fit.reading.layout.about}), "
         f"{describe_refused(refused)}; {remedy}"
     )
+
+
+def check_trunk(state: Mapping[str, Tensor], source: str | None = None) -> None:
+    """Raise ``UserError`` where a tensor shows what our ViT does not compute, and no format knows it."""
+    shown = next((pattern for pattern in OTHER_TRUNKS if fnmatch.filter(state, pattern)), None)
+    if shown is not None and not any(fit_names(list(state), each).cost[0] == 0 for each in readings(source)):
+        widths = [tensor.shape[-1] for name, tensor in state.items() if name.endswith("cls_token")]
+        raise UserError(told_trunk(shown, *widths[:1]))
+
+
+def told_trunk(shown: str, width: int = 768) -> str:
+    """A refusal: what the row ``shown`` of ``OTHER_TRUNKS`` says, and the model of timm of that width, or its base."""
+    fact, pattern = OTHER_TRUNKS[shown]
+    name = pattern.format(TIMM_SIZES.get(width, "base"))
+    if not timm.is_model(name):
+        name = pattern.format("base")
+    return f"{fact}, which the toolkit's own ViT does not compute; take timm's with model.trunk=timm:{name}"
 
 
 def leave_out(names: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
@@ -18,7 +18,6 @@ from mae_core.weights.formats import (
     FORMATS,
     KEPT_APART,
     MAE_CORE_FULL,
-    OTHER_TRUNKS,
     OWN_ONLY,
     OWN_TENSORS,
     TENSORS,
@@ -154,17 +153,6 @@ def format_of(name: str) -> Format:
     return FORMATS[name]
 
 
-def other_trunk(names: Iterable[str]) -> str | None:
-    """What names show that our ViT does not compute, and the option that takes it; None where they show nothing."""
-    rows = [row for pattern, row in OTHER_TRUNKS.items() if fnmatch.filter(names, pattern)]
-    return told_trunk(*rows[0]) if rows else None
-
-
-def told_trunk(fact: str, name: str) -> str:
-    """A refusal: ``fact`` of a file that is none of our ViT, and the model of timm that takes it."""
-    return f"{fact}, which the toolkit's own ViT does not compute; take timm's with model.trunk=timm:{name}"
-
-
 @dataclass
 class Fit:
     """How well a reading explains the names of a file."""
@@ -221,8 +209,6 @@ def recognise(names: Sequence[str], source: str | None = None) -> tuple[Fit, lis
     near = len(trunk) >= 12 and len(best.missing) <= len(trunk) and len(best.unknown) <= len(best.known)
     if best.cost[0] == 0 or near:
         return best, sorted({fit.reading.format.name for fit in equal} - {best.reading.format.name})
-    if (shown := other_trunk(names)) is not None:
-        raise UserError(shown)
     asked = "no MAE encoder in it"
     if source is not None:
         right = min((fit_names(names, reading) for reading in readings()), key=lambda fit: fit.cost)

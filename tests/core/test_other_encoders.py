@@ -435,6 +435,10 @@ def test_a_file_of_another_trunk_is_refused_by_its_fact_and_the_option_that_take
 def test_every_option_for_another_trunk_names_a_model_of_timm():
     import timm
 
+    from mae_core.weights.formats import BEIT as BEIT_TABLE
     from mae_core.weights.formats import OTHER_TRUNKS
+    from mae_core.weights.parts import told_trunk
 
-    assert all(timm.is_model(name) for _, name in OTHER_TRUNKS.values())
+    assert all(timm.is_model(name.format("base")) for _, name in OTHER_TRUNKS.values())
+    told = {width: told_trunk(BEIT_TABLE, width).rpartition("timm:")[2] for width in (128, 768, 1024)}
+    assert told == {128: "beit_base_patch16_224", 768: "beit_base_patch16_224", 1024: "beit_large_patch16_224"}
