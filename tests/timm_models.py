@@ -1,5 +1,5 @@
-"""Two tiny ViTs under names of timm's: BEiT's tables of relative positions, and DINOv3's rotary positions with
-registers."""
+"""Small models under the names of timm and their files; and two tiny ones of their own: BEiT's tables of relative
+positions, and DINOv3's rotary positions with registers."""
 
 from __future__ import annotations
 
@@ -46,4 +46,50 @@ def weights_of(name: str, folder: Path) -> Path:
     torch.manual_seed(0)
     path = folder / f"{name}.safetensors"
     save_file(timm.create_model(name, num_classes=5).state_dict(), path)
+    return path
+
+
+SMALL = {"depth": 2, "embed_dim": 96, "num_heads": 3}
+NAMES = [
+    "vit_tiny_patch16_224",
+    "deit_tiny_patch16_224",
+    "deit_tiny_distilled_patch16_224",
+    "deit3_small_patch16_224",
+    "beit_base_patch16_224",
+    "beitv2_base_patch16_224",
+    "eva_large_patch14_196",
+    "eva02_tiny_patch14_224",
+    "vit_small_patch14_dinov2",
+    "vit_small_patch14_reg4_dinov2",
+    "vit_small_patch16_dinov3",
+    "vit_tiny_patch16_dinov3_qkvb",
+    "vit_base_patch16_siglip_224",
+    "vit_base_patch16_siglip_gap_224",
+    "vit_base_patch32_clip_224",
+    "vit_small_patch16_rope_mixed_224",
+    "vit_relpos_small_patch16_224",
+    "samvit_base_patch16",
+]
+
+
+def small(name: str) -> dict:
+    """What makes a small model of a name."""
+    sam = {"global_attn_indexes": (1,), "embed_dim": 32, "num_heads": 1}
+    return {**SMALL, **(sam if name.startswith("samvit") else {})}
+
+
+def filled(model: torch.nn.Module) -> torch.nn.Module:
+    """With random numbers everywhere, tables and layer scale too, which timm starts at nearly nothing."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.1 if parameter.ndim > 1 else 0.5)
+    return model.eval()
+
+
+def file_of(name: str, folder, **options):
+    """A weights file of ``name`` at its own size, as timm saves it."""
+    path = folder / f"{name}.safetensors"
+    if not path.exists():
+        save_file(filled(timm.create_model(name, **small(name), **options)).state_dict(), path)
     return path

@@ -8,7 +8,7 @@ blocks follows "Benchmarking Detection Transfer Learning with Vision Transformer
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from mae_core.errors import UserError
 from mae_core.models.classifier import freeze_below
 from mae_core.models.encoder import ViTEncoder
-from mae_core.models.sizes import AnySize
+from mae_core.models.sizes import SIZES, AnySize
 from mae_core.patches import PatchGrid
 from mae_core.pos_embed import resize_pos_embed
 from transfer.attention import RELATIVE_POSITIONS, Grid, SharedTable, merge_windows, partition_windows
@@ -31,6 +31,10 @@ class Level(NamedTuple):
     name: str
     channels: int
     stride: int
+
+
+ADDED = ("*relative_position_bias_table", "*.rel_pos_h", "*.rel_pos_w", "*.ls1.gamma", "*.ls2.gamma")
+"""Tensors that a dense task adds to an encoder."""
 
 
 class DenseViT(ViTEncoder):
@@ -104,6 +108,21 @@ class DenseViT(ViTEncoder):
             self.shared_tables = nn.ModuleDict(
                 {_kind(w): SharedTable(heads, (w, w) if w else (tables.rows, tables.cols), prefix) for w in kinds}
             )
+
+    may_be_new = ADDED
+    """Patterns of tensors that a pre-trained encoder does not have."""
+
+    @property
+    def section(self) -> dict[str, Any]:
+        """The trunk in the words of a ``model`` section: its name, or its numbers where it has none."""
+        shape = self.shape
+        named = shape.name in SIZES
+        numbers = {name: getattr(shape, name) for name in ("width", "depth", "heads", "mlp_ratio")}
+        return {
+            "size": shape.name if named else None,
+            "patch_size": shape.patch_size,
+            **{name: None if named else value for name, value in numbers.items()},
+        }
 
     @property
     def levels(self) -> tuple[Level, ...]:

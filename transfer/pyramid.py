@@ -23,7 +23,8 @@ from torchvision.ops import FeaturePyramidNetwork
 from mae_core.errors import UserError
 from mae_core.models.sizes import ViTSize
 from mae_core.training.distributed import world_size
-from transfer.backbone import DenseViT, Level
+from transfer.backbone import Level
+from transfer.timm_backbone import Dense
 
 Norm = Callable[[int], nn.Module]
 
@@ -60,7 +61,10 @@ NORMS: dict[str, Norm | None] = {
 def check_patch(patch: int) -> None:
     """Raise ``UserError`` unless strides of a quarter and a half of ``patch`` are whole numbers."""
     if patch % 4:
-        raise UserError(f"a pyramid needs a patch size divisible by 4, not {patch}; use one such as 8, 12 or 16")
+        raise UserError(
+            f"a pyramid needs a patch size divisible by 4, not {patch}; use one such as 8, 12 or 16 (with model.trunk, "
+            "model.patch_size=16 resizes the patch embedding)"
+        )
 
 
 def strides_of(patch: int) -> tuple[int, int, int, int]:
@@ -199,7 +203,7 @@ class PyramidBackbone(nn.Module):
     """
 
     def __init__(
-        self, vit: DenseViT, *, kind: str = "four_stage", channels: int = 256, norm: Norm | None = sync_batch_norm
+        self, vit: Dense, *, kind: str = "four_stage", channels: int = 256, norm: Norm | None = sync_batch_norm
     ) -> None:
         super().__init__()
         self.vit = vit

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 from torch import nn
 
 from mae_core.config.schema import Size
+from mae_core.config.sections import OF_OUR_VIT
 from mae_core.errors import UserError
 from mae_core.models.sizes import AnySize, ViTSize, size_of
 from mae_core.training.groups import layer_decay_groups
@@ -19,9 +20,8 @@ from mae_core.weights.encoder_file import EncoderFile
 from mae_core.weights.load import fit_state, opened_once, settled
 from mae_core.weights.report import LoadReport
 from transfer.backbone import DenseViT
+from transfer.timm_backbone import Dense, DenseTimm, dense_timm
 
-NEW = ("*relative_position_bias_table", "*.rel_pos_h", "*.rel_pos_w", "*.ls1.gamma", "*.ls2.gamma")
-"""Tensors of a dense trunk that a pre-trained encoder does not have."""
 PLAIN_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d, nn.SyncBatchNorm)
 """The classes that ViTDet's optimizer recognises as norms; its own ``LayerNorm2d`` is missing from them."""
 PRETRAINED_SIZE = 224
@@ -33,13 +33,36 @@ Decayed = Literal["weights", "vitdet", "all"]
 class Trunk(NamedTuple):
     """The backbone, and the report of its weights (None from scratch)."""
 
-    vit: DenseViT
+    vit: Dense
     report: LoadReport | None
+
+
+def dense_trunk(
+    trunk: str | None,
+    *,
+    size: AnySize = "base",
+    image_size: Size,
+    taps: Callable[[ViTSize], Sequence[int]],
+    patch_size: int | None = None,
+    in_chans: int = 3,
+    **options: Any,
+) -> Dense:
+    """A new trunk for a dense task: ``timm:NAME``, or a ``DenseViT`` of ``size`` where ``trunk`` is None.
+
+    ``image_size``: what its positions are stored for. ``taps``: from its size to the blocks that are read. ``options``:
+    what else ``DenseViT`` takes; of a trunk of timm those in ``OF_OUR_VIT`` are left out.
+    """
+    shared: dict[str, Any] = {"image_size": image_size, "patch_size": patch_size, "in_chans": in_chans}
+    if trunk is None:
+        return DenseViT(size, taps=taps(size_of(size)), **shared, **options)
+    kept = {name: value for name, value in options.items() if name not in OF_OUR_VIT}
+    return dense_timm(trunk, taps=taps, **shared, **kept)
 
 
 def build_trunk(
     source: EncoderFile | None,
     *,
+    trunk: str | None = None,
     size: AnySize | None = None,
     patch_size: int | None = None,
     in_chans: int = 3,
@@ -49,29 +72,36 @@ def build_trunk(
     trainable_blocks: int | None = None,
     **options: Any,
 ) -> Trunk:
-    """A ``DenseViT`` that holds the encoder of ``source``, or a random one where that is None.
+    """A dense trunk that holds the encoder of ``source``, or a random one where that is None.
 
-    ``size``, ``patch_size`` and ``in_chans`` must be those of ``source``; without one, size is base when None.
-    ``taps``: from a size to the blocks that are read. ``positions``: image size that the learned positions are stored
-    for, that of ``source`` when None. ``trainable_blocks``: how many of the last blocks learn; None: all. ``options``:
-    what else ``DenseViT`` takes. Raises ``UserError`` where these contradict ``source``.
+    ``trunk``: ``timm:NAME`` of a random one. ``size``, ``patch_size`` and ``in_chans`` must be those of ``source``;
+    without one, size is base when None. ``taps``: from a size to the blocks that are read. ``positions``: image size
+    that the learned positions are stored for, that of ``source`` when None. ``trainable_blocks``: how many of the last
+    blocks learn; None: all. ``options``: see ``dense_trunk``. Raises ``UserError`` where these contradict ``source``.
     """
     if source is None:
-        size = size or "base"
         stored = PRETRAINED_SIZE if positions is None else positions
-        vit = DenseViT(
-            size, image_size=stored, patch_size=patch_size, in_chans=in_chans, taps=taps(size_of(size)), **options
+        vit = dense_trunk(
+            trunk,
+            size=size or "base",
+            image_size=stored,
+            patch_size=patch_size,
+            in_chans=in_chans,
+            taps=taps,
+            **options,
         )
         vit.freeze(trainable_blocks)
         return Trunk(vit, None)
     given = {"size": None if size is None else size_of(size).name, "patch_size": patch_size, "in_chans": in_chans}
     found = {"size": source.size, "patch_size": source.patch_size, "in_chans": source.in_chans}
     settled(source.path, given, must=found)
-    vit = DenseViT(
-        source.shape,
+    vit = dense_trunk(
+        source.info.timm,
+        size=source.shape if source.info.timm is None else "",
         image_size=source.image_size if positions is None else positions,
+        patch_size=source.patch_size,
         in_chans=source.in_chans,
-        taps=taps(source.shape),
+        taps=taps,
         **options,
     )
     report = load_pretrained(vit, source, allow_missing=allow_missing)
@@ -80,7 +110,7 @@ def build_trunk(
 
 
 def load_pretrained(
-    backbone: DenseViT, source: EncoderFile | Path | str, *, allow_missing: Sequence[str] = ()
+    backbone: Dense, source: EncoderFile | Path | str, *, allow_missing: Sequence[str] = ()
 ) -> LoadReport:
     """Load an encoder into ``backbone``: one that was read, or a weights file, run directory or checkpoint; returns the
     report.
@@ -95,18 +125,27 @@ def load_pretrained(
         "norm.*": "dense maps take no final norm",
         "fc_norm.*": "a classifier's norm",
         "head.*": "a classifier's head",
+        "neck.*": "behind the last block",
     }
-    if backbone.cls_token is None:
+    if isinstance(backbone, DenseViT) and backbone.cls_token is None:
         unused["cls_token"] = "this backbone has no cls token"
     last = backbone.taps[-1]
     for index in range(last + 1, backbone.shape.depth):
         unused[f"blocks.{index}.*"] = f"behind block {last}, the last whose output is used"
-    return fit_state(backbone, source, grid=backbone.grid[:2], new=NEW, unused=unused, allow_missing=allow_missing)
+    return fit_state(
+        backbone, source, grid=backbone.grid[:2], new=backbone.may_be_new, unused=unused, allow_missing=allow_missing
+    )
 
 
-def check_same_trunk(backbone: DenseViT, source: EncoderFile) -> None:
+def check_same_trunk(backbone: Dense, source: EncoderFile) -> None:
     """Raise ``UserError`` where the backbone computes other features from the file's tensors than they were trained
     for: no shape tells heads, epsilon and activation."""
+    built = backbone.trunk if isinstance(backbone, DenseTimm) else None
+    if built != source.info.timm:
+        of_file, of_backbone = (name or "the toolkit's own ViT" for name in (source.info.timm, built))
+        raise UserError(f"{source.path} is read as {of_file}, and this backbone is {of_backbone}; give both alike")
+    if built is not None:
+        return
     for name in ("heads", "norm_eps", "activation"):
         built, found = getattr(backbone.shape, name), getattr(source.shape, name)
         if built != found and backbone.embed_dim == source.shape.width:

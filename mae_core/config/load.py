@@ -45,6 +45,10 @@ def load_config(schema: type[Config], path: Path | str | None, overrides: Sequen
     given: dict[str, Any] = {}
     try:
         given = OmegaConf.to_container(OmegaConf.merge({}, *below))  # type: ignore[assignment]
+        for key in schema.gives_way(typed):
+            section, _, name = key.partition(".")
+            if isinstance(given.get(section), dict):
+                given[section].pop(name, None)
         merged = OmegaConf.to_container(OmegaConf.merge(given, typed), resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path or 'overrides'}: {error}") from None

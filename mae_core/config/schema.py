@@ -52,6 +52,12 @@ class Schema(BaseModel):
         """What stands in for a configuration file where none is given, before ``typed``, the command line's options."""
         return {}
 
+    @classmethod
+    def gives_way(cls, typed: Mapping[str, Any]) -> Collection[str]:
+        """Keys (``section.name``) of a configuration file that do not go with ``typed``, the command line's options,
+        and are left out for them."""
+        return ()
+
     @field_validator("*", mode="before")
     @classmethod
     def _name_of_digits(cls, value: Any, info: ValidationInfo) -> Any:

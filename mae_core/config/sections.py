@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -55,8 +55,12 @@ class ModelConfig(TrunkOptions):
         return self
 
 
-OWN_ALONE = ("size", "width", "depth", "heads", "mlp_ratio", "patch_size")
+OWN_ALONE = ("size", "width", "depth", "heads", "mlp_ratio")
 """Options of the toolkit's own ViT, which the name of a trunk of timm decides."""
+
+
+OF_OUR_VIT = ("window", "relative_positions", "relative_size", "global_blocks", "layer_scale")
+"""Options that a dense task adds to the toolkit's own ViT, and to no other."""
 
 
 def check_trunk(section: Schema, alone: Sequence[str] = OWN_ALONE) -> None:
@@ -188,6 +192,13 @@ class TransferConfig(RunConfig):
         description="patterns of encoder tensors that the weights may lack, such as cls_token; they are "
         "newly initialised",
     )
+
+    @classmethod
+    def gives_way(cls, typed: Mapping[str, Any]) -> Collection[str]:
+        """A recipe's ViT, for a trunk that the user names."""
+        model = typed.get("model")
+        trunk = model.get("trunk") if isinstance(model, Mapping) else None
+        return [f"model.{name}" for name in (*OWN_ALONE, "patch_size", *OF_OUR_VIT)] if trunk else ()
 
     @model_validator(mode="after")
     def _weights_or_scratch(self) -> TransferConfig:

@@ -182,6 +182,7 @@ def build_timm(
     trunk: str,
     *,
     image_size: Any = None,
+    patch_size: int | None = None,
     in_chans: int = 3,
     num_classes: int = 0,
     pooling: Pooling | None = None,
@@ -189,7 +190,8 @@ def build_timm(
     surface: type[TimmTrunk] = TimmTrunk,
     **options: Any,
 ) -> TimmTrunk:
-    """timm's model ``timm:NAME``, newly initialised, for images of ``image_size`` (the name's own when None).
+    """timm's model ``timm:NAME``, newly initialised, for images of ``image_size`` and patches of ``patch_size`` (the
+    name's own when None).
 
     ``pooling``: see ``TimmTrunk``. ``surface``: the class that is mixed in. ``options``: what else timm's constructor
     takes, such as depth. Raises ``UserError`` where timm cannot build that.
@@ -197,7 +199,7 @@ def build_timm(
     found = described(trunk)
     if pooling == "map" and found.pooling != "map":
         raise UserError(f"model.pooling=map: {trunk} has no attention pooling; set model.pooling={found.pooling}")
-    grid = PatchGrid.of(found.image_size if image_size is None else image_size, found.patch_size)
+    grid = PatchGrid.of(found.image_size if image_size is None else image_size, patch_size or found.patch_size)
     if issubclass(found.family, VisionTransformerSAM):
         pooled = {} if pooling in (None, "mean") else {"global_pool": TIMM_POOLINGS[pooling]}
         sized: dict[str, Any] = {}  # its positions stay those of its own size, and are resized on every pass
@@ -207,6 +209,8 @@ def build_timm(
         tokens = pooling is None and found.pooling == "cls"  # which are the same, and DeiT's distilled ViT has no other
         pooled = {} if tokens else {"global_pool": TIMM_POOLINGS[pooling]}
         sized = {"img_size": grid.image_size}
+    if grid.patch != found.patch_size:
+        sized["patch_size"] = grid.patch
     try:
         model = timm.create_model(
             bare_name(trunk),

@@ -88,7 +88,9 @@ def build_model(
         source = read_encoder(config.weights, **stated_in(config))
     if source is None and config.model.trunk is not None:
         own = {} if "pooling" in config.model.model_fields_set else {"pooling": described(config.model.trunk).pooling}
-        trunk = build_timm(config.model.trunk, in_chans=config.data.channels, **(options | own))
+        trunk = build_timm(
+            config.model.trunk, patch_size=config.model.patch_size, in_chans=config.data.channels, **(options | own)
+        )
         return trunk, None, statistics_of(config.data)
     if source is None:
         model = ViTEncoder(

@@ -56,6 +56,7 @@ def read_encoder(
     branch: str | None = None,
     asked_as: str = ASKED_IN_CONFIG,
     trunk: str | None = None,
+    patch_size: int | None = None,
     named_statistics: bool = True,
 ) -> EncoderFile:
     """Read the encoder of a weights file of any known format, a run, a checkpoint or a folder of timm or transformers;
@@ -64,7 +65,7 @@ def read_encoder(
     ``image_size`` of the images it is wanted for tells the grid of a file that is not square and does not say.
     ``heads``: of a file that does not say. ``decoder``: of a run the full model is meant. ``branch``: which of several
     encoders; ``asked_as``: how the caller's user writes it. ``trunk``: ``timm:NAME``, where the file is of a trunk of
-    timm and does not say so itself; ``named_statistics``: see ``read_timm``.
+    timm and does not say so itself; ``patch_size``, ``named_statistics``: see ``read_timm``.
 
     Raises ``UserError`` where the file is broken or holds no encoder, or several and ``branch`` names none, and where
     nothing tells its heads or its grid.
@@ -72,7 +73,12 @@ def read_encoder(
     trunk = trunk or stated_format(resolve_weights(path, decoder=decoder), "timm") or None
     if trunk is not None:
         file = read_timm(
-            resolve_weights(path), trunk, named_statistics=named_statistics, branch=branch, asked_as=asked_as
+            resolve_weights(path),
+            trunk,
+            patch_size=patch_size,
+            named_statistics=named_statistics,
+            branch=branch,
+            asked_as=asked_as,
         )
         if decoder:
             raise file.refusal()
@@ -183,6 +189,7 @@ def stated_in(config: Any) -> dict[str, Any]:
         "heads": getattr(model, "heads", None),
         "branch": config.branch,
         "trunk": getattr(model, "trunk", None),
+        "patch_size": getattr(model, "patch_size", None),
         "named_statistics": not own,
     }
 

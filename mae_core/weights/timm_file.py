@@ -79,13 +79,17 @@ class TimmFile(EncoderFile):
 
     @property
     def patch_size(self) -> int:
-        """Side of a patch in pixels."""
-        return described(self.trunk).patch_size
+        """Side of a patch in pixels: the name's, or the one that was asked for."""
+        return int(self.info.patch_size or described(self.trunk).patch_size)
 
     @property
     def image_size(self) -> tuple[int, int]:
         """(height, width) it was trained at, as the file says, else the name."""
-        return as_pair(self.info.image_size or described(self.trunk).image_size)
+        if self.info.image_size:
+            return as_pair(self.info.image_size)
+        found = described(self.trunk)
+        height, width = found.image_size
+        return height // found.patch_size * self.patch_size, width // found.patch_size * self.patch_size
 
     @property
     def has_norm(self) -> bool:
@@ -112,7 +116,8 @@ class TimmFile(EncoderFile):
 
     def model_facts(self, model: Any) -> dict[str, Any]:
         """The trunk in the words of a ``model`` section."""
-        return {"trunk": self.trunk} if hasattr(model, "trunk") else {}
+        facts = {"trunk": self.trunk, "patch_size": self.patch_size}
+        return {name: facts[name] for name in facts if getattr(model, name, None) is not None or name == "trunk"}
 
     def model_defaults(self, model: Any) -> dict[str, Any]:
         """What holds where the user said nothing: the pooling that timm's model has."""
@@ -121,7 +126,7 @@ class TimmFile(EncoderFile):
     def build(self, image_size: int | Sequence[int] | None = None, **options: Any) -> TimmTrunk:
         """timm's model, newly initialised, for images of ``image_size``; see ``build_timm``."""
         size = self.image_size if image_size is None else image_size
-        return build_timm(self.trunk, image_size=size, in_chans=self.in_chans, **options)
+        return build_timm(self.trunk, image_size=size, patch_size=self.patch_size, in_chans=self.in_chans, **options)
 
     def adapted(self, trunk: Any, grid: tuple[int, int], rename: Mapping[str, str]) -> Adapted:
         """The tensors in the names and sizes of ``trunk``, by timm's own conversion. Raises ``UserError`` where the
@@ -219,6 +224,7 @@ def read_timm(
     path: Path | str,
     trunk: str,
     *,
+    patch_size: int | None = None,
     named_statistics: bool = True,
     branch: str | None = None,
     asked_as: str = ASKED_IN_CONFIG,
@@ -226,6 +232,7 @@ def read_timm(
     """Read the weights of ``timm:NAME``, any file that our readers take. ``branch``, ``asked_as``: which of several
     encoders, see ``choose_branch``.
 
+    ``patch_size``: side of the patches, where it is not the name's, for which timm resizes the patch embedding.
     ``named_statistics``: the pixels' mean and std are those of the name where the file does not state them. Raises
     ``UserError`` where the file is broken, or the name is not of a plain ViT.
     """
@@ -247,9 +254,9 @@ def read_timm(
     fallback = (found.mean, found.std) if named_statistics and channels == len(found.mean) else (None, None)
     info = stated.with_facts(
         timm=trunk,
-        patch_size=found.patch_size,
+        patch_size=stated.patch_size or patch_size or found.patch_size,
         in_chans=channels,
-        image_size=list(stated.image_size or found.image_size),
+        image_size=stated.image_size,
         mean=stated.mean or beside.get("mean") or fallback[0],
         std=stated.std or beside.get("std") or fallback[1],
     )

@@ -13,7 +13,15 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from mae_core.config.schema import Count, Fraction, Schema, Size, row_of
-from mae_core.config.sections import OptimConfig, TransferConfig, TrunkOptions
+from mae_core.config.sections import (
+    OF_OUR_VIT,
+    OWN_ALONE,
+    OptimConfig,
+    TransferConfig,
+    Trunk,
+    TrunkOptions,
+    check_trunk,
+)
 from mae_core.data.config import ImagesConfig
 from mae_core.models.sizes import SIZES
 from transfer.attention import RELATIVE_POSITIONS
@@ -26,13 +34,16 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class DetectorConfig(TrunkOptions):
-    """The network: DenseViT, a pyramid, and a head."""
+    """The network: a trunk, a pyramid, and a head."""
 
+    trunk: Trunk = None
     size: Annotated[str, row_of(SIZES)] | None = Field(
         None, description="empty: as in the weights file; base from scratch"
     )
     patch_size: Count | None = Field(None, description="empty: as in the weights file; from scratch as in size")
-    window: Count | None = Field(14, description="side of the attention windows in patches; null for global attention")
+    window: Count | None = Field(
+        14, description="side of the attention windows in patches; null for global attention; not with trunk"
+    )
     relative_positions: Annotated[str, row_of(RELATIVE_POSITIONS)] = Field(
         "none", description="shared_table as the MAE paper's detector, decomposed as ViTDet; learned from zero"
     )
@@ -59,6 +70,22 @@ class DetectorConfig(TrunkOptions):
     box_convs: Annotated[int, Field(ge=0)] = Field(4, description="convolutions of the box head")
     box_features: Count = Field(1024, description="width of the box head's linear layer")
     mask_convs: Annotated[int, Field(ge=0)] = Field(4, description="convolutions of the mask head")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _timm_has_its_own_windows(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("trunk") and "window" not in given:
+            return {**given, "window": None}
+        return given
+
+    @model_validator(mode="after")
+    def _trunk_decides(self) -> DetectorConfig:
+        check_trunk(self, OWN_ALONE)
+        given = [name for name in OF_OUR_VIT if getattr(self, name, None) not in (None, "none")]
+        if self.trunk is not None and given:
+            told = " and ".join(f"model.{name}={getattr(self, name)}" for name in given)
+            raise ValueError(f"{told}: only the toolkit's own ViT has these, not {self.trunk}; leave out one of them")
+        return self
 
 
 class SamplingConfig(Schema):

@@ -11,30 +11,31 @@ from torch import nn
 
 from mae_core.data.images import Statistics
 from mae_core.errors import UserError
-from mae_core.models.sizes import SIZES, ViTSize, size_of
+from mae_core.models.sizes import size_of
 from mae_core.patches import as_pair
 from mae_core.weights.files import WeightsFile, read_file
 from mae_core.weights.load import load_state
-from transfer.backbone import DenseViT
 from transfer.detection.annotations import Category
 from transfer.detection.config import DetectionConfig, DetectorConfig
 from transfer.detection.engine import DetectorEngine, assemble, build_network, trunk_options
 from transfer.detection.heads import HEADS, Head
 from transfer.detection.translation import translated
 from transfer.pyramid import PYRAMIDS
+from transfer.timm_backbone import Dense
+from transfer.trunk import dense_trunk
 
 DETECTOR = "detector.safetensors"
 DETECTOR_FORMAT = "mae_core_detector"
 
 
 def describe_detector(
-    config: DetectionConfig, vit: DenseViT, statistics: Statistics, categories: Sequence[Category]
+    config: DetectionConfig, vit: Dense, statistics: Statistics, categories: Sequence[Category]
 ) -> dict[str, Any]:
     """The metadata of a detector's file: all that is needed to build it again and to read its answers."""
     return {
         "format": DETECTOR_FORMAT,
         "engine": config.engine,
-        "detector": {**config.model.model_dump(mode="json"), **numbers_of(vit.shape)},
+        "detector": {**config.model.model_dump(mode="json"), **vit.section},
         "trunk": asdict(vit.shape),
         "sampling": config.sampling.model_dump(mode="json"),
         "test": config.test.model_dump(mode="json"),
@@ -45,17 +46,6 @@ def describe_detector(
         "std": statistics.std,
         "categories": [list(category) for category in categories],
         "epochs": config.optim.epochs,
-    }
-
-
-def numbers_of(shape: ViTSize) -> dict[str, Any]:
-    """A trunk in the words of ``DetectorConfig``: its name, or its numbers where it has none."""
-    numbers = {"width": shape.width, "depth": shape.depth, "heads": shape.heads, "mlp_ratio": shape.mlp_ratio}
-    named = shape.name in SIZES
-    return {
-        "size": shape.name if named else None,
-        "patch_size": shape.patch_size,
-        **{name: None if named else value for name, value in numbers.items()},
     }
 
 
@@ -126,12 +116,13 @@ def rebuilt_network(config: DetectionConfig, metadata: dict[str, Any], engine: D
     """The network that the metadata of a file describe, with random weights; ``config`` is that of inference."""
     detector, canvas = config.model, as_pair(metadata["image_size"])
     size = size_of(metadata["trunk"]) if "trunk" in metadata else detector.trunk_on(detector.size or "base")
-    vit = DenseViT(
-        size,
+    vit = dense_trunk(
+        detector.trunk,
+        size=size,
         patch_size=detector.patch_size,
         in_chans=metadata["in_chans"],
         image_size=metadata["position_size"],
-        taps=PYRAMIDS[detector.pyramid].taps(size),
+        taps=PYRAMIDS[detector.pyramid].taps,
         **trunk_options(detector, canvas),
     )
     classes = len(metadata["categories"])

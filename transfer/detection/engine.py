@@ -19,13 +19,13 @@ from mae_core.training.run import Run
 from mae_core.weights.encoder_file import EncoderFile
 from mae_core.weights.files import WeightsFile
 from mae_core.weights.report import LoadReport
-from transfer.backbone import DenseViT
 from transfer.detection.coco import CocoSet
 from transfer.detection.config import DetectionConfig, DetectorConfig, InferenceConfig, SamplingConfig
 from transfer.detection.heads import HEADS, BuildNetwork, Detections
 from transfer.detection.samples import TrainingSamples, WholeImages, collate
 from transfer.engines import DETECTION, require
 from transfer.pyramid import PYRAMIDS, PyramidBackbone
+from transfer.timm_backbone import Dense
 from transfer.trunk import Trunk, build_trunk, parameter_groups
 
 
@@ -100,7 +100,7 @@ class DetectorEngine(NamedTuple):
     zoo       reads whole detectors of other projects, where the engine's row says that it can
     """
 
-    backbone: Callable[[DenseViT, DetectorConfig], PyramidBackbone]
+    backbone: Callable[[Dense, DetectorConfig], PyramidBackbone]
     adapt: Callable[[nn.Module, Statistics, tuple[int, int]], None]
     fit: Callable[[nn.Module, Job], Fitted]
     detect: Detect
@@ -124,7 +124,7 @@ def builder_of(head: str, engine: str) -> BuildNetwork:
 
 
 def assemble(
-    vit: DenseViT,
+    vit: Dense,
     num_classes: int,
     config: DetectorConfig,
     sampling: SamplingConfig,
@@ -156,6 +156,7 @@ def trunk_of(config: DetectionConfig, source: EncoderFile | None) -> Trunk:
     model, canvas = config.model, as_pair(config.data.image_size)
     return build_trunk(
         source,
+        trunk=model.trunk,
         size=model.trunk_on(model.size or "base") if source is None else model.size,
         patch_size=model.patch_size,
         in_chans=config.data.channels,

@@ -12,6 +12,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from mae_core.models.sizes import AnySize, size_of
 from transfer.backbone import DenseViT
 from transfer.pyramid import NORMS, PYRAMIDS, Norm, PyramidBackbone
+from transfer.timm_backbone import Dense
 from transfer.trunk import load_pretrained
 
 
@@ -20,7 +21,7 @@ class MAECoreBackbone(PyramidBackbone, Backbone):
     or, where that is 0, to the coarsest stride."""
 
     def __init__(
-        self, vit: DenseViT, *, kind: str = "four_stage", channels: int = 256, norm: Norm | None, square: int = 0
+        self, vit: Dense, *, kind: str = "four_stage", channels: int = 256, norm: Norm | None, square: int = 0
     ) -> None:
         super().__init__(vit, kind=kind, channels=channels, norm=norm)
         self.square = square

@@ -23,11 +23,11 @@ from detectron2.modeling.roi_heads import (
 from detectron2.structures import ImageList
 
 from mae_core.data.images import IMAGENET_MEAN, IMAGENET_STD, Statistics
-from transfer.backbone import DenseViT
 from transfer.detection.config import DetectorConfig, InferenceConfig, SamplingConfig
 from transfer.detection.engine_detectron2.backbone import MAECoreBackbone
 from transfer.detection.heads import BOX_CELLS, BOX_WEIGHTS, MASK_CELLS
 from transfer.pyramid import CANONICAL_SIDE, CANONICAL_STRIDE, NORMS
+from transfer.timm_backbone import Dense
 
 CASCADE = {0.5: BOX_WEIGHTS, 0.6: (20.0, 20.0, 10.0, 10.0), 0.7: (30.0, 30.0, 15.0, 15.0)}
 """Least overlap of a positive box in each stage -> weights of its box deltas (Cascade R-CNN, 4.1)."""
@@ -49,7 +49,7 @@ class CanvasRCNN(GeneralizedRCNN):
         return images
 
 
-def build_backbone(vit: DenseViT, config: DetectorConfig) -> MAECoreBackbone:
+def build_backbone(vit: Dense, config: DetectorConfig) -> MAECoreBackbone:
     """The pyramid of the configuration."""
     return MAECoreBackbone(vit, kind=config.pyramid, channels=config.fpn_channels, norm=NORMS[config.norm])
 

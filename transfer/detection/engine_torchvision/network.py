@@ -20,12 +20,12 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 
 from mae_core.data.images import Statistics
-from transfer.backbone import DenseViT
 from transfer.detection.config import DetectorConfig, InferenceConfig, SamplingConfig
 from transfer.detection.engine_torchvision.regions import LevelPool, mask_targets
 from transfer.detection.heads import BOX_CELLS, BOX_WEIGHTS, MASK_CELLS
 from transfer.detection.samples import Target
 from transfer.pyramid import NORMS, PyramidBackbone
+from transfer.timm_backbone import Dense
 
 
 class ProposalHead(RPNHead):
@@ -171,7 +171,7 @@ class ExactAnchors(AnchorGenerator):
         return torch.cat([-half, half], dim=1)
 
 
-def build_backbone(vit: DenseViT, config: DetectorConfig) -> PyramidBackbone:
+def build_backbone(vit: Dense, config: DetectorConfig) -> PyramidBackbone:
     """The pyramid of the configuration."""
     return PyramidBackbone(vit, kind=config.pyramid, channels=config.fpn_channels, norm=NORMS[config.norm])
 
