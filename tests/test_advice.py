@@ -46,6 +46,7 @@ SCHEMAS = {
 SCRIPTS = {
     "detect": "detection/train_net",
     "detect-predict": "detection/predict",
+    "detect-export": "detection/export",
     "check-coco": "detection/check_data",
     "segment": "segmentation/train_net",
     "segment-predict": "segmentation/predict",
@@ -119,6 +120,7 @@ PRINTED_BY: dict[str, tuple[str, ...]] = {
     "transfer/detection/labels/cutting.py": ("labels-tile",),
     "transfer/detection/labels/": ("labels-convert", "detect"),
     "transfer/detection/detector.py": ("detect-predict", "detect"),
+    "transfer/detection/export.py": ("detect-export",),
     "transfer/detection/predict.py": ("detect-predict", "detect"),
     "transfer/detection/": ("detect",),
     "transfer/segmentation/predict.py": ("segment-predict",),

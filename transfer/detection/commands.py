@@ -54,6 +54,7 @@ def evaluate(arguments: ConfigAndOverrides = None) -> None:
 
 for _name, _place, _about in (
     ("predict", "predict", "Find objects in images: RUN IMAGES... --out DIR; writes pictures and COCO results"),
+    ("export", "export", "Write a detector as ONNX for other programs: RUN --out FILE"),
     ("check", "check_data", "Find faults in a COCO data set before training meets them: DATA; as mae check coco"),
 ):
     pass_on(app, _name, f"transfer.detection.{_place}:main", prog=f"mae detect {_name}", about=_about)

@@ -75,8 +75,11 @@ class PublishedRoIs(RoIHeads):
         if self.has_mask():
             boxes, _, labels = found
             masks = self._segment(features, boxes)
-            chosen = masks[torch.arange(len(masks), device=masks.device), torch.cat(labels)].sigmoid()
-            for output, part in zip(outputs, chosen.split([len(b) for b in boxes]), strict=True):
+            place = torch.cat(labels)[:, None, None, None].expand(-1, 1, *masks.shape[2:])
+            chosen = masks.gather(1, place)[:, 0].sigmoid()
+            # A split has its sizes as constants in an exported graph, which is of one image.
+            parts = chosen.split([len(b) for b in boxes]) if len(boxes) > 1 else [chosen]
+            for output, part in zip(outputs, parts, strict=True):
                 output["masks"] = part
         return outputs, {}
 

@@ -28,15 +28,14 @@ class LevelPool(nn.Module):
 
     def forward(self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes: object = None) -> Tensor:
         """Boxes (n, 4) in pixels, per image -> (all n, C, cells, cells), in their order."""
-        counts = torch.tensor([len(b) for b in boxes], device=boxes[0].device)
-        image = torch.repeat_interleave(torch.arange(len(boxes), device=counts.device), counts)
         every = torch.cat(boxes)
-        rois = torch.cat([image[:, None].to(every), every], dim=1)
+        image = torch.cat([torch.full_like(b[:, :1], number) for number, b in enumerate(boxes)])
+        rois = torch.cat([image, every], dim=1)
         sides = ((every[:, 2] - every[:, 0]) * (every[:, 3] - every[:, 1])).clamp(min=1e-6).sqrt()
         finest = self.levels[0].stride
         wanted = (sides / CANONICAL_SIDE * CANONICAL_STRIDE / finest + 1e-8).log2().floor()
         chosen = wanted.clamp(0, len(self.levels) - 1)
-        pooled = rois.new_zeros(len(rois), self.levels[0].channels, self.cells, self.cells)
+        pooled = rois.new_zeros(rois.shape[0], self.levels[0].channels, self.cells, self.cells)
         for number, level in enumerate(self.levels):
             here = torch.where(chosen == number)[0]
             part = roi_align(features[level.name], rois[here], self.cells, 1 / level.stride, aligned=True)

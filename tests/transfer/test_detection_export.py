@@ -1,0 +1,80 @@
+"""``mae detect export``: onnxruntime finds in an image what the detector finds in it, however much that is."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import transfer
+from mae_core.cli.main import app
+from mae_core.config.load import load_config
+from mae_core.errors import UserError
+from transfer.detection.config import DetectionConfig
+from transfer.detection.export import export
+from transfer.detection.run import train_detector
+
+pytest.importorskip("pycocotools", reason="pip install mae-transfer[detection]")
+onnxruntime = pytest.importorskip("onnxruntime", reason="pip install mae-transfer[onnx]")
+SCORES = ("test.score_threshold=0.1", "test.detections=100", "test.picture_score=0", "optim.base_lr=0.06")
+KINDS = {"mask_rcnn": (), "faster_rcnn": ("model.head=faster_rcnn", "model.pyramid=simple")}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def run(request, tmp_path_factory, detection_root, tiny_detector):
+    folder = tmp_path_factory.mktemp(request.param) / "run"
+    own = (f"data.path={detection_root}", f"output={folder}", "optim.epochs=4", *KINDS[request.param], *SCORES)
+    train_detector(load_config(DetectionConfig, None, [*tiny_detector, *own]))
+    return folder
+
+
+def pictures() -> list[np.ndarray]:
+    """Images that fill the canvas: black, noise, and some with shapes on a dark ground."""
+    rng = np.random.default_rng(0)
+    found = [np.zeros((64, 64, 3), np.uint8), rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)]
+    for number in range(4):
+        image = rng.integers(0, 50, (64, 64, 3), dtype=np.uint8)
+        for _ in range(number + 1):
+            x, y, w, h = rng.integers(2, 30, 4)
+            image[y : y + h, x : x + w] = [(220, 60, 60), (60, 220, 60), (80, 80, 240)][rng.integers(3)]
+        found.append(image)
+    return found
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_the_file_finds_what_the_detector_finds(run, tmp_path, half):
+    out = tmp_path / "detector.onnx"
+    result = CliRunner().invoke(app, ["detect", "export", str(run), "--out", str(out), *(["--half"] * half)])
+    assert result.exit_code == 0 and f"wrote {out} for images of 64x64: boxes, scores, labels" in result.output
+    detector = transfer.load_detector(run, device="cpu", overrides=["precision=fp32"])
+    if half:  # rounded weights: the detector's own, with as many digits
+        for tensor in detector.model.parameters():
+            tensor.data.copy_(tensor.data.half() if tensor.numel() >= 1024 else tensor.data)
+        assert out.stat().st_size < 0.65 * (run / "detector.safetensors").stat().st_size
+    session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
+    categories = json.loads(session.get_modelmeta().custom_metadata_map["categories"])
+    assert [name for _, name in categories] == detector.classes
+    numbers = set()
+    for image in pictures():
+        boxes, scores, labels, *masks = session.run(None, {"images": image.astype(np.float32).transpose(2, 0, 1)[None]})
+        expected = detector.predict(image)
+        numbers.add(len(expected))
+        assert labels.tolist() == expected.labels.tolist()
+        np.testing.assert_allclose(boxes, expected.boxes, atol=1e-3)
+        np.testing.assert_allclose(scores, expected.scores, atol=1e-3)
+        assert [mask.shape for mask in masks] == [(len(boxes), 28, 28)] * (expected.codes is not None)
+    assert len(numbers) > 2
+
+
+def test_what_cannot_be_written_is_refused(run, tmp_path):
+    (tmp_path / "there.onnx").write_text("kept")
+    for out, options, message in (
+        ("there.onnx", {}, "there.onnx exists; choose another --out"),
+        ("a.pt", {}, "has to end in .onnx"),
+        ("a.onnx", {"size": (0, 4)}, "give two positive numbers"),
+    ):
+        with pytest.raises(UserError, match=message):
+            export(run, tmp_path / out, **options)
+    assert (tmp_path / "there.onnx").read_text() == "kept" and not (tmp_path / "a.onnx").exists()
