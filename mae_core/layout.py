@@ -136,6 +136,11 @@ def resolve_weights(path: Path | str, *, decoder: bool = False) -> Path:
         if (path / name).is_file():
             return path / name
     checkpoint = newest_undamaged(path)
+    if checkpoint is None and any(path.glob("*.distcp")):
+        raise UserError(
+            f"{path} is a sharded checkpoint of torch.distributed.checkpoint; make one file of it with "
+            f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {path} whole.pth"
+        )
     if checkpoint is None:
         raise UserError(f"{path} holds no weights and no complete checkpoint; give a run directory or a weights file")
     return checkpoint / MODEL

@@ -354,9 +354,10 @@ def _unwrap(content: Mapping[str, Any], keys: tuple[str, ...], beside: Mapping[s
     if not tensors or isinstance(content.get(WRAPPERS[0]), Mapping):
         other = {**beside, **{key: value for key, value in content.items() if key not in WRAPPERS}}
         found: Found = {}
-        for key in WRAPPERS:
-            if isinstance(content.get(key), Mapping) and len(keys) < DEEPEST:
-                found |= _unwrap(content[key], (*keys, key), other)
+        inside = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Mapping)}
+        known = [key for key in WRAPPERS if key in inside]
+        for key in (known or inside) if len(keys) < DEEPEST else ():
+            found |= _unwrap(inside[key], (*keys, key), other)
         if found or not tensors:
             return found
     others = sorted(str(name) for name, value in content.items() if not isinstance(value, Tensor))

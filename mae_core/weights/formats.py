@@ -358,15 +358,16 @@ FORMATS: dict[str, Format] = {
 WRAPPERS = (
     "model", "state_dict", "model_state_dict", "module", "net", "network", "model_ema", "state_dict_ema",
     "ema_state_dict", "ema_model", "ema", "teacher", "student", "base_encoder", "momentum_encoder", "encoder_q",
-    "encoder_k", "backbone", "encoder", "_forward_module",
+    "encoder_k", "backbone", "momentum_backbone", "backbone_momentum", "student_backbone", "teacher_backbone",
+    "encoder", "_forward_module",
 )  # fmt: skip
 """Keys under which trainers put the weights, and first words of names: distributed training, averaged weights,
-Lightning, the two networks of MoCo, DINO and iBOT."""
+Lightning, the two networks of MoCo, DINO and iBOT, and of solo-learn's and lightly's versions of them."""
 INNER_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_fpw_module.", "_orig_mod.")
 """What FSDP, activation checkpointing and torch.compile put anywhere into a name."""
 BESIDE = {
-    "predictor.*": "a predictor of the pre-training, not the encoder",
-    **dict.fromkeys(("projector.*", "head.*", "dino_head.*", "ibot_head.*"), PROJECTION),
+    **dict.fromkeys(("predictor.*", "*projector.*", "*projection_head*", "prototypes.*"), "of the pre-training alone"),
+    **dict.fromkeys(("head.*", "*_head.*", "classifier.*"), "a head, not the encoder"),
     **dict.fromkeys(("queue", "queue_ptr"), "MoCo's queue of negatives"),
     **dict.fromkeys(("n_averaged", "steps"), "a counter of averaged weights"),
 }

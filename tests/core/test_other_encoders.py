@@ -5,6 +5,7 @@ chooses."""
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -115,6 +116,18 @@ SEVERAL: dict[str, tuple[Callable[..., dict[str, Any]], str, str]] = {
         "teacher",
         "student",
     ),
+    "solo_learn": (
+        lambda a, b: {
+            "state_dict": {
+                **behind("backbone.", b),
+                **behind("momentum_backbone.", a),
+                "momentum_projector.0.weight": torch.ones(2, 2),
+                "classifier.weight": torch.ones(2, 2),
+            }
+        },
+        "momentum_backbone",
+        "backbone",
+    ),
     "dinov2": (
         lambda a, b: {
             "model": {
@@ -152,7 +165,7 @@ def test_all_of_a_chosen_branch_is_accounted_for(tmp_path):
     state = vit().state_dict()
     torch.save(moco(state, state), tmp_path / "moco.pth")
     assert beside(tmp_path / "moco.pth", "base_encoder") == {
-        "module.predictor.0.weight": "a predictor of the pre-training, not the encoder",
+        "module.predictor.0.weight": "of the pre-training alone",
         **dict.fromkeys(HEAD, "a projection head of the pre-training, not the encoder"),
     }
     torch.save(ibot(state, state), tmp_path / "ibot.pth")
@@ -214,6 +227,7 @@ WRAPPED: dict[str, Callable[[dict[str, Tensor]], dict[str, Any]]] = {
     "fsdp": lambda s: {"model": behind("_fsdp_wrapped_module.", in_blocks("_fsdp_wrapped_module.", s))},
     "checkpointed": lambda s: in_blocks("_checkpoint_wrapped_module.", s),
     "average": lambda s: {"ema_model": {**behind("module.", s), "n_averaged": torch.tensor(7)}},
+    "unknown_key": lambda s: {"weights": s, "epoch": 3, "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}},
     "one_branch_of_two": lambda s: {"student": {"fc.weight": torch.ones(2, 2)}, "teacher": s},
 }
 
@@ -226,6 +240,20 @@ def test_what_trainers_wrap_around_an_encoder_is_taken_off(tmp_path, kind):
     assert (encoder.encode(images((SIDE, SIDE))) - tokens_of(model, (SIDE, SIDE))).abs().max() < 1e-5
     notes = " ".join(read_encoder(tmp_path / "x.pth").report.notes)
     assert "unwrapped" in notes or "removed" in notes
+
+
+def test_a_sharded_checkpoint_of_torch_is_named_with_the_command_that_joins_it(tmp_path):
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    state = vit().state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one process is enough here
+        checkpoint.save({"model": state}, checkpoint_id=tmp_path / "sharded")
+    with pytest.raises(UserError, match=r"sharded checkpoint of torch.* dcp_to_torch .* whole\.pth"):
+        mae_core.load_encoder(tmp_path / "sharded")
+    dcp_to_torch_save(tmp_path / "sharded", tmp_path / "whole.pth")
+    assert torch.equal(mae_core.load_encoder(tmp_path / "whole.pth").cls_token, state["cls_token"])
 
 
 def test_flat_shards_of_fsdp_are_named(tmp_path):
