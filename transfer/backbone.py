@@ -94,8 +94,9 @@ class DenseViT(ViTEncoder):
         self.relative_positions = relative_positions
         self.checkpointing = checkpointing
         self.frozen_blocks = 0
+        cls_token = cls_token and self.shape.cls_token
         if not cls_token:
-            self.cls_token = None
+            self.cls_token, self.num_prefix_tokens = None, 0
         self.norm = nn.Identity()
         prefix = int(cls_token)
         tables = PatchGrid.of(image_size if relative_size is None else relative_size, self.grid.patch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -43,11 +44,14 @@ class ModelConfig(TrunkOptions):
     patch_size: Count | None = Field(
         None, description="side of a patch in pixels; empty: as in size (14 for huge, else 16)"
     )
+    cls_token: bool = Field(
+        True, description="false: patch tokens alone, which works as well with mean pooling (paper, A.1)"
+    )
 
     @property
     def shape(self) -> ViTSize:
         """Width, depth, heads and MLP ratio."""
-        return self.trunk_on(self.size)
+        return replace(self.trunk_on(self.size), cls_token=self.cls_token)
 
     @model_validator(mode="after")
     def _is_a_vit(self) -> ModelConfig:
@@ -55,7 +59,7 @@ class ModelConfig(TrunkOptions):
         return self
 
 
-OWN_ALONE = ("size", "width", "depth", "heads", "mlp_ratio")
+OWN_ALONE = ("size", "width", "depth", "heads", "mlp_ratio", "cls_token")
 """Options of the toolkit's own ViT, which the name of a trunk of timm decides."""
 
 

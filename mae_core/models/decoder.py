@@ -52,7 +52,8 @@ class BlockFusion(nn.Module):
 
 class MAEDecoder(nn.Module):
     """A few transformer blocks on all patches of ``grid``, ending in a linear prediction of ``target_dim`` numbers a
-    patch. ``mask_tokens=False``: for an encoder that has put mask tokens in already (paper, Table 1c)."""
+    patch. ``mask_tokens=False``: for an encoder that has put mask tokens in already (paper, Table 1c). ``prefix``: how
+    many tokens precede the patches'; 0 or 1."""
 
     def __init__(
         self,
@@ -67,13 +68,14 @@ class MAEDecoder(nn.Module):
         norm_eps: float = 1e-6,
         activation: str = "gelu",
         mask_tokens: bool = True,
+        prefix: int = 1,
     ) -> None:
         super().__init__()
         if heads < 1 or width < 1 or width % heads or width % 4:
             raise UserError(f"decoder width {width} must be divisible by its heads ({heads}) and by 4")
         if depth < 1:
             raise UserError(f"a decoder has at least one block; depth {depth} was asked for")
-        self.heads = heads
+        self.heads, self.prefix = heads, prefix
         self.embed = nn.Linear(encoder_width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width)) if mask_tokens else None
         self.pos_embed = nn.Parameter(sincos_2d(width, grid.rows, grid.cols), requires_grad=False)
@@ -87,17 +89,17 @@ class MAEDecoder(nn.Module):
             nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, tokens: Tensor, mask: PatchMask, *, only_hidden: bool = False) -> Tensor:
-        """(B, 1 + V, encoder_width), or (B, 1 + N, ...) with ``mask_tokens=False`` -> (B, N, target_dim) in raster
-        order; with ``only_hidden`` (B, n, target_dim) of ``mask.hidden_ids``, for less work in the last block."""
-        x = self.embed(tokens)
+        """(B, prefix + V, encoder_width), or (B, prefix + N, ...) with ``mask_tokens=False`` -> (B, N, target_dim) in
+        raster order; ``only_hidden``: (B, n, target_dim) of ``mask.hidden_ids``, for less work in the last block."""
+        x, prefix = self.embed(tokens), self.prefix
         if self.mask_token is not None:
             B, _, D = x.shape
             canvas = self.mask_token.to(x.dtype).expand(B, mask.hidden.shape[1], D)
-            canvas = canvas.scatter(1, mask.visible_ids[:, :, None].expand(-1, -1, D), x[:, 1:])
-            x = torch.cat([x[:, :1], canvas], dim=1)
+            canvas = canvas.scatter(1, mask.visible_ids[:, :, None].expand(-1, -1, D), x[:, prefix:])
+            x = torch.cat([x[:, :prefix], canvas], dim=1)
         *first, last = self.blocks
-        x = x + self.pos_embed
+        x = x + self.pos_embed[:, 1 - prefix :]
         for block in first:
             x = block(x)
-        x = last.only_at(x, mask.hidden_ids + 1) if only_hidden else last(x)[:, 1:]
+        x = last.only_at(x, mask.hidden_ids + prefix) if only_hidden else last(x)[:, prefix:]
         return self.pred(self.norm(x))

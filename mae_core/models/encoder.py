@@ -35,9 +35,10 @@ POOLINGS: dict[str | None, str] = {"mean": "avg", "cls": "token", None: ""}
 class ViTEncoder(VisionTransformer):
     """A ViT of a named size or of a ``ViTSize``; with ``num_classes`` it is a classifier.
 
-    Sequence layout: cls token, then patches in raster order. ``pooling="mean"`` averages the patch tokens of the last
-    block
-    and normalises after (``fc_norm``), as the paper's fine-tuning does; ``"cls"`` takes the normalised cls token.
+    Sequence layout: cls token, then patches in raster order; of a ``ViTSize`` without ``cls_token`` the patches alone,
+    while ``pos_embed`` keeps its first row, which nothing reads. ``pooling="mean"`` averages the patch tokens of the
+    last block and normalises after (``fc_norm``), as the paper's fine-tuning does; ``"cls"`` takes the normalised cls
+    token.
     ``load_encoder`` sets ``transform``: a file, PIL image or tensor -> (C, H, W) as the encoder expects it.
     """
 
@@ -59,6 +60,8 @@ class ViTEncoder(VisionTransformer):
         grid = PatchGrid.of(image_size, patch)
         if in_chans < 1:
             raise UserError(f"an image has at least one channel; in_chans={in_chans} was asked for")
+        if pooling == "cls" and not shape.cls_token:
+            raise UserError("this encoder has no cls token to pool by; pool by the mean of the patches")
         if pooling not in POOLINGS:
             raise UserError(
                 f"unknown pooling {pooling!r}; known: 'mean', 'cls', or None for all tokens (map: of timm alone)"
@@ -82,6 +85,8 @@ class ViTEncoder(VisionTransformer):
         self.shape = replace(shape, patch_size=patch)
         self.size = shape.name
         self.grid = grid
+        if not shape.cls_token:
+            self.cls_token, self.has_class_token, self.num_prefix_tokens = None, False, 0
         self.initialize()
 
     def initialize(self) -> None:
@@ -92,7 +97,8 @@ class ViTEncoder(VisionTransformer):
         """
         init_linear_and_norm(self)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.embed_dim, -1))
-        nn.init.normal_(self.cls_token, std=0.02)
+        if self.cls_token is not None:
+            nn.init.normal_(self.cls_token, std=0.02)
         with torch.no_grad():
             self.pos_embed.copy_(sincos_2d(self.embed_dim, self.grid.rows, self.grid.cols))
         if isinstance(self.head, nn.Linear):
@@ -105,13 +111,14 @@ class ViTEncoder(VisionTransformer):
 
     @property
     def prefix(self) -> int:
-        """Tokens before the patch tokens: the cls token."""
+        """Tokens before the patch tokens: the cls token, or none."""
         return int(self.num_prefix_tokens)
 
     @property
     def facts(self) -> dict[str, Any]:
         """What the metadata of a file says of the trunk, so that it can be built again."""
-        return {"size": self.shape.name if self.shape.name in SIZES else None, **asdict(self.shape)}
+        stated = {"cls_token": None if self.shape.cls_token else False}  # older versions read the files that have one
+        return {"size": self.shape.name if self.shape.name in SIZES else None, **asdict(self.shape), **stated}
 
     def layer_of(self, name: str) -> int:
         """Layer of a parameter: 0 for the embeddings, i + 1 for block i, depth + 1 for everything else."""
@@ -140,18 +147,18 @@ class ViTEncoder(VisionTransformer):
         return self.patch_embed(images) + self.pos_embed[:, 1:]
 
     def encode(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, 1 + N, D): cls token and patch tokens in raster order, normalised; nothing is masked."""
+        """(B, C, H, W) -> (B, prefix + N, D): cls and patch tokens in raster order, normalised; nothing is masked."""
         self.check_images(images)
         return self.forward_features(images)
 
     def encode_visible(self, images: Tensor, mask: PatchMask) -> Tensor:
-        """(B, C, H, W) and a mask -> (B, 1 + V, D): the encoder's pass over the visible patches alone (paper, section
-        3)."""
+        """(B, C, H, W) and a mask -> (B, prefix + V, D): the encoder's pass over the visible patches alone (paper,
+        section 3)."""
         return self.norm(self.blocks(self._visible(images, mask)))
 
     def visible_outputs(self, images: Tensor, mask: PatchMask, blocks: Sequence[int]) -> list[Tensor]:
-        """(B, C, H, W) and a mask -> (B, 1 + V, D) of each of ``blocks`` (0-based, ascending) and of the last block,
-        not normalised."""
+        """(B, C, H, W) and a mask -> (B, prefix + V, D) of each of ``blocks`` (0-based, ascending) and of the last
+        block, not normalised."""
         tokens, found = self._visible(images, mask), []
         for number, block in enumerate(self.blocks):
             tokens = block(tokens)
@@ -160,7 +167,7 @@ class ViTEncoder(VisionTransformer):
         return [*found, tokens]
 
     def _visible(self, images: Tensor, mask: PatchMask) -> Tensor:
-        """(B, 1 + V, D): cls token and visible patches as the first block takes them."""
+        """(B, prefix + V, D): cls token and visible patches as the first block takes them."""
         self.check_images(images)
         pixels, positions = patchify(images, self.grid.patch), self.pos_embed[:, 1:].expand(len(images), -1, -1)
         pixels, positions = (
@@ -171,15 +178,21 @@ class ViTEncoder(VisionTransformer):
         return self._with_cls(F.linear(pixels, weight, projection.bias) + positions)
 
     def encode_with_mask_tokens(self, images: Tensor, mask: PatchMask, mask_token: Tensor) -> Tensor:
-        """(B, C, H, W), a mask and a token (1, 1, D) -> (B, 1 + N, D): all patches, the token in place of the hidden
-        ones (paper, Table 1c)."""
+        """(B, C, H, W), a mask and a token (1, 1, D) -> (B, prefix + N, D): all patches, the token in place of the
+        hidden ones (paper, Table 1c)."""
         self.check_images(images)
         patches = self.patch_embed(images)
         tokens = torch.where(mask.hidden[:, :, None], mask_token.to(patches.dtype), patches)
         return self.norm(self.blocks(self._with_cls(tokens + self.pos_embed[:, 1:])))
 
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, prefix + N, D): timm's hook of ``forward_features``."""
+        return super()._pos_embed(x) if self.cls_token is not None else x + self.pos_embed[:, 1:]
+
     def _with_cls(self, tokens: Tensor) -> Tensor:
-        """(B, n, D), positions added -> (B, 1 + n, D)."""
+        """(B, n, D), positions added -> (B, prefix + n, D)."""
+        if self.cls_token is None:
+            return tokens
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
         return torch.cat([cls, tokens], dim=1)
 

@@ -224,6 +224,7 @@ def assemble_mae(
         norm_eps=encoder.shape.norm_eps,
         activation=encoder.shape.activation,
         mask_tokens=not mask_tokens_in_encoder,
+        prefix=encoder.prefix,
         **decoder,
     )
     more: dict[str, Any] = {"mask_tokens_in_encoder": mask_tokens_in_encoder, "fuse_blocks": fuse_blocks}

@@ -25,6 +25,7 @@ class ViTSize:
     patch_size  the published one; may be overridden
     norm_eps    epsilon of every LayerNorm
     activation  a row of ``ACTIVATIONS``
+    cls_token   whether a token precedes the patches'; MAE works as well without (paper, A.1)
 
     Raises ``UserError`` for numbers that no ViT has.
     """
@@ -36,6 +37,7 @@ class ViTSize:
     patch_size: int = 16
     norm_eps: float = 1e-6
     activation: str = "gelu"
+    cls_token: bool = True
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "heads", "patch_size", "mlp_ratio", "norm_eps"):

@@ -92,7 +92,10 @@ def embed(
 
 @torch.inference_mode()
 def pooled(encoder: ViTEncoder, pixels: Tensor, pooling: Pooling) -> Tensor:
-    """(B, C, H, W), as the encoder expects them -> features (B, D) float32 on the CPU, see ``embed``."""
+    """(B, C, H, W), as the encoder expects them -> features (B, D) float32 on the CPU, see ``embed``. Raises
+    ``UserError`` where the cls token is asked of an encoder without one."""
+    if pooling == "cls" and not encoder.prefix:
+        raise UserError("this encoder has no cls token; ask for pooling='mean'")
     (tokens,) = encoder.forward_intermediates(
         pixels.to(encoder.pos_embed.device),
         indices=1,
@@ -101,8 +104,8 @@ def pooled(encoder: ViTEncoder, pixels: Tensor, pooling: Pooling) -> Tensor:
         intermediates_only=True,
         return_prefix_tokens=True,
     )
-    patches, prefix = tokens
-    return encoder.norm(prefix[:, 0] if pooling == "cls" else patches.mean(dim=1)).float().cpu()
+    patches, prefix = tokens if encoder.prefix else (tokens, None)
+    return encoder.norm(patches.mean(dim=1) if prefix is None or pooling == "mean" else prefix[:, 0]).float().cpu()
 
 
 def write_features(config: FeaturesConfig) -> Path:

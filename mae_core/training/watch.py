@@ -214,6 +214,8 @@ def _rows(model: MaskedAutoencoder, files: LabelledPaths, config: PretrainConfig
         if len(batch):
             with run.autocast():
                 tokens = model.encoder.encode(batch.pixels.to(run.device))
+                if not model.encoder.prefix:  # their mean stands where the cls token would
+                    tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1)
             rows.append(tokens[:, :kept].float().cpu())
             labels.append(batch.labels)
     parts = distributed.gather((torch.cat(rows), torch.cat(labels)))

@@ -71,6 +71,7 @@ class EncoderInfo:
     mlp_ratio: float | None = None
     norm_eps: float | None = None
     activation: str | None = None
+    cls_token: bool | None = None
     patch_size: int | None = None
     image_size: Any = None
     grid: Any = None
@@ -133,7 +134,7 @@ class EncoderInfo:
     @property
     def trunk(self) -> ViTSize:
         """The trunk, where every number of it is known. Raises ``UserError`` otherwise."""
-        known = {name: value for name in TRUNK if (value := getattr(self, name))}
+        known: dict[str, Any] = {n: value for n in TRUNK if (value := getattr(self, n)) or value is False}
         if {"width", "depth", "heads"} - known.keys():
             numbers = (self.width, self.depth, self.heads)
             raise UserError(
@@ -263,7 +264,10 @@ class EncoderFile:
         return "cls" if self.has_norm else "mean"
 
     def check_pooling(self, pooling: Pooling | None) -> None:
-        """Raise ``UserError`` where the normalised cls token is asked of a classifier on mean-pooled patches."""
+        """Raise ``UserError`` where the normalised cls token is asked of a classifier on mean-pooled patches, or of an
+        encoder that has none."""
+        if pooling == "cls" and not self.shape.cls_token:
+            raise UserError(f"{self.path} has no cls token; set model.pooling=mean")
         if pooling != "mean" and "fc_norm.weight" in self.tensors and not self.has_norm:
             raise UserError(
                 f"{self.path} is a classifier on mean-pooled patches and has no norm of its tokens; set "
@@ -285,11 +289,13 @@ class EncoderFile:
             facts = {**numbers, "size": trunk.name}
         else:
             facts = numbers
-        return {**facts, **({"patch_size": trunk.patch_size} if "patch_size" in given else {})}
+        stated = {"patch_size"} & given | ({"cls_token"} if "cls_token" in given or not trunk.cls_token else set())
+        stated &= set(type(model).model_fields)
+        return {**facts, **{name: getattr(trunk, name) for name in stated}}
 
     def model_defaults(self, model: Any) -> dict[str, Any]:
         """What holds of the ``model`` section where the user said nothing."""
-        return {}
+        return {} if self.shape.cls_token or not hasattr(model, "pooling") else {"pooling": "mean"}
 
     def build(self, image_size: int | Sequence[int] | None = None, **options: Any) -> Encoder:
         """An untrained model of the file's architecture, by default at its image size."""

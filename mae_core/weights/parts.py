@@ -111,6 +111,8 @@ def read_parts(
     report = LoadReport(str(file.path), notes=[*file.notes, *found.notes])
     check_trunk(state, source)
     fit, others = recognise(list(state), source)
+    if EncoderInfo.from_metadata(file.metadata).cls_token is False:
+        needless = (*needless, "cls_token")
     fit.missing = [name for name in fit.missing if not name.startswith(tuple(needless))]
     report.unused = {**dict.fromkeys(found.dropped, LEFT_OUT), **found.beside, **fit.dropped}
     parts = Parts(file, fit, others, found.words, state, report)

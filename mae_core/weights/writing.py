@@ -69,6 +69,8 @@ def convert(
 
 def convert_parts(parts: Parts, target: str, adaptation: Adaptation) -> Converted:
     """An opened file under the names of another format, resized as asked. Raises ``UserError`` as ``convert`` does."""
+    if parts.info.cls_token is False and target != "mae_core" and "cls_token" not in format_of(target).lacks:
+        raise UserError(f"this encoder has no cls token, and a file of the format {target} has one; keep it as it is")
     parts.report.path = f"{parts.format} -> {target}"
     if parts.info.grid is None and any("grid" in each for each in parts.undecided):
         if adaptation != Adaptation():

@@ -271,7 +271,14 @@ def test_a_trunk_of_timm_is_passed_to_every_command(spec, pretrained, classes):
     (encoder,) = encoders_of(config).values()
     for name, kind in KINDS.items():
         key = "model.backbone.trunk" if name == "segmentation" else "model.trunk"
-        assert encoder.words(kind) == [f"weights={pretrained}", f"{key}=timm:vit_small_patch14_dinov2"]
+        words = encoder.words(kind)
+        assert words[:2] == [f"weights={pretrained}", f"{key}=timm:vit_small_patch14_dinov2"]
+        assert words[2:] == {
+            "finetune": ["model.size=base", "model.patch_size=null"],
+            "detection": ["model.size=null", "model.patch_size=null"],
+        }.get(name, [])
+    finetuning = Task(spec().tasks[1], spec())
+    finetuning.validate(encoder.words(KINDS["finetune"]))  # over a recipe that states a size
 
 
 def cell(encoder: str, scores: list[float], task: str = "photos", **more) -> Cell:

@@ -6,10 +6,12 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
 
+from mae_core.config.schema import section_of
 from mae_core.errors import UserError
 from mae_core.layout import CLASSIFIER, ENCODER
 from mae_core.models.encoder import ViTEncoder
@@ -57,9 +59,20 @@ class Encoder:
         if self.spec.trunk is not None:
             key = "model.trunk" if kind.schema else "model.backbone.trunk"
             words.append(f"{key}={self.spec.trunk}")
+            words += _without_own_shape(kind)  # which a recipe may state
         elif self.shape is not None and not kind.frozen:
             words += size_words(self.shape) if kind.schema else mmseg_words(self.name, self.shape)
         return [*words, *self.spec.options]
+
+
+def _without_own_shape(kind: Kind) -> list[str]:
+    """The options that put back what a recipe says of the toolkit's own ViT, which a trunk of timm does not take."""
+    if kind.frozen or not kind.schema:
+        return []
+    section = section_of(resolve_name(kind.schema).model_fields["model"].annotation)
+    assert section is not None
+    values = {name: section.model_fields[name].default for name in ("size", "patch_size")}
+    return [f"model.{name}={'null' if value is None else value}" for name, value in values.items()]
 
 
 def size_words(shape: ViTSize) -> list[str]:

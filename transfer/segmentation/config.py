@@ -252,7 +252,7 @@ def check_frozen_blocks_have_weights(config: Mapping[str, Any]) -> None:
         )
 
 
-UNNAMED = ("norm_eps", "activation")
+UNNAMED = ("norm_eps", "activation", "cls_token")
 """What the name of a size says nothing of."""
 
 

@@ -58,7 +58,7 @@ class MAECoreViT(DenseViT):
             taps=PUBLISHED_TAPS.get(size_of(size).name) if taps is None else taps,
             relative_positions=relative_positions,
             layer_scale=layer_scale,
-            cls_token=True,
+            cls_token=size_of(size).cls_token,
             drop_path=drop_path,
             checkpointing=checkpointing,
         )
