@@ -120,10 +120,12 @@ def dense_timm(
     in_chans: int = 3,
     drop_path: float = 0.0,
     checkpointing: bool = False,
+    surface: type[DenseTimm] = DenseTimm,
     **options: Any,
 ) -> DenseTimm:
     """``timm:NAME`` as a dense trunk, newly initialised; ``image_size``: what its positions are stored for; ``taps``:
-    from the trunk's size to the blocks that are read. ``options``: as ``build_timm``. Raises ``UserError`` where timm
+    from the trunk's size to the blocks that are read. ``surface``: the class that is mixed
+    in. ``options``: as ``build_timm``. Raises ``UserError`` where timm
     cannot build it."""
     resizing: dict[str, Any] = (
         {"dynamic_img_size": True} if issubclass(described(trunk).family, RESIZE_THEMSELVES) else {}
@@ -134,7 +136,7 @@ def dense_timm(
         patch_size=patch_size,
         in_chans=in_chans,
         drop_path=drop_path,
-        surface=DenseTimm,
+        surface=surface,
         **resizing,
         **options,
     )

@@ -40,6 +40,7 @@ class Described(NamedTuple):
     pooling: Pooling
     image_size: tuple[int, int]
     patch_size: int
+    width: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
@@ -78,6 +79,7 @@ def described(trunk: str) -> Described:
         pools.get(model.global_pool, "mean"),  # type: ignore[arg-type]
         as_pair(config["input_size"][1:]),
         model.patch_embed.patch_size[0],
+        model.embed_dim,
         tuple(config["mean"]),
         tuple(config["std"]),
     )

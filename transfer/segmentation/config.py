@@ -19,6 +19,7 @@ from mae_core.data.images import DEFAULT_STATISTICS, Statistics
 from mae_core.data.statistics import Measured, describe_statistics
 from mae_core.errors import UserError
 from mae_core.models.sizes import SIZES, size_of
+from mae_core.models.timm_trunk import described
 from mae_core.texts import read_text
 from mae_core.weights.encoder_file import EncoderFile
 from mae_core.weights.load import settled
@@ -135,6 +136,34 @@ def check_kind(key: str, stated: Any, given: Any) -> None:
         raise UserError(f"config option {key}={given}: {key} is a section; set its keys, such as {key}.{min(stated)}")
 
 
+def fit_to_trunk(config: MutableMapping[str, Any], options: Collection[str]) -> list[str]:
+    """Put patch size and width of a trunk of timm, where the config names one, into neck, heads and padding; returns
+    what to tell the user.
+
+    Raises ``UserError`` where an option the user gave (``options``: their keys) is of the toolkit's own ViT.
+    """
+    model = config["model"]
+    backbone = model["backbone"]
+    trunk = backbone.get("trunk")
+    if trunk is None:
+        return []
+    if given := {"size", "width", "model.backbone.size"}.intersection(options):
+        raise UserError(f"{min(given)} was given, but trunk={trunk} decides it; leave one of them out")
+    backbone.pop("size", None)
+    before, width = backbone.get("patch_size"), described(trunk).width
+    if not {"patch_size", "model.backbone.patch_size"}.intersection(options):
+        backbone["patch_size"] = described(trunk).patch_size
+    cells = preprocessor_of(config).get("test_cfg") or {}
+    if before and cells.get("size_divisor"):
+        cells["size_divisor"] = cells["size_divisor"] * backbone["patch_size"] // before
+    if model.get("neck"):
+        model["neck"]["embed_dim"] = width
+    for head in heads_of(config):
+        several = head["in_channels"]
+        head["in_channels"] = width if isinstance(several, int) else [width] * len(several)
+    return [f"trunk: {trunk}, patches of {backbone['patch_size']}, maps of {width} channels"]
+
+
 def fit_to_weights(config: MutableMapping[str, Any], source: EncoderFile, options: Collection[str] = ()) -> list[str]:
     """Put size, patch, channels and normalisation of a weights file into a config; returns what to tell the user.
 
@@ -143,6 +172,12 @@ def fit_to_weights(config: MutableMapping[str, Any], source: EncoderFile, option
     backbone = config["model"]["backbone"]
     if backbone["type"] != BACKBONE:
         raise UserError(f"weights load only into a {BACKBONE} backbone, but this config builds a {backbone['type']}")
+    if source.info.timm is not None:
+        sides = {name: getattr(source, name) for name in ("patch_size", "in_chans")}
+        given = {name: backbone.get(name) for name in ("trunk", *sides)}
+        backbone.update(settled(source.path, given, must={"trunk": source.info.timm, **sides}, section="backbone."))
+        backbone["weights"] = str(source.path)
+        return fit_statistics_of(config, source.metadata, str(source.path), options)
     trunk = asdict(source.shape)
     size: Any = source.shape.name if source.shape.name in SIZES else trunk
     if source.shape.name in SIZES and any(trunk[name] != asdict(size_of(size))[name] for name in UNNAMED):
@@ -304,9 +339,9 @@ def check_widths(config: Mapping[str, Any]) -> None:
     model = config["model"]
     if model["backbone"]["type"] != BACKBONE:
         return
-    size = model["backbone"].get("size", "base")
-    width = size_of(size).width
-    size = size if isinstance(size, str) else size_of(size).name
+    size, trunk = model["backbone"].get("size", "base"), model["backbone"].get("trunk")
+    width = size_of(size).width if trunk is None else described(trunk).width
+    size = trunk or (size if isinstance(size, str) else size_of(size).name)
     stated = {"model.neck.embed_dim": [model["neck"]["embed_dim"]]} if model.get("neck") else {}
     for head in heads_of(config):
         widths = head["in_channels"]

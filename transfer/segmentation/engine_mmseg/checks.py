@@ -20,7 +20,7 @@ from mae_core.errors import UserError, explained
 from mae_core.texts import shortened
 from mae_core.weights.encoder_file import EncoderFile
 from transfer.segmentation import config as configs
-from transfer.segmentation.engine_mmseg.backbone import MAECoreViT
+from transfer.segmentation.engine_mmseg.backbone import is_ours
 from transfer.segmentation.engine_mmseg.data import LabelledFolder, name_bad_files
 from transfer.segmentation.engine_mmseg.options import accepted_keys, read_config
 from transfer.segmentation.label_check import check_label_maps
@@ -151,10 +151,10 @@ def check_model(config: Mapping[str, Any], source: EncoderFile | None = None) ->
     with explained("the config's model cannot be built"):
         set_random_seed(0)
         model = MODELS.build(config["model"])
-        if isinstance(model.backbone, MAECoreViT):
+        if is_ours(model.backbone):
             pass_an_image(model)
     backbone = model.backbone
-    if isinstance(backbone, MAECoreViT) and backbone.weights is not None:
+    if is_ours(backbone) and backbone.weights is not None:
         load_pretrained(backbone, source or backbone.weights, allow_missing=backbone.allow_missing)
     return model
 

@@ -107,6 +107,8 @@ def write_mmseg(file: SegmenterFile, out: Path) -> str:
     """
     register_all_modules()
     ours = build_segmenter(file)
+    if trunk := file.config["model"]["backbone"].get("trunk"):
+        raise UserError(f"{file.path} has the trunk {trunk}, and mmseg's MAE backbone is the toolkit's own ViT alone")
     if file.config["model"]["backbone"]["type"] != BACKBONE:
         raise UserError(f"{file.path} has a {file.config['model']['backbone']['type']} backbone, not a {BACKBONE}")
     backbone = ours.backbone

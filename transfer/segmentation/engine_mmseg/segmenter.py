@@ -19,7 +19,7 @@ from mae_core.training.finite import refuse_non_finite
 from mae_core.weights.encoder_file import describe_encoder
 from mae_core.weights.files import write_weights
 from mae_core.weights.load import load_state
-from transfer.segmentation.engine_mmseg.backbone import MAECoreViT
+from transfer.segmentation.engine_mmseg.backbone import is_ours
 from transfer.segmentation.engine_mmseg.faults import ADVICE
 from transfer.segmentation.engine_mmseg.runner import bare_model
 from transfer.segmentation.segmenter_file import FORMAT, SegmenterFile
@@ -35,7 +35,7 @@ def write_segmenter(path: Path, runner: Runner) -> None:
     coding = getattr(runner.val_dataloader.dataset, "coding", None)
     if coding is not None and coding.written:
         facts["label_values"] = coding.values
-    if isinstance(model.backbone, MAECoreViT):
+    if is_ours(model.backbone):
         facts["encoder"] = describe_encoder(model.backbone)
     facts["config"] = runner.cfg.pretty_text
     refuse_non_finite(model.state_dict(), path.name, ADVICE)

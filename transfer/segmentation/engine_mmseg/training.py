@@ -82,7 +82,7 @@ def train(
     work_dir = Path(work_dir)
     config = read_config(config_path, options)
     view = dict(config.items())
-    notes: list[str] = []
+    notes = configs.fit_to_trunk(view, options)
     source: EncoderFile | None = None
     if world_size() > 1:
         notes.append(f"ranks: {world_size()}; the batch size is per rank")
@@ -95,7 +95,15 @@ def train(
         notes.append(f"weights: from {checkpoint}")
         notes += configs.fit_to_run(view, stored_config(checkpoint), checkpoint, list(options))
     elif weights is not None:
-        source = read_encoder(weights, branch=branch, asked_as="--branch {0} (mae segment: branch={0})")
+        backbone = view["model"]["backbone"]
+        source = read_encoder(
+            weights,
+            branch=branch,
+            asked_as="--branch {0} (mae segment: branch={0})",
+            trunk=backbone.get("trunk"),
+            patch_size=backbone.get("patch_size"),
+            named_statistics="model.data_preprocessor.mean" not in options,
+        )
         notes += configs.fit_to_weights(view, source, list(options))
     else:
         configs.check_frozen_blocks_have_weights(view)
@@ -210,7 +218,7 @@ def evaluate(
     config = read_config(config_path, options)
     view = dict(config.items())
     state, file = read_trained(checkpoint)
-    notes = []
+    notes = configs.fit_to_trunk(view, options)
     if file is not None:
         view["model"].update(take_model(file, view["model"]))
         notes.append(f"model, mean and std come from {file.path}; data, metric and test mode from the config")
