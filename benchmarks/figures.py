@@ -229,7 +229,7 @@ def draw(figure: Figure, ours: dict[str, dict[float, list[float]]], file: Path) 
         if figure.logarithmic:
             plot.set_xscale("log")
         ticks = places_of(series.values())
-        plot.set_xticks(ticks, [f"{place:g}" if place >= 1 or place == 0.5 or not place else "" for place in ticks])
+        plot.set_xticks(ticks, ["" if place == 0.5 and ticks[-1] > 12 else f"{place:g}" for place in ticks])
         plot.minorticks_off()
         plot.tick_params(axis="x", labelsize=8)
         plot.legend(frameon=False)

@@ -184,6 +184,17 @@ def test_a_comparison_is_run_and_continued(spec, run_here, tmp_path, capsys, cla
     assert "trainings left: 10; time: not known yet" in said and "6 to score, 10 of them left" in said
 
 
+def test_an_edited_recipe_is_another_training(spec, run_here, tmp_path, classes, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: {size: nano, patch_size: 8}")
+    task = {"kind": "finetune", "data": str(classes), "recipe": str(recipe), "options": QUICK}
+    comparing.compare(spec(tasks=[task], rates=[1]))
+    done = len(run_here)
+    recipe.write_text("model: {size: nano, patch_size: 8, drop_path: 0.2}")
+    comparing.compare(spec(tasks=[task], rates=[1]), dry_run=True)
+    assert done == 4 and "trainings left: 4" in capsys.readouterr().out
+
+
 def test_a_rate_too_high_is_a_result_and_all_of_them_are_refused(spec, run_here, tmp_path):
     comparing.compare(spec(rates=[2, 1000]))
     results = json.loads((tmp_path / "out" / "report.json").read_text())["results"]

@@ -8,11 +8,13 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from transfer.compare.report import Cell, EncoderRow, Results, write_results
 from transfer.report import Curve, Picture, Report, TaskResult, write_report
 
 pytestmark = pytest.mark.browser
@@ -168,6 +170,29 @@ def test_report_opens_cleanly(page: Page, report_url: str, width: int, height: i
     assert smallest >= 12, "text too small to read"
     answer_bottom = page.evaluate("document.querySelector('h1').getBoundingClientRect().bottom")
     assert 0 < answer_bottom < height, "the answer is not on the first screen"
+
+
+@pytest.mark.parametrize(("width", "height", "mobile"), [(1280, 800, False), (390, 844, True)], ids=["1280", "390"])
+def test_a_comparison_opens_cleanly(page: Page, tmp_path: Path, width: int, height: int, mobile: bool) -> None:
+    tasks = {"photos": "top-1 accuracy (%)", "microscope images with a long name": "COCO AP (%)"}
+    names = ("shipped MAE", "continued on these photos", "timm:vit_small_patch14_reg4_dinov2", "random")
+    curve = [(float(step), 1.0 / step) for step in range(1, 50)]
+    cells = [
+        Cell(task, metric, name, 1.0, 500, [40.0 + place, 42.5 + place], {"rate": 2.0, "decay": 0.75}, curve=curve)
+        for task, metric in tasks.items()
+        for place, name in enumerate(names)
+    ]
+    rows = [EncoderRow(name, f"{name}.safetensors", "CC BY-NC 4.0", 5_400_000, 10**9, 99.0, (96, 96)) for name in names]
+    url = write_results(Results("Which?", rows, cells, 9.0, 8, 2, 0.25, {"processor": "x" * 90}), tmp_path).as_uri()
+    page.open(url, width, height, mobile)
+    assert not page.named("Log.entryAdded") + page.named("Runtime.exceptionThrown")
+    requests = [event["request"]["url"] for event in page.named("Network.requestWillBeSent")]
+    assert url in requests and not [each for each in requests if each != url and not each.startswith("data:")]
+    assert (
+        page.evaluate("window.innerWidth") == width and page.evaluate("document.documentElement.scrollWidth") <= width
+    )
+    assert page.evaluate("document.querySelectorAll('.ranking .row').length") == 8
+    assert 0 < page.evaluate("document.querySelector('h1').getBoundingClientRect().bottom") < height
 
 
 def test_report_follows_the_colour_scheme(page: Page, report_url: str) -> None:

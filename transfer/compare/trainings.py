@@ -19,7 +19,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from mae_core.atomic import write_json
-from mae_core.config.load import load_config
+from mae_core.config.load import load_config, named_config, read_layers
 from mae_core.config.recipes import find_recipe
 from mae_core.errors import UserError, naming
 from mae_core.layout import METRICS
@@ -29,6 +29,7 @@ from transfer.compare.config import CompareConfig, TaskSpec, file_name
 from transfer.compare.encoders import Encoder
 from transfer.compare.kinds import KINDS, NEIGHBOURS, Kind
 from transfer.compare.labelled_sets import LabelledSet
+from transfer.segmentation.config import RECIPES
 
 WARMUP_SHARE = 0.1
 NEVER = 10**9
@@ -45,16 +46,20 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class Training:
-    """A command without its output folder; ``subset`` is what it trains on, where that is not the whole set."""
+    """A command without its output folder; ``subset`` is what it trains on, where that is not the whole set, ``recipe``
+    the text of its recipe: one that was edited is another training."""
 
     label: str
     words: tuple[str, ...]
     subset: Subset | None = None
+    recipe: str = ""
 
     @property
     def key(self) -> str:
         """The name of its files: readable, and unique to its command."""
-        return f"{file_name(self.label)}-{hashlib.sha256(' '.join(self.words).encode()).hexdigest()[:8]}"
+        return (
+            f"{file_name(self.label)}-{hashlib.sha256(' '.join([*self.words, self.recipe]).encode()).hexdigest()[:8]}"
+        )
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,17 @@ class Task:
         """The recipe as the command takes it."""
         return self.spec.recipe or self.kind.recipe
 
+    @cached_property
+    def recipe_text(self) -> str:
+        """What the recipe says, with those it builds on."""
+        if self.recipe is None:
+            return ""
+        if not self.kind.schema:
+            return find_recipe(self.recipe, RECIPES).read_text(encoding="utf-8")
+        schema: Any = resolve_name(self.kind.schema)
+        with naming(f"task {self.spec.title!r}"):
+            return json.dumps([*read_layers(named_config(schema, self.recipe)).values()], default=str)
+
     @property
     def steps(self) -> int:
         """Of every training."""
@@ -119,7 +135,7 @@ class Task:
         if not self.kind.schema:
             from transfer.segmentation.train_net import prepare
 
-            recipe = find_recipe(str(self.recipe), "segmentation")
+            recipe = find_recipe(str(self.recipe), RECIPES)
             options = prepare(recipe, None).parse_options(self.spec.options)
             from transfer.segmentation.engine_mmseg.options import read_config
 
@@ -171,7 +187,8 @@ class Task:
         words += self.budget(len(images), choice, seed) + encoder.words(self.kind)
         of_labels = "" if share == 1 else f" {share:.0%} of the labels"
         point = f" rate {choice.rate:g} decay {choice.decay:g}" if held_out else f" seed {seed}"
-        return Training(f"{self.spec.title} {encoder.name}{of_labels}{point}", tuple(words), subset)
+        label = f"{self.spec.title} {encoder.name}{of_labels}{point}"
+        return Training(label, tuple(words), subset, self.recipe_text)
 
     def budget(self, images: int, choice: Choice, seed: int) -> list[str]:
         """Steps, rate, decay and seed in the words of the command."""
