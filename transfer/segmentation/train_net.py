@@ -77,6 +77,7 @@ def train_segmenter(
             checkpoints=checkpoints,
             amp=amp,
             dry_run=dry_run,
+            auto=resume == AUTO,
         )
 
 

@@ -126,6 +126,8 @@ def test_training_writes_a_whole_run_directory_twice_in_one_process(tmp_path, ca
     assert "training from scratch" in capsys.readouterr().out
     assert not (tmp_path / "second" / "loading.json").exists()
     assert {**second, "seconds": 0} == {**again, "seconds": 0}  # one seed, one result
+    again = train_segmenter(DIGITS, work_dir=run, cfg_options=options, resume="auto")  # a job that was queued again
+    assert again == json.loads((run / "metrics.json").read_text())
     one, other = (load_file(tmp_path / name / "segmenter.safetensors") for name in ("second", "again"))
     assert all(torch.equal(one[name], other[name]) for name in one)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import time
@@ -75,6 +76,7 @@ def train(
     checkpoints: Sequence[Path],
     amp: bool | None,
     dry_run: bool = False,
+    auto: bool = False,
 ) -> dict[str, Any]:
     """Train, evaluate and write the run directory; returns what metrics.json holds. See `train_net.train_segmenter`."""
     register_all_modules()
@@ -90,6 +92,8 @@ def train(
     checkpoint = newest_whole(checkpoints) if checkpoints else None
     if checkpoint is not None:
         if all((work_dir / name).is_file() for name in (SEGMENTER, layout.METRICS)):
+            if auto and configs.all_steps_done(checkpoint, view):
+                return leave_finished(work_dir)
             configs.check_steps_left(checkpoint, view)
         keep_seed(config, checkpoint)
         notes.append(f"weights: from {checkpoint}")
@@ -146,6 +150,14 @@ def train(
             if done:  # it was ended before its results were whole
                 runner.val_loop.run()
         return finish(runner, runner.val_evaluator, started, write_model=True)
+
+
+def leave_finished(work_dir: Path) -> dict[str, Any]:
+    """Say that a run which was queued again is complete -> its metrics."""
+    if is_main_process():
+        print(f"{work_dir} is a finished run, nothing is left to resume", flush=True)
+    found: dict[str, Any] = json.loads((work_dir / layout.METRICS).read_text(encoding="utf-8"))
+    return found
 
 
 def measured(view: Mapping[str, Any]) -> Measured:
