@@ -18,8 +18,8 @@ from mae_core.data.labelled import LabelledPaths
 from mae_core.errors import UserError
 from mae_core.layout import FEATURES, PICTURES
 from mae_core.measures.knn import check_neighbours, knn_scores
-from mae_core.models.encoder import ViTEncoder
 from mae_core.models.sizes import Pooling
+from mae_core.models.timm_trunk import Encoder, TimmTrunk
 from mae_core.training.classification import check_all_if_asked, read_splits, tell_of_weights
 from mae_core.training.features import Rows, Viewer, check_cache, features_of
 from mae_core.training.frozen_config import FeaturesConfig, KnnConfig
@@ -78,7 +78,7 @@ def knn(config: KnnConfig) -> dict[str, Any]:
 
 @torch.inference_mode()
 def embed(
-    encoder: ViTEncoder, images: AnyImage | Sequence[AnyImage], *, pooling: Pooling = "cls", batch: int = 32
+    encoder: Encoder, images: AnyImage | Sequence[AnyImage], *, pooling: Pooling = "cls", batch: int = 32
 ) -> Tensor:
     """Images, of any sizes, under an encoder of ``load_encoder`` -> their features (n, D) float32, a row each.
 
@@ -91,9 +91,14 @@ def embed(
 
 
 @torch.inference_mode()
-def pooled(encoder: ViTEncoder, pixels: Tensor, pooling: Pooling) -> Tensor:
+def pooled(encoder: Encoder, pixels: Tensor, pooling: Pooling) -> Tensor:
     """(B, C, H, W), as the encoder expects them -> features (B, D) float32 on the CPU, see ``embed``. Raises
-    ``UserError`` where the cls token is asked of an encoder without one."""
+    ``UserError`` where the cls token is asked of an encoder without one, and for a trunk of timm."""
+    if isinstance(encoder, TimmTrunk):
+        raise UserError(
+            f"{encoder.trunk} pools in its own way, and here the toolkit's own ViT is pooled; use mae features with "
+            f"model.trunk={encoder.trunk}"
+        )
     if pooling == "cls" and not encoder.prefix:
         raise UserError("this encoder has no cls token; ask for pooling='mean'")
     (tokens,) = encoder.forward_intermediates(

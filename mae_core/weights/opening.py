@@ -56,6 +56,12 @@ def open_weights(
     file = read_file(path, mapped=mapped)
     arguments = {name: value for name, value in file.arguments.items() if isinstance(value, int | float)}
     stated = EncoderInfo.from_metadata(file.metadata).completed(EncoderInfo.from_foreign(arguments, TRAINER_WORDS))
+    if stated.timm is not None:
+        name = stated.timm.removeprefix("timm:")
+        raise UserError(
+            f"{path} holds {stated.timm} under timm's own names, which no other format has; "
+            f"timm.create_model({name!r}, num_classes=N) and load_state_dict take its tensors as they are"
+        )
     if source is None and stated.format in FORMATS:
         source = stated.format
     with naming(path):

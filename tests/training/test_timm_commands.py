@@ -14,7 +14,7 @@ from mae_core.data.images import Statistics, statistics_of
 from mae_core.data.views import FileView
 from mae_core.errors import UserError
 from mae_core.training.classify_images import load_classifier
-from mae_core.training.embedding import knn, write_features
+from mae_core.training.embedding import embed, knn, write_features
 from mae_core.training.evaluate import evaluate
 from mae_core.training.finetune import build_model, finetune
 from mae_core.training.finetune_config import FinetuneConfig
@@ -23,7 +23,8 @@ from mae_core.training.frozen_trunk import weights_of as file_of
 from mae_core.training.linprobe import linprobe
 from mae_core.training.pretrain_config import PretrainConfig
 from mae_core.weights.files import read_weights
-from mae_core.weights.load import load_mae, with_file
+from mae_core.weights.load import load_encoder, load_mae, with_file
+from mae_core.weights.opening import open_weights
 from tests.timm_models import weights_of
 
 OPTIONS = ("data.workers=0", "device=cpu", "precision=fp32", "evaluation_batch=5")
@@ -136,3 +137,11 @@ def test_a_file_that_says_its_trunk_needs_no_option_and_takes_no_other(given, da
         file_of(load_config(KnnConfig, None, [trained, f"model.trunk=timm:{other}"]))
     with pytest.raises(UserError, match="needs the toolkit's own ViT"):
         load_mae(tmp_path / "run")
+    with pytest.raises(UserError, match="under timm's own names"):
+        open_weights(tmp_path / "run")
+
+
+def test_pooling_in_python_is_the_own_vits(given):
+    encoder = load_encoder(given[0].partition("=")[2], trunk=given[1].partition("=")[2])
+    with pytest.raises(UserError, match="use mae features with model"):
+        embed(encoder, np.zeros((32, 32, 3), dtype=np.uint8))
