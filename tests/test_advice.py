@@ -84,6 +84,7 @@ PRINTED_BY: dict[str, tuple[str, ...]] = {
     "mae_core/models/probe.py": ("linprobe",),
     "mae_core/models/decoder.py": ("pretrain",),
     "mae_core/models/mae.py": ("pretrain",),
+    "mae_core/models/timm_trunk.py": ("finetune", "linprobe", "knn"),
     "mae_core/models/": ("pretrain", "finetune", "detect"),
     "mae_core/patches.py": ("pretrain",),
     "mae_core/resuming.py": RUNS,
@@ -113,6 +114,7 @@ PRINTED_BY: dict[str, tuple[str, ...]] = {
     "mae_core/weights/catalogue.py": ("weights-get",),
     "mae_core/weights/encoder_file.py": ("linprobe", "knn", "features", "finetune"),
     "mae_core/weights/parts.py": ("convert", "knn"),
+    "mae_core/weights/timm_file.py": ("finetune", "knn"),
     "mae_core/weights/tools/": ("convert",),
     "mae_core/weights/": ("inspect", "convert", "export", "reconstruct"),
     "transfer/compare/": ("compare", "finetune", "pretrain", "detect", "segment"),
@@ -159,6 +161,8 @@ FRAGMENTS = {"--drop '{}'", "--branch {}", " --boxes-only"}
 SEGMENT_KEYS = {
     "model.backbone.trainable_blocks": 1,
     "model.backbone.size": "tiny",
+    "model.backbone.relative_positions": "none",
+    "model.backbone.layer_scale": None,
     "model.backbone.in_chans": 4,
     "model.data_preprocessor.mean": [1, 2, 3],
     "model.data_preprocessor.std": [1, 2, 3],
@@ -249,6 +253,7 @@ PYTHON = {
     "decoder_heads",
     "heads",
     "in_chans",
+    "num_classes",
     "trainable_blocks",
     "predict_visible",
 }
