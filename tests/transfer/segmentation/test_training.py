@@ -68,28 +68,6 @@ def test_iou_equals_an_independent_confusion_matrix():
 # ---------------------------------------------------------------- trainings
 
 
-def test_the_benchmark_of_few_labels_trains_a_segmenter_on_a_subset(tmp_path, tiny, scenes):
-    benchmark = runpy.run_path(str(REPOSITORY / "benchmarks" / "labelled_subsets.py"))
-    task = benchmark["TASKS"]["segmentation"](scenes)
-    order = task.order(0)
-    assert len(order) == 8 and order == task.order(0) != task.order(1)
-    task.write(tmp_path / "few", order[:3], order[3:5])
-    names = {
-        half: sorted(p.name for p in (tmp_path / "few/images" / half).iterdir()) for half in ("training", "validation")
-    }
-    assert names == {
-        "training": sorted(pair.image.name for pair in order[:3]),
-        "validation": sorted(pair.image.name for pair in order[3:5]),
-    }
-    options = tuple(f"{key}={value}".replace(" ", "") for key, value in tiny.items() if key != "data_root")
-    budget, choice = benchmark["Budget"](3, DIGITS, options), benchmark["Choice"](2.0, 0.75)
-    score = task.train(tmp_path / "few", 3, tmp_path / "run", benchmark["Start"](None), choice, budget, 5)
-    config = Config.fromfile(tmp_path / "run" / DIGITS.name)
-    assert config.optim_wrapper.optimizer.lr == 2 * Config.fromfile(DIGITS).optim_wrapper.optimizer.lr
-    assert config.optim_wrapper.paramwise_cfg.layer_decay_rate == 0.75 and config.randomness.seed == 5
-    assert score == json.loads((tmp_path / "run" / "metrics.json").read_text())["mIoU"]
-
-
 def test_training_writes_a_whole_run_directory_twice_in_one_process(tmp_path, capsys, tiny, write_encoder):
     mean, std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
     weights = write_encoder(tmp_path / "encoder.safetensors", image_size=24, mean=mean, std=std)
@@ -330,9 +308,9 @@ def test_the_official_layout_trains_with_a_full_report(tmp_path, tiny, monkeypat
     read once."""
     opened = []
 
-    def counted(path):
+    def counted(path, **options):
         opened.append(path)
-        return read_encoder(path)
+        return read_encoder(path, **options)
 
     monkeypatch.setattr(training, "read_encoder", counted)
     monkeypatch.setattr("transfer.trunk.opened_once", lambda source: source)  # no path comes here
