@@ -43,8 +43,8 @@ from benchmarks.side_by_side import (
     write_results,
 )
 from mae_core import build_mae
-from mae_core.models.block import compile_blocks
 from mae_core.models.sizes import size_of
+from mae_core.models.timm_trunk import compile_blocks
 from mae_core.patches import patchify
 from mae_core.pos_embed import sincos_2d
 from mae_core.training.precision import choose_precision, prepare_process

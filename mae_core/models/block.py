@@ -153,31 +153,3 @@ class Block(timm_vit.Block):
 def blocks_of(model: nn.Module) -> list[Block]:
     """All blocks of a model."""
     return [module for module in model.modules() if isinstance(module, Block)]
-
-
-def _timm_trunks(model: nn.Module) -> list[Any]:
-    """All trunks of timm in a model, whose blocks are timm's."""
-    from mae_core.models.timm_trunk import TimmTrunk  # which needs this file
-
-    return [module for module in model.modules() if isinstance(module, TimmTrunk)]
-
-
-def compile_blocks(model: nn.Module) -> None:
-    """torch.compile the blocks of a model, which hold nearly all of its work. Those of one shape share their code, so
-    that this takes seconds where the whole model takes minutes."""
-    for trunk in _timm_trunks(model):
-        for block in trunk.blocks:
-            block.compile(dynamic=False)
-    for block in blocks_of(model):
-        block.compile(dynamic=False)
-        block.only_at = torch.compile(block.only_at, dynamic=False)  # type: ignore[method-assign]
-
-
-def checkpoint_blocks(model: nn.Module, on: bool = True) -> list[Block]:
-    """Switch activation checkpointing on or off in all blocks of a model; those of ours are returned."""
-    for trunk in _timm_trunks(model):
-        trunk.set_grad_checkpointing(on)
-    blocks = blocks_of(model)
-    for block in blocks:
-        block.checkpointing = on
-    return blocks

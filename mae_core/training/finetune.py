@@ -16,10 +16,9 @@ from mae_core.data.images import ImageFiles, Statistics, statistics_of
 from mae_core.data.labelled import LabelledBatch, TrainImages, collate
 from mae_core.data.loading import share_of
 from mae_core.errors import UserError
-from mae_core.models.block import checkpoint_blocks, compile_blocks
 from mae_core.models.classifier import freeze_below, initialize_as_timm, learning_line
 from mae_core.models.encoder import ViTEncoder
-from mae_core.models.timm_trunk import Encoder, build_timm, described
+from mae_core.models.timm_trunk import Encoder, build_timm, checkpoint_blocks, compile_blocks, described
 from mae_core.patches import as_pair
 from mae_core.resuming import Resume
 from mae_core.training import distributed

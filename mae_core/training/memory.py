@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mae_core.models import block
+from mae_core.models.timm_trunk import checkpoint_blocks
 
 GIB = 2**30
 BYTES_PER_PARAMETER = {"parameters": 4, "gradients": 4, "AdamW's two moments": 8}
@@ -79,9 +80,9 @@ def kept_per_image(loss: Callable[[int], Tensor], model: nn.Module) -> int:
     found = kept()
     again = [module for module in model.modules() if getattr(module, "checkpointing", False)]
     if again:  # one block at a time has all of its own
-        block.checkpoint_blocks(model, on=False)
+        checkpoint_blocks(model, on=False)
         found += (kept() - found) // len(again)
-        block.checkpoint_blocks(model)
+        checkpoint_blocks(model)
     return found
 
 

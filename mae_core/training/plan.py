@@ -23,9 +23,10 @@ from mae_core.data.rates import cores
 from mae_core.data.sources import damaged_parts, open_source
 from mae_core.data.unlabelled import UnlabelledImages, collate
 from mae_core.masking import PatchMask, SampleMasks
-from mae_core.models.block import checkpoint_blocks, kernels_as_on
+from mae_core.models.block import kernels_as_on
 from mae_core.models.mae import MaskedAutoencoder
 from mae_core.models.sizes import SIZES
+from mae_core.models.timm_trunk import checkpoint_blocks
 from mae_core.training import distributed
 from mae_core.training.adapting import Adapted
 from mae_core.training.loop import FitSettings, backward, seed_everything

@@ -17,8 +17,8 @@ from mae_core.data.unlabelled import PretrainBatch, UnlabelledImages, collate
 from mae_core.errors import UserError
 from mae_core.layout import ENCODER
 from mae_core.masking import SampleMasks, build_masker
-from mae_core.models.block import checkpoint_blocks, compile_blocks
 from mae_core.models.mae import MaskedAutoencoder, build_mae
+from mae_core.models.timm_trunk import checkpoint_blocks, compile_blocks
 from mae_core.resuming import Resume
 from mae_core.training import distributed
 from mae_core.training.adapting import Adapted

@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mae_core import build_mae
 from mae_core.models import block as block_module
-from mae_core.models.block import Block, attend, compile_blocks, products
+from mae_core.models.block import Block, attend, products
+from mae_core.models.timm_trunk import compile_blocks
 
 WIDTH, HEADS = 32, 4
 

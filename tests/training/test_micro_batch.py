@@ -14,9 +14,9 @@ from mae_core.config.load import load_config
 from mae_core.data.config import FinetuneData
 from mae_core.errors import UserError
 from mae_core.layout import complete_checkpoints
-from mae_core.models.block import checkpoint_blocks
 from mae_core.models.encoder import ViTEncoder
 from mae_core.models.mae import build_mae
+from mae_core.models.timm_trunk import checkpoint_blocks
 from mae_core.training import micro_batch, precision
 from mae_core.training.finetune import finetune
 from mae_core.training.finetune_config import FinetuneConfig
