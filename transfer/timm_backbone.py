@@ -124,9 +124,8 @@ def dense_timm(
     **options: Any,
 ) -> DenseTimm:
     """``timm:NAME`` as a dense trunk, newly initialised; ``image_size``: what its positions are stored for; ``taps``:
-    from the trunk's size to the blocks that are read. ``surface``: the class that is mixed
-    in. ``options``: as ``build_timm``. Raises ``UserError`` where timm
-    cannot build it."""
+    from the trunk's size to the blocks that are read. ``surface``: the class that is mixed in. ``options``: as
+    ``build_timm``. Raises ``UserError`` where timm cannot build it."""
     resizing: dict[str, Any] = (
         {"dynamic_img_size": True} if issubclass(described(trunk).family, RESIZE_THEMSELVES) else {}
     )

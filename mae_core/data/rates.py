@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
+from mae_core.data.config import Workers
 from mae_core.data.images import ImageSource, UnreadableImage, spread_indices
 from mae_core.data.loading import StepSampler, make_loader
 from mae_core.errors import UserError
@@ -26,6 +27,11 @@ def cores() -> int:
     """CPU cores of this rank: those of the process, shared with the other ranks of its machine."""
     mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, mine // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def processes(workers: Workers) -> int:
+    """How many processes ``data.workers`` asks for where its auto is not measured: one a core."""
+    return cores() if workers == "auto" else workers
 
 
 def loader_rate(images: Any, collate: Callable[[list[Any]], Any], workers: int, *, batch: int, seconds: float) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mae_core.data.images import refuse_unreadable, statistics_of
 from mae_core.data.loading import StepSampler, make_loader
-from mae_core.data.rates import cores
+from mae_core.data.rates import processes
 from mae_core.data.sources import open_source
 from mae_core.data.unlabelled import UnlabelledImages, collate
 from mae_core.errors import UserError
@@ -116,7 +116,7 @@ def moments_of(config: PretrainConfig, grid: PatchGrid, images: int, *, least: i
         )
     sampler = StepSampler(len(dataset), size, config.seed, total_steps=steps)
     moments, progress = PatchMoments(grid.patch**2 * config.data.channels), Counter("fitting on images")
-    workers = cores() if config.data.workers == "auto" else config.data.workers
+    workers = processes(config.data.workers)
     for batch in make_loader(dataset, sampler, collate, workers=workers):
         if config.data.on_error == "raise":
             refuse_unreadable(batch.unreadable)

@@ -19,7 +19,7 @@ from mae_core.config.load import config_differences
 from mae_core.config.sections import ScheduleConfig
 from mae_core.data.images import statistics_of
 from mae_core.data.loading import check_repeats, share_of
-from mae_core.data.rates import cores
+from mae_core.data.rates import processes
 from mae_core.data.sources import damaged_parts, open_source
 from mae_core.data.unlabelled import UnlabelledImages, collate
 from mae_core.masking import PatchMask, SampleMasks
@@ -260,7 +260,7 @@ def measure_speed(
 
 def time_lines(speed: Speed, config: PretrainConfig, settings: FitSettings, world: int) -> list[str]:
     """How long the run will take, and what it waits for."""
-    workers = cores() if config.data.workers == "auto" else config.data.workers
+    workers = processes(config.data.workers)
     share = config.optim.batch_size / world
     reading, computing = speed.reading * share / max(workers, 1), speed.computing * share
     seconds = max(reading, computing) if workers else reading + computing

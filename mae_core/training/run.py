@@ -22,7 +22,7 @@ from mae_core.config.sections import JobConfig, RunConfig
 from mae_core.data.config import Workers
 from mae_core.data.images import Unreadable, refuse_unreadable
 from mae_core.data.loading import StepSampler, make_loader
-from mae_core.data.rates import AT_ONCE, SECONDS, best_number, candidates, cores, loader_rate
+from mae_core.data.rates import AT_ONCE, SECONDS, best_number, candidates, cores, loader_rate, processes
 from mae_core.errors import UserError
 from mae_core.layout import (
     ATTENTIVE,
@@ -308,9 +308,13 @@ class Run:
 
     def _loader(self, images: Any, sampler: Any, collate: Collate, workers: Workers | None) -> DataLoader[Any]:
         asked: Workers = self.config.data.workers if workers is None or workers == AUTO else workers
-        number = cores() if asked == "auto" else asked
         return make_loader(
-            images, sampler, collate, workers=number, pin=self.device.type == "cuda", timeout=self.config.data.timeout
+            images,
+            sampler,
+            collate,
+            workers=processes(asked),
+            pin=self.device.type == "cuda",
+            timeout=self.config.data.timeout,
         )
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -90,6 +91,13 @@ def mmseg_words(name: str, shape: ViTSize) -> list[str]:
     return [f"size={shape.name}", f"patch_size={shape.patch_size}", f"width={shape.width}"]
 
 
+@cache
+def facts_of(path: Path) -> tuple[ViTSize, EncoderInfo]:
+    """The trunk of a weights file and what it says of itself, read once. Raises ``UserError`` where it holds none."""
+    found = read_encoder(path)
+    return found.shape, found.info
+
+
 def folder_of(config: CompareConfig, spec: EncoderSpec) -> Path:
     """Where an encoder that is made here is."""
     return config.output.resolve() / "encoders" / file_name(spec.name)
@@ -100,7 +108,7 @@ def check_files(config: CompareConfig) -> None:
     for spec in config.encoders:
         try:
             if spec.weights is not None and spec.trunk is None:
-                read_encoder(spec.weights)
+                facts_of(spec.weights)
             elif spec.weights is not None and not spec.weights.exists():
                 raise UserError(f"weights file {spec.weights} does not exist")
             elif spec.command is not None:
@@ -143,7 +151,7 @@ def encoders_of(config: CompareConfig) -> dict[str, Encoder]:
         if not spec.scratch:
             file = spec.weights or folder_of(config, spec) / ENCODER
             known = spec.trunk is None and file.exists()
-            found[spec.name] = Encoder(spec, file.resolve(), read_encoder(file).shape if known else None)
+            found[spec.name] = Encoder(spec, file.resolve(), facts_of(file)[0] if known else None)
     own = [name for name, encoder in found.items() if encoder.spec.trunk is None]
     for spec in config.encoders:
         if spec.scratch:
@@ -190,6 +198,6 @@ def licence_of(encoder: Encoder) -> str:
     spec = encoder.spec
     if spec.licence or encoder.file is None:
         return spec.licence or "none: random weights"
-    stated = None if spec.trunk else read_encoder(encoder.file).info.licence
+    stated = None if spec.trunk else facts_of(spec.weights or encoder.file)[1].licence
     published = next((row.licence for row in CATALOGUE.values() if row.filename == encoder.file.name), None)
     return stated or published or ("made here" if spec.command else "not stated")
