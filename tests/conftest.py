@@ -44,7 +44,9 @@ PRETRAIN_OPTIONS = (
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip a test marked ``extra("package", ...)`` where one of them is not installed."""
+    """Skip a test marked ``extra("package", ...)`` or ``detectron2`` where one of them is not installed."""
+    if item.get_closest_marker("detectron2"):
+        pytest.importorskip("detectron2", reason="detectron2 is not installed; its page says how")
     for marker in item.iter_markers("extra"):
         for package in marker.args:
             pytest.importorskip(package, reason=f"{package} comes with an extra of setup.py")

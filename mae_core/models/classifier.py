@@ -42,9 +42,10 @@ def freeze_below(model: Encoder, trainable_blocks: float | None) -> int:
             learns = part.startswith(MLP_PARTS)
         if not learns:
             parameter.requires_grad_(False)
-    for block in model.blocks[:below]:
-        for drop in [module for module in block.modules() if isinstance(module, DropPath)]:
-            drop.drop_prob = 0.0
+    for owner in [module for block in model.blocks[:below] for module in block.modules()]:
+        for name, child in owner.named_children():
+            if isinstance(child, DropPath):
+                setattr(owner, name, nn.Identity())
     if half is not None:
         model.blocks[-1].drop_path1 = nn.Identity()
     return below
