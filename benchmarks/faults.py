@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from mae_core.atomic import write_json
 from mae_core.config.load import dump_config, load_config
 from mae_core.data.digits import write_digits
 from mae_core.errors import UserError
@@ -138,17 +139,20 @@ TASKS: dict[str, tuple[Callable[[Path, Path], None], str, int, int]] = {
 
 
 class Rows:
-    """The rows of the table that are measured, kept in a file: a stopped benchmark goes on."""
+    """The rows of the table that are measured, kept in a file: a stopped benchmark goes on. The last cell of each is
+    the commit it was measured at."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
         self.known: dict[str, str] = json.loads(file.read_text()) if file.exists() else {}
+        head = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+        self.commit = head.stdout.strip() or "unknown"
 
     def row(self, name: str, measure: Callable[[], str]) -> str:
         """The row ``name``, measured unless it is known."""
         if name not in self.known:
-            self.known[name] = measure()
-            self.file.write_text(json.dumps(self.known, indent=2))
+            self.known[name] = f"{measure()} {self.commit} |"
+            write_json(self.file, self.known)
             print(self.known[name], flush=True)
         return self.known[name]
 
@@ -325,22 +329,21 @@ def table(folder: Path, share: float, seed: int, names: list[str]) -> str:
         (folder / "unfinished").rename(folder / "data")
     rows = Rows(folder / "rows.json")
     about = environment(torch.device("cpu"))
-    head = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     lines = [
         "# Faults",
         "",
-        f"`python benchmarks/faults.py FOLDER{f' --share {share:g}' if share != 1 else ''}` at {head.stdout.strip()}",
+        f"`python benchmarks/faults.py FOLDER{f' --share {share:g}' if share != 1 else ''}`",
         "",
         f"{about['processor']}, {about['threads']} thread, torch {about['torch']}",
         "",
         "## Killed and resumed",
         "",
-        "| training | steps | SIGKILLs | before the first checkpoint | final weights |",
+        "| training | steps | SIGKILLs | before the first checkpoint | final weights | commit |",
     ]
-    lines += ["|---|---|---|---|---|"]
+    lines += ["|---|---|---|---|---|---|"]
     lines += [rows.row(name, lambda name=name: killed(folder, share, seed, name)) for name in names]  # type: ignore[misc]
     count = max(8, round(500 * share))
-    lines += ["", "## Damaged files", "", "| files | mutations | outcome |", "|---|---|---|"]
+    lines += ["", "## Damaged files", "", "| files | mutations | outcome | commit |", "|---|---|---|---|"]
     for what, mutate in (
         ("checkpoints of a pre-training", mutated_checkpoints),
         ("weights (ours, and a torch file without checksums)", mutated_weights),
