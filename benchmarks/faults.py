@@ -85,6 +85,8 @@ class Forked:
             os.dup2(file.fileno(), 2)
         torch.set_num_threads(torch.get_num_threads())  # makes torch's pool anew: threads of a fork would race for it
         work()
+        sys.stdout.flush()
+        os._exit(0)  # multiprocessing's own end stops loading processes in a way that torch takes for a fault
 
     def ended(self) -> int | None:
         """See ``Started``."""
