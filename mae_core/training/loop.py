@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -157,7 +157,7 @@ def fit(
         clip_grad=settings.clip_grad,
     )
     saved = time.monotonic()
-    with Signals() as signals, machine_faults(smaller_runs(run.config)):
+    with Signals() as signals, machine_faults(smaller_runs(run.config)), saved_to_the_end(run):
         stream = iter(batches)
         model.train()
         for step in range(start_step, settings.total_steps):
@@ -190,12 +190,13 @@ def fit(
                 run.checkpoint(done, model, optimizer, metadata or {})
             for every, hook in hooks:
                 if done % every == 0 or last:
+                    run.finish_saving()  # a hook may start processes, which should not be copies of a writing one
                     with progress.paused(), unsharded(model):
                         hook(done)
                     model.train()
             if last or (due and not stop):
                 with progress.paused():
-                    run.checkpoint(done, model, optimizer, metadata or {})
+                    run.checkpoint(done, model, optimizer, metadata or {}, wait=last)
                 saved = time.monotonic()
             if stop and not last:
                 run.say(signals.told(done, settings.total_steps))
@@ -203,6 +204,15 @@ def fit(
                 raise signals.stopped()
     skipped.summary()
     return FitResult(progress.loss, progress.seconds, progress.images_per_second)
+
+
+@contextmanager
+def saved_to_the_end(run: Run) -> Iterator[None]:
+    """Around a training: however it ends, a checkpoint that is being written is written first."""
+    try:
+        yield
+    finally:
+        run.finish_saving()
 
 
 def bad_files(batches: Iterable[Batch], batch: Batch, step: int) -> list[str]:

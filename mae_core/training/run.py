@@ -46,6 +46,7 @@ from mae_core.training.lock import claim, release
 from mae_core.training.precision import choose_precision, prepare_process
 from mae_core.training.pretrain_config import PretrainConfig
 from mae_core.training.same_data import Data, check_data, fingerprint
+from mae_core.training.saving import Beside, copied, copy_fits
 from mae_core.training.sharding import load_model, load_optimizer, whole
 from mae_core.training.statistics import with_stored_statistics
 from mae_core.weights.files import write_weights
@@ -185,6 +186,7 @@ class Run:
         self.unreadable: dict[str, str] = {}
         self._untold: list[Unreadable] = []
         self._board: Boards | None = None
+        self._saving = Beside()
         self._restored: int | None = None
         self.resumed = False
 
@@ -334,19 +336,37 @@ class Run:
         return checkpoint.step
 
     def checkpoint(
-        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, metadata: Mapping[str, Any]
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        metadata: Mapping[str, Any],
+        *,
+        wait: bool = True,
     ) -> None:
-        """Save what a resume needs; all ranks wait until it is on disk."""
-
+        """Save what a resume needs; all ranks wait until it is on disk. Without ``wait`` only until it is copied, where
+        there is memory for that: it is written meanwhile, and what fails then is raised by the next call."""
         state, moments = whole(model.state_dict()), whole(optimizer.state_dict())
+        keep = self.config.log.keep_checkpoints
+
+        def write(weights: Any, rest: Any) -> None:
+            with said_plainly(self.folder, ROOM):
+                save_checkpoint(self.folder, step, weights, rest, metadata, keep=keep)
 
         def save() -> None:
             refuse_non_finite(state, f"the checkpoint of step {step}")
-            keep = self.config.log.keep_checkpoints
-            with said_plainly(self.folder, ROOM):
-                save_checkpoint(self.folder, step, state, moments, metadata, keep=keep)
+            self._saving.wait()
+            if wait or not copy_fits(state, moments):
+                write(state, moments)
+                return
+            copies = copied(state), copied(moments)
+            self._saving.start(lambda: write(*copies))
 
         distributed.on_main(save, is_main=self.is_main)
+
+    def finish_saving(self) -> None:
+        """Wait for a checkpoint that is being written; its error, if it has one, comes at the next save."""
+        self._saving.join()
 
     def write_weights(self, name: str, state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
         """Write a file of trained weights into the folder, on rank 0; refused where they are not finite. All ranks must
