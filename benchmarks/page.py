@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import dense, gpu, loader, pretrain_step, scaling, table2
+from benchmarks import dense, gpu, loader, pretrain_step, save_time, scaling, table2
 from mae_core.atomic import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,6 +24,7 @@ PARTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "table2": table2.page,
     "scaling": scaling.page,
     "dense": dense.page,
+    "save_time": save_time.page,
     "gpu": gpu.page,
 }
 """File of ``RESULTS`` without its suffix -> its results as Markdown."""
@@ -40,6 +41,7 @@ time in times that of the row with 1.00. On a machine that does other work too, 
 | mask tokens in the encoder or not (paper, Table 2) | `python -m benchmarks.table2` |
 | cost against image size, mask ratio and ranks | `python -m benchmarks.scaling` |
 | a detector's and a segmenter's step, the small recipe | `python -m benchmarks.dense` |
+| what a checkpoint takes the loop | `python -m benchmarks.save_time` |
 | all of a GPU, in one command without network | `python -m benchmarks.gpu --out DIR --minutes 8` |
 
 Each has `--help`. To show what `benchmarks.gpu` measured here, copy its `gpu.json` to `benchmarks/results`.

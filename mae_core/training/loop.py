@@ -182,6 +182,7 @@ def fit(
             progress.step(done, len(batch) * run.world, losses, rate, counted)
             last = done == settings.total_steps
             late = time.monotonic() - saved > 60 * log.checkpoint_minutes
+            late = late or run.saving.error is not None  # all ranks save again, and wait
             stop, due = signals.agreed(late, run.device, deferred=decisions.deferred)
             due = due or done % log.checkpoint_every == 0
             if stop or due or last or any(done % every == 0 for every, _ in hooks):
@@ -190,7 +191,7 @@ def fit(
                 run.checkpoint(done, model, optimizer, metadata or {})
             for every, hook in hooks:
                 if done % every == 0 or last:
-                    run.finish_saving()  # a hook may start processes, which should not be copies of a writing one
+                    run.saving.join()  # a hook may start processes, which should not be copies of a writing one
                     with progress.paused(), unsharded(model):
                         hook(done)
                     model.train()
@@ -212,7 +213,7 @@ def saved_to_the_end(run: Run) -> Iterator[None]:
     try:
         yield
     finally:
-        run.finish_saving()
+        run.saving.join()
 
 
 def bad_files(batches: Iterable[Batch], batch: Batch, step: int) -> list[str]:

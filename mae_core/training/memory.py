@@ -25,6 +25,12 @@ from mae_core.models.timm_trunk import checkpoint_blocks
 GIB = 2**30
 BYTES_PER_PARAMETER = {"parameters": 4, "gradients": 4, "AdamW's two moments": 8}
 SYSTEM_MEMORY = Path("/proc/meminfo")
+CONTAINER = Path("/sys/fs/cgroup")
+"""Where a container's limit on memory stands, in ``LIMITS`` of either version of cgroups."""
+LIMITS = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+)
 
 
 class StepMemory(NamedTuple):
@@ -149,15 +155,33 @@ def _fused_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tenso
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that are free on the device."""
+    """Bytes that are free on the device; of a CPU, no more than the process's container may still take."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    return min(_free_of_the_system(), *(_free_of_a_container(*files) for files in LIMITS))
+
+
+def _free_of_the_system() -> int:
     try:  # what the system can give: pages that only cache files are not among the free ones
-        table = dict(line.split(":", 1) for line in SYSTEM_MEMORY.read_text(encoding="ascii").splitlines())
-        return int(table["MemAvailable"].split()[0]) * 1024
+        return _numbers(SYSTEM_MEMORY)["MemAvailable"] * 1024
     except (OSError, ValueError, KeyError):
         pass
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):
         return 2**63
+
+
+def _free_of_a_container(limit: str, used: str, details: str, caches: str) -> int:
+    """Of its limit; without one, as good as endless."""
+    try:
+        most, taken = (int((CONTAINER / name).read_text(encoding="ascii")) for name in (limit, used))
+        return max(0, most - taken + _numbers(CONTAINER / details).get(caches, 0))
+    except (OSError, ValueError):  # "max", or no such file
+        return 2**63
+
+
+def _numbers(file: Path) -> dict[str, int]:
+    """Name -> number, of lines such as "MemAvailable:  7000 kB"."""
+    lines = [line.replace(":", " ").split() for line in file.read_text(encoding="ascii").splitlines()]
+    return {words[0]: int(words[1]) for words in lines if len(words) > 1 and words[1].isdecimal()}

@@ -23,7 +23,7 @@ from mae_core.data.config import Workers
 from mae_core.data.images import Unreadable, refuse_unreadable
 from mae_core.data.loading import StepSampler, make_loader
 from mae_core.data.rates import AT_ONCE, SECONDS, best_number, candidates, cores, loader_rate, processes
-from mae_core.errors import UserError
+from mae_core.errors import UserError, first_line
 from mae_core.layout import (
     ATTENTIVE,
     CHECKPOINTS,
@@ -186,7 +186,7 @@ class Run:
         self.unreadable: dict[str, str] = {}
         self._untold: list[Unreadable] = []
         self._board: Boards | None = None
-        self._saving = Beside()
+        self.saving = Beside()
         self._restored: int | None = None
         self.resumed = False
 
@@ -345,7 +345,7 @@ class Run:
         wait: bool = True,
     ) -> None:
         """Save what a resume needs; all ranks wait until it is on disk. Without ``wait`` only until it is copied, where
-        there is memory for that: it is written meanwhile, and what fails then is raised by the next call."""
+        there is memory for that: it is written meanwhile, and where that fails, the next call waits and raises."""
         state, moments = whole(model.state_dict()), whole(optimizer.state_dict())
         keep = self.config.log.keep_checkpoints
 
@@ -355,18 +355,16 @@ class Run:
 
         def save() -> None:
             refuse_non_finite(state, f"the checkpoint of step {step}")
-            self._saving.wait()
-            if wait or not copy_fits(state, moments):
+            failed = self.saving.take_error()
+            if failed is not None:
+                self.say(f"the last checkpoint was not written ({first_line(failed)}); trying again")
+            if wait or failed is not None or not copy_fits(state, moments):
                 write(state, moments)
                 return
             copies = copied(state), copied(moments)
-            self._saving.start(lambda: write(*copies))
+            self.saving.start(lambda: write(*copies))
 
         distributed.on_main(save, is_main=self.is_main)
-
-    def finish_saving(self) -> None:
-        """Wait for a checkpoint that is being written; its error, if it has one, comes at the next save."""
-        self._saving.join()
 
     def write_weights(self, name: str, state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
         """Write a file of trained weights into the folder, on rank 0; refused where they are not finite. All ranks must

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from threading import Thread
 from typing import Any
@@ -16,37 +17,41 @@ ROOM = 0.5
 
 
 class Beside:
-    """Work in a thread of its own. The process does not end before it, and its error is raised by ``wait``."""
+    """Work in a thread of its own, one at a time. The process does not end before it."""
 
     def __init__(self) -> None:
+        self.error: Exception | None = None
+        """Why the last work failed, until ``take_error``."""
+        self.seconds = 0.0
+        """What the last work took."""
         self._thread: Thread | None = None
-        self._error: BaseException | None = None
 
     def start(self, work: Callable[[], object]) -> None:
-        """Begin, after what was begun before. Raises its error."""
-        self.wait()
+        """Begin, after what was begun before."""
+        self.join()
 
         def run() -> None:
+            began = time.monotonic()
             try:
                 work()
-            except BaseException as error:  # whatever it is, it is raised where somebody waits
-                self._error = error
+            except Exception as error:  # whatever it is, the training's own thread has to know
+                self.error = error
+            self.seconds = time.monotonic() - began
 
         self._thread = Thread(target=run, name="checkpoint")
         self._thread.start()
 
     def join(self) -> None:
-        """Wait for the end, and keep its error for ``wait``."""
+        """Wait for the end."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
-    def wait(self) -> None:
-        """Wait for the end. Raises the error of the work, once."""
+    def take_error(self) -> Exception | None:
+        """Wait for the end -> why the work failed, told once; None where it did not."""
         self.join()
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
+        error, self.error = self.error, None
+        return error
 
 
 def copied(value: Any) -> Any:

@@ -12,7 +12,7 @@ from mae_core.data.images import statistics_of
 from mae_core.errors import UserError
 from mae_core.models.sizes import SIZES
 from mae_core.training.loop import FitSettings
-from mae_core.training.memory import available_memory, fixed_bytes
+from mae_core.training.memory import LIMITS, available_memory, fixed_bytes
 from mae_core.training.plan import batch_line, cost_of, differences_from_paper, plan, print_plan
 from mae_core.training.pretrain import build_pretrain_model
 from mae_core.training.pretrain_config import PretrainConfig
@@ -139,3 +139,15 @@ def test_memory_that_only_caches_files_is_available(tmp_path, monkeypatch):
     assert available_memory(torch.device("cpu")) == 7000 * 1024
     table.unlink()
     assert available_memory(torch.device("cpu")) > 0
+
+
+@pytest.mark.parametrize("version", [0, 1])
+def test_a_containers_limit_bounds_the_memory_that_is_available(tmp_path, monkeypatch, version):
+    monkeypatch.setattr("mae_core.training.memory.CONTAINER", tmp_path)
+    limit, used, details, caches = LIMITS[version]
+    (tmp_path / "memory").mkdir()
+    for name, content in ((limit, "9000\n"), (used, "5000\n"), (details, f"anon 1\n{caches} 1000\n")):
+        (tmp_path / name).write_text(content)
+    assert available_memory(torch.device("cpu")) == 5000
+    (tmp_path / limit).write_text("max\n")
+    assert available_memory(torch.device("cpu")) > 9000
