@@ -14,9 +14,11 @@ from mae_core.data.reading import ALPHA, NO_DATA, NO_DATA_SHARE, Reading, note
 MOST_CHANNELS = 16
 _NO_DATA_TAG = 42113  # GDAL_NODATA: text
 _REDUCED, _MASK = 1, 4  # bits of NewSubfileType: an overview, a transparency mask
+MASK_OR_OVERVIEW = _REDUCED | _MASK
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _YCBCR = 0, 1, 2, 3, 6
 _COLOURS = {4: "mask", 5: "CMYK", 6: "YCbCr", 8: "CIELAB", 9: "ICCLAB", 10: "ITULAB", 32803: "a colour filter array"}
-_JPEG = (6, 7, 34892)
+JPEG = (6, 7, 34892)
+"""Numbers of JPEG among the compressions."""
 _EXACT_MODES = ("I", "F", "L", "RGB")
 
 
@@ -53,7 +55,7 @@ class _Refused(ValueError):
 
 
 def _read(tiff: Any, file: BinaryIO, reading: Reading) -> TiffImage | Image.Image:
-    series = [s for s in tiff.series if not s.keyframe.subfiletype & (_REDUCED | _MASK)] or list(tiff.series[:1])
+    series = [s for s in tiff.series if not s.keyframe.subfiletype & MASK_OR_OVERVIEW] or list(tiff.series[:1])
     axes, shape = _significant(series[0], reading.channels)
     page = series[0].keyframe
     pages = 1
@@ -80,16 +82,7 @@ def _read(tiff: Any, file: BinaryIO, reading: Reading) -> TiffImage | Image.Imag
     array = _decoded(page if first_only else series[0], page, file)
     if first_only:
         axes = page.axes
-    planes = _planes(array, axes)
-    kept = without_alpha(len(planes), page, reading)
-    missing = missing_pixels(planes[kept], page)
-    planes, bits = meant(planes[kept], page)
-    if masks:
-        missing = missing | (masks[0].asarray() == 0)[None]
-    if missing.any():
-        note(NO_DATA)
-        note(NO_DATA_SHARE, float(missing.mean()))
-        planes = np.where(missing, np.nan, planes / (2**bits - 1) if planes.dtype.kind == "u" else planes)
+    planes, bits = as_meant(_planes(array, axes), page, reading, masks[0].asarray() == 0 if masks else None)
     return TiffImage(planes, bits, orientation_of_page(tiff))
 
 
@@ -120,6 +113,12 @@ def _check_pages(pages: int, images: int, bands: int, reading: Reading) -> None:
             "image, "
             "or data.pages=first to read the first alone"
         )
+
+
+def plain_colours(page: Any) -> bool:
+    """Whether a window of its samples can be read alone: grey and RGB, and YCbCr that JPEG decodes to RGB."""
+    kind = page.photometric
+    return kind in (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB) or (kind == _YCBCR and page.compression in JPEG)
 
 
 def check_stored(page: Any, tiff: Any) -> None:
@@ -176,7 +175,24 @@ def _planes(array: np.ndarray, axes: str) -> np.ndarray:
     return moved.reshape(-1, *moved.shape[-2:])
 
 
-def without_alpha(samples: int, page: Any, reading: Reading) -> list[int]:
+def as_meant(
+    planes: np.ndarray, page: Any, reading: Reading, hidden: np.ndarray | None = None
+) -> tuple[np.ndarray, int]:
+    """Stored samples (C, H, W) as the tags say they are meant, without alpha, and their bits; NaN where there is no
+    data, by the tag or ``hidden`` (H, W). Raises ``ValueError`` for colours and tags that are not supported."""
+    planes = planes[_without_alpha(len(planes), page, reading)]
+    missing = _missing_pixels(planes, page)
+    planes, bits = _meant(planes, page)
+    if hidden is not None:
+        missing = missing | hidden
+    if missing.any():
+        note(NO_DATA)
+        note(NO_DATA_SHARE, float(missing.mean()))
+        planes = np.where(missing, np.nan, planes / (2**bits - 1) if planes.dtype.kind == "u" else planes)
+    return planes, bits
+
+
+def _without_alpha(samples: int, page: Any, reading: Reading) -> list[int]:
     """The samples that are no alpha; all of them where so many channels are asked for."""
     first_extra = samples - len(page.extrasamples)
     alphas = [first_extra + n for n, kind in enumerate(page.extrasamples) if kind in (1, 2)]
@@ -186,11 +202,11 @@ def without_alpha(samples: int, page: Any, reading: Reading) -> list[int]:
     return [sample for sample in range(samples) if sample not in alphas]
 
 
-def meant(planes: np.ndarray, page: Any) -> tuple[np.ndarray, int]:
+def _meant(planes: np.ndarray, page: Any) -> tuple[np.ndarray, int]:
     """What the photometric interpretation says that the samples are, and their bits: brighter is larger, colours are
     RGB."""
     kind, bits = page.photometric, page.bitspersample
-    if kind in _COLOURS and not (kind == _YCBCR and page.compression in _JPEG):
+    if kind in _COLOURS and not (kind == _YCBCR and page.compression in JPEG):
         raise _Refused(f"its colours are {_COLOURS[kind]} with {bits} bits; save it as RGB or grey")
     if kind not in (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _YCBCR):
         raise _Refused(f"its photometric interpretation is {getattr(kind, 'name', kind)}; save it as RGB or grey")
@@ -203,7 +219,7 @@ def meant(planes: np.ndarray, page: Any) -> tuple[np.ndarray, int]:
     return planes, bits
 
 
-def missing_pixels(planes: np.ndarray, page: Any) -> np.ndarray:
+def _missing_pixels(planes: np.ndarray, page: Any) -> np.ndarray:
     """(C, H, W) bool: the pixels that GDAL's tag says are no data."""
     tag = page.tags.get(_NO_DATA_TAG)
     if tag is None:

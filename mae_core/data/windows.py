@@ -33,16 +33,14 @@ from mae_core.data.decoding import (
 from mae_core.data.given import AnyImage, pixels_of
 from mae_core.data.orientation import UPRIGHT, orientation_of_page
 from mae_core.data.reading import ReadAs, Reading, reading_of
-from mae_core.data.tiff import check_stored, meant, missing_pixels, without_alpha
+from mae_core.data.tiff import JPEG, MASK_OR_OVERVIEW, as_meant, check_stored, plain_colours
 from mae_core.errors import UserError, first_line
 
 KEPT = 256 * 2**20
 """Bytes of decoded tiles or strips that are kept."""
 TIFF_SUFFIXES, ARRAY_SUFFIX = (".tif", ".tiff"), ".npy"
-MASK_OR_OVERVIEW = 5
 OVERVIEW = 2048
 """Longest side of the picture that a large image is shown as."""
-_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _YCBCR, _JPEG = 0, 1, 2, 6, (6, 7, 34892)
 
 
 class Window(NamedTuple):
@@ -109,9 +107,7 @@ class _TiffFile(WindowedImage):
         self._process, self._first, self._tiff = 0, cast(Any, None), cast(Any, None)
         self._kept: OrderedDict[int, tuple[np.ndarray, tuple[int, ...]]] = OrderedDict()
         page = self._page()
-        if page.photometric not in (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB) and not (
-            page.photometric == _YCBCR and page.compression in _JPEG
-        ):
+        if not plain_colours(page):
             raise ValueError("its colours are not stored as grey or RGB")
         if page.imagedepth > 1 or orientation_of_page(page.parent) != UPRIGHT:
             raise ValueError("it is turned, or a volume")
@@ -139,12 +135,8 @@ class _TiffFile(WindowedImage):
         page = self._page()
         try:
             planes = self._rows_of(window) if self._plain else self._segments_of(window)
-            planes = planes[without_alpha(len(planes), page, self.reading)]
-            missing = missing_pixels(planes, page)
-            planes, bits = meant(planes, page)
-            if missing.any():
-                planes = np.where(missing, np.nan, planes / (2**bits - 1) if planes.dtype.kind == "u" else planes)
-            return with_channels(_as_picture(from_planes(planes, bits)), self.reading.channels)
+            pixels = _as_picture(from_planes(*as_meant(planes, page, self.reading)))
+            return with_channels(pixels, self.reading.channels)
         except UnreadableImage:
             raise
         except Exception as error:  # decoders answer damaged files with errors of any kind
@@ -188,7 +180,7 @@ class _TiffFile(WindowedImage):
             page, file = self._first, self._tiff.filehandle
             file.seek(page.dataoffsets[index])
             data = file.read(page.databytecounts[index]) if page.databytecounts[index] else None
-            more = {"jpegtables": page.jpegtables, "jpegheader": page.jpegheader} if page.compression in _JPEG else {}
+            more = {"jpegtables": page.jpegtables, "jpegheader": page.jpegheader} if page.compression in JPEG else {}
             decoded, position, shape = page.decode(data, index, **more)
             if decoded is None:  # a segment that was never written
                 decoded = np.full(shape, page.nodata, page.dtype)
