@@ -80,7 +80,7 @@ PRINTED_BY: dict[str, tuple[str, ...]] = {
     "mae_core/data/": IMAGES,
     "mae_core/measures/robustness.py": ("evaluate",),
     "mae_core/models/classifier.py": ("finetune",),
-    "mae_core/models/onnx_export.py": ("export",),
+    "mae_core/models/exporting.py": ("export",),
     "mae_core/models/probe.py": ("linprobe",),
     "mae_core/models/decoder.py": ("pretrain",),
     "mae_core/models/mae.py": ("pretrain",),

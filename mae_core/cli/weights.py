@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,6 +12,8 @@ from mae_core.cli.arguments import BRANCH_OPTION, Branch, DecoderHeads, Heads
 from mae_core.errors import UserError, user_errors
 
 catalogue = typer.Typer(no_args_is_help=True, help="Published weights: list them, get them.")
+PROGRAMS = {"onnx": ".onnx", "torch-export": ".pt2"}
+"""What ``mae export`` writes as one file that runs -> its ending."""
 File = Annotated[Path, typer.Argument(help="A weights file, a run, a checkpoint, or a folder of timm or transformers.")]
 
 
@@ -149,29 +151,43 @@ def inspect(
 def export(
     file: File,
     out: Annotated[Path, typer.Option(help="The file or folder to write.")],
-    onnx: Annotated[bool, typer.Option("--onnx", help="The encoder as ONNX, checked with onnxruntime.")] = False,
+    onnx: Annotated[bool, typer.Option("--onnx", help="ONNX: an encoder, or a classifier to its logits.")] = False,
+    torch_export: Annotated[
+        bool, typer.Option("--torch-export", help="The same as a program of torch.export (.pt2), for torch alone.")
+    ] = False,
     timm: Annotated[bool, typer.Option("--timm", help='A folder for timm.create_model("local-dir:...").')] = False,
     huggingface: Annotated[
         bool, typer.Option("--huggingface", help="A folder for from_pretrained, with a card.")
+    ] = False,
+    half: Annotated[
+        bool, typer.Option("--half", help="Store the weights of a program in 16 bits; it computes in 32.")
     ] = False,
     check: Check = False,
     heads: Heads = None,
     decoder_heads: DecoderHeads = None,
     branch: Branch = None,
 ) -> None:
-    """Write weights for others: a folder of timm or transformers, or the encoder as ONNX.
+    """Write weights for others: a folder of timm or transformers, or an encoder or classifier as ONNX or torch.export.
 
     Example: mae export runs/mine --onnx --out encoder.onnx
     """
     with user_errors():
-        chosen = [name for name, wanted in (("onnx", onnx), ("timm", timm), ("huggingface", huggingface)) if wanted]
+        kinds = {"onnx": onnx, "torch-export": torch_export, "timm": timm, "huggingface": huggingface}
+        chosen = [name for name, wanted in kinds.items() if wanted]
         if len(chosen) != 1:
-            raise UserError("choose what to write: one of --onnx, --timm and --huggingface")
-        if onnx:
-            from mae_core.weights.tools.export import export_encoder
+            raise UserError("choose what to write: one of --onnx, --torch-export, --timm and --huggingface")
+        if ending := PROGRAMS.get(chosen[0]):
+            if out.suffix != ending:
+                raise UserError(f"--out {out} has to end in {ending} for --{chosen[0]}")
+            from mae_core.weights.tools.export import export_as_program
 
-            typer.echo(export_encoder(file, out, heads=heads, branch=branch, asked_as=BRANCH_OPTION))
+            options: dict[str, Any] = {"heads": heads, "branch": branch, "asked_as": BRANCH_OPTION}
+            typer.echo(export_as_program(file, out, half=half, **options))
             return
+        if half:
+            raise UserError(
+                f"--half is for --onnx and --torch-export; a folder of {chosen[0]} holds the numbers of the source"
+            )
         from mae_core.weights.tools.convert import convert_file, summary
 
         if out.suffix:

@@ -25,8 +25,9 @@ from mae_core.layout import PREDICTIONS
 from mae_core.patches import as_pair
 from mae_core.training import distributed
 from mae_core.training.frozen_config import EvaluateConfig
-from mae_core.training.frozen_trunk import classifier_file, classifier_of
+from mae_core.training.frozen_trunk import classifier_file
 from mae_core.training.run import Run
+from mae_core.weights.classifier import classifier_of
 from mae_core.weights.load import with_file
 
 CONTACT_SHEET = "contact_sheet.png"

@@ -20,10 +20,11 @@ from mae_core.texts import shortened
 from mae_core.training.classification import IMAGES_TRIED, check_all_if_asked, in_words
 from mae_core.training.features import Rows, Viewer, rows_of
 from mae_core.training.frozen_config import EvaluateConfig
-from mae_core.training.frozen_trunk import classifier_file, classifier_of
+from mae_core.training.frozen_trunk import classifier_file
 from mae_core.training.run import Run, check_output, open_run
 from mae_core.training.same_data import Data
 from mae_core.training.tables import PredictionTable, write_logits, write_per_class
+from mae_core.weights.classifier import classifier_of
 from mae_core.weights.encoder_file import EncoderFile
 from mae_core.weights.load import with_file
 

@@ -1,26 +1,18 @@
-"""Frozen trunks and trained classifiers from weights files."""
+"""Frozen trunks from weights files, and the files that a configuration names."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from mae_core.errors import UserError
-from mae_core.layout import ATTENTIVE, ATTENTIVE_FORMAT, CLASSIFIER, stated_format
-from mae_core.models.probe import AttentiveClassifier
 from mae_core.models.sizes import Pooling
 from mae_core.models.timm_trunk import Encoder
-from mae_core.weights.encoder_file import EncoderFile, EncoderInfo
-from mae_core.weights.files import read_weights
+from mae_core.weights.classifier import read_classifier
+from mae_core.weights.encoder_file import EncoderFile
 from mae_core.weights.load import fit_state, read_encoder, stated_in
 from mae_core.weights.report import LoadReport
-from mae_core.weights.timm_file import read_timm
 
-QUERIES = "pool.queries"
-"""The tensor that tells the classifier of an attentive probe."""
 NORM_AFTER_POOLING = {"norm.weight": "fc_norm.weight", "norm.bias": "fc_norm.bias"}
 
 
@@ -32,17 +24,8 @@ def weights_of(config: Any) -> EncoderFile:
 
 
 def classifier_file(config: Any) -> EncoderFile:
-    """As ``weights_of``, and of an attentive probe, which is no encoder's file, what ``classifier_of`` takes."""
-    path = None if config.weights is None else Path(config.weights)
-    if path is not None and path.is_dir() and not (path / CLASSIFIER).is_file():
-        path = path / ATTENTIVE
-    if path is None or not path.is_file() or stated_format(path) != ATTENTIVE_FORMAT:
-        return weights_of(config)
-    if trunk := stated_format(path, "timm"):
-        return read_timm(path, trunk)
-    tensors, metadata = read_weights(path)
-    info = EncoderInfo.from_metadata(metadata).with_facts(format="mae_core")
-    return EncoderFile(path, info, tensors, {name: [name] for name in tensors}, LoadReport(str(path)))
+    """The classifier behind the ``weights`` of a configuration, see ``read_classifier``; raises as ``weights_of``."""
+    return weights_of(config) if config.weights is None else read_classifier(config.weights, **stated_in(config))
 
 
 def trunk_from(
@@ -60,26 +43,3 @@ def trunk_from(
     rename = NORM_AFTER_POOLING if pooling == "mean" and source.has_norm else {}
     report = fit_state(model, source, grid=model.grid[:2], unused={"head.*": "a classifier's head"}, rename=rename)
     return model.requires_grad_(False).eval(), report
-
-
-def classifier_of(
-    source: EncoderFile, *, image_size: int | Sequence[int] | None = None
-) -> tuple[nn.Module, LoadReport]:
-    """The trained classifier of a file of ours or of the official fine-tuned layout, in eval mode, and the report.
-
-    ``source``: see ``classifier_file``.
-
-    Raises ``UserError`` where the file is an encoder without a head.
-    """
-    if not source.num_classes:
-        raise UserError(
-            f"{source.path} is a pre-trained encoder without a head, not a classifier; fine-tune it with mae finetune, "
-            "or measure it with mae linprobe or mae knn"
-        )
-    if QUERIES in source.tensors:
-        trunk = source.build(image_size)
-        attentive = AttentiveClassifier(trunk, source.num_classes, len(source.tensors[QUERIES]))
-        rename = {name: f"trunk.{name}" for name in source.tensors if not name.startswith(("pool.", "head."))}
-        return attentive.eval(), fit_state(attentive, source, grid=trunk.grid[:2], trunk=trunk, rename=rename)
-    model = source.build(image_size, pooling=source.classifier_pooling, num_classes=source.num_classes)
-    return model.eval(), fit_state(model, source, grid=model.grid[:2])

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 import mae_core
 from mae_core.cli.main import app
 from mae_core.errors import UserError
-from mae_core.training.frozen_trunk import classifier_of
+from mae_core.weights.classifier import classifier_of
 from mae_core.weights.load import classifier_from, read_encoder
 from mae_core.weights.tools.inspect import inspect_file
 from transfer.backbone import DenseViT

@@ -20,9 +20,10 @@ from typer.testing import CliRunner
 import mae_core
 from mae_core.cli.main import app
 from mae_core.errors import UserError
-from mae_core.models import onnx_export
+from mae_core.models import exporting
 from mae_core.weights import catalogue, writing
 from mae_core.weights.catalogue import CATALOGUE, get_weights
+from mae_core.weights.encoder_file import describe_encoder
 from mae_core.weights.features import Geometry
 from mae_core.weights.files import read_weights, write_weights
 from mae_core.weights.rename import Reading
@@ -256,20 +257,79 @@ def test_what_transformers_saves_comes_back(tmp_path, state):
     assert back.keys() == state.keys() and all(torch.equal(back[name], state[name]) for name in state)
 
 
-def test_onnx_agrees_with_torch(tmp_path, file):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    text = mae("export", file, "--onnx", "--out", tmp_path / "encoder.onnx")
-    assert "by onnxruntime" in text
-    encoder = mae_core.load_encoder(file)
-    images = torch.randn(3, 3, 32, 32)
-    session = onnxruntime.InferenceSession(str(tmp_path / "encoder.onnx"), providers=["CPUExecutionProvider"])
-    (tokens,) = session.run(None, {"images": images.numpy()})
+@pytest.fixture(scope="module")
+def classifiers(official_state, tmp_path_factory) -> dict[str, Path]:
+    """Pooling -> a trained classifier of five classes; and its encoder."""
+    folder = tmp_path_factory.mktemp("classifiers")
+    file = folder / "one_block.pth"
+    torch.save({"model": official_state(192, 1, grid=(4, 4), patch=8, decoder=None)}, file)
+    found = {"encoder": file}
+    for pooling in ("mean", "cls"):
+        torch.manual_seed(0)
+        model = mae_core.build_classifier(file, 5, pooling=pooling, heads=2)
+        torch.nn.init.normal_(model.head.weight)
+        facts = {"classes": list("abcde"), "mean": [0.5] * 3, "std": [0.25] * 3}
+        found[pooling] = folder / f"{pooling}.safetensors"
+        write_weights(found[pooling], model.state_dict(), {**describe_encoder(model), **facts})
+    return found
+
+
+def run_program(path: Path, images: Tensor) -> tuple[Tensor, dict[str, object]]:
+    """The output of an exported file, and what it states."""
+    if path.suffix == ".onnx":
+        onnxruntime = pytest.importorskip("onnxruntime")
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        facts = session.get_modelmeta().custom_metadata_map
+        (found,) = session.run(None, {"images": images.numpy()})
+        return torch.from_numpy(found), {name: json.loads(value) for name, value in facts.items()}
+    extra = {"facts.json": ""}
+    program = torch.export.load(path, extra_files=extra)
+    return program.module()(images), json.loads(extra["facts.json"])
+
+
+@pytest.mark.parametrize(
+    "kind, ending, half",
+    [("encoder", ".onnx", True), ("mean", ".onnx", False), ("encoder", ".pt2", False), ("cls", ".pt2", True)],
+)
+def test_an_exported_program_computes_what_torch_does(tmp_path, classifiers, kind, ending, half):
+    """Encoders to their tokens, and classifiers, of both poolings, to their logits."""
+    if ending == ".onnx":
+        pytest.importorskip("onnxruntime", reason="pip install mae-transfer[onnx]")
+    out, source = tmp_path / f"model{ending}", classifiers[kind]
+    command = ("export",) if kind == "encoder" else ("classify", "export")
+    option = {".onnx": "--onnx", ".pt2": "--torch-export"}[ending]
+    text = mae(*command, source, option, "--out", out, "--heads", 2, *(["--half"] * half))
+    assert "an encoder: images to" in text if kind == "encoder" else "a classifier: images to the logits of 5" in text
+    model = mae_core.load_encoder(source, heads=2) if kind == "encoder" else mae_core.load_classifier(source).model
+    stored = sum(tensor.numel() for tensor in model.parameters())
+    assert (out.stat().st_size < 3.5 * stored) == half
+    images = torch.randn(3, 3, 32, 32)  # another number than the export saw
     with torch.no_grad():
-        assert (torch.from_numpy(tokens) - encoder.encode(images)).abs().max() < 1e-4
+        expected = model.encode(images) if kind == "encoder" else model(images)
+        found, facts = run_program(out, images)
+    if half:
+        assert 1e-6 < (found - expected).abs().max() < 0.05
+    else:
+        assert (found - expected).abs().max() < 1e-4
+    if kind != "encoder":
+        assert facts["classes"] == list("abcde") and facts["mean"] == [0.5] * 3 and facts["image_size"] == [32, 32]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--onnx", "--out", "x.pt2"], "--out x.pt2 has to end in .onnx for --onnx"),
+        (["--torch-export", "--out", "x.onnx"], "--out x.onnx has to end in .pt2 for --torch-export"),
+        (["--timm", "--half", "--out", "x"], "--half is for --onnx and --torch-export"),
+        (["--half", "--out", "x"], "choose what to write: one of --onnx, --torch-export, --timm and --huggingface"),
+    ],
+)
+def test_what_no_export_writes_is_refused(file, options, message):
+    assert message in mae("export", file, *options, code=2)
 
 
 def test_onnx_without_its_packages_is_one_sentence(tmp_path, file, monkeypatch):
-    monkeypatch.setattr(onnx_export, "ONNX_PACKAGES", ("onnx_that_nobody_has",))
+    monkeypatch.setattr(exporting, "ONNX_PACKAGES", ("onnx_that_nobody_has",))
     text = mae("export", file, "--onnx", "--out", tmp_path / "x.onnx", code=2)
     assert "ONNX needs onnx_that_nobody_has; install them with pip install 'mae-transfer[onnx]'" in text
 

@@ -23,8 +23,9 @@ from mae_core.models.probe import AttentivePool, AttentiveProbe, LinearProbe
 from mae_core.training.classify_images import load_classifier
 from mae_core.training.evaluate import evaluate
 from mae_core.training.frozen_config import EvaluateConfig, LinprobeConfig, ProbeOptim
-from mae_core.training.frozen_trunk import classifier_of, trunk_from
+from mae_core.training.frozen_trunk import trunk_from
 from mae_core.training.linprobe import lars, linprobe, probe_loss, probe_optimizer
+from mae_core.weights.classifier import classifier_of
 from mae_core.weights.files import read_weights, write_weights
 from mae_core.weights.load import load_encoder, read_encoder
 

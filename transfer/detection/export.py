@@ -13,7 +13,6 @@ and pasting masks into the image. Detectors of engine detectron2 are exported wh
 from __future__ import annotations
 
 import argparse
-import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mae_core.atomic import atomic_path
 from mae_core.errors import UserError, user_errors
-from mae_core.models.onnx_export import require_onnx
+from mae_core.models.exporting import check_out, round_weights, save_onnx
 from mae_core.patches import as_pair
 from transfer.detection.detector import Detector, load_detector
 
@@ -33,8 +32,6 @@ TOLERANCE = 1e-3
 """The largest difference of boxes (in pixels), scores and masks that an export may show."""
 OPSET = 17
 TRIES = 3
-HALVED_FROM = 1024
-"""Numbers of a tensor from which on ``half`` stores it in 16 bits: biases and anchors stay as they are."""
 
 
 class OneImage(nn.Module):
@@ -67,18 +64,14 @@ def export(weights: Path | str, out: Path | str, *, size: Sequence[int] | None =
     torchvision does not have, and outputs that differ from torch's: nothing is written then.
     """
     out = Path(out)
-    if out.suffix != ".onnx":
-        raise UserError(f"--out {out} has to end in .onnx")
-    if out.exists():
-        raise UserError(f"{out} exists; choose another --out")
+    check_out(out, ".onnx")
     if size is not None and min(size) < 1:
         raise UserError(f"--size is {size[0]} {size[1]}; give two positive numbers")
-    require_onnx()
     # TorchScript's exporter has torchvision's operators; the newer one has no suppression.
     detector = load_detector(weights, device="cpu", overrides=["engine=torchvision", "precision=fp32"])
     height, width = as_pair(detector.config.data.image_size) if size is None else (size[0], size[1])
     if half:
-        _round_weights(detector.model)
+        round_weights(detector.model)
     model = OneImage(detector, (height, width))
     outputs = ["boxes", "scores", "labels", *(["masks"] if "masks" in detector.head.outputs else [])]
     channels = len(detector.statistics.mean)
@@ -115,35 +108,7 @@ def _write(
             input_names=["images"],
             output_names=list(outputs),
         )
-    proto = onnx.load(str(path))
-    onnx.helper.set_model_props(proto, {name: json.dumps(value) for name, value in facts.items()})
-    if half:
-        _store_in_16_bits(proto)
-    onnx.save(proto, str(path))
-
-
-@torch.no_grad()
-def _round_weights(network: nn.Module) -> None:
-    """Round what ``_store_in_16_bits`` will, so that the parity is that of the same weights."""
-    for tensor in network.parameters():
-        if tensor.numel() >= HALVED_FROM:
-            tensor.copy_(tensor.half())
-
-
-def _store_in_16_bits(proto: Any) -> None:
-    """Keep the large float32 tensors of a graph in 16 bits, each behind a cast back, which a runtime does once."""
-    from onnx import TensorProto, helper, numpy_helper
-
-    casts = []
-    for tensor in proto.graph.initializer:
-        values = numpy_helper.to_array(tensor)
-        if tensor.data_type == TensorProto.FLOAT and values.size >= HALVED_FROM:
-            name = tensor.name
-            tensor.CopyFrom(numpy_helper.from_array(values.astype("float16"), f"{name}_16"))
-            casts.append(helper.make_node("Cast", [tensor.name], [name], to=TensorProto.FLOAT))
-    nodes = [*casts, *proto.graph.node]
-    del proto.graph.node[:]
-    proto.graph.node.extend(nodes)
+    save_onnx(onnx.load(str(path)), path, facts, half)
 
 
 def _difference(model: OneImage, path: Path, images: Tensor) -> float:

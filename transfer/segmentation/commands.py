@@ -77,7 +77,7 @@ def evaluate(arguments: ConfigAndOverrides = None) -> None:
 
 for _name, _place, _about in (
     ("predict", "predict", "Label images: RUN IMAGES... --out DIR; writes label maps and overlays"),
-    ("export", "export", "Write a segmenter as ONNX or for plain mmseg: RUN --to onnx|mmseg --out FILE"),
+    ("export", "export", "Write a segmenter for other programs: RUN --to onnx|torch-export|mmseg --out FILE"),
     ("check", "check_data", "Find faults in images and label maps before training meets them; as mae check labels"),
 ):
     pass_on(app, _name, f"transfer.segmentation.{_place}:main", prog=f"mae segment {_name}", about=_about)

@@ -1,4 +1,4 @@
-"""Folders that timm and transformers open by themselves, and ONNX."""
+"""Folders that timm and transformers open by themselves, ONNX, and programs of ``torch.export``."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from mae_core.atomic import atomic_folder
 from mae_core.data.config import usual_test_crop
 from mae_core.errors import UserError
 from mae_core.layout import EXPORT_CONFIG, MODEL, PREPROCESSOR_CONFIG
-from mae_core.models.onnx_export import export_onnx
+from mae_core.models.exporting import FORMATS, check_out, export_model
 from mae_core.models.sizes import ViTSize
 from mae_core.weights.catalogue import LICENCE
+from mae_core.weights.classifier import classifier_of, read_classifier
 from mae_core.weights.files import write_weights
-from mae_core.weights.load import OFFICIAL_DECODER_HEADS, load_encoder, read_encoder
+from mae_core.weights.load import OFFICIAL_DECODER_HEADS, load_encoder
 from mae_core.weights.parts import Parts
 from mae_core.weights.tools.check import TRANSFORMERS_NAMES
 from mae_core.weights.writing import Converted
@@ -223,13 +225,40 @@ Weights that come from the released MAE files are under {LICENCE}, whatever they
 """
 
 
-def export_encoder(source: Path, out: Path, **asked: Any) -> str:
-    """``mae export --onnx``: the encoder of any weights file as ONNX; returns a line to print. ``asked``: heads, branch
-    and asked_as, see ``read_encoder``. Raises ``UserError`` as ``export_onnx`` and ``load_encoder`` do."""
-    if out.suffix != ".onnx":
-        raise UserError(f"--out {out} has to end in .onnx")
-    encoder = load_encoder(read_encoder(source, **asked))
+def export_as_program(source: Path, out: Path, *, half: bool = False, **asked: Any) -> str:
+    """``mae export --onnx`` and ``--torch-export``: a classifier as ``images`` (B, C, H, W) -> ``logits`` (B, classes),
+    an encoder as ``images`` -> ``tokens`` (B, 1 + N, D), from any weights file -> a line to print.
+
+    Images are pixels of 0..1, standardised with ``mean`` and ``std`` of the metadata. ``out`` ends in .onnx or .pt2;
+    ``half``: see ``export_model``; ``asked``: heads, branch and asked_as, see ``read_encoder``. Raises ``UserError`` as
+    ``export_model``, ``classifier_of`` and ``load_encoder`` do.
+    """
+    check_out(out, *FORMATS)
+    file = read_classifier(source, **asked)
+    info = file.info
+    facts = {"mean": info.mean, "std": info.std, "image_size": list(file.image_size)}
+    if file.num_classes:
+        model, output = classifier_of(file)[0], "logits"
+        what = f"a classifier: images to the logits of {file.num_classes} classes"
+        facts |= {"classes": info.classes, "multi_label": bool(info.multi_label), "test_crop": info.test_crop}
+    else:
+        model, output = _Encode(load_encoder(file)).eval(), "tokens"
+        what = "an encoder: images to normalised tokens"
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(2, encoder.in_channels, *encoder.grid.image_size, generator=generator)
-    difference = export_onnx(encoder, images, out)
-    return f"wrote {out}; largest difference from torch {difference:.1e}, by onnxruntime"
+    images = torch.randn(2, file.in_chans, *file.image_size, generator=generator)
+    known = {name: value for name, value in facts.items() if value is not None}
+    difference = export_model(model, images, out, [output], known, half=half)
+    runtime = "onnxruntime" if out.suffix == ".onnx" else "the written program"
+    return f"wrote {out}, {what}; largest difference from torch {difference:.1e}, by {runtime}"
+
+
+class _Encode(nn.Module):
+    """``encode`` as a forward pass."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, 1 + N, D)."""
+        return self.encoder.forward_features(images)

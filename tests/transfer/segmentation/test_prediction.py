@@ -302,6 +302,22 @@ def test_onnx_gives_the_labels_of_the_evaluation(trained, tmp_path, capsys):
     assert json.loads(facts["classes"]) == ["ground", "box", "disc"]
 
 
+@pytest.mark.slow
+def test_a_program_of_torch_export_gives_the_segmenters_logits(trained, tmp_path):
+    """In 16 bits here: those of the rounded weights, from a file that needs neither mmseg nor this package."""
+    run, scenes = trained
+    path, out = scenes / "images" / "validation" / "4.png", tmp_path / "s.pt2"
+    export_main([str(run), "--to", "torch-export", "--size", "24", "40", "--half", "--out", str(out)])
+    extra = {"facts.json": ""}
+    program = torch.export.load(out, extra_files=extra).module()
+    assert json.loads(extra["facts.json"])["classes"] == ["ground", "box", "disc"]
+    model = exporting.WholeImage(read_segmenter(run)).eval()
+    pixels = torch.from_numpy(np.asarray(Image.open(path).convert("RGB"), np.float32).transpose(2, 0, 1)[None])
+    with torch.no_grad():
+        (expected, _), (logits, labels) = model(pixels), program(pixels)
+    assert 0 < (logits - expected).abs().max() < 0.05 and torch.equal(labels, logits.argmax(1))
+
+
 def test_mmseg_runs_the_export_with_its_own_backbone(trained, tmp_path, capsys):
     run, scenes = trained
     out = tmp_path / "s.pth"
@@ -335,7 +351,16 @@ def test_export_refuses_in_one_sentence(trained, tmp_path, capsys):
     for message, *arguments in (
         ("has to end in .onnx for onnx", "--to", "onnx", "--size", "24", "40", "--out", tmp_path / "s.pth"),
         ("--to onnx needs --size HEIGHT WIDTH", "--to", "onnx", "--out", tmp_path / "s.onnx"),
-        ("--to mmseg takes none", "--to", "mmseg", "--size", "8", "8", "--out", tmp_path / "s.pth"),
+        (
+            "--to mmseg takes neither --size nor --half",
+            "--to",
+            "mmseg",
+            "--size",
+            "8",
+            "8",
+            "--out",
+            tmp_path / "s.pth",
+        ),
         ("taken.py exists", "--to", "mmseg", "--out", tmp_path / "taken.pth"),
         ("give two positive numbers", "--to", "onnx", "--size", "0", "8", "--out", tmp_path / "s.onnx"),
     ):

@@ -1,8 +1,7 @@
-"""A trained segmenter for other programs: as ONNX at a fixed size, or as a checkpoint and config of plain mmseg."""
+"""A trained segmenter for other programs: ONNX or torch.export at a fixed size, or a checkpoint and config of mmseg."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,47 +17,37 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mae_core import convert
 from mae_core.atomic import atomic_path, write_text
 from mae_core.errors import UserError
-from mae_core.models.onnx_export import onnx_program, require_onnx, run_onnx
+from mae_core.models.exporting import FORMATS, TOLERANCE, check_out, export_model
 from transfer.segmentation.config import BACKBONE, LABEL_READERS, READERS, inference_mode
 from transfer.segmentation.engine_mmseg.data import ManyChannelPreProcessor
 from transfer.segmentation.engine_mmseg.segmenter import build_segmenter, fill_segmenter
 from transfer.segmentation.segmenter_file import SegmenterFile
 
 MOST_GIGABYTES = 2.0
-TOLERANCE = 1e-4
-"""The largest difference of the logits, as a share of the largest logit, that an export may show."""
 NAMES_OF_LAYER_SCALE = ((".ls1.gamma", ".gamma_1"), (".ls2.gamma", ".gamma_2"))
 
 
-def write_onnx(file: SegmenterFile, size: tuple[int, int], out: Path) -> str:
-    """Write the segmenter for images of ``size`` (height, width) -> a line to print, with the parity by onnxruntime.
+def write_program(file: SegmenterFile, size: tuple[int, int], out: Path, *, half: bool = False) -> str:
+    """Write the segmenter for images of ``size`` (height, width), as ONNX or for torch.export as ``out`` ends -> a line
+    to print, with the parity of the logits.
 
     ``images`` (1, C, H, W) float32, pixels 0 to 255, RGB -> ``logits`` (1, classes, H, W), ``labels`` (1, H, W) int64.
-    Normalising and padding are inside; classes, palette and reduce_zero_label are metadata. Raises ``UserError`` where
-    the packages are missing or the outputs differ from torch's; nothing is written then.
+    Normalising and padding are inside; classes, palette and reduce_zero_label are metadata. ``half``: see
+    ``export_model``. Raises ``UserError`` as ``export_model`` does, and for a model that ONNX cannot hold.
     """
-    require_onnx()
-    import onnx
-
+    check_out(out, *FORMATS)
     model = WholeImage(file).eval()
     weight = sum(tensor.nbytes for tensor in model.state_dict().values()) / 1e9
-    if weight > MOST_GIGABYTES:
+    if out.suffix == ".onnx" and weight > MOST_GIGABYTES:
         raise UserError(
-            f"{file.path} takes {weight:.1f} GB, but an ONNX file holds {MOST_GIGABYTES:g}; export it --to mmseg"
+            f"{file.path} takes {weight:.1f} GB, but an ONNX file holds {MOST_GIGABYTES:g}; export it --to torch-export"
         )
-    generator = torch.Generator().manual_seed(0)
-    images = 255 * torch.rand((2, 1, model.channels, *size), generator=generator)
-    with atomic_path(out) as temporary:
-        # fused attention promises other strides than what the exporter takes it apart into
-        with sdpa_kernel(SDPBackend.MATH):
-            proto = onnx_program(model, images[0], ["logits", "labels"]).model_proto
-        facts = {"classes": file.classes, "palette": file.palette, "reduce_zero_label": file.reduce_zero_label}
-        onnx.helper.set_model_props(proto, {name: json.dumps(value) for name, value in facts.items()})
-        onnx.save(proto, str(temporary))
-        difference = compare(
-            lambda given: model(given)[0], lambda given: run_onnx(temporary, "logits", given), images[1]
-        )
-    return f"wrote {out} for images of {size[0]}x{size[1]}; its logits differ from torch's by {difference:.1e} at most"
+    images = 255 * torch.rand((1, model.channels, *size), generator=torch.Generator().manual_seed(0))
+    facts = {"classes": file.classes, "palette": file.palette, "reduce_zero_label": file.reduce_zero_label}
+    # fused attention promises other strides than what the exporter takes it apart into
+    with sdpa_kernel(SDPBackend.MATH):
+        found = export_model(model, images, out, ["logits", "labels"], facts, half=half, any_batch=False)
+    return f"wrote {out} for images of {size[0]}x{size[1]}; its logits differ from torch's by {found:.1e} at most"
 
 
 def compare(ours: Callable[[Tensor], Tensor], theirs: Callable[[Tensor], Tensor], images: Tensor) -> float:
