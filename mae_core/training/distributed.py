@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from mae_core.errors import UserError
 from mae_core.training.slurm import adopt_step
@@ -134,6 +135,49 @@ def share_buffers(model: nn.Module) -> None:
     if dist.is_initialized():
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
+
+
+def refuse_unused(parallel: nn.Module) -> nn.Module:
+    """``parallel``, a model under DDP, which raises ``UserError`` on all ranks in its first training pass, before any
+    gradient, where parameters that should learn have no part in what it returns on some rank: DDP would wait for their
+    gradients without end, or fail at the next step with numbers for names. Another model comes back as it is."""
+    if not isinstance(parallel, DistributedDataParallel) or parallel.find_unused_parameters:
+        return parallel
+
+    def look(module: nn.Module, _: Any, output: Any) -> None:
+        if not torch.is_grad_enabled() or not module.training:
+            return
+        watching.remove()
+        names = sorted({name for names in gather(_without_gradient(parallel.module, output)) for name in names})
+        if names:
+            raise UserError(
+                f"{len(names)} tensors of the model that should learn have no part in the loss, such as {names[0]}; "
+                "several ranks would wait for their gradients: freeze them (requires_grad=False), leave that part out "
+                "of the model, or train on one rank"
+            )
+
+    watching = parallel.register_forward_hook(look)
+    return parallel
+
+
+def _without_gradient(model: nn.Module, output: Any) -> list[str]:
+    """Names of the parameters that learn and that no tensor in ``output`` depends on."""
+    nodes = [tensor.grad_fn for tensor in _tensors(output) if tensor.grad_fn is not None]
+    seen, used = set(nodes), set()
+    while nodes:
+        node = nodes.pop()
+        used.add(id(getattr(node, "variable", None)))
+        new = {following for following, _ in node.next_functions if following is not None} - seen
+        seen |= new
+        nodes += new
+    return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in used]
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return [tensor for entry in inner for tensor in _tensors(entry)]
 
 
 def on_main(work: Callable[[], object], *, is_main: bool) -> None:

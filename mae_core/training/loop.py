@@ -29,7 +29,7 @@ from mae_core.data.loading import Batch, Place, StepSampler, share_of, steps_for
 from mae_core.seeds import STEP, derive_seed
 from mae_core.training.culprit import write_dump
 from mae_core.training.deciding import Decisions
-from mae_core.training.distributed import gather, mean_over_ranks, world_size
+from mae_core.training.distributed import gather, mean_over_ranks, refuse_unused, world_size
 from mae_core.training.finite import SkippedSteps, bad_samples, gradient_norm, non_finite
 from mae_core.training.machine_faults import machine_faults, smaller_runs
 from mae_core.training.progress import Progress
@@ -143,7 +143,7 @@ def fit(
     skipped = SkippedSteps(run.record, run.say)
 
     def ending(batch: Batch, step: int) -> str:
-        if not non_finite(whole(model.state_dict())):
+        if not any(gather(non_finite(whole(model.state_dict())))):
             run.checkpoint(step + 1, model, optimizer, metadata or {})
         return dump_step(model, batches, batch, loss_of, step, run, settings)
 
@@ -255,7 +255,8 @@ def dump_step(
 
 def over_ranks(model: nn.Module, run: Run) -> nn.Module:
     """``model``, with gradients averaged over all ranks where there are several; a sharded one does that by itself."""
-    return DistributedDataParallel(model) if run.world > 1 and not is_sharded(model) else model
+    alone = run.world == 1 or is_sharded(model)
+    return model if alone else refuse_unused(DistributedDataParallel(model))
 
 
 def backward(

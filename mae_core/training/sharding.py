@@ -40,9 +40,11 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def whole(value: Any) -> Any:
-    """``value``, a tensor or what holds tensors, with the shards of all ranks put together; all ranks must call it."""
+    """``value``, a tensor or what holds tensors, with the shards of all ranks put together in the memory of rank 0, a
+    tensor at a time; the others get None for what is in shards. All ranks must call it."""
     if isinstance(value, DTensor):
-        return value.full_tensor()
+        full = value.full_tensor()
+        return full.cpu() if torch.distributed.get_rank() == 0 else None
     if isinstance(value, Mapping):
         return {key: whole(inner) for key, inner in value.items()}
     return [whole(inner) for inner in value] if isinstance(value, list) else value

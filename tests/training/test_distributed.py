@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from mae_core.config.load import load_config
 from mae_core.errors import UserError
+from mae_core.training.distributed import meet
 from mae_core.training.finetune_config import FinetuneConfig
+from mae_core.training.loop import over_ranks
 from mae_core.training.pretrain import pretrain
 from mae_core.training.pretrain_config import PretrainConfig
 from mae_core.weights.files import read_weights
@@ -27,13 +30,13 @@ def losses_of(run: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory, write_images, pretrain_options) -> tuple[Path, list[str]]:
-    """A run of ten steps on one rank, and its options."""
+    """A run of twenty steps on one rank, and its options."""
     root = tmp_path_factory.mktemp("ranks")
     write_images(root / "images", 11)
-    options = [*pretrain_options, f"data.path={root / 'images'}", "optim.epochs=3.6", "optim.warmup_epochs=1"]
+    options = [*pretrain_options, f"data.path={root / 'images'}", "optim.epochs=7.2", "optim.warmup_epochs=1"]
     options += ["optim.base_lr=0.01", "optim.clip_grad=1.0"]
     pretrain(load_config(PretrainConfig, None, [*options, f"output={root / 'one'}"]))
-    assert len(losses_of(root / "one")) == 10
+    assert len(losses_of(root / "one")) == 20
     return root / "one", options
 
 
@@ -46,18 +49,61 @@ def assert_same_run(run: Path, expected: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_two_ranks_compute_the_losses_of_one(tmp_path, one_rank, run_python, kind):
+def test_two_ranks_compute_the_losses_of_one_and_go_on_as_one_and_as_four(
+    tmp_path, one_rank, run_python, run_forked, kind
+):
     expected, options = one_rank
-    run, options = tmp_path / "two", [*options, "log.checkpoint_every=5"]
-    result = run_python([*TORCHRUN, *MAE, "pretrain", *options, f"distributed={kind}", f"output={run}"])
+    run, options = tmp_path / "two", [*options, "log.checkpoint_every=16"]
+    command = [*MAE, "pretrain", *options, f"distributed={kind}"]
+    started = run_python([*TORCHRUN, *command, f"output={run}"]) if kind == "ddp" else None
+    result = started or run_forked([*command, f"output={run}"], ranks=2)
     assert result.returncode == 0, result.stderr
     assert_same_run(run, expected)
     assert losses_of(run) == pytest.approx(losses_of(expected), rel=1e-6)
-    assert result.stdout.count("step 10/10") == 1, "only one rank talks"
-    shutil.rmtree(run / "checkpoints" / "step_00000010")  # saved on two ranks, in shards or not, and resumed on one
+    assert result.stdout.count("step 20/20") == 1, "only one rank talks"
+    shutil.rmtree(run / "checkpoints" / "step_00000020")  # saved on two ranks, in shards or not
     (run / "encoder.safetensors").unlink()
+    shutil.copytree(run, tmp_path / "four")
     pretrain(load_config(PretrainConfig, None, [*options, f"output={run}"]), resume=True)
-    assert_same_run(run, expected)
+    result = run_forked([*command, f"output={tmp_path / 'four'}", "--resume"], ranks=4)
+    assert result.returncode == 0, result.stderr
+    assert "after step 16" in result.stdout
+    for resumed in (run, tmp_path / "four"):
+        assert_same_run(resumed, expected)
+
+
+class WithSpare(torch.nn.Module):
+    """A part of it is used by no loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.spare = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": self.used(x).sum()}
+
+
+def wrapped_by_mmengine(model: torch.nn.Module) -> torch.nn.Module:
+    runner = pytest.importorskip("transfer.segmentation.engine_mmseg.runner")
+    return runner.SegmentationRunner.wrap_model(SimpleNamespace(distributed=True), None, model)
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda model: over_ranks(model, SimpleNamespace(world=2)), wrapped_by_mmengine], ids=["core", "mmengine"]
+)
+def test_parameters_that_no_loss_uses_are_refused_before_any_gradient(tmp_path, wrap):
+    with meet("gloo", 0, 1, f"file://{tmp_path / 'meeting'}"):
+        model = WithSpare()
+        parallel = wrap(model)
+        with pytest.raises(UserError, match=r"2 tensors of the model .* such as spare.bias; .*requires_grad=False"):
+            parallel(torch.ones(1, 2))
+        assert model.used.weight.grad is None
+        model = WithSpare()
+        model.spare.requires_grad_(False)
+        parallel = wrap(model)
+        for _ in range(2):
+            parallel(torch.ones(1, 2))["loss"].backward()
+        assert not torch.equal(model.used.weight.grad, torch.zeros(1, 2))
 
 
 @pytest.mark.parametrize("option", ["ema=0.9", "trainable_blocks=1"])

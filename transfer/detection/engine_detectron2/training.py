@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mae_core.data.images import Statistics
 from mae_core.errors import UserError
 from mae_core.seeds import STEP, derive_seed
+from mae_core.training.distributed import refuse_unused
 from mae_core.training.finite import SkippedSteps, gradient_norm
 from mae_core.training.loop import FitSettings, cosine_schedule, seed_everything, step_schedule
 from mae_core.training.run import Run
@@ -38,7 +39,7 @@ def fit(model: nn.Module, job: Job) -> Fitted:
     optimizer.largest_norm, optimizer.skipped = settings.clip_grad, SkippedSteps(run.record, run.say)
     start = run.restore(model, optimizer)
     devices = [run.device.index] if run.device.type == "cuda" else None
-    parallel = create_ddp_model(InPrecision(model, run), device_ids=devices, broadcast_buffers=False)
+    parallel = refuse_unused(create_ddp_model(InPrecision(model, run), device_ids=devices, broadcast_buffers=False))
     batches = Batches(job.batches(start, plain_pixels(config.data.channels)), run, start)
     trainer = Trainer(parallel, batches, optimizer)  # AMPTrainer refuses CPUs
     log, signals = config.log, Signals()

@@ -18,7 +18,7 @@ from torch import nn
 from mae_core.atomic import fsync_path, said_plainly
 from mae_core.errors import UserError
 from mae_core.training.checkpoints import model_fault, optimizer_fault
-from mae_core.training.distributed import on_main
+from mae_core.training.distributed import on_main, refuse_unused
 from mae_core.training.run import ROOM
 from transfer.segmentation.engine_mmseg.checkpoints import load_safely
 from transfer.segmentation.engine_mmseg.exact import placed
@@ -100,8 +100,8 @@ class SegmentationRunner(Runner):
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
         """mmengine's wrapping for several ranks, which knows GPUs alone; on CPUs, batch norm is each rank's own."""
         if not self.distributed or torch.cuda.is_available() or model_wrapper_cfg is not None:
-            return super().wrap_model(model_wrapper_cfg, model)
-        return MMDistributedDataParallel(module=revert_sync_batchnorm(model), broadcast_buffers=False)
+            return refuse_unused(super().wrap_model(model_wrapper_cfg, model))
+        return refuse_unused(MMDistributedDataParallel(module=revert_sync_batchnorm(model), broadcast_buffers=False))
 
 
 def lower_rates(optimizer: torch.optim.Optimizer, schedulers: Any, rates: list[float]) -> None:
