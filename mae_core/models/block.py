@@ -139,6 +139,13 @@ class Block(timm_vit.Block):
         key, value = self._split(F.linear(normed, qkv.weight[D:], of_rest), 2)
         return self._finish(x.gather(1, places), attend(query, key, value))
 
+    def attention_map(self, x: Tensor) -> Tensor:
+        """(B, N, D) as the block takes it -> (B, heads, N, N): the shares with which each token looks at each, rows
+        adding up to 1, in float32."""
+        query, key, _ = self._split(self.attn.qkv(self.norm1(x)), 3)
+        logits = (query * self.attn.scale) @ key.transpose(-2, -1)
+        return logits.softmax(dim=-1, dtype=torch.float32)
+
     def _split(self, projected: Tensor, parts: int) -> tuple[Tensor, ...]:
         """(B, N, parts * D) -> ``parts`` of (B, heads, N, d)."""
         B, N, _ = projected.shape

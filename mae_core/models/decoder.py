@@ -5,7 +5,7 @@ For pre-training only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -41,12 +41,12 @@ class BlockFusion(nn.Module):
         self.logits = nn.Parameter(torch.zeros(len(self.blocks) + 1))
         init_linear_and_norm(self)
 
-    def forward(self, outputs: Sequence[Tensor]) -> Tensor:
-        """(B, n, D) of each of ``blocks`` and of the last block -> (B, n, D), not normalised."""
+    def forward(self, outputs: Mapping[int, Tensor]) -> Tensor:
+        """(B, n, D) of at least ``blocks`` and the last block, by number -> (B, n, D), not normalised."""
         weights = self.logits.softmax(dim=0)
-        fused = weights[-1] * outputs[-1]
-        for weight, project, output in zip(weights, self.project, outputs, strict=False):
-            fused = fused + weight * project(output)
+        fused = weights[-1] * outputs[max(outputs)]
+        for weight, project, block in zip(weights, self.project, self.blocks, strict=False):
+            fused = fused + weight * project(outputs[block])
         return fused
 
 

@@ -154,17 +154,18 @@ class ViTEncoder(VisionTransformer):
     def encode_visible(self, images: Tensor, mask: PatchMask) -> Tensor:
         """(B, C, H, W) and a mask -> (B, prefix + V, D): the encoder's pass over the visible patches alone (paper,
         section 3)."""
-        return self.norm(self.blocks(self._visible(images, mask)))
+        return self.norm(self.visible_outputs(images, mask)[len(self.blocks) - 1])
 
-    def visible_outputs(self, images: Tensor, mask: PatchMask, blocks: Sequence[int]) -> list[Tensor]:
-        """(B, C, H, W) and a mask -> (B, prefix + V, D) of each of ``blocks`` (0-based, ascending) and of the last
-        block, not normalised."""
-        tokens, found = self._visible(images, mask), []
+    def visible_outputs(self, images: Tensor, mask: PatchMask, blocks: Sequence[int] = ()) -> dict[int, Tensor]:
+        """(B, C, H, W) and a mask -> (B, prefix + V, D) of each of ``blocks`` (0-based; -1 is what the first block
+        takes) and of the last block, not normalised, by number."""
+        tokens = self._visible(images, mask)
+        found = {-1: tokens} if -1 in blocks else {}
         for number, block in enumerate(self.blocks):
             tokens = block(tokens)
             if number in blocks:
-                found.append(tokens)
-        return [*found, tokens]
+                found[number] = tokens
+        return {**found, len(self.blocks) - 1: tokens}
 
     def _visible(self, images: Tensor, mask: PatchMask) -> Tensor:
         """(B, prefix + V, D): cls token and visible patches as the first block takes them."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mae_core.errors import UserError
 from mae_core.masking import Masker, PatchMask, Randomness, build_masker, describe_masker
 from mae_core.models.decoder import BlockFusion, MAEDecoder
+from mae_core.models.distillation import AttentionDistillation
 from mae_core.models.encoder import ViTEncoder
 from mae_core.models.sizes import AnySize
 from mae_core.patches import patchify, unpatchify
@@ -19,11 +20,13 @@ from mae_core.targets import TARGETS, Target
 
 class MAEOutput(NamedTuple):
     """loss: scalar, mean over hidden patches; prediction: (B, N, target_dim) in raster order, of visible patches too,
-    or (B, n, target_dim) of ``mask.hidden_ids`` where no others were asked for; mask: what was hidden."""
+    or (B, n, target_dim) of ``mask.hidden_ids`` where no others were asked for; mask: what was hidden; distillation:
+    scalar to be added to the loss, in training with a teacher."""
 
     loss: Tensor
     prediction: Tensor
     mask: PatchMask
+    distillation: Tensor | None = None
 
 
 class Reconstruction(NamedTuple):
@@ -43,7 +46,8 @@ class MaskedAutoencoder(nn.Module):
     ``mask_tokens_in_encoder``: the encoder runs on all patches, a learned token in place of the hidden ones, as the
     paper's Table 1c tries (worse, and several times slower). The attribute ``loss_on_all_patches`` counts visible
     patches too (the paper's footnote 1: about 0.5 % less accurate). ``fuse_blocks``: blocks that the decoder reads
-    beside the last one, see ``BlockFusion``.
+    beside the last one, see ``BlockFusion``. The attribute ``distillation``: what the encoder learns from a larger one,
+    beside; it reads visible patches, and so does not go with mask tokens in the encoder.
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class MaskedAutoencoder(nn.Module):
         self.target = target
         self.loss_on_all_patches = loss_on_all_patches
         self.fusion = BlockFusion(encoder.embed_dim, len(encoder.blocks), fuse_blocks) if fuse_blocks else None
+        self.distillation: AttentionDistillation | None = None
         self.mask_token = nn.Parameter(torch.zeros(1, 1, encoder.embed_dim)) if mask_tokens_in_encoder else None
         if self.mask_token is not None:
             nn.init.normal_(self.mask_token, std=0.02)
@@ -107,11 +112,13 @@ class MaskedAutoencoder(nn.Module):
                 f"of {self.encoder.grid.num_patches} patches"
             )
         mask = mask.to(images.device)
-        if self.fusion is not None:
-            outputs = self.encoder.visible_outputs(images, mask, self.fusion.blocks)
-            tokens = self.encoder.norm(self.fusion(outputs))
-        elif self.mask_token is None:
-            tokens = self.encoder.encode_visible(images, mask)
+        distance = None
+        if self.mask_token is None:
+            outputs = self.encoder.visible_outputs(images, mask, self._read_blocks())
+            last = outputs[len(self.encoder.blocks) - 1]
+            tokens = self.encoder.norm(last if self.fusion is None else self.fusion(outputs))
+            if self.distillation is not None and self.training:
+                distance = self.distillation(images, mask, self.encoder, outputs)
         else:
             tokens = self.encoder.encode_with_mask_tokens(images, mask, self.mask_token)
         only_hidden = not (predict_visible or self.loss_on_all_patches)
@@ -122,7 +129,13 @@ class MaskedAutoencoder(nn.Module):
         if not self.loss_on_all_patches:
             truth = _pick(truth, mask.hidden_ids)
             scored = prediction if only_hidden else _pick(prediction, mask.hidden_ids)
-        return MAEOutput(self.target.distance(scored, truth), prediction, mask)
+        return MAEOutput(self.target.distance(scored, truth), prediction, mask, distance)
+
+    def _read_blocks(self) -> list[int]:
+        """Blocks of the encoder whose outputs are read, beside the last."""
+        fused = () if self.fusion is None else self.fusion.blocks
+        distilled = () if self.distillation is None else self.distillation.inputs_of(self.encoder)
+        return [*fused, *distilled]
 
     def describe(self) -> dict[str, Any]:
         """What ``load_mae`` needs, besides the tensors and the encoder's shape, to build it again; JSON values."""

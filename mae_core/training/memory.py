@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mae_core.models import block
+from mae_core.models.distillation import AttentionDistillation
 from mae_core.models.timm_trunk import checkpoint_blocks
 
 GIB = 2**30
@@ -47,9 +48,11 @@ class StepMemory(NamedTuple):
 
 
 def fixed_bytes(model: nn.Module) -> int:
-    """Parameters with their gradients and moments, and frozen tensors."""
+    """Parameters with their gradients and moments, and frozen tensors, a teacher's too."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()] if not t.requires_grad)
+    teachers = [module.teacher for module in model.modules() if isinstance(module, AttentionDistillation)]
+    tensors = [tensor for part in (model, *teachers) for tensor in (*part.parameters(), *part.buffers())]
+    frozen = sum(t.numel() * t.element_size() for t in tensors if not t.requires_grad)
     return trained * sum(BYTES_PER_PARAMETER.values()) + frozen
 
 

@@ -17,6 +17,7 @@ from mae_core.data.unlabelled import PretrainBatch, UnlabelledImages, collate
 from mae_core.errors import UserError
 from mae_core.layout import ENCODER
 from mae_core.masking import SampleMasks, build_masker
+from mae_core.models.distillation import AttentionDistillation
 from mae_core.models.mae import MaskedAutoencoder, build_mae
 from mae_core.models.timm_trunk import checkpoint_blocks, compile_blocks
 from mae_core.resuming import Resume
@@ -34,7 +35,7 @@ from mae_core.training.same_data import Data
 from mae_core.training.sharding import shard_if_asked
 from mae_core.training.statistics import with_statistics
 from mae_core.training.target_files import load_target
-from mae_core.training.warm_start import load_start, started_from, weights_facts
+from mae_core.training.warm_start import load_start, load_teacher, started_from, weights_facts
 from mae_core.training.watch import measure, split_images
 from mae_core.weights.encoder_file import EncoderFile, EncoderInfo
 
@@ -44,7 +45,7 @@ NUM_PICTURES = 6
 def build_pretrain_model(config: PretrainConfig, start: EncoderFile | None = None) -> MaskedAutoencoder:
     """The masked autoencoder a configuration describes, untrained, around the trunk of ``start`` where that is given.
 
-    Raises ``UserError`` where a file of its target is missing.
+    Raises ``UserError`` where a file of its target, or its teacher's, is missing or does not fit.
     """
     model = build_mae(
         config.model.shape if start is None else start.shape,
@@ -60,6 +61,10 @@ def build_pretrain_model(config: PretrainConfig, start: EncoderFile | None = Non
         fuse_blocks=config.decoder.fuse_blocks,
     )
     model.loss_on_all_patches = config.target.loss_on_all_patches
+    if config.distill.teacher is not None:
+        teacher = load_teacher(config.distill.teacher, model.encoder, statistics_of(config.data))
+        options = config.distill.model_dump(include={"blocks", "weight"})
+        model.distillation = AttentionDistillation(teacher, model.encoder, **options)
     return model
 
 
@@ -72,14 +77,18 @@ def pretrain_metadata(model: MaskedAutoencoder, config: PretrainConfig) -> dict[
 
 
 def pretrain_loss(model: nn.Module, batch: PretrainBatch) -> dict[str, Tensor]:
-    """The masked autoencoder's loss under the masks of the batch."""
-    return {"loss": model(batch.pixels, mask=batch.mask, predict_visible=False).loss}
+    """The masked autoencoder's loss under the masks of the batch, and what distillation adds to it."""
+    output = model(batch.pixels, mask=batch.mask, predict_visible=False)
+    if output.distillation is None:
+        return {"loss": output.loss}
+    parts = {"reconstruction": output.loss, "distillation": output.distillation}
+    return {"loss": output.loss + output.distillation, **parts}
 
 
 def chance_loss(model: MaskedAutoencoder, config: PretrainConfig) -> float | None:
     """The loss of predicting the mean of every patch, where the target has a known variance: normalised pixels, by the
     unbiased estimate (paper, section 3)."""
-    if config.target.kind != "normalized_pixels":
+    if config.target.kind != "normalized_pixels" or config.distill.teacher is not None:
         return None
     values = model.encoder.grid.patch**2 * config.data.channels
     return (values - 1) / values
@@ -92,7 +101,8 @@ def loss_of_zeros(model: MaskedAutoencoder, config: PretrainConfig) -> Callable[
         device = model.encoder.pos_embed.device
         pixels = torch.zeros(images, config.data.channels, *model.encoder.grid.image_size, device=device)
         with choose_precision(config.precision, device).autocast(device):
-            return model(pixels, generator=torch.Generator().manual_seed(0), predict_visible=False).loss
+            output = model(pixels, generator=torch.Generator().manual_seed(0), predict_visible=False)
+            return output.loss if output.distillation is None else output.loss + output.distillation
 
     return loss
 
@@ -197,6 +207,11 @@ def announce(
         f"{hidden} of {grid.num_patches} patches hidden; target {config.target.kind}"
         + ("" if model.target.gives_pixels else ", whose tokenizer has no decoder: no pictures are drawn")
     )
+    if config.distill.teacher is not None and model.distillation is not None:
+        size = sum(p.numel() for p in model.distillation.teacher.parameters()) / 1e6
+        say(
+            f"teacher: {config.distill.teacher}, {size:.1f} M parameters, attention of the last {config.distill.blocks}"
+        )
     if config.weights is not None:
         learning = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
         first = f" for the first {config.adapt.frozen_epochs:g} epochs" if config.adapt.frozen_epochs else ""

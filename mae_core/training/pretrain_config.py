@@ -153,6 +153,22 @@ class AdaptConfig(Schema):
         return self
 
 
+class DistillConfig(Schema):
+    """A larger encoder that a pre-training learns from beside its own target (MAE-Lite, arXiv 2205.14443)."""
+
+    teacher: Path | None = Field(
+        None, description="its weights: a plain ViT of any known format; None: no distillation"
+    )
+    blocks: Count = Field(1, description="how many of the last blocks' attention maps are compared")
+    weight: Annotated[float, Field(gt=0)] = Field(1.0, description="of their mean squared distance, beside the loss")
+
+    @model_validator(mode="after")
+    def _of_a_teacher(self) -> DistillConfig:
+        if self.teacher is None and (self.blocks, self.weight) != (1, 1.0):
+            raise ValueError("blocks and weight apply to distill.teacher=FILE; set that too, or leave them out")
+        return self
+
+
 class PretrainConfig(RunConfig):
     """``mae pretrain``."""
 
@@ -167,6 +183,7 @@ class PretrainConfig(RunConfig):
     decoder: DecoderConfig = DecoderConfig()
     masking: MaskingConfig = MaskingConfig()
     target: TargetConfig = TargetConfig()
+    distill: DistillConfig = DistillConfig()
     data: PretrainData = PretrainData()
     optim: PretrainOptim = PretrainOptim()
     watch: WatchConfig = WatchConfig()
@@ -176,6 +193,20 @@ class PretrainConfig(RunConfig):
     def _shards_what_learns(self) -> PretrainConfig:
         if self.distributed == "fsdp" and (self.adapt.mode != "full" or self.adapt.frozen_epochs):
             raise ValueError("distributed=fsdp trains all of the model; set adapt.mode=full and adapt.frozen_epochs=0")
+        return self
+
+    @model_validator(mode="after")
+    def _distils_visible_patches(self) -> PretrainConfig:
+        if self.distill.teacher is not None and self.masking.mask_tokens_in_encoder:
+            raise ValueError(
+                "distill.teacher compares attention among visible patches, and masking.mask_tokens_in_encoder shows "
+                "the encoder all of them; leave one of them out"
+            )
+        if self.distill.teacher is not None and self.distributed == "fsdp":
+            raise ValueError(
+                "distill.teacher does not go with distributed=fsdp, which scatters the blocks whose attention is "
+                "compared; set distributed=ddp"
+            )
         return self
 
     @model_validator(mode="after")

@@ -8,14 +8,16 @@ from typing import Any
 
 from mae_core.config.load import load_config
 from mae_core.data.config import ImagesConfig
-from mae_core.data.images import statistics_of
+from mae_core.data.images import Statistics, statistics_of
 from mae_core.errors import UserError
 from mae_core.layout import CLASSIFIER, CONFIG, newest_undamaged
+from mae_core.models.encoder import ViTEncoder
 from mae_core.models.mae import MaskedAutoencoder
 from mae_core.training.pretrain_config import PretrainConfig
 from mae_core.weights.encoder_file import EncoderFile
 from mae_core.weights.load import (
     fit_state,
+    load_encoder,
     name_in_mae,
     read_encoder,
     section_with,
@@ -133,6 +135,18 @@ def load_start(model: MaskedAutoencoder, start: EncoderFile, data: ImagesConfig)
             "the configuration are assumed"
         )
     return report
+
+
+def load_teacher(path: Path, student: ViTEncoder, statistics: Statistics) -> ViTEncoder:
+    """The encoder of any known weights file, to be learnt from by ``student``, of whose patches and channels it is, on
+    pixels that are standardised with ``statistics``. Raises ``UserError`` for a file that is no plain ViT."""
+    grid = student.grid
+    file = read_encoder(path, image_size=grid.image_size)
+    if file.info.timm is not None:
+        raise UserError(f"distill.teacher={path} is {file.info.timm} of timm; give the weights of a plain ViT")
+    file.check_pretrained()
+    file = with_statistics_of(with_stem(file, patch_size=grid.patch, in_chans=student.in_channels), statistics)
+    return load_encoder(file, image_size=grid.image_size)
 
 
 def decoder_obstacle(model: MaskedAutoencoder, start: EncoderFile) -> str:

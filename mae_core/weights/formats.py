@@ -292,6 +292,7 @@ FORMATS: dict[str, Format] = {
             "this toolkit's encoder.safetensors, classifier.safetensors and model.safetensors",
             (MAE_CORE_FULL, OWN_BARE),
             bare=OWN_BARE,
+            drops={"distillation.*": "what mixed the heads for a teacher, of use in that training alone"},
         ),
         Format(
             "timm",
