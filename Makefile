@@ -27,7 +27,7 @@ QUICK := tests/test_architecture.py tests/core tests/data tests/measures tests/t
 # A file is one worker's, in the order of tests/conftest.py: the long ones first.
 PYTEST := $(PY) -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help venv demo test quick lint docs clean
+.PHONY: help venv demo test quick lint docs wheel clean
 
 help:
 	@echo "make demo    pre-train, classify, detect, segment; writes runs/demo/report.html"
@@ -35,6 +35,7 @@ help:
 	@echo "make quick   lint, then the tests that take a minute and a half together"
 	@echo "make lint    ruff and mypy"
 	@echo "make docs    the site of the pages and the API in build/docs"
+	@echo "make wheel   build the wheel, install it into a new environment, use it in an empty folder"
 	@echo "make venv    only the virtual environment in $(VENV)"
 	@echo "make clean   remove $(VENV) and caches; runs/ stays"
 
@@ -90,6 +91,16 @@ lint: $(STAMP)
 docs: $(STAMP)
 	$(PY) -m sphinx -W --keep-going -b html docs build/docs
 	@echo "open build/docs/index.html"
+
+# What a user of the wheel has: no clone, nothing but what the package asks for, and recipes by name. The environment of
+# about 6 GB goes again when all went well.
+wheel:
+	rm -rf build/lib build/bdist.* build/wheel build/wheel-env
+	$(or $(PYTHON),python3) -m venv build/wheel-env
+	build/wheel-env/bin/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	build/wheel-env/bin/python -m pip install --quiet -c constraints.txt "$$(ls build/wheel/*.whl)[demo,onnx]"
+	sh tests/wheel.sh build/wheel-env/bin
+	rm -rf build/wheel-env
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
