@@ -138,9 +138,9 @@ def test_a_corrupt_image_refuses_the_run_where_asked_to(tmp_path, write_classes,
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (["data.path={root}/missing"], "image folder {root}/missing does not exist; set data.path"),
+        (["data.path={root}/missing"], "image folder {root}/missing does not exist; name a folder of images"),
         (["data.path={root}/empty"], "no images below {root}/empty"),
-        (["data.path={root}/images/000.png"], "is a file; set data.path to a folder"),
+        (["data.path={root}/images/000.png"], "is a file; name a folder of images"),
         (["masking.ration=0.5"], "command line: unknown key 'masking.ration'; did you mean 'masking.ratio'?"),
         (["data.image_size=36"], "image size 36x36 does not split into 8x8 patches; use 40x40"),
         (["masking.ratio=1.5"], "masking.ratio: input should be less than 1"),
@@ -318,5 +318,19 @@ def test_a_command_line_out_of_shape_is_refused(arguments):
 def test_the_real_process_answers_the_same(tmp_path, run_forked):
     result = run_forked(["-m", "mae_core.cli.main", "pretrain", "data.path=missing", f"output={tmp_path / 'run'}"])
     assert result.returncode == 2
-    assert result.stderr == "error: image folder missing does not exist; set data.path to a folder of images\n"
+    assert result.stderr == "error: image folder missing does not exist; name a folder of images\n"
     assert not result.stdout and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["check images", "check folders", "check coco", "check labels", "data-stats", "shrink", "check labels data_root="],
+)
+def test_a_missing_folder_that_was_typed_is_named_without_an_option(words, tmp_path):
+    """None of these takes data.path: the message says what was typed, and to give another."""
+    pytest.importorskip("mmseg" if "labels" in words else "pycocotools")
+    missing = tmp_path / "missing"
+    given = [f"{words.split()[-1]}{missing}"] if "=" in words else [missing]
+    more = [tmp_path / "out"] if words == "shrink" else []
+    message = error_of(mae(*[word for word in words.split() if "=" not in word], *given, *more))
+    assert f"{missing} " in message and "does not exist" in message and "data.path" not in message

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mae_core.cli.arguments import ConfigAndOverrides, read_arguments, split_arguments
-from mae_core.cli.checking import Source, Split, known_source, reading_asked
+from mae_core.cli.checking import MaxPixels, Source, Split, known_source, reading_asked
 from mae_core.cli.configuring import command_of, locate, schema_of
 from mae_core.errors import UserError, user_errors
 
@@ -24,6 +24,7 @@ def shrink(
         int | None, typer.Option(min=1, max=16, help="Read images as data.channels does; as stored by default.")
     ] = None,
     pages: Annotated[str, typer.Option(help="auto, bands or first, as data.pages.")] = "auto",
+    max_pixels: MaxPixels = None,
     quality: Annotated[int, typer.Option(min=50, max=100, help="Of the JPEGs that are written.")] = 95,
     source: Source = "auto",
     split: Split = None,
@@ -41,7 +42,7 @@ def shrink(
         if len(places) < 2:
             raise UserError("mae shrink needs a set of images and a new folder: mae shrink FOLDER OUT")
         *given, out = places
-        reading = reading_asked(channels, pages, None)
+        reading = reading_asked(channels, pages, max_pixels)
         images = open_places(given, reading, kind=known_source(source), split=split)
         found = run(
             images,

@@ -96,14 +96,13 @@ def list_images(folder: Path | None, passed_over: Counter[str] | None = None) ->
         raise UserError("no image folder given; set data.path=FOLDER")
     if not folder.is_dir():
         found = "is a file" if folder.exists() else "does not exist"
-        raise UserError(f"image folder {folder} {found}; set data.path to a folder of images")
+        raise UserError(f"image folder {folder} {found}; name a folder of images")
     others: Counter[str] = Counter()
     paths = sorted(files_below(folder, passed_over=others))
     if not paths:
         there = f"it holds {listed(others)}; " if others else ""
         raise UserError(
-            f"no images below {folder} ({there}looked for {', '.join(sorted(IMAGE_SUFFIXES))}); "
-            "set data.path to a folder of images"
+            f"no images below {folder} ({there}looked for {', '.join(sorted(IMAGE_SUFFIXES))}); name a folder of images"
         )
     if passed_over is not None:
         passed_over.update(others)

@@ -62,7 +62,7 @@ def read_image_folder(root: Path | None, tell: Tell = refuse) -> tuple[LabelledP
             there = None if inside is None else [p.name if p.exists() else f"{p.name} (a broken link)" for p in inside]
             found = f"it holds {', '.join(there) or 'nothing'}" if there is not None else "the folder does not exist"
             raise UserError(
-                f"{root} has no {split}/ folder ({found}); data.path needs train/<class>/* and val/<class>/*"
+                f"{root} has no {split}/ folder ({found}); give a folder with train/<class>/* and val/<class>/*"
             )
     classes = class_folders(root / "train")
     if len(classes) < 2:

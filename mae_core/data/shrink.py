@@ -88,6 +88,7 @@ def shrink(
     before = after = resized = 0
     passed_over = damaged_parts(source)
     files: dict[str, dict[str, int | str]] = {}
+    taken: set[str] = set()
 
     def one(index: int) -> tuple[int, Copied] | Unreadable:
         try:
@@ -104,7 +105,7 @@ def shrink(
                     passed_over.append(found)
                 else:
                     size, copied = found
-                    name = _new_name(names[index], copied.suffix, files)
+                    name = _new_name(names[index], copied.suffix, taken)
                     write(name, copied.content)
                     files[name] = {"bytes": len(copied.content), "crc32": f"{zlib.crc32(copied.content):08x}"}
                     before, after, resized = before + size, after + len(copied.content), resized + copied.resized
@@ -201,16 +202,17 @@ def _suffix_of(content: bytes) -> str:
         return ".npy" if content.startswith(b"\x93NUMPY") else ".tif"
 
 
-def _new_name(name: str, suffix: str, taken: dict[str, dict[str, int | str]]) -> str:
+def _new_name(name: str, suffix: str, taken: set[str]) -> str:
     """A path below the copy: no root, no way up, no dot in what names it (webdataset takes all after the first dot for
-    an ending), and not taken."""
+    an ending), and not one of ``taken``, to which it is added without regard to case: disks exist that have none."""
     parts = [part.replace(".", "_").lstrip("_") or "_" for part in PurePosixPath(name).parts if part not in ("/", "..")]
     stem = PurePosixPath(name).stem.replace(".", "_").lstrip("_") or "_"
     base = "/".join([*parts[:-1], stem])
     number, found = 1, f"{base}{suffix}"
-    while found in taken or f"{found}".casefold() in taken:
+    while found.casefold() in taken:
         number += 1
         found = f"{base}-{number}{suffix}"
+    taken.add(found.casefold())
     return found
 
 

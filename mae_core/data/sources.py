@@ -259,13 +259,14 @@ def _shards(path: Path, read_as: ReadAs, split: str | None) -> ImageSource:
         shards = [Path(name) for name in require("webdataset").shardlists.expand_urls(str(path))]
     missing = [shard for shard in shards if not shard.is_file()]
     if not shards or missing:
-        raise UserError(f"shard {missing[0] if missing else path / '*.tar'} does not exist; set data.path to tar files")
+        lost = missing[0] if missing else path / "*.tar"
+        raise UserError(f"shard {lost} does not exist; name tar files, or a folder of them")
     return TarShards(shards, read_as)
 
 
 def _huggingface(path: Path, read_as: ReadAs, split: str | None) -> ImageSource:
     if not path.is_dir():
-        raise UserError(f"data set {path} is not a folder; set data.path to one that was saved or downloaded before")
+        raise UserError(f"data set {path} is not a folder; name one that was saved or downloaded before")
     return HuggingFaceImages(path, read_as, split)
 
 

@@ -96,7 +96,7 @@ def write_map(
     _require_kmeans()
     file = read_encoder(weights, branch=branch, asked_as="--branch {}")
     encoder = load_encoder(file).to(join(device).device)
-    source = _opened([Path(place) for place in images], encoder.in_channels)
+    source = open_places([Path(place) for place in images], encoder.in_channels)
     places = spread_indices(len(source), most)
     found = embed_source(encoder, source, places, view_for(encoder, file.info).of_pixels(), pooling)
     for path, reason in found.unreadable:
@@ -120,13 +120,6 @@ def _require_kmeans() -> None:
         import sklearn.cluster  # noqa: F401
     except ImportError:
         raise UserError("mae map needs scikit-learn; pip install scikit-learn") from None
-
-
-def _opened(places: Sequence[Path], channels: int) -> ImageSource:
-    try:
-        return open_places(places, channels)
-    except UserError as error:  # it names an option of a run
-        raise UserError(f"{str(error).partition(';')[0]}; give folders of images, lists or shards") from None
 
 
 def embed_source(

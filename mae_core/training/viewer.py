@@ -152,6 +152,8 @@ def read_views(images: Sequence[Path], model: MaskedAutoencoder, statistics: Sta
     view = centre_view(model.encoder.grid.image_size, statistics)
     views: list[Tensor] = []
     for path in images:
+        if not path.exists() and kind_of(path) == "files":
+            raise UserError(f"image {path} does not exist; give image files or folders of them")
         alone = not path.is_dir() and kind_of(path) == "files"
         source: ImageSource = ImageFiles([path], channels) if alone else open_places([path], channels)
         for index in range(min(len(source), most - len(views))):

@@ -121,6 +121,22 @@ def test_two_images_of_one_name_both_stay(tmp_path):
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"x.png", "x-2.png", MANIFEST}
 
 
+@pytest.mark.parametrize("names", [("a.png", "A.png"), ("A.png", "a.png"), ("B/a.png", "b/A.png")])
+def test_names_that_differ_in_case_alone_stay_apart_on_disks_without_it(names):
+    taken: set[str] = set()
+    first, second = (shrinking._new_name(name, ".png", taken) for name in names)
+    assert first == names[0] and second == names[1].replace(".png", "-2.png")
+
+
+def test_images_above_the_limit_are_passed_over_and_the_limit_is_an_option(tmp_path, write_images):
+    write_images(tmp_path / "images", 2, size=(32, 32))
+    result = CliRunner().invoke(
+        app, ["shrink", str(tmp_path / "images"), str(tmp_path / "out"), "--max-pixels", "1000"]
+    )
+    assert result.exit_code == 2 and "none of 2 images can be read" in result.output
+    assert "2 images" in run(tmp_path / "images", tmp_path / "out", "--max-pixels", 1024)
+
+
 def test_a_photo_without_a_name_stays_jpeg(tmp_path):
     """As a row of a table has none."""
     file = io.BytesIO()

@@ -182,7 +182,7 @@ def npy(array: np.ndarray) -> bytes:
         ("empty.txt", "names no files; write one path per line"),
         ("binary.txt", "is in UTF-16, not in UTF-8"),
         ("none.txt", "cannot be read"),
-        ("none.tar", "none.tar does not exist; set data.path to tar files"),
+        ("none.tar", "none.tar does not exist; name tar files"),
         ("words.tar", "no images in {root}/words.tar"),
         ("table", "not a data set that Hugging Face datasets can load"),
     ],

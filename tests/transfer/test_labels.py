@@ -19,10 +19,11 @@ from mae_core.errors import UserError
 from transfer.detection.check_data import check_parts, parts_of
 from transfer.detection.coco import Part, decode_masks, read_coco
 from transfer.detection.data_sets import read_data
+from transfer.detection.labels import coco_files
 from transfer.detection.labels.convert import convert, name_apart
 from transfer.detection.labels.cutting import cut_into_tiles
 from transfer.detection.labels.instance_maps import read_map
-from transfer.detection.labels.records import LabelledImage, Labels
+from transfer.detection.labels.records import LabelledImage, Labels, mask_of, masks_of
 from transfer.detection.masks import cut_part
 from transfer.detection.run import evaluate_detector, train_detector
 
@@ -443,3 +444,21 @@ def test_images_in_both_halves_are_said(write_coco, configure_detection, tmp_pat
     assert "note: 2 of 2 validation images are in the training set too" in capsys.readouterr().out
     with pytest.raises(UserError, match="val_share takes validation images from the training set"):
         configure_detection(*both, "data.val_share=0.1")
+
+
+def test_values_become_masks_in_one_pass_whatever_they_are():
+    values = np.random.default_rng(0).integers(0, 40, (31, 17)) * 1000
+    found = dict(masks_of(values))
+    assert sorted(found) == [value for value in np.unique(values) if value]
+    for value, mask in found.items():
+        expected = mask_of(values == value)
+        assert mask.corner == expected.corner and np.array_equal(mask.pixels, expected.pixels)
+
+
+def test_a_coco_json_is_parsed_once(tmp_path, monkeypatch):
+    """Asked what the folder is, which files are meant, and what they hold."""
+    as_coco(tmp_path)
+    parsed, parse = [], json.loads
+    monkeypatch.setattr(coco_files.json, "loads", lambda raw: parsed.append(len(raw)) or parse(raw))
+    convert(tmp_path, tmp_path / "out", val_share=0.5, say=lambda line: None)
+    assert len(parsed) == 1

@@ -58,6 +58,11 @@ def read_json(path: Path) -> dict[str, Any]:
         if isinstance(error, UnicodeDecodeError) and raw.lstrip().startswith((b"{", b"[")):
             decode_text(raw, path)  # raises, with the encoding
         raise UserError(f"{path} is not JSON ({error}); give a COCO instances file") from None
+    return checked_coco(path, content)
+
+
+def checked_coco(path: Path, content: Any) -> dict[str, Any]:
+    """The content of a json, which is a COCO instances file's. Raises ``UserError`` for that of another file."""
     wanted = ("images", "annotations", "categories")
     missing = [key for key in wanted if not (isinstance(content, dict) and isinstance(content.get(key), list))]
     if missing:

@@ -188,8 +188,13 @@ def _asked(given: argparse.Namespace) -> list[LabelledFolders]:
             "CONFIG or PATH already describes the data; leave it out, or leave out the options "
             "that describe a pair of folders"
         )
+    rooted = [word for word in words if word.startswith("data_root=")]
+    if rooted and not places:  # the word of a recipe, where a folder alone is enough
+        places, words = [Path(rooted[-1].partition("=")[2])], [word for word in words if word not in rooted]
     if places and places[0].is_dir():
         return folders_of_set(places[0], [*words, *given.cfg_options])
+    if places and places[0].suffix != ".py" and (places[0].is_absolute() or len(places[0].parts) > 1 or rooted):
+        raise UserError(f"{places[0]} does not exist; give a folder with images/ and annotations/, or a recipe's name")
     return folders_of_config(places[0], [*words, *given.cfg_options]) if places else [_as_typed(given)]
 
 
@@ -254,7 +259,10 @@ def _as_typed(given: argparse.Namespace) -> LabelledFolders:
     if not (given.num_classes or given.classes):
         missing.append("--num-classes (or --classes)")
     if missing:
-        raise UserError(f"without a CONFIG, {', '.join(missing)} must be given too")
+        raise UserError(
+            "give a folder with images/ and annotations/, or a recipe; for a pair of folders give "
+            f"{', '.join(missing)} too"
+        )
     reduced = given.reduce_zero_label == "yes"
     names = read_classes(given.classes, reduce_zero_label=reduced) if given.classes else None
     if names is not None and given.num_classes not in (None, len(names)):

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from mae_core.data.decoding import UnreadableImage
 from mae_core.errors import UserError
 from mae_core.texts import find_named
-from transfer.detection.annotations import NoMask, categories_of, instance_of, read_json, typed_image
+from transfer.detection.annotations import NoMask, categories_of, checked_coco, instance_of, typed_image
 from transfer.detection.headers import header_of
 from transfer.detection.labels.records import LabelledImage, LabelledObject, Labels, add_object
 from transfer.detection.masks import encode_shape, mask_coder
@@ -31,18 +32,28 @@ def _jsons(root: Path) -> Iterator[Path]:
             yield root
         return
     for pattern in ("*.json", "annotations/*.json", "*/*.json"):
-        found = [path for path in sorted(root.glob(pattern)) if _is_coco(path)]
+        found = False
+        for path in sorted(root.glob(pattern)):
+            if _is_coco(path):
+                found = True
+                yield path
         if found:
-            yield from found
             return
 
 
 def _is_coco(path: Path) -> bool:
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError:
-        return False
+    content = _content(path)
     return isinstance(content, dict) and LISTS <= content.keys()
+
+
+@lru_cache(maxsize=4)
+def _content(path: Path) -> Any:
+    """What a json holds, None where it is none. Kept until it has been read: a folder is asked what it is first, and
+    large jsons take seconds to parse."""
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError:
+        return None
 
 
 def read(root: Path, images: Path | None = None) -> Labels:
@@ -54,9 +65,12 @@ def read(root: Path, images: Path | None = None) -> Labels:
     jsons = list(_jsons(root))
     if not jsons:
         raise UserError(f"{root} holds no COCO json with images, annotations and categories; give the file itself")
-    for path in jsons:
-        split = _split_of(path) if len(jsons) > 1 else ""
-        _read(path, root if root.is_dir() else root.parent, images, split, labels)
+    try:
+        for path in jsons:
+            split = _split_of(path) if len(jsons) > 1 else ""
+            _read(path, root if root.is_dir() else root.parent, images, split, labels)
+    finally:
+        _content.cache_clear()
     if not any(labels.images.values()):
         first = labels.examples.get("images that are not there", jsons[0])
         raise UserError(f"no image of {jsons[0]} was found, such as {first}; give their folder with --image-folder")
@@ -73,7 +87,7 @@ def _split_of(path: Path) -> str:
 
 
 def _read(path: Path, root: Path, images: Path | None, split: str, labels: Labels) -> None:
-    content = read_json(path)
+    content = checked_coco(path, _content(path))
     categories = categories_of(path, content["categories"])
     label_of = {category.id: number for number, category in enumerate(categories, start=1)}
     for category in categories:

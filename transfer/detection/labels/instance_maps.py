@@ -9,7 +9,7 @@ from PIL import Image
 
 from mae_core.data.images import files_below
 from mae_core.errors import UserError, first_line
-from transfer.detection.labels.records import LabelledObject, Labels, add_object, mask_of
+from transfer.detection.labels.records import LabelledObject, Labels, add_object, masks_of
 
 IMAGE_FOLDERS = ("images", "image", "imgs")
 MAP_FOLDERS = ("masks", "mask", "labels", "label", "instances", "annotations")
@@ -58,9 +58,8 @@ def read(root: Path, class_name: str = "object") -> Labels:
         if values.shape != (image.height, image.width):
             sides = f"{values.shape[1]}x{values.shape[0]}"
             raise UserError(f"label map {file} is {sides}, its image {image.width}x{image.height}; correct the map")
-        for value in np.unique(values):
-            if value:
-                add_object(labels, image, LabelledObject(class_name, mask=mask_of(values == value)), f"{file}, {value}")
+        for value, mask in masks_of(values):
+            add_object(labels, image, LabelledObject(class_name, mask=mask), f"{file}, {value}")
     if not any(labels.images.values()):
         raise UserError(f"no image in {images} has a map of its name in {maps}; name them alike")
     return labels

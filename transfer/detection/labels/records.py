@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +31,20 @@ def mask_of(pixels: np.ndarray) -> Mask | None:
         return None
     part = pixels[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1]
     return Mask((int(rows[0]), int(cols[0])), np.ascontiguousarray(part))
+
+
+def masks_of(values: np.ndarray) -> Iterator[tuple[int, Mask]]:
+    """(value, its mask) for each number but 0 in (H, W): one sort of the pixels, however many numbers there are."""
+    width, flat = values.shape[1], values.ravel()
+    order = np.argsort(flat, kind="stable")
+    found, starts = np.unique(flat[order], return_index=True)
+    for value, places in zip(found.tolist(), np.split(order, starts[1:]), strict=True):
+        if value:
+            rows, cols = np.divmod(places, width)
+            top, left = int(rows.min()), int(cols.min())
+            pixels: np.ndarray = np.zeros((int(rows.max()) - top + 1, int(cols.max()) - left + 1), dtype=bool)
+            pixels[rows - top, cols - left] = True
+            yield value, Mask((top, left), pixels)
 
 
 @dataclass
@@ -121,6 +135,7 @@ def add_object(labels: Labels, image: LabelledImage, found: LabelledObject, wher
     elif found.mask is not None:
         (top, left), (height, width) = found.mask.corner, found.mask.pixels.shape
         found.box = (float(left), float(top), float(width), float(height))
+        found.coco, found.mask = _segmentation(found, image), None  # some hundred bytes, for sets of many large objects
     if found.box is None:
         labels.drop("objects without a box", where)
         return

@@ -11,7 +11,7 @@ from mae_core.data.images import IMAGE_SUFFIXES
 from mae_core.errors import UserError
 from mae_core.texts import find_named, read_lines
 from transfer.detection.labels.instance_maps import read_map
-from transfer.detection.labels.records import LabelledObject, Labels, add_object, mask_of
+from transfer.detection.labels.records import LabelledObject, Labels, add_object, masks_of
 
 SPLITS = {"train": "train", "val": "val", "test": "test"}
 
@@ -63,6 +63,8 @@ def _read(root: Path, path: Path, split: str, labels: Labels) -> None:
         return
     segmentation = root / "SegmentationObject" / f"{path.stem}.png"
     instances = read_map(segmentation) if segmentation.is_file() else None
+    fits = instances is not None and instances.shape == (image.height, image.width)
+    masks = dict(masks_of(instances)) if instances is not None and fits else None
     for number, entry in enumerate(tree.iter("object"), start=1):
         where = f"{path}, object {number}"
         name, box = (entry.findtext("name") or "").strip(), entry.find("bndbox")
@@ -76,8 +78,8 @@ def _read(root: Path, path: Path, split: str, labels: Labels) -> None:
             continue
         crowd = (entry.findtext("difficult") or "0").strip() == "1"
         found = LabelledObject(name, (x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1), crowd=crowd)
-        if instances is not None and instances.shape == (image.height, image.width):
-            found.mask = mask_of(instances == number)
+        if masks is not None:
+            found.mask = masks.get(number)
         add_object(labels, image, found, where)
 
 
