@@ -257,6 +257,8 @@ def _read_torch(path: Path, mapped: bool) -> WeightsFile:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
             if zipped and storage_bytes(content) > path.stat().st_size:
                 raise UserError(broken)
+            if zipped and not mapped and (record := damaged_record(path)):
+                raise UserError(f"{path} is damaged: {record} in it is not what was written; copy or download it again")
     except UserError:
         raise
     except Exception as error:  # on foreign bytes the unpickler fails in every way there is
@@ -271,6 +273,20 @@ def _read_torch(path: Path, mapped: bool) -> WeightsFile:
         found.branches = {keys: _copied(state) for keys, state in found.branches.items()}
         found.state = next(iter(found.branches.values())) if found.branches else _copied(found.state)
     return found
+
+
+def damaged_record(path: Path) -> str | None:
+    """The first record of a zipped torch file whose bytes do not fit the checksum beside them, which torch never
+    looks at; None where all fit. A checksum of 0 is none: torch can be told to write no others."""
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            try:
+                with archive.open(entry) as record:
+                    while entry.CRC and record.read(2**20):
+                        pass
+            except zipfile.BadZipFile:
+                return entry.filename
+    return None
 
 
 def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

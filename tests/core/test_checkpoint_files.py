@@ -327,6 +327,26 @@ def test_a_cut_file_is_refused_before_memory_is_taken(tmp_path, small, seed):
         read_file(path, mapped=False)
 
 
+@pytest.mark.parametrize("checksums", [True, False])
+def test_a_damaged_tensor_in_a_torch_file_is_refused_by_its_checksum(tmp_path, checksums):
+    """torch writes a checksum for each record, unless told not to, and does not look at them."""
+    path = tmp_path / "x.pth"
+    torch.serialization.set_crc32_options(checksums)
+    try:
+        torch.save({"weight": torch.ones(64, 64)}, path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert torch.equal(read_file(path, mapped=False).state["weight"], torch.ones(64, 64))
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.ones(64).numpy().tobytes())] ^= 1
+    path.write_bytes(content)
+    if checksums:
+        with pytest.raises(UserError, match=r"x/data/0 in it is not what was written; copy or download it again"):
+            read_file(path, mapped=False)
+    else:
+        assert not torch.equal(read_file(path, mapped=False).state["weight"], torch.ones(64, 64))
+
+
 def test_a_header_that_claims_more_than_the_file_is_refused(tmp_path):
     """A claim of four terabytes in a file of a few hundred bytes takes no memory."""
     claim = b'{"x":{"dtype":"F32","shape":[1099511627776],"data_offsets":[0,4398046511104]}}'
