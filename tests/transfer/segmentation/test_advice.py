@@ -91,6 +91,15 @@ def test_check_and_training_give_advice_that_works(scenes, config, table, form, 
     assert "all 8 label maps fit" in train_data(config, scenes, followed)
 
 
+def test_a_class_more_than_asked_for_may_be_void(scenes):
+    typed = ["num_classes=2", "reduce_zero_label=False"]
+    with pytest.raises(UserError, match="set num_classes=3, or reduce_zero_label=True where ground is void") as refusal:
+        train_data("small_data.py", scenes, typed)
+    for advice in (r"set (num_classes=3)", r"or (reduce_zero_label=True)"):
+        followed = [*typed, re.search(advice, str(refusal.value))[1]]
+        assert "all 8 label maps fit" in train_data("small_data.py", scenes, followed)
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
 def test_every_config_takes_the_suffix_of_label_maps(path):
     config = read_config(path, parse_options(["seg_map_suffix=_mask.png", "data_root=/somewhere"]))

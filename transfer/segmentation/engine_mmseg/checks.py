@@ -44,7 +44,7 @@ def check_data(config: MutableMapping[str, Any], parts: Sequence[str] = ("train"
         on_error = section.get("on_error", "skip")
         pairs, classes, coding = labelled_images(section)
         if len(classes) != num_classes:
-            raise UserError(_class_count(num_classes, part, classes))
+            raise UserError(_class_count(num_classes, part, classes, reduced=coding.reduced))
         found = check_label_maps(
             pairs, coding, channels=channels, seed=seed, on_error=on_error, names=origin_of_names(section)
         )
@@ -86,7 +86,7 @@ def folders_to_check(config_path: Path, options: Mapping[str, Any]) -> list[dict
                 values = LabelCoding.of(num_classes, reduce_zero_label=reduced, **meaning).values
             names = list(known or read_classes(file, values, reduce_zero_label=reduced))
             if len(names) != num_classes:
-                raise UserError(_class_count(num_classes, part, names))
+                raise UserError(_class_count(num_classes, part, names, reduced=reduced))
         found.append(
             {
                 "part": f"{part} data",
@@ -138,10 +138,12 @@ def labelled_images(section: Mapping[str, Any]) -> tuple[list[LabelledImage], li
     return pairs, classes, getattr(dataset, "coding", LabelCoding.of(len(classes), reduce_zero_label=reduced))
 
 
-def _class_count(num_classes: int, part: str, classes: Sequence[str]) -> str:
+def _class_count(num_classes: int, part: str, classes: Sequence[str], *, reduced: bool) -> str:
+    void = not reduced and len(classes) == num_classes + 1
+    other = f"reduce_zero_label=True where {classes[0]} is void, no class" if void else "correct classes.txt"
     return (
         f"the config has num_classes={num_classes}, but the {part} data have {len(classes)} classes "
-        f"({shortened(classes, 4)}); set num_classes={len(classes)}, or correct classes.txt or reduce_zero_label"
+        f"({shortened(classes, 4)}); set num_classes={len(classes)}, or {other}"
     )
 
 
