@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,3 +51,11 @@ def user_errors() -> Iterator[None]:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(EXIT_USER_ERROR) from None
+
+
+def why_not_loaded(error: Exception) -> str:
+    """Why a torch file was refused, in a few words: torch's own message is a page on how to load it unprotected."""
+    asked = re.search(r"(?:GLOBAL|attribute) (\S+)", str(error))
+    if isinstance(error, pickle.UnpicklingError):
+        return f"holds more than tensors and plain values ({asked[0]})" if asked else "is damaged, or no torch file"
+    return first_line(error)[:200]

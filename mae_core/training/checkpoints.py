@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mae_core.atomic import checksum, fsync_path, write_text
-from mae_core.errors import UserError, first_line
+from mae_core.errors import UserError, first_line, why_not_loaded
 from mae_core.layout import (
     CHECKPOINT_FORMAT,
     CHECKPOINTS,
@@ -146,7 +146,7 @@ def _read(folder: Path, model: nn.Module | None, optimizer: torch.optim.Optimize
         state = torch.load(folder / TRAINING_STATE, map_location="cpu", weights_only=True)
         step, optimizer_state = state["step"], state["optimizer"]
     except Exception as error:  # on foreign bytes the unpickler fails in every way there is
-        raise Damaged(f"cannot be read ({first_line(error)[:200]})") from None
+        raise Damaged(f"cannot be read ({why_not_loaded(error)})") from None
     if not isinstance(step, int) or folder.name != f"step_{step:08d}" or stated.get("step") != step:
         raise Damaged(f"is named {folder.name} and holds the state of steps {step} and {stated.get('step')}")
     fault = model_fault(tensors, model) or (optimizer_fault(optimizer_state, optimizer, step) if optimizer else None)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mae_core.atomic import atomic_path, said_plainly
 from mae_core.config.load import dump_config
-from mae_core.errors import UserError, first_line
+from mae_core.errors import UserError, first_line, why_not_loaded
 from mae_core.layout import EVENTS
 from mae_core.training.distributed import gather
 from mae_core.training.finite import RunningStatistics, gradient_norm
@@ -121,7 +121,7 @@ def read_dump(path: Path) -> dict[str, Any]:
         known = all(isinstance(rank["places"], list) and isinstance(rank["seed"], int) for rank in ranks)
     except Exception as error:  # on foreign bytes the unpickler fails in every way there is
         raise UserError(
-            f"{path} is no dump of a step ({first_line(error)[:200]}); give an events/nonfinite_*.pt of a run"
+            f"{path} is no dump of a step ({why_not_loaded(error)}); give an events/nonfinite_*.pt of a run"
         ) from None
     if newest > DUMP_FORMAT or not known:
         raise UserError(f"{path} has format {newest}, and this version of the toolkit reads {DUMP_FORMAT}; update it")
