@@ -7,7 +7,7 @@ import re
 import time
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from mmseg.registry import HOOKS
 from mae_core.errors import UserError, first_line
 from mae_core.training.checkpoints import model_fault
 from mae_core.training.signals import Signals
-from mae_core.weights.files import HARMLESS_BESIDE_TENSORS
+from mae_core.weights.files import HARMLESS_BESIDE_TENSORS, damaged_record
 from transfer.segmentation.segmenter_file import literal_config, step_of, steps_saved
 
 
@@ -50,10 +50,8 @@ def load_safely(filename: str, map_location: Any = None) -> dict[str, Any]:
     return checkpoint
 
 
-def stored_config(path: Path) -> dict[str, Any]:
-    """The config of the run that wrote a checkpoint, as nested dicts; empty where the checkpoint holds none that is
-    literal."""
-    checkpoint = read_checkpoint(path)
+def config_in(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of the run that wrote a checkpoint, as nested dicts; empty where it holds none that is literal."""
     try:
         return literal_config(checkpoint["meta"]["cfg"])
     except (KeyError, TypeError, ValueError, SyntaxError):
@@ -82,33 +80,31 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     return checkpoint
 
 
-def newest_whole(candidates: Sequence[Path]) -> Path:
-    """The first of ``candidates`` that is undamaged; the others are passed over with a sentence.
+def newest_whole(candidates: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
+    """The first of ``candidates`` that is undamaged, and what it holds; the others are passed over with a sentence.
 
     Raises ``UserError`` where none is, with what the first one has.
     """
     problems = []
     for checkpoint in candidates:
         try:
-            check_whole(checkpoint)
+            return checkpoint, read_whole(checkpoint)
         except UserError as error:
             problems.append(error)
             if is_main_process():
                 print(f"{error}; it is passed over", flush=True)
-        else:
-            return checkpoint
     raise problems[0]
 
 
-def check_whole(checkpoint: Path) -> None:
-    """Raise ``UserError`` where a checkpoint is damaged: torch writes zip archives, with a checksum of each tensor."""
+def read_whole(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint holds. Raises ``UserError`` where it is damaged: torch writes a checksum of each tensor."""
     try:
-        damaged = zipfile.ZipFile(checkpoint).testzip() if checkpoint.is_file() else "the file itself"
+        damaged = damaged_record(checkpoint) if checkpoint.is_file() else "the file itself"
     except (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
         damaged = first_line(error)
     if damaged is not None:
         raise UserError(f"checkpoint {checkpoint} is missing, truncated or damaged ({damaged})")
-    content = load_safely(str(checkpoint), "cpu")
+    content = read_checkpoint(checkpoint)
     try:
         step, state = content["meta"]["iter"], content["state_dict"]
         lacking = {"optimizer", "message_hub"} - content.keys()
@@ -121,6 +117,7 @@ def check_whole(checkpoint: Path) -> None:
         )
     if fault:
         raise UserError(f"checkpoint {checkpoint} {fault}")
+    return content
 
 
 @HOOKS.register_module()

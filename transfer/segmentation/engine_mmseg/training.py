@@ -36,9 +36,10 @@ from mae_core.weights.load import read_encoder
 from transfer.segmentation import config as configs
 from transfer.segmentation.engine_mmseg.checkpoints import (
     WholeCheckpoints,
+    config_in,
     load_safely,
     newest_whole,
-    stored_config,
+    read_checkpoint,
 )
 from transfer.segmentation.engine_mmseg.checks import (
     check_batches,
@@ -89,15 +90,16 @@ def train(
     if world_size() > 1:
         notes.append(f"ranks: {world_size()}; the batch size is per rank")
     weights = weights or view["model"]["backbone"].get("weights")
-    checkpoint = newest_whole(checkpoints) if checkpoints else None
+    checkpoint, stored = newest_whole(checkpoints) if checkpoints else (None, {})
     if checkpoint is not None:
         if all((work_dir / name).is_file() for name in (SEGMENTER, layout.METRICS)):
             if auto and configs.all_steps_done(checkpoint, view):
                 return leave_finished(work_dir)
             configs.check_steps_left(checkpoint, view)
-        keep_seed(config, checkpoint)
+        keep_seed(config, stored)
         notes.append(f"weights: from {checkpoint}")
-        notes += configs.fit_to_run(view, stored_config(checkpoint), checkpoint, list(options))
+        notes += configs.fit_to_run(view, config_in(stored), checkpoint, list(options))
+        del stored  # the runner reads it again, into its model
     elif weights is not None:
         backbone = view["model"]["backbone"]
         source = read_encoder(
@@ -166,11 +168,11 @@ def measured(view: Mapping[str, Any]) -> Measured:
     return measure_statistics(SegmentationImages([pair.image for pair in pairs], configs.channels_of(view)))
 
 
-def keep_seed(config: Config, checkpoint: Path) -> None:
+def keep_seed(config: Config, checkpoint: Mapping[str, Any]) -> None:
     """Give a config without a seed the one that the run of a checkpoint drew."""
     randomness = config.setdefault("randomness", {})
     if randomness.get("seed") is None:
-        randomness["seed"] = load_safely(str(checkpoint), "cpu")["meta"].get("seed")
+        randomness["seed"] = checkpoint["meta"].get("seed")
 
 
 @contextmanager
@@ -235,7 +237,7 @@ def evaluate(
         view["model"].update(take_model(file, view["model"]))
         notes.append(f"model, mean and std come from {file.path}; data, metric and test mode from the config")
     else:
-        notes += configs.fit_to_run(view, stored_config(checkpoint), checkpoint, list(options))
+        notes += configs.fit_to_run(view, config_in(read_checkpoint(checkpoint)), checkpoint, list(options))
         notes += configs.fit_statistics(view, {}, partial(measured, view))
     notes += configs.fit_channels(view)
     fit_to_machine(view)
