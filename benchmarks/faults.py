@@ -18,7 +18,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -41,7 +40,7 @@ from mae_core.training.finetune_config import FinetuneConfig
 from mae_core.training.pretrain import build_pretrain_model, pretrain, pretrain_optimizer
 from mae_core.training.pretrain_config import PretrainConfig
 from mae_core.training.resuming_proof import differences, kill_and_resume
-from mae_core.training.run import environment
+from mae_core.training.run import commit, environment
 from mae_core.weights.files import read_weights
 from transfer.detection.config import DetectionConfig
 from transfer.detection.detector_file import DETECTOR
@@ -147,8 +146,7 @@ class Rows:
     def __init__(self, file: Path) -> None:
         self.file = file
         self.known: dict[str, str] = json.loads(file.read_text()) if file.exists() else {}
-        head = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-        self.commit = head.stdout.strip() or "unknown"
+        self.commit = commit()
 
     def row(self, name: str, measure: Callable[[], str]) -> str:
         """The row ``name``, measured unless it is known."""

@@ -37,10 +37,10 @@ from mae_core.config.schema import leaf_names
 from mae_core.errors import UserError, user_errors
 from mae_core.training.frozen_config import KnnConfig, LinprobeConfig
 from mae_core.training.progress import clock
-from mae_core.training.run import environment
+from mae_core.training.run import commit, environment
 from transfer.compare.config import CompareConfig
 from transfer.compare.kinds import KINDS
-from transfer.compare.run import commit, compare
+from transfer.compare.run import compare
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = {"classification": "finetune", "detection": "detection", "segmentation": "segmentation"}

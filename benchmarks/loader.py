@@ -14,7 +14,6 @@ measured: ``benchmarks.side_by_side``.
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import tempfile
 import time
@@ -48,7 +47,7 @@ from mae_core.masking import RandomMasking, SampleMasks
 from mae_core.patches import PatchGrid
 from mae_core.seeds import AUGMENT, derive_seed, seeded
 from mae_core.training.precision import prepare_process
-from mae_core.training.run import environment
+from mae_core.training.run import commit, environment
 
 CPU = torch.device("cpu")
 OURS = ("ours", "ours, to floats", "ours by Pillow", "ours, scaled")
@@ -119,12 +118,6 @@ def differences(paths: list[Path], size: int) -> dict[str, float]:
             total += float((pixels.float() - wanted.float()).abs().mean())
         found[name] = total / len(paths)
     return found
-
-
-def commit() -> str:
-    """Of the code that is measured; empty outside of a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def page(results: dict[str, Any]) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -24,9 +23,8 @@ from benchmarks.side_by_side import machine_lines, machine_of, write_results
 from mae_core.config.load import load_config
 from mae_core.training.pretrain import build_pretrain_model, loss_of_zeros, pretrain_optimizer
 from mae_core.training.pretrain_config import PretrainConfig
-from mae_core.training.run import Run, open_run
+from mae_core.training.run import Run, commit, open_run
 
-ROOT = Path(__file__).resolve().parents[1]
 ROWS = {
     "call, loop waits": "the call, where the loop waits for the disk",
     "call, beside": "the call, where the loop waits for a copy",
@@ -115,10 +113,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="writes OUT.json")
     given = parser.parse_args()
     torch.manual_seed(0)
-    head = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     results = {
         "command": f"python -m benchmarks.save_time --size {given.size} --rounds {given.rounds} --steps {given.steps}",
-        "commit": head.stdout.strip(),
+        "commit": commit(),
         "machine": machine_of(torch.device("cpu")),
         "measured": [measure(given.size, given.rounds, given.steps)],
     }

@@ -29,9 +29,10 @@ from mae_core.training.finetune_config import FinetuneConfig
 from mae_core.training.plan import cost_of
 from mae_core.training.pretrain import build_pretrain_model
 from mae_core.training.pretrain_config import PretrainConfig
+from mae_core.training.run import commit
 from transfer.chain import Job, Stage
 from transfer.compare.config import CompareConfig
-from transfer.compare.run import commit, compare
+from transfer.compare.run import compare
 
 ROOT = Path(__file__).resolve().parents[1]
 ROW_FILES = ROOT / "configs" / "pretrain" / "table1"

@@ -13,6 +13,8 @@ from timm.models.beit import Beit
 from timm.models.eva import Eva
 from torch import nn
 
+from benchmarks.encoders import TIMMS
+
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 
 
@@ -50,26 +52,7 @@ def weights_of(name: str, folder: Path) -> Path:
 
 
 SMALL = {"depth": 2, "embed_dim": 96, "num_heads": 3}
-NAMES = [
-    "vit_tiny_patch16_224",
-    "deit_tiny_patch16_224",
-    "deit_tiny_distilled_patch16_224",
-    "deit3_small_patch16_224",
-    "beit_base_patch16_224",
-    "beitv2_base_patch16_224",
-    "eva_large_patch14_196",
-    "eva02_tiny_patch14_224",
-    "vit_small_patch14_dinov2",
-    "vit_small_patch14_reg4_dinov2",
-    "vit_small_patch16_dinov3",
-    "vit_tiny_patch16_dinov3_qkvb",
-    "vit_base_patch16_siglip_224",
-    "vit_base_patch16_siglip_gap_224",
-    "vit_base_patch32_clip_224",
-    "vit_small_patch16_rope_mixed_224",
-    "vit_relpos_small_patch16_224",
-    "samvit_base_patch16",
-]
+NAMES = TIMMS
 
 
 def small(name: str) -> dict:

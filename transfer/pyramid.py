@@ -62,8 +62,8 @@ def check_patch(patch: int) -> None:
     """Raise ``UserError`` unless strides of a quarter and a half of ``patch`` are whole numbers."""
     if patch % 4:
         raise UserError(
-            f"a pyramid needs a patch size divisible by 4, not {patch}; use one such as 8, 12 or 16 (with model.trunk, "
-            "model.patch_size=16 resizes the patch embedding)"
+            f"a pyramid needs a patch size divisible by 4, not {patch}; resize the patch embedding, with model.trunk "
+            "by model.patch_size=16, else by mae convert FILE --to mae_core --patch-size 16 --out NEW"
         )
 
 

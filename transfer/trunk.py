@@ -14,7 +14,7 @@ from torch import nn
 from mae_core.config.schema import Size
 from mae_core.config.sections import OF_OUR_VIT
 from mae_core.errors import UserError
-from mae_core.models.sizes import AnySize, ViTSize, size_of
+from mae_core.models.sizes import AnySize, ViTSize, alike, size_of
 from mae_core.training.groups import layer_decay_groups
 from mae_core.weights.encoder_file import EncoderFile
 from mae_core.weights.load import fit_state, opened_once, settled
@@ -94,6 +94,8 @@ def build_trunk(
         return Trunk(vit, None)
     given = {"size": None if size is None else size_of(size).name, "patch_size": patch_size, "in_chans": in_chans}
     found = {"size": source.size, "patch_size": source.patch_size, "in_chans": source.in_chans}
+    if size is not None and source.info.timm is None and alike(size, source.shape):
+        given["size"] = source.size
     settled(source.path, given, must=found)
     vit = dense_trunk(
         source.info.timm,

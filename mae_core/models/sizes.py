@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 from mae_core.errors import UserError
@@ -98,6 +98,15 @@ def size_of(size: AnySize) -> ViTSize:
     if size not in SIZES:
         raise UserError(f"unknown model size {size!r}; known sizes: {', '.join(SIZES)}, or give a ViTSize")
     return SIZES[size]
+
+
+def alike(one: AnySize, other: AnySize) -> bool:
+    """Whether two sizes have the same width, depth and MLP and, unless one is a mere name, the same attention heads,
+    which a weights file may know better: MoCo v3's ViT-S has 12."""
+    first, second = size_of(one), size_of(other)
+    if isinstance(one, str) or isinstance(other, str):
+        second = replace(second, heads=first.heads)
+    return first.trunk == second.trunk
 
 
 def heads_of_width(width: int) -> int | None:

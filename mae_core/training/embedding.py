@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -90,15 +90,20 @@ def embed(
     return torch.cat([pooled(encoder, torch.stack([encoder.transform(x) for x in part]), pooling) for part in parts])
 
 
+def refuse_own_pooling(trunk: str) -> NoReturn:
+    """Raise ``UserError``: what pools the tokens of the toolkit's own ViT does not pool those of ``timm:NAME``."""
+    raise UserError(
+        f"{trunk} pools in its own way, and here the toolkit's own ViT is pooled; use mae features with "
+        f"model.trunk={trunk}"
+    )
+
+
 @torch.inference_mode()
 def pooled(encoder: Encoder, pixels: Tensor, pooling: Pooling) -> Tensor:
     """(B, C, H, W), as the encoder expects them -> features (B, D) float32 on the CPU, see ``embed``. Raises
     ``UserError`` where the cls token is asked of an encoder without one, and for a trunk of timm."""
     if isinstance(encoder, TimmTrunk):
-        raise UserError(
-            f"{encoder.trunk} pools in its own way, and here the toolkit's own ViT is pooled; use mae features with "
-            f"model.trunk={encoder.trunk}"
-        )
+        refuse_own_pooling(encoder.trunk)
     if pooling == "cls" and not encoder.prefix:
         raise UserError("this encoder has no cls token; ask for pooling='mean'")
     (tokens,) = encoder.forward_intermediates(

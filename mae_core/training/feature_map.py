@@ -28,7 +28,7 @@ from mae_core.models.encoder import ViTEncoder
 from mae_core.models.sizes import Pooling
 from mae_core.templates import fill
 from mae_core.training.distributed import join
-from mae_core.training.embedding import pca, pooled
+from mae_core.training.embedding import pca, pooled, refuse_own_pooling
 from mae_core.weights.load import load_encoder, read_encoder, view_for
 
 BATCH = 32
@@ -95,6 +95,8 @@ def write_map(
         raise UserError(f"{out} exists; choose another file with --out")
     _require_kmeans()
     file = read_encoder(weights, branch=branch, asked_as="--branch {}")
+    if file.info.timm is not None:
+        refuse_own_pooling(file.info.timm)
     encoder = load_encoder(file).to(join(device).device)
     source = open_places([Path(place) for place in images], encoder.in_channels)
     places = spread_indices(len(source), most)

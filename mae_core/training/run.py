@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import shutil
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -461,6 +462,18 @@ def environment(device: torch.device) -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "gpu": gpu,
     }
+
+
+def commit() -> str:
+    """The commit of the code that runs, marked where it was changed; "unknown" outside a checkout."""
+    root = Path(mae_core.__file__).parents[1]
+    words = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    if not (root / ".git").exists():  # an installed package may lie in a checkout of something else
+        return "unknown"
+    try:
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def processor_name() -> str:

@@ -17,7 +17,7 @@ from mae_core.errors import UserError, naming
 from mae_core.layout import EXPORT_CONFIG, PREPROCESSOR_CONFIG
 from mae_core.models.encoder import ViTEncoder
 from mae_core.models.mae import MaskedAutoencoder
-from mae_core.models.sizes import ACTIVATIONS, Pooling, ViTSize
+from mae_core.models.sizes import ACTIVATIONS, Pooling, ViTSize, alike
 from mae_core.models.timm_trunk import Encoder
 from mae_core.pos_embed import resize_pos_embed
 from mae_core.weights.report import LoadReport
@@ -286,7 +286,7 @@ class EncoderFile:
         if self.info.size is not None:
             facts = {"size": self.info.size, **{name: value for name, value in numbers.items() if name in given}}
         elif "size" in given and {"width", "depth"} - given:
-            facts = {**numbers, "size": trunk.name}
+            facts = {**numbers, "size": model.size if alike(model.size, trunk) else trunk.name}
         else:
             facts = numbers
         stated = {"patch_size"} & given | ({"cls_token"} if "cls_token" in given or not trunk.cls_token else set())

@@ -25,7 +25,7 @@ from mae_core.models.sizes import Pooling, size_of
 from mae_core.models.timm_trunk import Encoder
 from mae_core.targets import rebuild_target
 from mae_core.weights.catalogue import published_target
-from mae_core.weights.encoder_file import EncoderFile, EncoderInfo
+from mae_core.weights.encoder_file import HEADS, EncoderFile, EncoderInfo
 from mae_core.weights.formats import BEIT, FORMATS, MAE_CORE_FULL, OWN_ONLY
 from mae_core.weights.opening import open_weights
 from mae_core.weights.parts import LACKING, UNKNOWN, Parts, check_finite, describe_refused, missing_decoder, told_trunk
@@ -393,7 +393,7 @@ def classifier_from(
     unused = {"norm.*": "mean pooling learns a new norm after pooling"} if pooling == "mean" else {}
     source = source.headless()
     model = source.build(image_size, num_classes=num_classes, pooling=pooling, drop_path=drop_path)
-    new = ("head.*", "fc_norm.*", *allow_missing)
+    new = (*(f"{head}*" for head in HEADS), "fc_norm.*", *allow_missing)
     return model, fit_state(model, source, grid=model.grid[:2], new=new, unused=unused)
 
 

@@ -39,7 +39,7 @@ class LoadReport:
 
     def place(self, target: str, sources: Sequence[str]) -> None:
         """Account for ``target``, whose values are named ``sources`` in the file."""
-        if target in self.resized:
+        if target in self.resized and [*sources] == [target]:
             return
         if len(sources) > 1:
             self.changed[target] = f"joined from {', '.join(sources)}"

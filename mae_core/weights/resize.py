@@ -141,6 +141,12 @@ def adapt(parts: Parts, wanted: Adaptation) -> None:
     parts.info = parts.info.with_facts(patch_size=new_patch, in_chans=wanted.in_chans or channels)
     if old is not None:
         size = as_pair(wanted.image_size) if wanted.image_size is not None else (old[0] * patch, old[1] * patch)
+        splits = not any(side % new_patch for side in size)  # DINOv2's 518 pixels do not, into patches of 16
+        if wanted.image_size is None and not splits:
+            size = (old[0] * new_patch, old[1] * new_patch)
+            parts.report.notes.append(
+                f"the grid of {old[0]}x{old[1]} patches stays, so that it is for images of {size[0]}x{size[1]}"
+            )
         new = PatchGrid.of(size, new_patch)
         if new[:2] != old:
             _resize_positions(parts, old, new[:2], wanted.antialias)

@@ -20,9 +20,12 @@ from typer.testing import CliRunner
 
 import mae_core
 from mae_core.cli.main import app
+from mae_core.config.load import load_config
 from mae_core.errors import UserError
+from mae_core.models.sizes import alike, size_of
+from mae_core.training.finetune_config import FinetuneConfig
 from mae_core.weights.classifier import classifier_of
-from mae_core.weights.load import classifier_from, read_encoder
+from mae_core.weights.load import classifier_from, read_encoder, with_file
 from mae_core.weights.tools.inspect import inspect_file
 from transfer.backbone import DenseViT
 from transfer.trunk import build_trunk, load_pretrained
@@ -181,8 +184,14 @@ def test_moco_v3s_small_has_twelve_heads(tmp_path):
     state = vit(embed_dim=384, num_heads=12, depth=12).state_dict()
     torch.save(moco(state, state), tmp_path / "moco.pth")
     torch.save(state, tmp_path / "plain.pth")
-    assert read_encoder(tmp_path / "moco.pth", branch="momentum_encoder").shape.heads == 12
-    assert read_encoder(tmp_path / "plain.pth").shape.heads == 6
+    source = read_encoder(tmp_path / "moco.pth", branch="momentum_encoder")
+    assert source.shape.heads == 12 and read_encoder(tmp_path / "plain.pth").shape.heads == 6
+    given = [f"weights={source.path}", "branch=momentum_encoder", "model.size=small"]
+    model = with_file(source, load_config(FinetuneConfig, None, given)).model
+    assert model.size == "small" and model.heads == 12, "the name of a size says width and depth"
+    assert (
+        alike("small", source.shape) and not alike(size_of("small"), source.shape) and not alike("tiny", source.shape)
+    )
 
 
 def mae(*arguments: object, code: int) -> str:

@@ -50,6 +50,14 @@ def encoder_state(positions, width: int = 8, patch: int = 2):
     return state
 
 
+def test_a_grid_stays_where_its_images_do_not_split_into_the_new_patches():
+    """As DINOv2's 518 pixels do not into patches of 16."""
+    state = encoder_state(torch.randn(1, 1 + 7 * 7, 8))
+    there, report = mae_core.convert(state, "official", "timm", adaptation=Adaptation(patch_size=4))
+    assert torch.equal(there["pos_embed"], state["pos_embed"]) and there["patch_embed.proj.weight"].shape[-1] == 4
+    assert any("grid of 7x7 patches stays, so that it is for images of 28x28" in note for note in report.notes)
+
+
 @pytest.mark.parametrize("old, new", [(14, 16), (16, 14), (16, 8)])
 def test_patch_embeddings_are_resized_as_fair_and_as_timm_do(old, new):
     weight = torch.randn(6, 3, old, old, generator=torch.Generator().manual_seed(2))

@@ -41,6 +41,7 @@ TINY_DETECTOR = (
     "device=cpu",
 )
 DETECTOR_FROM_SCRATCH = ("from_scratch=true", "model.size=nano", "model.patch_size=8")
+SCENE_CLASSES = ("ground", "box", "disc")
 COLOURS = {3: (220, 60, 60), 7: (60, 220, 60), 20: (80, 80, 240)}
 
 
@@ -182,3 +183,44 @@ def break_off_and_resume(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]
         train_detector(config, resume=True)
 
     return train
+
+
+@pytest.fixture(scope="session")
+def write_scenes() -> Callable[..., Path]:
+    """(root, num_images, side=(rows, columns)) -> the root, with images/, annotations/ and classes.txt."""
+    return make_scenes
+
+
+def make_scenes(root: Path, num_images: int = 8, side: tuple[int, int] = (32, 32)) -> Path:
+    """Scenes of a red box and a blue disc on green ground; training and validation are the same."""
+    generator = np.random.default_rng(0)
+    rows, columns = np.mgrid[: side[0], : side[1]]
+    for index in range(num_images):
+        labels = np.zeros(side, np.uint8)
+        top, left = generator.integers(0, np.array(side) - 14, 2)
+        labels[top : top + 12, left : left + 14] = 1
+        centre = generator.integers(6, np.array(side) - 6, 2)
+        labels[(rows - centre[0]) ** 2 + (columns - centre[1]) ** 2 < 36] = 2
+        pixels = np.array([[40, 160, 60], [200, 40, 40], [40, 40, 220]])[labels] + generator.normal(0, 12, (*side, 3))
+        for part in ("training", "validation"):
+            for folder, array in (("images", pixels.clip(0, 255).astype(np.uint8)), ("annotations", labels)):
+                (root / folder / part).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(array).save(root / folder / part / f"{index}.png")
+    (root / "classes.txt").write_text("".join(f"{value}\t{name}\n" for value, name in enumerate(SCENE_CLASSES)))
+    return root
+
+
+@pytest.fixture
+def run_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands of a chain or a comparison run here, not in processes of their own."""
+    from typer.testing import CliRunner
+
+    from mae_core.cli.main import app
+    from transfer import chain
+
+    def execute(command: Any, place: Any, surroundings: Any, read: Callable[[str], None]) -> int:
+        result = CliRunner().invoke(app, [*command[1:]])
+        read(result.output)
+        return result.exit_code
+
+    monkeypatch.setattr(chain, "execute", execute)

@@ -47,7 +47,7 @@ def test_first_stage_is_the_published_stack():
 
 
 def test_a_patch_that_four_does_not_divide_is_refused():
-    with pytest.raises(UserError, match="not 14; use one such as 8, 12 or 16"):
+    with pytest.raises(UserError, match="not 14; resize the patch embedding"):
         FourStagePyramid(levels(14))
 
 

@@ -19,20 +19,19 @@ from mae_core.config.schema import Size
 from mae_core.patches import as_pair
 from mae_core.training.finetune import build_model
 from mae_core.training.finetune_config import FinetuneConfig
-from mae_core.weights.load import read_encoder
-from transfer.compare.encoders import Encoder
+from mae_core.weights.encoder_file import HEADS
+from transfer.compare.encoders import Encoder, facts_of
 from transfer.compare.kinds import KINDS
 
 BATCH, ROUNDS = 8, 5
-HEAD = "head."
 
 
 def cost_of(encoder: Encoder, image_size: Size | None, cache: Path) -> dict[str, Any]:
     """Parameters of the trunk, FLOPs of an image's forward pass (a multiplication and an addition counted as two), and
     images/s, measured once and kept in ``cache``."""
     file = encoder.file or encoder.random
-    if image_size is None and file is not None and encoder.spec.trunk is None:
-        image_size = read_encoder(file).image_size
+    if image_size is None and file is not None:
+        image_size = facts_of(file, encoder.trunk).image_size
     words = [*encoder.words(KINDS["finetune"])]
     if image_size is not None:
         words.append("data.image_size=[{},{}]".format(*as_pair(image_size)))
@@ -63,7 +62,7 @@ def measured(model: nn.Module, channels: int, image_size: tuple[int, int]) -> di
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
     return {
-        "parameters": sum(p.numel() for name, p in model.named_parameters() if not name.startswith(HEAD)),
+        "parameters": sum(p.numel() for name, p in model.named_parameters() if not name.startswith(HEADS)),
         "flops": counter.get_total_flops(),
         "images_per_second": round(BATCH / statistics.median(seconds[1:]), 1),
         "image_size": list(image_size),

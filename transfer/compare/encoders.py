@@ -7,18 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from pkgutil import resolve_name
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from mae_core.config.schema import section_of
 from mae_core.errors import UserError
 from mae_core.layout import CLASSIFIER, ENCODER
 from mae_core.models.encoder import ViTEncoder
 from mae_core.models.sizes import SIZES, ViTSize
 from mae_core.weights.catalogue import CATALOGUE
-from mae_core.weights.encoder_file import EncoderFile, EncoderInfo
+from mae_core.weights.encoder_file import EncoderInfo
 from mae_core.weights.files import write_weights
 from mae_core.weights.load import read_encoder
 from transfer.chain import Job
@@ -32,6 +30,7 @@ class Encoder:
 
     file      its weights; None: from scratch
     shape     its trunk; None where the recipe says it, or timm
+    trunk     ``timm:NAME``, as the configuration or the file says
     random    the file with random weights, which what reads it frozen takes in place of ``from_scratch=true``
     like      the file whose facts ``random`` has
     """
@@ -39,6 +38,7 @@ class Encoder:
     spec: EncoderSpec
     file: Path | None
     shape: ViTSize | None
+    trunk: str | None = None
     random: Path | None = None
     like: Path | None = None
 
@@ -57,23 +57,11 @@ class Encoder:
             )
         start = frozen_file if kind.frozen else self.file
         words = ["from_scratch=true" if start is None else f"weights={start}"]
-        if self.spec.trunk is not None:
-            key = "model.trunk" if kind.schema else "model.backbone.trunk"
-            words.append(f"{key}={self.spec.trunk}")
-            words += _without_own_shape(kind)  # which a recipe may state
+        if self.trunk is not None:
+            words.append(f"{'model.' if kind.schema else ''}trunk={self.trunk}")
         elif self.shape is not None and not kind.frozen:
             words += size_words(self.shape) if kind.schema else mmseg_words(self.name, self.shape)
         return [*words, *self.spec.options]
-
-
-def _without_own_shape(kind: Kind) -> list[str]:
-    """The options that put back what a recipe says of the toolkit's own ViT, which a trunk of timm does not take."""
-    if kind.frozen or not kind.schema:
-        return []
-    section = section_of(resolve_name(kind.schema).model_fields["model"].annotation)
-    assert section is not None
-    values = {name: section.model_fields[name].default for name in ("size", "patch_size")}
-    return [f"model.{name}={'null' if value is None else value}" for name, value in values.items()]
 
 
 def size_words(shape: ViTSize) -> list[str]:
@@ -91,11 +79,20 @@ def mmseg_words(name: str, shape: ViTSize) -> list[str]:
     return [f"size={shape.name}", f"patch_size={shape.patch_size}", f"width={shape.width}"]
 
 
+class Facts(NamedTuple):
+    """The trunk of a weights file (None: one of timm's), the size of its images, and what it says of itself."""
+
+    shape: ViTSize | None
+    image_size: tuple[int, int]
+    info: EncoderInfo
+
+
 @cache
-def facts_of(path: Path) -> tuple[ViTSize, EncoderInfo]:
-    """The trunk of a weights file and what it says of itself, read once. Raises ``UserError`` where it holds none."""
-    found = read_encoder(path)
-    return found.shape, found.info
+def facts_of(path: Path, trunk: str | None) -> Facts:
+    """Of a file that is read once, without its tensors; ``trunk``: ``timm:NAME``, where the file does not say so.
+    Raises ``UserError`` where it holds no encoder."""
+    found = read_encoder(path, trunk=trunk)
+    return Facts(found.shape if found.info.timm is None else None, found.image_size, found.info)
 
 
 def folder_of(config: CompareConfig, spec: EncoderSpec) -> Path:
@@ -107,10 +104,10 @@ def check_files(config: CompareConfig) -> None:
     """Raise ``UserError`` where a weights file is missing or no encoder, or a command does not validate."""
     for spec in config.encoders:
         try:
-            if spec.weights is not None and spec.trunk is None:
-                facts_of(spec.weights)
-            elif spec.weights is not None and not spec.weights.exists():
+            if spec.weights is not None and not spec.weights.exists():
                 raise UserError(f"weights file {spec.weights} does not exist")
+            if spec.weights is not None:
+                facts_of(spec.weights.resolve(), spec.trunk)
             elif spec.command is not None:
                 check_command(shlex.split(spec.command)[1:])
         except UserError as error:
@@ -149,17 +146,19 @@ def encoders_of(config: CompareConfig) -> dict[str, Encoder]:
     found: dict[str, Encoder] = {}
     for spec in config.encoders:
         if not spec.scratch:
-            file = spec.weights or folder_of(config, spec) / ENCODER
-            known = spec.trunk is None and file.exists()
-            found[spec.name] = Encoder(spec, file.resolve(), facts_of(file)[0] if known else None)
-    own = [name for name, encoder in found.items() if encoder.spec.trunk is None]
+            file = (spec.weights or folder_of(config, spec) / ENCODER).resolve()
+            known = facts_of(file, spec.trunk) if file.exists() else None
+            trunk = spec.trunk or (None if known is None else known.info.timm)
+            found[spec.name] = Encoder(spec, file, None if known is None else known.shape, trunk)
+    own = [name for name, encoder in found.items() if encoder.trunk is None]
     for spec in config.encoders:
         if spec.scratch:
             model = None if spec.trunk else found.get(spec.like or next(iter(own), ""))
-            random = None if model is None else folder_of(config, spec) / ENCODER
-            found[spec.name] = Encoder(
-                spec, None, None if model is None else model.shape, random, None if model is None else model.file
-            )
+            if model is None or model.trunk is not None:
+                found[spec.name] = Encoder(spec, None, None, spec.trunk if model is None else model.trunk)
+            else:
+                place = folder_of(config, spec) / ENCODER
+                found[spec.name] = Encoder(spec, None, model.shape, random=place, like=model.file)
     return {spec.name: found[spec.name] for spec in config.encoders}
 
 
@@ -173,7 +172,7 @@ def finish_making(config: CompareConfig) -> dict[str, Encoder]:
     found = encoders_of(config)
     for encoder in found.values():
         if encoder.random is not None and encoder.like is not None and not encoder.random.is_file():
-            write_random(encoder.random, read_encoder(encoder.like))
+            write_random(encoder.random, facts_of(encoder.like, None))
     return found
 
 
@@ -184,10 +183,11 @@ def without_head(run: Path) -> None:
     write_weights(run / ENCODER, kept, source.info.with_facts(classes=None, pooling=None).to_metadata())
 
 
-def write_random(path: Path, like: EncoderFile) -> None:
-    """Write an encoder with the facts of another and random weights."""
+def write_random(path: Path, like: Facts) -> None:
+    """Write an encoder of the toolkit's own ViT with the facts of another and random weights."""
+    assert like.shape is not None
     torch.manual_seed(0)
-    model = ViTEncoder(like.shape, image_size=like.image_size, in_chans=like.in_chans)
+    model = ViTEncoder(like.shape, image_size=like.image_size, in_chans=like.info.in_chans or 3)
     facts: Mapping[str, Any] = {"mean": like.info.mean, "std": like.info.std}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_weights(path, model.state_dict(), EncoderInfo.of(model, **facts).to_metadata())
@@ -198,6 +198,6 @@ def licence_of(encoder: Encoder) -> str:
     spec = encoder.spec
     if spec.licence or encoder.file is None:
         return spec.licence or "none: random weights"
-    stated = None if spec.trunk else facts_of(spec.weights or encoder.file)[1].licence
+    stated = facts_of(encoder.file, spec.trunk).info.licence
     published = next((row.licence for row in CATALOGUE.values() if row.filename == encoder.file.name), None)
     return stated or published or ("made here" if spec.command else "not stated")

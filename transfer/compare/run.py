@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,8 +14,8 @@ import torch
 from mae_core.errors import UserError
 from mae_core.layout import LOADING, LOG, PICTURES
 from mae_core.training.progress import clock
-from mae_core.training.run import environment
-from transfer.chain import ROOT, loading_line, read_log
+from mae_core.training.run import commit, environment
+from transfer.chain import loading_line, read_log
 from transfer.compare.config import CompareConfig, file_name
 from transfer.compare.costs import cost_of
 from transfer.compare.encoders import (
@@ -200,15 +199,6 @@ def row_of(config: CompareConfig, encoder: Encoder, folder: Path) -> EncoderRow:
         licence=licence_of(encoder),
         **{name: cost[name] for name in ("parameters", "flops", "images_per_second", "image_size")},
     )
-
-
-def commit() -> str:
-    """The commit of the code that runs, marked where it was changed; "unknown" outside a clone."""
-    words = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def results_of(

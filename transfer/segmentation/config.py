@@ -18,7 +18,7 @@ from mae_core.data.decoding import LARGEST_PIXEL
 from mae_core.data.images import DEFAULT_STATISTICS, Statistics
 from mae_core.data.statistics import Measured, describe_statistics
 from mae_core.errors import UserError
-from mae_core.models.sizes import SIZES, size_of
+from mae_core.models.sizes import SIZES, alike, size_of
 from mae_core.models.timm_trunk import described
 from mae_core.texts import read_text
 from mae_core.weights.encoder_file import EncoderFile
@@ -183,8 +183,8 @@ def fit_to_weights(config: MutableMapping[str, Any], source: EncoderFile, option
     if source.shape.name in SIZES and any(trunk[name] != asdict(size_of(size))[name] for name in UNNAMED):
         size = trunk
     stated = backbone.get("size")
-    if stated is not None and size_of(stated).trunk == source.shape.trunk:
-        stated = size  # the same trunk under another description: the file has the last word on epsilon and activation
+    if stated is not None and alike(stated, source.shape):
+        stated = size  # the file has the last word on epsilon and activation, and on heads
     given = {"size": stated, **{name: backbone.get(name) for name in ("patch_size", "in_chans")}}
     facts = {"size": size, "patch_size": source.patch_size, "in_chans": source.in_chans}
     backbone.update(settled(source.path, given, must=facts, section="backbone."))
@@ -199,7 +199,7 @@ def fit_to_run(
     theirs, backbone = stored.get("model", {}).get("backbone", {}), config["model"]["backbone"]
     backbone.pop("weights", None)
     sizes = [section["size"] for section in (theirs, backbone) if section.get("size") is not None]
-    if backbone["type"] == BACKBONE and len(sizes) == 2 and len({size_of(size).trunk for size in sizes}) == 1:
+    if backbone["type"] == BACKBONE and len(sizes) == 2 and alike(*sizes):
         backbone["size"] = sizes[0]  # with the weights' epsilon and activation, which a name of a size does not state
     preprocessor = preprocessor_of(stored) if stored else {}
     facts = {key: [value / SCALE for value in preprocessor.get(key) or []] for key in ("mean", "std")}

@@ -6,10 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from mae_core.models.encoder import ViTEncoder
 from mae_core.weights.encoder_file import describe_encoder
@@ -58,35 +56,10 @@ def tiny(scenes: Path) -> dict[str, Any]:
     return {**TINY, "data_root": str(scenes)}
 
 
-@pytest.fixture(scope="session")
-def write_scenes() -> Callable[..., Path]:
-    """(root, num_images, side=(rows, columns)) -> the root, with images/, annotations/ and classes.txt."""
-    return make_scenes
-
-
-def make_scenes(root: Path, num_images: int = 8, side: tuple[int, int] = (32, 32)) -> Path:
-    """Scenes of a red box and a blue disc on green ground; training and validation are the same."""
-    generator = np.random.default_rng(0)
-    rows, columns = np.mgrid[: side[0], : side[1]]
-    for index in range(num_images):
-        labels = np.zeros(side, np.uint8)
-        top, left = generator.integers(0, np.array(side) - 14, 2)
-        labels[top : top + 12, left : left + 14] = 1
-        centre = generator.integers(6, np.array(side) - 6, 2)
-        labels[(rows - centre[0]) ** 2 + (columns - centre[1]) ** 2 < 36] = 2
-        pixels = np.array([[40, 160, 60], [200, 40, 40], [40, 40, 220]])[labels] + generator.normal(0, 12, (*side, 3))
-        for part in ("training", "validation"):
-            for folder, array in (("images", pixels.clip(0, 255).astype(np.uint8)), ("annotations", labels)):
-                (root / folder / part).mkdir(parents=True, exist_ok=True)
-                Image.fromarray(array).save(root / folder / part / f"{index}.png")
-    (root / "classes.txt").write_text("".join(f"{value}\t{name}\n" for value, name in enumerate(NAMES)))
-    return root
-
-
 @pytest.fixture
-def scenes(tmp_path: Path) -> Path:
+def scenes(tmp_path: Path, write_scenes: Callable[..., Path]) -> Path:
     """Eight scenes of three classes."""
-    return make_scenes(tmp_path / "scenes")
+    return write_scenes(tmp_path / "scenes")
 
 
 @pytest.fixture(scope="session")
