@@ -146,8 +146,8 @@ def _outlive_first_signal(ending: Any, _: int) -> None:
     def once(number: int, frame: Any) -> None:
         for each in signals:
             signal.signal(each, signal.SIG_DFL)
-        if ending.value:
-            os.kill(os.getpid(), number)
+        if ending.value:  # torch's main process takes a worker that a signal ended for a failure
+            os._exit(0)
 
     signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     for each in signals:

@@ -89,6 +89,7 @@ kept.append(kept)  # nothing takes the workers away before the process ends
 def test_workers_that_are_kept_do_not_keep_a_process_from_ending(run_python):
     result = run_python(["-c", LOADER], timeout=100)
     assert result.returncode == 0 and "[[0, 1], [2, 3]]" in result.stdout
+    assert result.stderr == ""
 
 
 def test_a_checkpoint_that_is_due_on_several_ranks_comes_once(monkeypatch):
