@@ -43,11 +43,12 @@ ATTENTIVE_FORMAT = f"{WHOLE_NETWORK}classifier_with_attentive_pooling"
 
 
 class Marker(NamedTuple):
-    """What the COMPLETE file of a checkpoint says: its format, and of each file the bytes and the checksum, which
-    format 0 does not have."""
+    """What the COMPLETE file of a checkpoint says: its format, of each file the bytes and the checksum, which format 0
+    does not have, and what was measured at its step, where something was."""
 
     format: int
     files: dict[str, tuple[int, str | None]]
+    measured: dict[str, float]
 
 
 def checkpoint_folders(run: Path) -> list[Path]:
@@ -62,14 +63,28 @@ def complete_checkpoints(run: Path) -> list[Path]:
     return [folder for folder in checkpoint_folders(run) if is_complete(folder)]
 
 
+def best_checkpoint(run: Path, measure: str) -> tuple[Path, float] | None:
+    """The complete checkpoint of a run at whose step ``measure`` was best, the first of equal ones, with its value; a
+    loss is better where it is lower. None where it was measured at none."""
+    found = [(folder, marker_of(folder).measured.get(measure)) for folder in complete_checkpoints(run)]
+    values = [(folder, value) for folder, value in found if value is not None]
+    return min(values, key=lambda entry: cost_of(measure, entry[1]), default=None)
+
+
+def cost_of(measure: str, value: float) -> float:
+    """What is the lower the better ``value`` is: a loss itself, and an accuracy with its sign changed."""
+    return value if measure.endswith("_loss") else -value
+
+
 def marker_of(checkpoint: Path) -> Marker:
     """What the COMPLETE file says. Raises ``OSError``, ``ValueError`` and the like where there is none that can be
     read."""
     content = json.loads((checkpoint / COMPLETE).read_text())
     if "files" not in content:
-        return Marker(0, {name: (size, None) for name, size in content.items()})
+        return Marker(0, {name: (size, None) for name, size in content.items()}, {})
     files = {name: (entry["bytes"], entry["crc32"]) for name, entry in content["files"].items()}
-    return Marker(int(content["format"]), files)
+    measured = {name: float(value) for name, value in content.get("measured", {}).items()}
+    return Marker(int(content["format"]), files, measured)
 
 
 def is_complete(checkpoint: Path) -> bool:

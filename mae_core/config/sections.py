@@ -142,7 +142,8 @@ class LogConfig(Schema):
     pictures_every: Count = Field(1000, description="reconstruction strips, or drawn predictions")
     checkpoint_every: Count = Field(1000, description="a checkpoint, from which --resume continues")
     checkpoint_minutes: Annotated[float, Field(gt=0)] = Field(10, description="save too when the last is older")
-    keep_checkpoints: Count = Field(2, description="older ones are deleted")
+    keep_checkpoints: Count = Field(2, description="the last ones; older ones are deleted")
+    keep_every: Count | None = Field(None, description="those of every so many steps are never deleted")
     to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
         ("tensorboard",), description="what shows numbers and pictures, beside log.jsonl and pictures/"
     )

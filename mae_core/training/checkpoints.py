@@ -21,6 +21,7 @@ from mae_core.layout import (
     COMPLETE,
     MODEL,
     TRAINING_STATE,
+    best_checkpoint,
     checkpoint_folders,
     complete_checkpoints,
     is_complete,
@@ -43,6 +44,14 @@ class Checkpoint(NamedTuple):
     optimizer: dict[str, Any]
 
 
+class Keep(NamedTuple):
+    """Which checkpoints of a run stay: the last ones, those of every so many steps, and the best by a measure."""
+
+    last: int
+    every: int | None = None
+    best: str | None = None
+
+
 class Damaged(Exception):
     """Why a checkpoint is not believed."""
 
@@ -54,13 +63,15 @@ def save_checkpoint(
     optimizer: Mapping[str, Any],
     metadata: Mapping[str, Any],
     *,
-    keep: int,
+    keep: Keep,
+    measured: Mapping[str, float] | None = None,
 ) -> Path:
-    """Write ``checkpoints/step_<step>`` in a temporary sibling, flush it to disk, rename it; then delete all but
-    ``keep``.
+    """Write ``checkpoints/step_<step>`` in a temporary sibling, flush it to disk, rename it; then delete all but those
+    of ``keep``.
 
     The COMPLETE marker is written last and names the size and the CRC-32 of each file, so that a reader recognises a
-    torn or damaged folder. A failure leaves the earlier ones whole, and nothing of this one.
+    torn or damaged folder, and what was ``measured`` at this step. A failure leaves the earlier ones whole, and nothing
+    of this one.
     """
     root = run / CHECKPOINTS
     root.mkdir(parents=True, exist_ok=True)
@@ -69,7 +80,7 @@ def save_checkpoint(
         shutil.rmtree(leftover)
     temporary.mkdir()
     try:
-        _write_files(temporary, step, model, optimizer, metadata)
+        _write_files(temporary, step, model, optimizer, metadata, measured or {})
         if final.exists():
             shutil.rmtree(final)
         os.replace(temporary, final)
@@ -77,13 +88,25 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     fsync_path(root)
-    for old in complete_checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
+    _delete_others(run, keep)
     return final
 
 
+def _delete_others(run: Path, keep: Keep) -> None:
+    best = best_checkpoint(run, keep.best) if keep.best else None
+    for old in complete_checkpoints(run)[: -keep.last]:
+        regular = keep.every and int(old.name.removeprefix("step_")) % keep.every == 0
+        if not regular and (best is None or old != best[0]):
+            shutil.rmtree(old)
+
+
 def _write_files(
-    folder: Path, step: int, model: Mapping[str, Tensor], optimizer: Mapping[str, Any], metadata: Mapping[str, Any]
+    folder: Path,
+    step: int,
+    model: Mapping[str, Tensor],
+    optimizer: Mapping[str, Any],
+    metadata: Mapping[str, Any],
+    measured: Mapping[str, float],
 ) -> None:
     write_weights(folder / MODEL, model, {**metadata, "step": step})
     state = {"format": CHECKPOINT_FORMAT, "step": step, "optimizer": optimizer}
@@ -97,7 +120,9 @@ def _write_files(
         name: {"bytes": (folder / name).stat().st_size, "crc32": checksum(folder / name)}
         for name in (MODEL, TRAINING_STATE)
     }
-    write_text(folder / COMPLETE, json.dumps({"format": CHECKPOINT_FORMAT, "step": step, "files": files}))
+    marker = {"format": CHECKPOINT_FORMAT, "step": step, "files": files}
+    marker |= {"measured": dict(measured)} if measured else {}
+    write_text(folder / COMPLETE, json.dumps(marker))
     fsync_path(folder)
 
 

@@ -195,7 +195,7 @@ def fit(
                     with progress.paused(), unsharded(model):
                         hook(done)
                     model.train()
-            if last or (due and not stop):
+            if last or (due and not stop) or run.best_so_far(done):
                 with progress.paused():
                     run.checkpoint(done, model, optimizer, metadata or {}, wait=last)
                 saved = time.monotonic()

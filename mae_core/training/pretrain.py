@@ -15,7 +15,7 @@ from mae_core.data.loading import check_repeats, share_of, steps_for
 from mae_core.data.sources import damaged_parts, open_source
 from mae_core.data.unlabelled import PretrainBatch, UnlabelledImages, collate
 from mae_core.errors import UserError
-from mae_core.layout import ENCODER
+from mae_core.layout import ENCODER, best_checkpoint
 from mae_core.masking import SampleMasks, build_masker
 from mae_core.models.distillation import AttentionDistillation
 from mae_core.models.mae import MaskedAutoencoder, build_mae
@@ -189,6 +189,9 @@ def pretrain(config: PretrainConfig, *, resume: Resume = False) -> FitResult:
     if merging:  # the last checkpoint becomes one that every command reads
         run.checkpoint(settings.total_steps, model, optimizer, metadata)
     run.say(f"wrote {run.folder / ENCODER}")
+    if kept_by := config.watch.keep_best:
+        best = best_checkpoint(run.folder, kept_by)
+        run.say(f"best {kept_by}: " + (f"{best[1]:.4g}, in {best[0]}" if best else "never measured"))
     run.close()
     return result
 

@@ -112,6 +112,9 @@ class WatchConfig(Schema):
         (), description="trained on the frozen encoder of the moment too, on the images of labelled, unaugmented"
     )
     probe_epochs: Count = Field(50, description="passes of a probe over the training images of labelled")
+    keep_best: Literal["held_out_loss", "knn_top1", "linear_top1", "attentive_top1"] | None = Field(
+        None, description="a checkpoint is saved where this measure is the best so far, and never deleted while it is"
+    )
     most_images: Count = Field(5000, description="of each kind, spread over all")
     batch: Count = Field(64, description="images at once")
 
@@ -123,7 +126,19 @@ class WatchConfig(Schema):
             raise ValueError(
                 "probes learn from labelled images; set watch.labelled=FOLDER too, or leave watch.probes out"
             )
+        missing = self._missing_for(self.keep_best)
+        if missing:
+            raise ValueError(f"keep_best={self.keep_best} is not measured; set {missing} too, or leave keep_best out")
         return self
+
+    def _missing_for(self, measure: str | None) -> str | None:
+        """The option without which ``measure`` is not measured; None where it is."""
+        if measure == "held_out_loss":
+            return None if self.share or self.path is not None else "watch.share or watch.path"
+        if measure == "knn_top1":
+            return None if self.labelled is not None else "watch.labelled=FOLDER"
+        probe = (measure or "").removesuffix("_top1")
+        return f"watch.labelled=FOLDER and watch.probes=[{probe}]" if probe and probe not in self.probes else None
 
 
 class AdaptConfig(Schema):
@@ -225,6 +240,11 @@ class PretrainConfig(RunConfig):
         if self.weights is None and self.adapt != AdaptConfig():
             raise ValueError(
                 "adapt applies only to a run that starts from weights; set weights=FILE, or leave adapt out"
+            )
+        if self.adapt.mode == "lora" and self.watch.keep_best is not None:
+            raise ValueError(
+                "watch.keep_best keeps checkpoints inside a training, whose adapters are merged at its end; leave it "
+                "out, or set adapt.mode=full"
             )
         if self.adapt.frozen_epochs >= self.optim.epochs:
             raise ValueError(

@@ -36,12 +36,14 @@ from mae_core.layout import (
     LOG,
     METRICS,
     PICTURES,
+    best_checkpoint,
     checkpoint_folders,
+    cost_of,
 )
 from mae_core.resuming import Resume
 from mae_core.training import distributed
 from mae_core.training.boards import Boards, Logged, check_boards
-from mae_core.training.checkpoints import load_checkpoint, save_checkpoint
+from mae_core.training.checkpoints import Keep, load_checkpoint, save_checkpoint
 from mae_core.training.finite import refuse_non_finite
 from mae_core.training.lock import claim, release
 from mae_core.training.precision import choose_precision, prepare_process
@@ -76,7 +78,10 @@ MAY_CHANGE = (
 ``check_data``."""
 PRETRAIN_MAY_CHANGE = (
     "optim.micro_batch",
-    *(f"watch.{name}" for name in ("every_epochs", "path", "labelled", "neighbours", "most_images", "batch")),
+    *(
+        f"watch.{name}"
+        for name in ("every_epochs", "path", "labelled", "neighbours", "most_images", "batch", "keep_best")
+    ),
 )
 """Of a pre-training these too: its samples do not depend on their neighbours, and to watch it changes nothing."""
 MAY_FALL = ("optim.base_lr", "optim.min_lr", "optim.clip_grad")
@@ -188,6 +193,8 @@ class Run:
         self._untold: list[Unreadable] = []
         self._board: Boards | None = None
         self.saving = Beside()
+        self._measured: dict[int, dict[str, float]] = {}
+        self._best_at: int | None = None
         self._restored: int | None = None
         self.resumed = False
 
@@ -348,11 +355,12 @@ class Run:
         """Save what a resume needs; all ranks wait until it is on disk. Without ``wait`` only until it is copied, where
         there is memory for that: it is written meanwhile, and where that fails, the next call waits and raises."""
         state, moments = whole(model.state_dict()), whole(optimizer.state_dict())
-        keep = self.config.log.keep_checkpoints
+        keep = Keep(self.config.log.keep_checkpoints, self.config.log.keep_every, self._kept_by)
+        measured = self._measured.get(step)
 
         def write(weights: Any, rest: Any) -> None:
             with said_plainly(self.folder, ROOM):
-                save_checkpoint(self.folder, step, weights, rest, metadata, keep=keep)
+                save_checkpoint(self.folder, step, weights, rest, metadata, keep=keep, measured=measured)
 
         def save() -> None:
             refuse_non_finite(state, f"the checkpoint of step {step}")
@@ -366,6 +374,27 @@ class Run:
             self.saving.start(lambda: write(*copies))
 
         distributed.on_main(save, is_main=self.is_main)
+
+    @property
+    def _kept_by(self) -> str | None:
+        """The measure by which the best checkpoint is kept."""
+        found: str | None = getattr(getattr(self.config, "watch", None), "keep_best", None)
+        return found
+
+    def note_measured(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Remember what was measured at ``step``, for its checkpoint. All ranks must call it."""
+        self._measured = {step: {name: value for name, value in values.items() if value is not None}}
+        name, value = self._kept_by, values.get(self._kept_by or "")
+        better = False
+        if self.is_main and name is not None and value is not None:
+            best = best_checkpoint(self.folder, name)
+            better = best is None or cost_of(name, value) < cost_of(name, best[1])
+        if distributed.gather(better)[0]:
+            self._best_at = step
+
+    def best_so_far(self, step: int) -> bool:
+        """Whether the measure by which a checkpoint is kept was the best at ``step``."""
+        return self._best_at == step
 
     def write_weights(self, name: str, state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
         """Write a file of trained weights into the folder, on rank 0; refused where they are not finite. All ranks must

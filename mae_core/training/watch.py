@@ -230,6 +230,7 @@ def measure(model: MaskedAutoencoder, watched: Watched, config: PretrainConfig, 
         found["held_out_loss"] = held_out_loss(model, watched.held_out, config, run)
     if watched.labelled is not None:
         found |= labelled_top1(model, watched.labelled, config, run)
+    run.note_measured(step, found)
     if found:
         run.record({"step": step, **found})
         told = {

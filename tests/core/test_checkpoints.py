@@ -9,7 +9,7 @@ from torch import nn
 
 from mae_core.errors import UserError
 from mae_core.layout import complete_checkpoints, is_complete, resolve_weights, stated_format
-from mae_core.training.checkpoints import load_checkpoint, save_checkpoint
+from mae_core.training.checkpoints import Keep, load_checkpoint, save_checkpoint
 from mae_core.weights.files import write_weights
 
 
@@ -23,9 +23,11 @@ def trained(steps: int) -> tuple[nn.Module, torch.optim.Optimizer]:
     return model, optimizer
 
 
-def save(run, step: int, keep: int = 5):
+def save(run, step: int, keep: int = 5, measured=None, **more):
     model, optimizer = trained(step)
-    return save_checkpoint(run, step, model.state_dict(), optimizer.state_dict(), {"note": "x"}, keep=keep)
+    return save_checkpoint(
+        run, step, model.state_dict(), optimizer.state_dict(), {"note": "x"}, keep=Keep(keep, **more), measured=measured
+    )
 
 
 def same_as(checkpoint, step: int) -> bool:
@@ -229,13 +231,34 @@ def test_a_damaged_or_edited_checkpoint_is_passed_over_with_its_reason(tmp_path,
     assert "step_00000002 is passed over" in said and reason in said
 
 
+@pytest.mark.parametrize(
+    ("more", "kept"),
+    [
+        ({}, [6, 7]),
+        ({"every": 3}, [3, 6, 7]),
+        ({"best": "held_out_loss"}, [2, 6, 7]),
+        ({"best": "knn_top1", "every": 5}, [4, 5, 6, 7]),
+        ({"best": "linear_top1"}, [6, 7]),
+    ],
+)
+def test_checkpoints_are_kept_by_number_by_step_and_by_measure(tmp_path, more, kept):
+    """The loss is lowest at step 2, and again at 5; k-NN is best at step 4; no probe was measured."""
+    measured = {2: {"held_out_loss": 0.5}, 4: {"held_out_loss": 0.7, "knn_top1": 60.0}, 5: {"held_out_loss": 0.5}}
+    for step in range(1, 8):
+        save(tmp_path, step, 2, measured=measured.get(step), **more)
+    assert [int(folder.name[-8:]) for folder in complete_checkpoints(tmp_path)] == kept
+    assert same_as(load_checkpoint(tmp_path), 7)
+    (tmp_path / "checkpoints" / "step_00000007" / "COMPLETE").unlink()
+    assert same_as(load_checkpoint(tmp_path), 6)
+
+
 def test_weights_that_are_not_finite_or_of_another_model_are_passed_over(tmp_path, capsys):
     save(tmp_path, 1)
     model, optimizer = trained(2)
     state = {**model.state_dict(), "bias": torch.full((3,), torch.nan)}
-    save_checkpoint(tmp_path, 2, state, optimizer.state_dict(), {}, keep=9)
-    save_checkpoint(tmp_path, 3, {"weight": torch.zeros(3, 4)}, optimizer.state_dict(), {}, keep=9)
-    save_checkpoint(tmp_path, 4, {**state, "bias": torch.zeros(4)}, optimizer.state_dict(), {}, keep=9)
+    save_checkpoint(tmp_path, 2, state, optimizer.state_dict(), {}, keep=Keep(9))
+    save_checkpoint(tmp_path, 3, {"weight": torch.zeros(3, 4)}, optimizer.state_dict(), {}, keep=Keep(9))
+    save_checkpoint(tmp_path, 4, {**state, "bias": torch.zeros(4)}, optimizer.state_dict(), {}, keep=Keep(9))
     assert same_as(load_checkpoint(tmp_path, model, optimizer), 1)
     said = capsys.readouterr().out
     assert "NaN or infinity in 1 tensors, such as bias" in said

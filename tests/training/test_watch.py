@@ -8,7 +8,8 @@ import torch
 from mae_core.config.load import load_config
 from mae_core.data.sources import open_source
 from mae_core.errors import UserError
-from mae_core.training import distributed
+from mae_core.layout import best_checkpoint, complete_checkpoints, resolve_weights
+from mae_core.training import distributed, watch
 from mae_core.training.pretrain import pretrain
 from mae_core.training.pretrain_config import PretrainConfig
 from mae_core.training.run import Run
@@ -106,6 +107,39 @@ def test_a_probe_learns_what_its_tokens_tell_and_the_same_every_time(options, ki
         assert found[0] == pytest.approx(expected, abs=25 if expected < 100 else 0)
 
 
+@pytest.mark.parametrize("broken_off", [False, True])
+def test_the_best_checkpoint_is_saved_where_it_is_and_kept(options, tmp_path, monkeypatch, capsys, broken_off):
+    """Losses 3, 1, 2, 4 of the held-out images after steps 2, 4, 6 and 7; other checkpoints come every 3 steps."""
+    losses = {0: 3.0, 1: 1.0, 2: 2.0, 3: 4.0}
+    steps = iter(range(9))
+    monkeypatch.setattr(watch, "held_out_loss", lambda *_: losses[next(steps)])
+    more = ["watch.share=0.4", "watch.keep_best=held_out_loss", "log.keep_checkpoints=1", f"output={tmp_path / 'run'}"]
+    config = configured(options, *more, "optim.epochs=4", "log.checkpoint_every=3")
+    if broken_off:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Run, "note_measured", broken_at(6))
+            pretrain(config)
+        steps = iter(range(2, 9))
+    pretrain(config, resume="auto")
+    best, last = complete_checkpoints(tmp_path / "run")
+    assert (best.name, last.name) == ("step_00000004", "step_00000007")
+    assert best_checkpoint(tmp_path / "run", "held_out_loss") == (best, 1.0)
+    assert f"best held_out_loss: 1, in {best}" in capsys.readouterr().out
+    assert resolve_weights(best) == best / "model.safetensors"
+
+
+def broken_at(step: int):
+    """``Run.note_measured`` that a user breaks off at a step."""
+    real = Run.note_measured
+
+    def note(self, at, values):
+        if at == step:
+            raise KeyboardInterrupt
+        real(self, at, values)
+
+    return note
+
+
 @pytest.mark.parametrize(
     "more, message",
     [
@@ -114,6 +148,9 @@ def test_a_probe_learns_what_its_tokens_tell_and_the_same_every_time(options, ki
         (["watch.path=/none"], "image folder /none does not exist"),
         (["watch.labelled=/none"], "has no train/ folder"),
         (["watch.share=0.1", "watch.path=/none"], "either share or path"),
+        (["watch.keep_best=held_out_loss"], "held_out_loss is not measured; set watch.share or watch.path too"),
+        (["watch.keep_best=knn_top1"], "knn_top1 is not measured; set watch.labelled=FOLDER too"),
+        (["watch.keep_best=linear_top1"], r"set watch.labelled=FOLDER and watch.probes=\[linear\] too"),
     ],
 )
 def test_what_cannot_be_watched_is_refused_before_the_run(options, tmp_path, more, message):
