@@ -106,7 +106,10 @@ def test_what_cannot_be_drawn_is_refused(tmp_path, photos, pretrained, write_ima
         write_map(pretrained, [photos], tmp_path / "there.html")
     assert (tmp_path / "there.html").read_text() == "kept"
     write_images(tmp_path / "one", 1)
-    for place, message in (("none", "none does not exist; give folders"), ("one", "needs two readable images or more")):
+    for place, message in (
+        ("none", "none does not exist; name"),
+        ("one", "needs two readable images or more"),
+    ):
         with pytest.raises(UserError, match=message):
             write_map(pretrained, [tmp_path / place], tmp_path / "map.html")
     assert not (tmp_path / "map.html").exists()
