@@ -17,6 +17,8 @@ _TEST_RATIO = 1 / 3
 _HALVES_STREAM = 1000  # spawn key of the split into halves, away from the keys of the scenes
 _SOURCE_SIDE = 11  # source pixels across an enlarged digit: 8 of the digit, the rest empty margin
 _ZOOM = 4
+_THRESHOLDS = (0.34, 0.48)
+# of the ink at a stroke's edge: above, faint arcs of a 0 fall out and leave a C; below, the holes of 6, 8 and 9 close
 _MIN_CONTRAST = 50  # of 255, between a stroke and the brightness around it
 
 
@@ -94,7 +96,7 @@ def bend_glyph(generator: np.random.Generator, glyph: np.ndarray, height: float,
 
     The stroke is cropped to what is visible and one pixel around it, at most `limit` pixels a side.
     """
-    threshold = min(generator.uniform(0.42, 0.58), 0.7 * float(glyph.max()))
+    threshold = min(generator.uniform(*_THRESHOLDS), 0.7 * float(glyph.max()))
     angle, shear = np.deg2rad(generator.uniform(-10, 10)), generator.uniform(-0.12, 0.12)
     rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     forward = rotation @ np.array([[1, shear], [0, 1]]) @ np.diag((generator.uniform(0.85, 1.2), 1.0))

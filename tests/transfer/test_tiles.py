@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from PIL import Image
 import transfer
 from mae_core.data.windows import Window, overview, tiles_of
 from mae_core.errors import UserError
+from transfer.detection.draw import draw_detections
 from transfer.detection.heads import Detections
 from transfer.detection.predict import main
 from transfer.detection.tiles import as_detections, merge, parts_of
@@ -174,3 +176,23 @@ def test_what_tiles_cannot_be(run, mosaic, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["--weights", str(run), str(mosaic), "--out", str(tmp_path / "out"), "--tile", "0"])
     assert "give a tile of 1 pixel or more" in capsys.readouterr().err
+
+
+def test_drawing_many_objects_needs_the_picture_and_no_mask_of_its_size_for_each():
+    """A picture of the largest size that is not made smaller: whole masks of what is in it were gigabytes."""
+    side, number = 1024, 300
+    rng = np.random.default_rng(0)
+    corners = rng.integers(0, side - 12, (number, 2))
+    codes = [code_of_part(np.ones((9, 12), bool), (int(row), int(col)), (side, side)) for row, col in corners]
+    boxes = torch.tensor([[col, row, col + 12, row + 9] for row, col in corners], dtype=torch.float32)
+    found = Detections(0, boxes, torch.full((number,), 0.9), torch.ones(number, dtype=torch.int64), codes)
+    black = Image.new("RGB", (side, side))
+    tracemalloc.start()
+    drawn = np.asarray(draw_detections(["cell"], found, black, ("masks",)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16 * side * side * 3  # floats and copies of the picture; the masks alone were 300 * side * side
+    inside = np.zeros((side, side), bool)
+    for row, col in corners:
+        inside[row : row + 9, col : col + 12] = True
+    assert np.array_equal(drawn.any(axis=2), inside)

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from transfer.detection.coco import CocoImage, decode_masks
+from transfer.detection.coco import CocoImage
 from transfer.detection.heads import Detections
-from transfer.detection.masks import decode_codes, part_of_code
+from transfer.detection.masks import encode_shape, part_of_code
 
 COLOURS = (
     (230, 25, 75), (60, 180, 75), (0, 130, 200), (245, 130, 48), (145, 30, 180),
@@ -31,8 +31,9 @@ def draw_truth(classes: Sequence[str], image: CocoImage, pixels: Image.Image, dr
     labels = [instance.label for instance in instances]
     one_class = len(classes) == 1
     names = ["" if one_class else classes[label - 1] for label in labels]
-    masks = decode_masks(image, instances) if "masks" in drawn else None
-    return _draw(pixels, boxes, masks, labels, names, one_class, outlined="boxes" in drawn)
+    shapes = [instance.shape for instance in instances if instance.shape is not None] if "masks" in drawn else None
+    codes = None if shapes is None else [encode_shape(shape, image.height, image.width) for shape in shapes]
+    return _draw(pixels, boxes, codes, labels, names, one_class, outlined="boxes" in drawn)
 
 
 def draw_detections(
@@ -43,11 +44,11 @@ def draw_detections(
     if scale < 1:
         return _draw_small(classes, found, pixels, drawn, scale)
     with_masks = "masks" in drawn and found.codes is not None
-    masks = decode_codes(found.codes or [], *pixels.size[::-1]) if with_masks else None
+    codes = found.codes if with_masks else None
     one_class, labels = len(classes) == 1, found.labels.tolist()
     prefixes = ["" if one_class else f"{classes[label - 1]} " for label in labels]
     names = [f"{prefix}{score:.2f}" for prefix, score in zip(prefixes, found.scores.tolist(), strict=True)]
-    return _draw(pixels, found.boxes.tolist(), masks, labels, names, one_class, outlined="boxes" in drawn)
+    return _draw(pixels, found.boxes.tolist(), codes, labels, names, one_class, outlined="boxes" in drawn)
 
 
 def _draw_small(
@@ -106,22 +107,24 @@ def stacked(rows: Sequence[Image.Image], *, gap: int = 8) -> Image.Image:
 def _draw(
     pixels: Image.Image,
     boxes: Sequence[Any],
-    masks: np.ndarray | None,
+    codes: Sequence[dict[str, Any]] | None,
     labels: Sequence[int],
     names: Sequence[str],
     one_class: bool,
     *,
     outlined: bool,
 ) -> Image.Image:
-    """``pixels`` in RGB, enlarged, with masks (n, h, w) tinted, boxes (x1 y1 x2 y2) outlined if wanted, and named.
+    """``pixels`` in RGB, enlarged, with the masks of n codes tinted, boxes (x1 y1 x2 y2) outlined if wanted, and named.
 
     One colour a class; in a set of ``one_class``, one colour an object, and no names where there are many.
     """
     scale = max(1, math.ceil(LEAST_SIDE / min(pixels.size)))
     colours = [COLOURS[(n if one_class else label - 1) % len(COLOURS)] for n, label in enumerate(labels)]
     tinted = np.asarray(pixels.convert("RGB")).astype(np.float32)
-    for mask, colour in zip([] if masks is None else masks, colours, strict=masks is not None):
-        tinted[mask] = (1 - MASK_OPACITY) * tinted[mask] + MASK_OPACITY * np.array(colour)
+    for code, colour in zip(codes or [], colours, strict=codes is not None):
+        (row, col), mask = part_of_code(code)  # one at a time: thousands of whole masks of a large image are gigabytes
+        under = tinted[row : row + mask.shape[0], col : col + mask.shape[1]]
+        under[mask] = (1 - MASK_OPACITY) * under[mask] + MASK_OPACITY * np.array(colour)
     canvas = Image.fromarray(tinted.astype(np.uint8)).resize(
         (pixels.width * scale, pixels.height * scale), Image.Resampling.NEAREST
     )

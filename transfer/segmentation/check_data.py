@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from mae_core.config.recipes import find_recipe
 from mae_core.data.check import Compared, Report, compare, conclude, files_passed_over, turned_photos
 from mae_core.data.contact_sheet import MISSING, Cell
 from mae_core.data.decoding import UnreadableImage, read_image, to_picture
@@ -31,7 +32,7 @@ from mae_core.data.near_copies import fingerprints_of
 from mae_core.data.orientation import orientation_of
 from mae_core.errors import UserError, user_errors
 from transfer.engines import require
-from transfer.segmentation.config import check_config_exists
+from transfer.segmentation.config import RECIPES, check_config_exists
 from transfer.segmentation.drawing import IGNORED_COLOUR, palette
 from transfer.segmentation.label_check import MOST_CHECKED, Survey, stray_maps, survey
 from transfer.segmentation.label_coding import LabelCoding, Names
@@ -101,6 +102,7 @@ def check_parts(parts: Sequence[LabelledFolders], *, most: int = MOST_CHECKED) -
 def folders_of_config(config: Path, options: Sequence[str] | Mapping[str, Any]) -> list[LabelledFolders]:
     """The training and the validation folders of an mmseg config."""
     require("mmseg")
+    config = find_recipe(config, RECIPES)
     check_config_exists(config)
     with quietly():
         from transfer.segmentation import engine_mmseg
@@ -188,8 +190,8 @@ def _asked(given: argparse.Namespace) -> list[LabelledFolders]:
             "CONFIG or PATH already describes the data; leave it out, or leave out the options "
             "that describe a pair of folders"
         )
-    rooted = [word for word in words if word.startswith("data_root=")]
-    if rooted and not places:  # the word of a recipe, where a folder alone is enough
+    rooted = [] if places else [word for word in words if word.startswith("data_root=")]
+    if rooted:  # the word of a recipe, where a folder alone is enough
         places, words = [Path(rooted[-1].partition("=")[2])], [word for word in words if word not in rooted]
     if places and places[0].is_dir():
         return folders_of_set(places[0], [*words, *given.cfg_options])

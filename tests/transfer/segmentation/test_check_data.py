@@ -132,7 +132,7 @@ def test_maps_that_were_reduced_before():
 
 def test_what_is_missing_is_said(capsys, tmp_path, scenes):
     for arguments, message in (
-        ([f"--images={tmp_path}"], "without a CONFIG, --label-maps, --reduce-zero-label, --num-classes"),
+        ([f"--images={tmp_path}"], "for a pair of folders give --label-maps, --reduce-zero-label, --num-classes"),
         (["no_such.py"], "config no_such.py does not exist"),
         (["a.py", f"--images={tmp_path}"], "leave it out, or leave out the options that describe a pair of folders"),
         (["--num-classes=-3"], "--num-classes is -3; give the number of classes, 1 or more"),
@@ -229,3 +229,14 @@ def test_photos_turned_without_their_maps_are_named_with_the_reason(scenes):
         opened.transpose(Image.Transpose.ROTATE_270).save(path)
     code, said = check_labels(scenes, "reduce_zero_label=False")
     assert code == 0 and "note: 1 image with the orientation tag 6" in said
+
+
+def test_a_recipe_is_checked_by_its_name_in_any_folder(scenes, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code = 0
+    try:
+        main(["digits", f"data_root={scenes}", "num_classes=3"])
+    except SystemExit as stopped:
+        code = stopped.code
+    said = capsys.readouterr()
+    assert "does not exist" not in said.err and "all 8 images read" in said.out, (code, said)
