@@ -4,16 +4,20 @@ user's, and the account of its file; ``benchmarks/encoders.py`` does it with net
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import timm
+import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
+from timm.models.eva import Eva
 
 from mae_core.config.load import load_config
 from mae_core.models.timm_trunk import described
 from mae_core.training.finetune import finetune
 from mae_core.training.finetune_config import FinetuneConfig
-from tests.timm_models import file_of, small
+from tests.timm_models import file_of, small, weights_of
 from tests.transfer.segmentation.test_timm_segmentation import DIGITS
 from transfer.detection.run import train_detector
 from transfer.segmentation.train_net import train_segmenter
@@ -75,3 +79,45 @@ def test_a_step_on_a_trunk_of_timm(task, name, small_trunks, folder, classes, re
         assert {*file.keys()} <= told
     assert all(report["unused"].values()) and not report["refused"]
     assert all(name.startswith(("head", "fc_norm.")) for name in report["new"])
+
+
+class Stopped(Exception):
+    """As when a machine goes away in a step."""
+
+
+@pytest.mark.parametrize("task", ["finetune", "detect", "segment"])
+def test_a_stopped_training_goes_on_to_bitwise_the_same_weights(task, classes, request, tmp_path, monkeypatch):
+    """Registers, rotary positions, layer scale, SwiGLU and drop path."""
+    path = weights_of("tiny_dinov3", tmp_path)
+    given = [f"weights={path}", "model.trunk=timm:tiny_dinov3", "model.drop_path=0.3", "log.checkpoint_every=2"]
+
+    def train(run: Path, *, resume: bool = False) -> Path:
+        if task == "finetune":
+            options = [*STEP, *given, "optim.epochs=2", "data.image_size=32", f"data.path={classes}", f"output={run}"]
+            finetune(load_config(FinetuneConfig, None, options), resume=resume)
+            return run / "classifier.safetensors"
+        if task == "detect":
+            configure = request.getfixturevalue("configure_detection")
+            train_detector(configure(*given, "optim.epochs=4", f"output={run}", scratch=False), resume=resume)
+            return run / "detector.safetensors"
+        pytest.importorskip("mmseg")
+        options = {**request.getfixturevalue("tiny"), "trunk": "timm:tiny_dinov3", "iterations": 4}
+        options |= {"model.backbone.drop_path": 0.3, "default_hooks.checkpoint.interval": 2}
+        train_segmenter(DIGITS, weights=None if resume else path, work_dir=run, cfg_options=options, resume=resume)
+        return run / "segmenter.safetensors"
+
+    whole = load_file(train(tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        forward, steps = Eva._pos_embed, []
+
+        def stops(model, tokens):
+            steps.append(model.training)
+            if sum(steps) == 4:
+                raise Stopped
+            return forward(model, tokens)
+
+        patch.setattr(Eva, "_pos_embed", stops)
+        with pytest.raises(Stopped):
+            train(tmp_path / "cut")
+    resumed = load_file(train(tmp_path / "cut", resume=True))
+    assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
