@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from mae_core.config.schema import Count, CropScale, Fraction, Schema, Size
-from mae_core.data.reading import MAX_PIXELS, Pages, Reading
+from mae_core.data.reading import MAX_PIXELS, TIMEOUT, Pages, Reading
 
 Workers = Annotated[int, Field(ge=0)] | Literal["auto"]
 """A number of processes, or to measure which is best."""
@@ -43,7 +43,7 @@ class ImagesConfig(Schema):
         2, description="processes that read images, per rank; auto: measured once, as few as read near the best rate"
     )
     timeout: Annotated[float, Field(ge=0)] = Field(
-        600, description="seconds without a batch from the reading processes after which a run stops; 0: never"
+        TIMEOUT, description="seconds without a batch from the reading processes after which a run stops; 0: never"
     )
     on_error: Literal["skip", "raise"] = Field(
         "skip",

@@ -10,6 +10,8 @@ from typing import Literal, NamedTuple, TypeAlias
 
 Pages = Literal["auto", "bands", "first"]
 
+TIMEOUT = 600.0
+"""Seconds in which the reading processes must give a batch, unless an option says otherwise."""
 MAX_PIXELS = 178_956_970
 """Height times width of the largest image read by default, Pillow's limit: 13,377 x 13,377, 0.5 GB as RGB."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,8 +17,15 @@ LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Timed out
 """What errors of gloo say, which have no type of their own."""
 
 
+class LoaderOptions(NamedTuple):
+    """The options of a training that are about its loading processes."""
+
+    workers: str = "data.workers"
+    timeout: str = "data.timeout"
+
+
 @contextmanager
-def machine_faults(smaller: Sequence[str]) -> Iterator[None]:
+def machine_faults(smaller: Sequence[str], loader: LoaderOptions = LoaderOptions()) -> Iterator[None]:
     """Around a training: what the machine does becomes a ``UserError``; other errors stay what they are.
 
     smaller  what takes less memory, in the order in which to try it
@@ -29,24 +36,24 @@ def machine_faults(smaller: Sequence[str]) -> Iterator[None]:
         ways = ", or ".join(smaller)
         raise UserError(f"out of GPU memory ({first_line(error)}); {ways}; {CONTINUES}") from None
     except RuntimeError as error:
-        told = _in_a_sentence(error)
+        told = _in_a_sentence(error, loader)
         if told is None:
             raise
         raise UserError(told) from None
 
 
-def _in_a_sentence(error: RuntimeError) -> str | None:
+def _in_a_sentence(error: RuntimeError, loader: LoaderOptions) -> str | None:
     """A loading process or a rank that is gone, in words; None for another error."""
     text = str(error)
     if "DataLoader timed out" in text:
         return (
-            "the loading processes gave no batch for data.timeout seconds: a disk hangs, a process was stopped, or "
-            f"images are very large; check the disk, or raise data.timeout; {CONTINUES}"
+            f"the loading processes gave no batch for {loader.timeout} seconds: a disk hangs, a process was stopped, "
+            f"or images are very large; check the disk, or raise {loader.timeout}; {CONTINUES}"
         )
     if text.startswith("DataLoader worker"):
         return (
             f"a loading process is gone ({first_line(error)}), most often for want of memory or of room in /dev/shm; "
-            f"lower data.workers, or make room; {CONTINUES}"
+            f"lower {loader.workers}, or make room; {CONTINUES}"
         )
     if world_size() > 1 and (isinstance(error, dist.DistError) or any(words in text for words in LOST_RANK)):
         return (

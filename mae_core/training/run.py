@@ -430,7 +430,7 @@ def open_run(config: JobConfig, *, resume: bool, data: Data | None = None) -> Ru
     config = with_stored_workers(config) if resume else config
     known = None if data is None else fingerprint(data)
     if resume and known is not None:
-        check_data(config, known)
+        check_data(config.output, known)
     place = distributed.join(config.device, config.rank_timeout)
     run = Run(config, place)
     run.resumed = resume

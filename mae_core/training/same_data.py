@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mae_core.config.sections import JobConfig
 from mae_core.data.decoding import UnreadableImage
 from mae_core.data.images import spread_indices
 from mae_core.errors import UserError
@@ -61,10 +60,14 @@ def _summary(content: bytes) -> list[Any]:
     return [len(content), hashlib.sha256(content).hexdigest()[:16]]
 
 
-def check_data(config: JobConfig, found: Mapping[str, Any]) -> None:
-    """Refuse a resume on other data than the run started on, as its data.json describes it. What an older version of
-    that file does not have is not compared."""
-    file = config.output / DATA
+def check_data(
+    folder: Path,
+    found: Mapping[str, Any],
+    remedy: str = "set data.path to the same files, or start a new run with output=FOLDER",
+) -> None:
+    """Refuse a resume on other data than the run in ``folder`` started on, as its data.json describes it. What an older
+    version of that file does not have is not compared."""
+    file = folder / DATA
     try:
         started = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -72,13 +75,12 @@ def check_data(config: JobConfig, found: Mapping[str, Any]) -> None:
     if not isinstance(started, dict) or not {"images", "sha256"} <= started.keys():
         print(f"{file} is missing or damaged: the run may have started on other images, which cannot be checked")
         return
-    remedy = "set data.path to the same files, or start a new run with output=FOLDER"
     if any(started[key] != found[key] for key in ("images", "sha256")):
         counts = f"{started['images']} images then, {found['images']} now"
-        raise UserError(f"{config.output} was started on other images ({counts}, or other names); {remedy}")
+        raise UserError(f"{folder} was started on other images ({counts}, or other names); {remedy}")
     for key, what in (("sample", "images"), ("labels", "labels")):
         before, now = (_compared(each.get(key)) for each in (started, found))
         replaced = [name for name in before if name in now and before[name] != now[name]]
         if replaced:
             number = f"{len(replaced)} of {len(before)} compared files have another content, such as {replaced[0]}"
-            raise UserError(f"{config.output} was started on other {what} of the same names: {number}; {remedy}")
+            raise UserError(f"{folder} was started on other {what} of the same names: {number}; {remedy}")

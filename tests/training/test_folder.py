@@ -62,7 +62,7 @@ def test_one_command_starts_and_continues(tmp_path, options, form, monkeypatch):
         return CliRunner().invoke(app, ["pretrain", *options, *form])
 
     with monkeypatch.context() as patch:  # killed before the first checkpoint
-        patch.setattr(runs.Run, "checkpoint", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(runs.Run, "checkpoint", lambda *args, **more: (_ for _ in ()).throw(KeyboardInterrupt))
         assert start().exit_code != 0
     run = tmp_path / "run"
     assert (run / "log.jsonl").is_file() and not complete_checkpoints(run)
@@ -201,9 +201,10 @@ def test_a_full_disk_ends_in_one_sentence_and_leaves_what_was_saved(tmp_path, op
 def test_a_folder_that_is_deleted_meanwhile_ends_in_one_sentence(tmp_path, options, monkeypatch):
     real = runs.Run.checkpoint
 
-    def delete_after(self, step, *args):
-        real(self, step, *args)
+    def delete_after(self, step, *args, **more):
+        real(self, step, *args, **more)
         if step == 2:
+            self.saving.join()
             shutil.rmtree(self.folder)
 
     monkeypatch.setattr(runs.Run, "checkpoint", delete_after)

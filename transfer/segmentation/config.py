@@ -16,6 +16,7 @@ from mae_core.config.recipes import which_recipe
 from mae_core.config.schema import hint
 from mae_core.data.decoding import LARGEST_PIXEL
 from mae_core.data.images import DEFAULT_STATISTICS, Statistics
+from mae_core.data.reading import TIMEOUT
 from mae_core.data.statistics import Measured, describe_statistics
 from mae_core.errors import UserError
 from mae_core.models.sizes import SIZES, alike, size_of
@@ -402,7 +403,9 @@ def fit_to_machine(config: MutableMapping[str, Any], *, gpu: bool, bf16: bool, a
     for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
         loader = config.get(name)
         if loader and not loader.get("num_workers"):
-            loader["persistent_workers"] = False
+            loader["persistent_workers"], loader["timeout"] = False, 0
+        elif loader:
+            loader.setdefault("timeout", TIMEOUT)
     return notes
 
 

@@ -166,6 +166,17 @@ def test_resume_goes_on_from_the_last_checkpoint(tmp_path, stopped):
         train_segmenter(DIGITS, work_dir=tmp_path / "other", cfg_options=options, resume=True)
 
 
+def test_a_resume_on_other_images_or_label_maps_of_the_same_names_is_refused(tmp_path, stopped):
+    run, options = shutil.copytree(stopped[0], tmp_path / "run"), stopped[1]
+    moved = shutil.copytree(options["data_root"], tmp_path / "moved")
+    train_segmenter(DIGITS, work_dir=run, cfg_options={**options, "data_root": str(moved)}, resume=True, dry_run=True)
+    label_map = sorted((moved / "annotations" / "training").iterdir())[0]
+    with Image.open(label_map) as opened:
+        opened.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(label_map)
+    with pytest.raises(UserError, match=r"1 of 8 compared files have another content, such as 0\.png; set data_root"):
+        train_segmenter(DIGITS, work_dir=run, cfg_options={**options, "data_root": str(moved)}, resume=True)
+
+
 def test_a_run_that_was_killed_before_its_results_were_written_gets_them(tmp_path, stopped):
     run, options = shutil.copytree(stopped[0], tmp_path / "run"), {**stopped[1], "train_cfg.max_iters": 2}
     before = json.loads((run / "metrics.json").read_text())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from mae_core.seeds import STEP, derive_seed
 from mae_core.training.distributed import refuse_unused
 from mae_core.training.finite import SkippedSteps, gradient_norm
 from mae_core.training.loop import FitSettings, cosine_schedule, seed_everything, step_schedule
+from mae_core.training.machine_faults import machine_faults, smaller_runs
 from mae_core.training.run import Run
 from mae_core.training.signals import Signals
 from transfer.detection.engine import Fitted, Job
@@ -42,6 +43,7 @@ def fit(model: nn.Module, job: Job) -> Fitted:
     parallel = refuse_unused(create_ddp_model(InPrecision(model, run), device_ids=devices, broadcast_buffers=False))
     batches = Batches(job.batches(start, plain_pixels(config.data.channels)), run, start)
     trainer = Trainer(parallel, batches, optimizer)  # AMPTrainer refuses CPUs
+    trainer.smaller = smaller_runs(config)
     log, signals = config.log, Signals()
     writers = [Lines(run, log.every, settings.total_steps)]
     if run.is_main:
@@ -74,6 +76,13 @@ def is_no_mistake(record: logging.LogRecord) -> bool:
 class Trainer(SimpleTrainer):
     """detectron2's, which ends at the first loss that is not finite; here the optimizer decides by the gradient, which
     is the same on all ranks."""
+
+    smaller: Sequence[str] = ()
+
+    def run_step(self) -> None:
+        """detectron2's; what the machine does to it is said in a sentence."""
+        with machine_faults(self.smaller):
+            super().run_step()
 
     def _write_metrics(self, *args: Any, **more: Any) -> None:
         try:

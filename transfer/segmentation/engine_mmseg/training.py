@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import time
 import uuid
@@ -23,13 +24,16 @@ from torch import Tensor
 
 from mae_core import layout
 from mae_core.atomic import said_plainly, write_json
+from mae_core.data.decoding import UnreadableImage
 from mae_core.data.statistics import Measured, measure_statistics
-from mae_core.errors import UserError
+from mae_core.errors import UserError, first_line
 from mae_core.training.distributed import barrier, on_main, world_size
 from mae_core.training.lock import claim, release
-from mae_core.training.machine_faults import machine_faults
+from mae_core.training.machine_faults import LoaderOptions, machine_faults
 from mae_core.training.precision import choose_precision, prepare_process
 from mae_core.training.run import environment
+from mae_core.training.same_data import Data, fingerprint
+from mae_core.training.same_data import check_data as check_same_data
 from mae_core.training.signals import Signals
 from mae_core.weights.encoder_file import EncoderFile
 from mae_core.weights.load import read_encoder
@@ -117,6 +121,9 @@ def train(
     notes += fit_to_machine(view, amp)
     configs.check_widths(view)
     configs.check_schedule(view)
+    known = fingerprint(training_data(view))
+    if checkpoint is not None:
+        check_same_data(work_dir, known, "set data_root to the same files, or start a new run in another --work-dir")
     notes += [f"{part}: {found}" for part, found in check_data(view).items()]
     notes += configs.fit_statistics(view, None if source is None else source.metadata, partial(measured, view))
     notes += configs.fit_channels(view)
@@ -143,7 +150,10 @@ def train(
         runner.register_hook(SeededSteps())
         bare_model(runner.model).backbone.source = source
         smaller = ["lower batch_size", "start a run of a smaller crop_size or model"]
-        with worker_errors(), Signals() as signals, machine_faults(smaller):
+        if is_main_process():
+            write_json(work_dir / layout.DATA, known)
+        loader = LoaderOptions("train_dataloader.num_workers", "train_dataloader.timeout")
+        with worker_errors(), Signals() as signals, machine_faults(smaller, loader):
             for hook in runner.hooks:
                 if isinstance(hook, WholeCheckpoints):
                     hook.signals = signals
@@ -166,6 +176,20 @@ def measured(view: Mapping[str, Any]) -> Measured:
     """The statistics of the training images."""
     pairs, *_ = labelled_images(view["train_dataloader"]["dataset"])
     return measure_statistics(SegmentationImages([pair.image for pair in pairs], configs.channels_of(view)))
+
+
+def training_data(view: Mapping[str, Any]) -> Data:
+    """The images and label maps of a training, each pair by the image's name."""
+    pairs, *_ = labelled_images(view["train_dataloader"]["dataset"])
+    root = os.path.commonpath([pair.image.absolute().parent for pair in pairs])
+
+    def content(index: int) -> bytes:
+        try:
+            return b"".join(path.read_bytes() for path in pairs[index])
+        except OSError as error:
+            raise UnreadableImage(pairs[index].image, first_line(error)) from None
+
+    return Data([os.path.relpath(pair.image.absolute(), root) for pair in pairs], content)
 
 
 def keep_seed(config: Config, checkpoint: Mapping[str, Any]) -> None:
