@@ -44,8 +44,11 @@ UNUSED = {
 LEFT_OUT = "timm's conversion leaves it out"
 TOLD_APART = {
     "register tokens": ("reg_token", "register_tokens", "storage_tokens"),
+    "distillation tokens": ("dist_token",),
     "learned positions": ("pos_embed", "positional_embedding"),
     "relative positions": ("relative_position_bias_table", "rel_pos_h"),
+    "class tokens": ("cls_token", "class_embedding"),
+    "layer scale factors": ("gamma", "gamma_1", "gamma_2"),
 }
 """What one ViT has and another has not -> how names of it end."""
 
@@ -140,9 +143,9 @@ class TimmFile(EncoderFile):
             with contextlib.redirect_stdout(io.StringIO()):  # timm prints what it tries
                 converted = _convert(self.trunk, dict(state), trunk)
         except Exception as error:  # on another model's tensors the conversion fails in every way there is
-            self._check_kind(state, wanted)
+            self._check_kind(state, trunk)
             raise UserError(f"{self.path} does not fit {self.trunk}: timm's conversion failed ({error})") from None
-        self._check_kind(converted, wanted)
+        self._check_kind(converted, trunk)
         origin = _origins(self.trunk, state, converted, trunk)
         for old, new in (("norm", "fc_norm"), ("fc_norm", "norm")):
             if f"{new}.weight" in wanted and f"{new}.weight" not in converted and f"{old}.weight" not in wanted:
@@ -180,12 +183,14 @@ class TimmFile(EncoderFile):
             sources.update({name: [SHARED_TABLE] for name in tables})
             report.notes.append(f"{SHARED_TABLE}, which all blocks share, was copied to each of {len(tables)} blocks")
 
-    def _check_kind(self, found: Collection[str], wanted: Collection[str]) -> None:
+    def _check_kind(self, found: Collection[str], trunk: Any) -> None:
+        wanted, rotary = trunk.state_dict(), getattr(trunk, "rope", None) is not None
         for what, endings in TOLD_APART.items():
             has, needs = (any(name.rpartition(".")[2] in endings for name in names) for names in (found, wanted))
             if has != needs:
                 theirs = f"{'has' if has else 'has no'} {what}"
-                ours = f"{self.trunk} {'needs them' if needs else 'has none'}"
+                none = "has rotary ones" if rotary and "positions" in what else "has none"
+                ours = f"{self.trunk} {'needs them' if needs else none}"
                 raise UserError(f"{self.path} {theirs}, and {ours}; name the model that it was trained as")
 
 

@@ -104,12 +104,14 @@ def test_a_pretrained_beit_shares_its_table_and_every_block_gets_a_copy(folder):
     path = folder / "beit_pt.pth"
     torch.save({"model": state}, path)
     trunk = read_timm(path, f"timm:{name}")
-    model = trunk.build(224, pooling="mean", **SMALL).eval()
-    report = fit_state(model, trunk, grid=model.grid[:2])
-    images = torch.randn(1, 3, 224, 224)
-    with torch.no_grad():
-        before_norm = shared.forward_intermediates(images, indices=1, intermediates_only=True, output_fmt="NLC")[0]
-        torch.testing.assert_close(model.forward_features(images)[:, 1:], before_norm, atol=1e-5, rtol=1e-5)
+    for size in ((224, 224), (48, 80)):
+        model = trunk.build(size, pooling="mean", **SMALL).eval()
+        report = fit_state(model, trunk, grid=model.grid[:2])
+        images = torch.randn(1, 3, *size)
+        with torch.no_grad():
+            shared.set_input_size(img_size=size)
+            before_norm = shared.forward_intermediates(images, indices=1, intermediates_only=True, output_fmt="NLC")[0]
+            torch.testing.assert_close(model.forward_features(images)[:, 1:], before_norm, atol=1e-5, rtol=1e-5)
     assert report.unused["mask_token"] == "for pre-training only" and "lm_head.weight" in report.unused
     assert any("was copied to each of 2 blocks" in note for note in report.notes)
 
@@ -139,6 +141,12 @@ def load_as(path, name):
         ("vit_small_patch16_dinov3", "deit_tiny_patch16_224", ["register tokens", "has none"]),
         ("deit_tiny_patch16_224", "beit_base_patch16_224", ["has learned positions", "has none"]),
         ("beit_base_patch16_224", "deit_tiny_patch16_224", ["has no learned positions", "needs them"]),
+        ("vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3", ["has learned positions", "has rotary ones"]),
+        ("vit_small_patch16_dinov3", "vit_small_patch14_reg4_dinov2", ["has no learned positions", "needs them"]),
+        ("deit_tiny_distilled_patch16_224", "deit_tiny_patch16_224", ["has distillation tokens", "has none"]),
+        ("deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", ["has no distillation tokens", "needs them"]),
+        ("vit_base_patch16_siglip_224", "vit_tiny_patch16_224", ["has no class tokens", "needs them"]),
+        ("deit3_small_patch16_224", "vit_tiny_patch16_224", ["has layer scale factors", "has none"]),
         ("deit_tiny_patch16_224", "vit_base_patch32_clip_224", ["not a file of timm:vit_base_patch32_clip_224"]),
     ],
 )
