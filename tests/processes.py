@@ -62,7 +62,7 @@ def run(arguments: Sequence[str | Path], *, ranks: int = 1, timeout: float = 240
         outputs = [Path(folder, str(rank)) for rank in range(ranks)]
         port = free_port()
         processes = [
-            stack.enter_context(started(arguments, output, _announced(rank, ranks, port) if ranks > 1 else None))
+            stack.enter_context(started(arguments, output, announced(rank, ranks, port) if ranks > 1 else None))
             for rank, output in enumerate(outputs)
         ]
         running = list(processes)
@@ -83,7 +83,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def _announced(rank: int, world: int, port: int) -> dict[str, str]:
+def announced(rank: int, world: int, port: int) -> dict[str, str]:
     """The environment of a rank, as ``torchrun`` sets it."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
     return {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in place.items()}}

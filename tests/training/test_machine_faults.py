@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from mae_core.training import loop
 from mae_core.training.machine_faults import machine_faults, smaller_runs
 from mae_core.training.pretrain import pretrain
 from mae_core.training.pretrain_config import PretrainConfig
+from tests import processes
 from transfer.detection.config import DetectionConfig
 
 
@@ -148,3 +150,21 @@ def test_a_rank_that_hangs_ends_the_others_after_rank_timeout(run_forked):
     result = run_forked(["-c", WAITING], ranks=2)
     assert result.returncode == 2 and "error: another rank is gone or hangs" in result.stderr
     assert time.monotonic() - started < 50
+
+
+KILLED = WAITING.replace("time.sleep(60)", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+
+
+def test_a_rank_that_is_killed_ends_the_others_with_the_cause(tmp_path):
+    place, outputs = processes.free_port(), [tmp_path / "0", tmp_path / "1"]
+    with contextlib.ExitStack() as stack:
+        ranks = [
+            stack.enter_context(processes.started(["-c", KILLED], output, processes.announced(rank, 2, place)))
+            for rank, output in enumerate(outputs)
+        ]
+        began = time.monotonic()
+        for rank in ranks:
+            rank.join(50)
+        assert [rank.exitcode for rank in ranks] == [2, -signal.SIGKILL]
+        assert time.monotonic() - began < 50
+    assert "error: another rank is gone or hangs" in outputs[0].with_suffix(".err").read_text()

@@ -11,40 +11,62 @@ import torch
 from mae_core.config.load import load_config
 from mae_core.layout import complete_checkpoints
 from mae_core.training import pretrain as pretraining
+from mae_core.training import run as runs
 from mae_core.training.pretrain import pretrain
 from mae_core.training.pretrain_config import PretrainConfig
 from mae_core.training.signals import Signals, Stopped
 
+MOMENTS = {
+    "step": (pretraining, "pretrain_loss", 4, 4),
+    "save": (runs, "save_checkpoint", 1, 4),
+    "picture": (pretraining, "reconstruction_strip", 2, 5),
+}
+"""What a signal comes in: whose call, which one of them, and the last step that is taken then."""
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+
+@pytest.mark.parametrize(
+    ("number", "code", "moment"),
+    [
+        (signal.SIGTERM, 75, "step"),
+        (signal.SIGUSR1, 75, "step"),
+        (signal.SIGINT, 130, "step"),
+        (signal.SIGTERM, 75, "save"),
+        (signal.SIGTERM, 75, "picture"),
+    ],
+)
 def test_a_signal_finishes_the_step_and_saves(
-    tmp_path, write_images, pretrain_options, monkeypatch, capsys, number, code
+    tmp_path, write_images, pretrain_options, monkeypatch, capsys, number, code, moment
 ):
     write_images(tmp_path / "images", 8)
     options = [*pretrain_options, f"data.path={tmp_path / 'images'}", "optim.epochs=3"]
+    options += ["log.checkpoint_every=3", "log.pictures_every=2", "log.keep_checkpoints=1"]
+    where, name, call, last = MOMENTS[moment]
 
     def config(name: str) -> PretrainConfig:
         return load_config(PretrainConfig, None, [*options, f"output={tmp_path / name}"])
 
     pretrain(config("whole"))
-    real, count = pretraining.pretrain_loss, [0]
+    real, count = getattr(where, name), [0]
 
-    def signalled(*parts):
+    def signalled(*parts, **more):
         count[0] += 1
-        if count[0] == 4:
+        if count[0] == call:
             os.kill(os.getpid(), number)
-        return real(*parts)
+        return real(*parts, **more)
 
-    monkeypatch.setattr(pretraining, "pretrain_loss", signalled)
+    monkeypatch.setattr(where, name, signalled)
     with pytest.raises(Stopped) as stopped:
         pretrain(config("run"))
     assert stopped.value.code == code
     run = tmp_path / "run"
-    assert [folder.name for folder in complete_checkpoints(run)] == ["step_00000004"] and not (
+    assert [folder.name for folder in complete_checkpoints(run)] == [f"step_{last:08d}"] and not (
         run / "run.lock"
     ).exists()
     said = capsys.readouterr().out
-    assert f"{number.name}: stopped after step 4 of 6, which is saved; the same command with --resume continues" in said
+    assert (
+        f"{number.name}: stopped after step {last} of 6, which is saved; the same command with --resume continues"
+        in said
+    )
     pretrain(config("run"), resume=True)
     assert (run / "encoder.safetensors").read_bytes() == (tmp_path / "whole" / "encoder.safetensors").read_bytes()
 
