@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from mae_core.config.recipes import find_recipe, which_recipe
 from mae_core.config.schema import ConfigError, Schema, is_path, leaf_names, section_of, takes_paths
-from mae_core.errors import UserError
+from mae_core.errors import UserError, first_line
 from mae_core.texts import read_text
 
 BASE = "base"
@@ -51,7 +51,7 @@ def load_config(schema: type[Config], path: Path | str | None, overrides: Sequen
                 given[section].pop(name, None)
         merged = OmegaConf.to_container(OmegaConf.merge(given, typed), resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{path or 'overrides'}: {error}") from None
+        raise ConfigError(f"{path or 'overrides'}: {first_line(error)}") from None
     try:
         return schema.model_validate(merged)
     except ValidationError as error:

@@ -35,6 +35,8 @@ DEEPEST = 5
 """Mappings within mappings in which weights are looked for."""
 MOST_TENSORS = 100_000
 """Names in a file; a ViT-H with its decoder has some 600."""
+LONGEST_HEADER = 300 * MOST_TENSORS
+"""Bytes of a safetensors header: so many names with their shapes, and metadata. A longer one takes minutes to read."""
 CHECKSUM = "crc32"
 """Key of the metadata that holds the checksum of all tensors; read here, and not passed on."""
 SHARD_INDEX = ".index.json"
@@ -201,6 +203,9 @@ def _read_shards(path: Path, mapped: bool) -> WeightsFile:
 
 
 def _read_safetensors(path: Path, mapped: bool) -> WeightsFile:
+    with path.open("rb") as opened:
+        if path.stat().st_size > (length := int.from_bytes(opened.read(8), "little")) > LONGEST_HEADER:
+            raise UserError(f"{path} has a header of {length} bytes, longer than any model's; it is no weights file")
     try:
         with safe_open(path, framework="pt") as file:  # the library compares the header with the size of the file
             metadata = {key: _json_or_text(value) for key, value in (file.metadata() or {}).items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import re
 from pathlib import Path
@@ -354,6 +355,23 @@ def test_a_header_that_claims_more_than_the_file_is_refused(tmp_path):
     path.write_bytes(len(claim).to_bytes(8, "little") + claim + b"\0" * 64)
     with pytest.raises(UserError, match="truncated"):
         read_file(path)
+
+
+def test_a_header_without_end_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("mae_core.weights.files.LONGEST_HEADER", 1000)
+    monkeypatch.setattr("mae_core.weights.files.safe_open", None)
+    names = {f"n{number}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for number in range(100)}
+    header = json.dumps(names).encode()
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(UserError, match=r"has a header of \d+ bytes, longer than any model's"):
+        read_file(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, "9" * 5001])
+def test_metadata_that_no_parser_likes_stays_text(tmp_path, text):
+    header = json.dumps({"__metadata__": {"x": text}}).encode()
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    assert read_file(tmp_path / "x.safetensors").metadata == {"x": text}
 
 
 def test_another_network_is_refused_with_the_nearest_format():

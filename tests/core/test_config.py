@@ -103,6 +103,12 @@ def test_a_missing_file_suggests_its_neighbour(tmp_path):
     assert "x.yaml does not exist; as a recipe" in refusal(PretrainConfig, tmp_path / "other" / "x.yaml")
 
 
+NINE_FOLD = b"a0: &a0 [x]\n" + b"".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n".encode() for n in range(1, 9)
+)
+"""Lists of nine aliases each of the list before: small as a text, and without end as values."""
+
+
 @pytest.mark.parametrize(
     "content, message",
     [
@@ -114,6 +120,12 @@ def test_a_missing_file_suggests_its_neighbour(tmp_path):
         (b"just words", ""),
         (b"optim: {epochs: '${nowhere}'}", "nowhere"),
         (b"a: 1\na: 2\n", "a"),
+        (b"a: &a [*a]\n", "the alias *a contains itself"),
+        (b"a: " + b"[" * 3000 + b"]" * 3000, "nested more than 30 levels deep"),
+        (NINE_FOLD, "more than 100000 values, those repeated by aliases counted"),
+        (b"output: ~nosuchuser/x\n", "there is no home folder for ~nosuchuser/x"),
+        (b"output: ${output}\n", "Recursive interpolation"),
+        (b"seed: " + b"9" * 5001, "is not YAML"),
     ],
 )
 def test_a_file_that_is_no_configuration(tmp_path, content, message):
