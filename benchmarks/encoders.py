@@ -180,7 +180,7 @@ def row_named(name: str) -> Row:
 def commands(row: Row, file: Path, data: Path, runs: Path) -> dict[str, list[str]]:
     """Task -> the words of ``mae``."""
     given = [f"weights={file}", *([f"branch={row.branch}"] if row.branch else [])]
-    side = {"segment": 4 * row.patch, "detect": 64}
+    side = {"segment": 4 * (row.patch if row.trunk else 16), "detect": 64}
     dense = list(given)
     if row.trunk is not None:
         given.append(f"model.trunk={row.trunk}")
@@ -242,7 +242,8 @@ def tensors_of(content: Mapping[str, Any]) -> set[str]:
 
 def tried(name: str, row: Row, data: Path, folder: Path) -> dict[str, Any]:
     """What came of the three trainings on a file of random weights: task -> "trained", or what was wrong."""
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # of a stopped command
+    folder.mkdir(parents=True)
     file, found = folder / "weights.pth", {}
     torch.manual_seed(0)
     content = row.wrap(filled(row.model()).state_dict())
@@ -294,8 +295,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if name not in found:
                 found[name] = tried(name, row, data, given.out / name.replace(":", "_"))
                 write_json(results, found)
-        write_text(given.out / "encoders.md", table_of(found) + "\n")
-        print(table_of(found))
+        table = table_of({name: found[name] for name in rows})
+        write_text(given.out / "encoders.md", f"{table}\n")
+        print(table)
 
 
 if __name__ == "__main__":
