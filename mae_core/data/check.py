@@ -14,6 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+from PIL import Image
+
 from mae_core.atomic import write_json
 from mae_core.data.contact_sheet import Cell, check_new_picture, draw_checked
 from mae_core.data.images import describe_passed_over
@@ -57,14 +59,16 @@ def refuse(problem: Problem) -> None:
 
 @dataclass
 class Report:
-    """What is in one set of data: facts, line by line, and what was found; ``data`` holds the facts for the JSON, and
-    ``copies`` the images that are near-copies of others. ``cells`` gives what a contact sheet shows of it."""
+    """What is in one set of data: facts, line by line, and what was found; ``data`` holds the facts for the JSON,
+    ``copies`` the images that are copies or near-copies of others. ``cells`` gives what a contact sheet shows of it,
+    ``legend`` what its colours mean, for a width in pixels."""
 
     name: str
     facts: list[str]
     problems: list[Problem] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
     copies: list[Copy] = field(default_factory=list)
+    legend: Callable[[int], Image.Image] | None = None
     cells: Callable[[], Sequence[Cell]] = list
 
     def describe(self, most: int = MOST_NAMED) -> str:
@@ -112,8 +116,9 @@ def conclude(
         write_json(json_file, {"sets": [report.as_dict() for report in done], "wrong": len(wrong)})
     if picture is not None:
         cells = [cell for report in done for cell in report.cells()]
-        copies = [copy for report in done for copy in report.copies]
-        say(draw_checked(picture, cells, {problem.path for problem in wrong}, copies))
+        copies = [copy for report in reversed(done) for copy in report.copies]  # leaks into validation first
+        legend = next((report.legend for report in done if report.legend is not None), None)
+        say(draw_checked(picture, cells, {problem.path for problem in wrong}, copies, legend))
     if wrong:
         raise UserError(
             f"{len(wrong)} problem{'s' * (len(wrong) > 1)} found, listed above; correct the data and check it again"
@@ -157,15 +162,15 @@ def compare(
     """Add to the report of a set which of its images are near-copies of one another, and, of a validation set, which
     are in the training set too, the same bytes or near-copies."""
     copies = copies_within(fingerprints)
-    report.copies += copies
     report.problems += _near_copies(fingerprints, copies)
     if train is not None:
         equal = _equal_files(train.files, files)
         report.problems += _shared(equal, len(files))
         known = {str(path) for _, path in equal}
         across = [copy for copy in copies_across(fingerprints, train.fingerprints) if copy.name not in known]
-        report.copies += across
+        report.copies += [*(Copy(str(path), str(one), 1.0) for one, path in equal), *across]
         report.problems += _near_in_both(across, fingerprints, train.fingerprints)
+    report.copies += copies
     return Compared(files, fingerprints)
 
 

@@ -47,16 +47,17 @@ def contact_sheet(
     font = ImageFont.load_default(12)
     columns = min(columns, len(pictures))
     lines = max(caption.count("\n") + 1 for caption in captions)
-    width, height = side + GAP, side + GAP + lines * LINE
+    small = [thumbnail(picture, side) for picture in pictures]
+    tallest = max(picture.height for picture in small)
+    width, height = side + GAP, tallest + GAP + lines * LINE
     rows = -(-len(pictures) // columns)
     sheet = Image.new("RGB", (columns * width + GAP, rows * height + GAP), "white")
     pen = ImageDraw.Draw(sheet)
-    for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+    for number, (picture, caption) in enumerate(zip(small, captions, strict=True)):
         left, top = GAP + number % columns * width, GAP + number // columns * height
-        small = thumbnail(picture, side)
-        sheet.paste(small, (left + (side - small.width) // 2, top + side - small.height))
+        sheet.paste(picture, (left + (side - picture.width) // 2, top + tallest - picture.height))
         for line, text in enumerate(caption.split("\n")):
-            pen.text((left, top + side + line * LINE), _cut(text, font, side), fill="black", font=font)
+            pen.text((left, top + tallest + line * LINE), _cut(text, font, side), fill="black", font=font)
     return sheet
 
 
@@ -66,9 +67,16 @@ def check_new_picture(path: Path | None) -> None:
         raise UserError(f"{path} exists; choose another file with --picture")
 
 
-def draw_checked(path: Path, cells: Sequence[Cell], faulty: AbstractSet[str], copies: Sequence[Copy]) -> str:
+def draw_checked(
+    path: Path,
+    cells: Sequence[Cell],
+    faulty: AbstractSet[str],
+    copies: Sequence[Copy],
+    legend: Callable[[int], Image.Image] | None = None,
+) -> str:
     """Write up to ``MOST`` images of the sets of a check into the picture ``path``: those that cannot be read or have
-    faults, then near-copies beside what they are copies of, then others spread over the sets -> a sentence about it.
+    faults, then copies beside what they are copies of, then others spread over the sets -> a sentence about it.
+    ``legend``: a picture of a width, to go below.
 
     Raises ``UserError`` where there is no image.
     """
@@ -84,8 +92,15 @@ def draw_checked(path: Path, cells: Sequence[Cell], faulty: AbstractSet[str], co
     rest = [number for number in range(len(cells)) if number not in marks]
     shown = [*odd, *alike, *(rest[one] for one in spread_indices(len(rest), MOST - len(marks)))]
     pictures, captions = zip(*(_drawn(cells[number], marks.get(number, "")) for number in shown), strict=True)
+    sheet = contact_sheet(pictures, captions)
+    if legend is not None:
+        below = legend(sheet.width)
+        both = Image.new("RGB", (max(sheet.width, below.width), sheet.height + below.height), "white")
+        both.paste(sheet)
+        both.paste(below, (0, sheet.height))
+        sheet = both
     with atomic_path(path) as temporary:
-        contact_sheet(pictures, captions).save(temporary, format="PNG")
+        sheet.save(temporary, format="PNG")
     then = f", then {len(alike)} that are near-copies" if alike else ""
     return f"drew {len(shown)} of {len(cells)} images into {path}, {len(odd)} with faults first{then}"
 

@@ -10,7 +10,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from mae_core.cli.main import app
-from mae_core.data.contact_sheet import GAP, MISSING, MOST, SIDE, Cell, draw_checked
+from mae_core.data.contact_sheet import GAP, LINE, MISSING, MOST, SIDE, Cell, contact_sheet, draw_checked
 from mae_core.data.near_copies import Copy
 
 COLUMNS = 6
@@ -94,3 +94,13 @@ def test_copies_stand_together(tmp_path, write_images):
     assert result.exit_code == 0 and "0 with faults first, then 2 that are near-copies" in result.output
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert middle(sheet, 0, 2) == middle(sheet, 1, 2)
+
+
+def test_rows_are_as_high_as_their_pictures_and_a_legend_goes_below(tmp_path):
+    wide = Image.new("RGB", (160, 40), "blue")
+    assert contact_sheet([wide, wide], ["a", "b"]).height == GAP + 40 + LINE + GAP
+    cells = [Cell((str(number),), str(number), lambda: wide) for number in range(3)]
+    draw_checked(tmp_path / "a.png", cells, set(), [])
+    draw_checked(tmp_path / "b.png", cells, set(), [], lambda width: Image.new("RGB", (width, 9), "red"))
+    plain, with_legend = (np.asarray(Image.open(tmp_path / name)) for name in ("a.png", "b.png"))
+    assert np.array_equal(with_legend[:-9], plain) and (with_legend[-9:] == (255, 0, 0)).all()

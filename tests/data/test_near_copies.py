@@ -119,7 +119,8 @@ def test_the_checks_say_it_and_list_all(tmp_path, write_classes):
     assert [(copy["name"], copy["of"]) for copy in train["near_copies"]] == [
         (f"{root}/train/birch/z.jpg", f"{ash}/001.png")
     ]
-    assert [copy["name"] for copy in val["near_copies"]] == [f"{root}/val/cedar/z.png"]
+    leaks = [(copy["name"], copy["similarity"] == 1) for copy in val["near_copies"]]
+    assert leaks == [(f"{root}/val/ash/same.png", True), (f"{root}/val/cedar/z.png", False)]
     assert "1 of 13 images are near-copies" in said_by("images", root / "train")
 
 

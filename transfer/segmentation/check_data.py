@@ -33,7 +33,7 @@ from mae_core.data.orientation import orientation_of
 from mae_core.errors import UserError, user_errors
 from transfer.engines import require
 from transfer.segmentation.config import RECIPES, check_config_exists
-from transfer.segmentation.drawing import IGNORED_COLOUR, palette
+from transfer.segmentation.drawing import IGNORED_COLOUR, draw_legend, palette
 from transfer.segmentation.label_check import MOST_CHECKED, Survey, stray_maps, survey
 from transfer.segmentation.label_coding import LabelCoding, Names
 from transfer.segmentation.label_maps import LabelledImage, files_below, possible_pairs, read_classes, read_label_map
@@ -83,6 +83,10 @@ def check_folders(folders: LabelledFolders, *, most: int = MOST_CHECKED, seed: i
     problems += files_passed_over(folders.images, others)
     report = Report(folders.part, _facts(folders, found, len(pairs)), problems)
     report.cells = partial(_cells, pairs, folders)
+    present = [place for place, values in enumerate(folders.coding.classes) if any(found.values[v] for v in values)]
+    present += [folders.coding.num_classes] * any(found.values[value] for value in folders.coding.ignored)
+    if present:
+        report.legend = partial(draw_legend, present, folders.names, palette(folders.coding.num_classes))
     report.data = {"images": len(pairs), "checked": found.checked, "pixels": dict(sorted(found.values.items()))}
     return report
 
