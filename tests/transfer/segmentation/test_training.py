@@ -177,6 +177,12 @@ def test_a_resume_on_other_images_or_label_maps_of_the_same_names_is_refused(tmp
         train_segmenter(DIGITS, work_dir=run, cfg_options={**options, "data_root": str(moved)}, resume=True)
 
 
+def test_weights_of_mmengine_are_not_dropped_silently(tmp_path, tiny):
+    with pytest.raises(UserError, match=r"load_from is not read here; start from an encoder with --weights FILE"):
+        train_segmenter(DIGITS, work_dir=tmp_path / "run", cfg_options={**tiny, "load_from": "x.pth"})
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_that_was_killed_before_its_results_were_written_gets_them(tmp_path, stopped):
     run, options = shutil.copytree(stopped[0], tmp_path / "run"), {**stopped[1], "train_cfg.max_iters": 2}
     before = json.loads((run / "metrics.json").read_text())
