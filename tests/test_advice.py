@@ -83,6 +83,7 @@ PRINTED_BY: dict[str, tuple[str, ...]] = {
     "mae_core/models/exporting.py": ("export",),
     "mae_core/models/probe.py": ("linprobe",),
     "mae_core/models/decoder.py": ("pretrain",),
+    "mae_core/models/distillation.py": ("pretrain",),
     "mae_core/models/mae.py": ("pretrain",),
     "mae_core/models/timm_trunk.py": ("finetune", "linprobe", "knn"),
     "mae_core/models/": ("pretrain", "finetune", "detect"),

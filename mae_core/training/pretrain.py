@@ -63,8 +63,8 @@ def build_pretrain_model(config: PretrainConfig, start: EncoderFile | None = Non
     model.loss_on_all_patches = config.target.loss_on_all_patches
     if config.distill.teacher is not None:
         teacher = load_teacher(config.distill.teacher, model.encoder, statistics_of(config.data))
-        options = config.distill.model_dump(include={"blocks", "weight"})
-        model.distillation = AttentionDistillation(teacher, model.encoder, **options)
+        wanted = config.distill
+        model.distillation = AttentionDistillation(teacher, model.encoder, blocks=wanted.blocks, weight=wanted.weight)
     return model
 
 

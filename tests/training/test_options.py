@@ -28,8 +28,8 @@ def leaves(config: Schema) -> set[tuple[type, str]]:
     return found
 
 
-def options_not_read(config: RunConfig, run, monkeypatch) -> list[str]:
-    """Options of ``config`` that nobody asks for while ``run(config)`` runs."""
+def options_not_read(config: RunConfig, run, monkeypatch) -> set[tuple[type, str]]:
+    """(type of the section, option): options of ``config`` that nobody asks for while ``run(config)`` runs."""
     wanted, read = leaves(config), set()
 
     def watch(self: Schema, name: str):
@@ -39,7 +39,11 @@ def options_not_read(config: RunConfig, run, monkeypatch) -> list[str]:
     with monkeypatch.context() as patch:
         patch.setattr(Schema, "__getattribute__", watch, raising=False)
         run(config)
-    return sorted(name for _, name in wanted - read)
+    return wanted - read
+
+
+def names(options: set[tuple[type, str]]) -> set[str]:
+    return {name for _, name in options}
 
 
 @pytest.mark.extra("peft")
@@ -52,12 +56,13 @@ def test_a_pretraining_reads_every_option(
     watched += ["watch.probes=[linear]", "watch.probe_epochs=1", "target.kind=pixels"]
     unread = []
     warm = [f"weights={pretrained}", "adapt.mode=lora"]
-    for name, more in {"plain": [], "watched": watched, "warm": warm}.items():
+    taught = [f"distill.teacher={pretrained}"]
+    for name, more in {"plain": [], "watched": watched, "warm": warm, "taught": taught}.items():
         places = [f"data.path={tmp_path / 'images'}", f"output={tmp_path / name}"]
         config = load_config(PretrainConfig, None, [*pretrain_options, *places, "optim.epochs=1", *more])
-        unread.append(set(options_not_read(config, pretrain, monkeypatch)))
+        unread.append(options_not_read(config, pretrain, monkeypatch))
     of_other_targets = {"pca", "tokenizer", "tokenizer_image_size"}  # of files, which test_target_files.py trains on
-    assert set.intersection(*unread) == of_other_targets
+    assert names(set.intersection(*unread)) == of_other_targets
 
 
 def test_a_finetuning_reads_every_option(tmp_path, write_classes, pretrained, monkeypatch):
@@ -71,10 +76,10 @@ def test_a_finetuning_reads_every_option(tmp_path, write_classes, pretrained, mo
     for name, start in starts.items():
         places = [f"data.path={data}", f"output={tmp_path / name}"]
         config = load_config(FinetuneConfig, None, [*options, *start, *places])
-        unread.append(set(options_not_read(config, finetune, monkeypatch)))
+        unread.append(options_not_read(config, finetune, monkeypatch))
     # from_scratch is what the schema checks weights=FILE against; a run looks at the weights.
     # pictures_every has nothing to draw in a classification.
-    assert set.intersection(*unread) <= {"from_scratch", "pictures_every"}
+    assert names(set.intersection(*unread)) <= {"from_scratch", "pictures_every"}
 
 
 @pytest.mark.extra("sklearn")
@@ -105,4 +110,4 @@ def test_a_measurement_reads_every_option(
     allowed = {"pictures_every", "statistics", "queries"} | (
         {"seed"} if schema is FeaturesConfig and not more else set()
     )
-    assert set(options_not_read(config, action, monkeypatch)) <= allowed
+    assert names(options_not_read(config, action, monkeypatch)) <= allowed
