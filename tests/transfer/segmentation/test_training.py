@@ -404,6 +404,17 @@ def test_number_of_classes(refused):
     assert "num_classes=4, but the train data have 3 classes (ground, box, disc); set num_classes=3" in error
 
 
+def test_a_crop_that_is_too_small_for_the_pyramid():
+    training.register_all_modules()
+
+    def check(crop_size: int) -> None:
+        checks.check_model(dict(read_config(DIGITS, {"model.backbone.image_size": crop_size}).items()))
+
+    with pytest.raises(UserError, match=r"a crop of 1x1 patches leaves nothing .*; set crop_size=32 or more"):
+        check(8)
+    check(32)
+
+
 def test_unreadable_image_where_it_is_to_stop_the_run(scenes, refused):
     (scenes / "images" / "training" / "2.png").write_bytes(b"no picture")
     option = {"train_dataloader.dataset.on_error": "raise"}

@@ -16,7 +16,7 @@ from mmseg.registry import DATASETS, MODELS
 from mmseg.utils import register_all_modules
 from torch import nn
 
-from mae_core.errors import UserError, explained
+from mae_core.errors import UserError, explained, first_line
 from mae_core.texts import shortened
 from mae_core.weights.encoder_file import EncoderFile
 from transfer.segmentation import config as configs
@@ -167,10 +167,19 @@ def pass_an_image(model: Any) -> None:
     backbone, levels = model.backbone, len(getattr(model.neck, "rescales", ())) if model.with_neck else 0
     if levels and levels != len(backbone.taps):
         raise UserError(f"the backbone's taps {list(backbone.taps)} do not match the {levels} maps that the neck takes")
-    side = 4 * backbone.grid.patch
+    grid = backbone.grid
+    size = [min(4, patches) * grid.patch for patches in (grid.rows, grid.cols)]
     model.eval()
     with torch.no_grad():
-        features = model.extract_feat(torch.zeros(1, backbone.in_channels, side, side))
+        try:
+            features = model.extract_feat(torch.zeros(1, backbone.in_channels, *size))
+        except RuntimeError as error:
+            if min(size) == 4 * grid.patch:
+                raise
+            raise UserError(
+                f"a crop of {grid.rows}x{grid.cols} patches leaves nothing in the coarsest map ({first_line(error)}); "
+                f"set crop_size={4 * grid.patch} or more"
+            ) from None
         auxiliary = model.auxiliary_head if model.with_auxiliary_head else []
         for head in (model.decode_head, *(auxiliary if isinstance(auxiliary, nn.ModuleList) else [auxiliary])):
             head.forward(features)
