@@ -12,6 +12,7 @@ import transfer
 from mae_core.cli.main import app
 from mae_core.config.load import load_config
 from mae_core.errors import UserError
+from mae_core.weights.files import read_weights, write_weights
 from transfer.detection.config import DetectionConfig
 from transfer.detection.export import export
 from transfer.detection.run import train_detector
@@ -19,7 +20,7 @@ from transfer.detection.run import train_detector
 pytest.importorskip("pycocotools", reason="pip install mae-transfer[detection]")
 onnxruntime = pytest.importorskip("onnxruntime", reason="pip install mae-transfer[onnx]")
 SCORES = ("test.score_threshold=0.1", "test.detections=100", "test.picture_score=0", "optim.base_lr=0.06")
-KINDS = {"mask_rcnn": (), "faster_rcnn": ("model.head=faster_rcnn", "model.pyramid=simple")}
+KINDS = {"mask_rcnn": ("model.norm=gn",), "faster_rcnn": ("model.head=faster_rcnn", "model.pyramid=simple")}
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -78,3 +79,15 @@ def test_what_cannot_be_written_is_refused(run, tmp_path):
         with pytest.raises(UserError, match=message):
             export(run, tmp_path / out, **options)
     assert (tmp_path / "there.onnx").read_text() == "kept" and not (tmp_path / "a.onnx").exists()
+
+
+def test_an_image_in_which_nothing_is_found_is_no_error(run, tmp_path):
+    """Regions of no size at all, with the group norm of the recipes for small data."""
+    out = tmp_path / "strict.onnx"
+    tensors, metadata = read_weights(run / "detector.safetensors")
+    strict = {**metadata["test"], "score_threshold": 0.9999}
+    write_weights(tmp_path / "strict.safetensors", tensors, {**metadata, "test": strict})
+    export(tmp_path / "strict.safetensors", out)
+    session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
+    found = session.run(None, {"images": np.zeros((1, 3, 64, 64), np.float32)})
+    assert [len(values) for values in found] == [0] * len(found)

@@ -50,6 +50,32 @@ class OneImage(nn.Module):
         return tuple(found[name] for name in ("boxes", "scores", "labels", "masks") if name in found)
 
 
+class _GroupNorm(nn.Module):
+    """A group norm that onnxruntime runs on no region at all, as where nothing is found: the exporter writes torch's
+    own with a size that is to be inferred of an empty tensor."""
+
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """(n, C, H, W) -> the same shape."""
+        _, C, H, W = (int(side) for side in maps.shape)
+        groups = maps.reshape(-1, self.norm.num_groups, C // self.norm.num_groups * H * W)
+        centred = groups - groups.mean(dim=2, keepdim=True)
+        scaled = centred * torch.rsqrt(centred.square().mean(dim=2, keepdim=True) + self.norm.eps)
+        weight, bias = self.norm.weight[:, None, None], self.norm.bias[:, None, None]
+        return scaled.reshape(-1, C, H, W) * weight + bias
+
+
+def _without_group_norms(network: nn.Module) -> None:
+    """Replace every ``nn.GroupNorm`` by one that computes the same."""
+    for owner in list(network.modules()):
+        for name, child in list(owner.named_children()):
+            if isinstance(child, nn.GroupNorm) and not isinstance(owner, _GroupNorm):
+                setattr(owner, name, _GroupNorm(child))
+
+
 def export(weights: Path | str, out: Path | str, *, size: Sequence[int] | None = None, half: bool = False) -> str:
     """Write the detector of a run or file as ONNX -> a line with the parity, by onnxruntime.
 
@@ -72,6 +98,7 @@ def export(weights: Path | str, out: Path | str, *, size: Sequence[int] | None =
     height, width = as_pair(detector.config.data.image_size) if size is None else (size[0], size[1])
     if half:
         round_weights(detector.model)
+    _without_group_norms(detector.model)
     model = OneImage(detector, (height, width))
     outputs = ["boxes", "scores", "labels", *(["masks"] if "masks" in detector.head.outputs else [])]
     channels = len(detector.statistics.mean)
