@@ -170,8 +170,14 @@ def rate_line(optim: ScheduleConfig, settings: FitSettings) -> str:
 
 
 def steps_line(optim: ScheduleConfig, settings: FitSettings, length: int) -> str:
-    """Steps and epochs of ``length`` images."""
-    return f"steps: {settings.total_steps} = {optim.epochs:g} epochs of {length / optim.batch_size:.6g} steps"
+    """Steps and epochs of ``length`` images, and a note where a step takes more than there are."""
+    line = f"steps: {settings.total_steps} = {optim.epochs:g} epochs of {length / optim.batch_size:.6g} steps"
+    if optim.batch_size <= length:
+        return line
+    return (
+        f"{line}; note: optim.batch_size={optim.batch_size} is more than the {length} images, so that a step takes "
+        f"each of them again; set optim.batch_size={length} or less"
+    )
 
 
 def parameter_lines(model: MaskedAutoencoder) -> list[str]:

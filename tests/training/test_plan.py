@@ -69,6 +69,8 @@ def test_the_plan_is_the_papers_arithmetic():
     small = load_config(PretrainConfig, None, ["optim.micro_batch=100", "model.size=nano", "decoder.depth=1"])
     line = plan(small, build_pretrain_model(small), settings, 10, 8)[0]
     assert line == "batch: 4096 images per step: 8 devices x 512, in 6 micro-batches of at most 100"
+    text = "\n".join(plan(small, build_pretrain_model(small), settings, 10, 8))
+    assert "optim.batch_size=4096 is more than the 10 images" in text and "set optim.batch_size=10 or less" in text
     even = load_config(PretrainConfig, None, ["optim.batch_size=512", "optim.micro_batch=256"])
     assert batch_line(even.optim, 1) == "batch: 512 images per step: 1 device x 512, in 2 micro-batches of 256"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from transfer.detection.labels.cutting import cut_into_tiles
 from transfer.detection.labels.instance_maps import read_map
 from transfer.detection.labels.records import LabelledImage, Labels, mask_of, masks_of
 from transfer.detection.masks import cut_part
+from transfer.detection.plan import print_plan
 from transfer.detection.run import evaluate_detector, train_detector
 
 pytest.importorskip("pycocotools", reason="pip install mae-transfer[detection]")
@@ -440,8 +442,10 @@ def test_images_in_both_halves_are_said(write_coco, configure_detection, tmp_pat
     root = write_coco(tmp_path / "same", 2, 1)
     both = [f"data.{half}_images={root / 'train'}" for half in ("train", "val")]
     both += [f"data.{half}_annotations={root / 'annotations' / 'instances_train.json'}" for half in ("train", "val")]
-    train_detector(configure_detection(*both, "optim.epochs=0.2"))
-    assert "note: 2 of 2 validation images are in the training set too" in capsys.readouterr().out
+    config = configure_detection(*both, "optim.epochs=0.2")
+    for say in (train_detector, partial(print_plan, devices=1)):
+        say(config)
+        assert "note: 2 of 2 validation images are in the training set too" in capsys.readouterr().out
     with pytest.raises(UserError, match="val_share takes validation images from the training set"):
         configure_detection(*both, "data.val_share=0.1")
 

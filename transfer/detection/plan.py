@@ -18,7 +18,7 @@ from mae_core.training.plan import batch_line, rate_line, steps_line
 from mae_core.training.run import Run
 from mae_core.weights.load import read_encoder, stated_in, with_file
 from transfer.detection.config import DetectionConfig
-from transfer.detection.data_sets import read_data
+from transfer.detection.data_sets import read_data, shared_files
 from transfer.detection.engine import build_network, load_engine
 from transfer.detection.heads import HEADS
 from transfer.detection.run import settings_of, zoo_detector
@@ -65,6 +65,7 @@ def print_plan(config: DetectionConfig, devices: int, say: Callable[[str], None]
         f"network: {numbers / 1e6:.1f} M parameters, ViT {trunk.vit.size}, patch {trunk.vit.grid.patch}, canvas "
         f"{height}x{width}, engine {config.engine}",
         learning_line(model, config.model.trainable_blocks),
+        f"note: {note}" if (note := shared_files(train_set, val_set)) else "",
     ):
         if line:
             say(line)
