@@ -62,29 +62,46 @@ def behind(prefix: str, state: Mapping[str, Tensor]) -> State:
     return {f"{prefix}{name}": tensor for name, tensor in state.items()}
 
 
-MOCO_HEAD = {"head.0.weight": torch.ones(3, 8), "head.1.running_mean": torch.ones(3)}
-DINO_HEAD = {"head.mlp.0.weight": torch.ones(4, 8), "head.last_layer.weight_g": torch.ones(3, 1)}
+MOCO_HEAD = {
+    "head.0.weight": torch.ones(3, 128),
+    "head.1.running_mean": torch.ones(3),
+    "head.7.num_batches_tracked": torch.tensor(2),
+}
+DINO_HEAD = {"head.mlp.0.weight": torch.ones(4, 128), "head.last_layer.weight_g": torch.ones(3, 1)}
+IBOT_HEAD = {**DINO_HEAD, "head.last_layer2.weight_v": torch.ones(3, 4), "head.last_norm.running_mean": torch.ones(3)}
 
 
-def moco(state: State) -> dict[str, Any]:
-    """MoCo v3's checkpoint: two encoders with heads, and a predictor."""
-    both = {"base_encoder": {name: tensor + 1 for name, tensor in state.items()}, "momentum_encoder": state}
-    names: State = {"module.predictor.0.weight": torch.ones(2, 3)}
-    for word, tensors in both.items():
-        names |= behind(f"module.{word}.", {**tensors, **MOCO_HEAD})
-    return {"epoch": 300, "arch": "vit_small", "state_dict": names}
+def moco(wanted: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Any]:
+    """MoCo v3's checkpoint: two encoders with heads, of which the momentum encoder is wanted, and a predictor."""
+    return {
+        "epoch": 300,
+        "arch": "vit_base",
+        "state_dict": {
+            **behind("module.base_encoder.", {**other, **MOCO_HEAD}),
+            **behind("module.momentum_encoder.", {**wanted, **MOCO_HEAD}),
+            "module.predictor.0.weight": torch.ones(2, 3),
+        },
+    }
 
 
-def dino(state: State, **more: Tensor) -> dict[str, Any]:
-    """DINO's full checkpoint: student and teacher with heads; iBOT's has ``more``."""
-    other = {name: tensor + 1 for name, tensor in state.items()}
-    student, teacher = ({**behind("backbone.", {**each, **more}), **DINO_HEAD} for each in (other, state))
-    return {"student": behind("module.", student), "teacher": teacher, "epoch": 100}
+def dino(wanted: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Any]:
+    """DINO's full checkpoint: student and teacher with heads, of which the teacher is wanted."""
+    return _taught(wanted, other, DINO_HEAD)
 
 
-def ibot(state: State) -> dict[str, Any]:
-    """iBOT's full checkpoint: a token for hidden patches beside DINO's tensors."""
-    return dino(state, masked_embed=torch.ones(1, state["cls_token"].shape[-1]))
+def ibot(wanted: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Any]:
+    """iBOT's full checkpoint: DINO's, with a token for hidden patches and further heads."""
+    return _taught(wanted, other, {"backbone.masked_embed": torch.ones(1, 128), **IBOT_HEAD})
+
+
+def _taught(teacher: Mapping[str, Tensor], student: Mapping[str, Tensor], more: Mapping[str, Tensor]) -> dict[str, Any]:
+    taught, teaching = ({**behind("backbone.", each), **more} for each in (student, teacher))
+    return {"student": behind("module.", taught), "teacher": teaching, "epoch": 100}
+
+
+def beside_another(make: Callable[[State, State], dict[str, Any]]) -> Callable[[State], dict[str, Any]]:
+    """``make`` for the tensors of one encoder, the other of the file having other numbers."""
+    return lambda state: make(state, {name: tensor + 1 for name, tensor in state.items()})
 
 
 def below_model(state: State) -> dict[str, Any]:
@@ -151,9 +168,9 @@ class Row:
 SHARED = {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True, "use_fc_norm": False, "num_classes": 0}
 BARE_SMALL = partial(of_timm, SMALL, num_classes=0)
 FORMATS = {
-    "moco_v3": Row(partial(BARE_SMALL, num_heads=12), moco, branch="momentum_encoder"),
-    "dino": Row(BARE_SMALL, dino, branch="teacher"),
-    "ibot": Row(BARE_SMALL, ibot, branch="teacher"),
+    "moco_v3": Row(partial(BARE_SMALL, num_heads=12), beside_another(moco), branch="momentum_encoder"),
+    "dino": Row(BARE_SMALL, beside_another(dino), branch="teacher"),
+    "ibot": Row(BARE_SMALL, beside_another(ibot), branch="teacher"),
     "beit_pretrained": Row(partial(of_timm, BEIT, **SHARED), beit_pretrained, trunk=f"timm:{BEIT}"),
     "beit_fine_tuned": Row(partial(of_timm, BEIT), below_model, trunk=f"timm:{BEIT}"),
     "beit_v2": Row(partial(of_timm, BEIT_2), below_model, trunk=f"timm:{BEIT_2}"),

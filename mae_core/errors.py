@@ -55,7 +55,14 @@ def user_errors() -> Iterator[None]:
 
 def why_not_loaded(error: Exception) -> str:
     """Why a torch file was refused, in a few words: torch's own message is a page on how to load it unprotected."""
-    asked = re.search(r"(?:GLOBAL|attribute) (\S+)", str(error))
     if isinstance(error, pickle.UnpicklingError):
-        return f"holds more than tensors and plain values ({asked[0]})" if asked else "is damaged, or no torch file"
+        asked = what_it_asks_for(error)
+        return f"holds more than tensors and plain values ({asked})" if asked else "is damaged, or no torch file"
     return first_line(error)[:200]
+
+
+def what_it_asks_for(error: Exception) -> str | None:
+    """The name in a torch file that its reader refused to import, as in "GLOBAL os.system"; None where it was another
+    fault."""
+    asked = re.search(r"(?:GLOBAL|attribute) (\S+)", str(error))
+    return asked[0] if asked else None

@@ -28,6 +28,11 @@ class MAEOutput(NamedTuple):
     mask: PatchMask
     distillation: Tensor | None = None
 
+    @property
+    def total(self) -> Tensor:
+        """What a training minimises."""
+        return self.loss if self.distillation is None else self.loss + self.distillation
+
 
 class Reconstruction(NamedTuple):
     """Images (B, C, H, W) in the model's normalised pixels: ``masked`` has zeros (the mean colour) where patches are

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mae_core.errors import UserError
 from mae_core.training.slurm import adopt_step
+from mae_core.weights.files import tensors_below
 
 Value = TypeVar("Value")
 
@@ -162,7 +163,7 @@ def refuse_unused(parallel: nn.Module) -> nn.Module:
 
 def _without_gradient(model: nn.Module, output: Any) -> list[str]:
     """Names of the parameters that learn and that no tensor in ``output`` depends on."""
-    nodes = [tensor.grad_fn for tensor in _tensors(output) if tensor.grad_fn is not None]
+    nodes = [tensor.grad_fn for tensor in tensors_below(output) if tensor.grad_fn is not None]
     seen, used = set(nodes), set()
     while nodes:
         node = nodes.pop()
@@ -171,13 +172,6 @@ def _without_gradient(model: nn.Module, output: Any) -> list[str]:
         seen |= new
         nodes += new
     return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in used]
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
-    return [tensor for entry in inner for tensor in _tensors(entry)]
 
 
 def on_main(work: Callable[[], object], *, is_main: bool) -> None:

@@ -79,10 +79,8 @@ def pretrain_metadata(model: MaskedAutoencoder, config: PretrainConfig) -> dict[
 def pretrain_loss(model: nn.Module, batch: PretrainBatch) -> dict[str, Tensor]:
     """The masked autoencoder's loss under the masks of the batch, and what distillation adds to it."""
     output = model(batch.pixels, mask=batch.mask, predict_visible=False)
-    if output.distillation is None:
-        return {"loss": output.loss}
     parts = {"reconstruction": output.loss, "distillation": output.distillation}
-    return {"loss": output.loss + output.distillation, **parts}
+    return {"loss": output.total, **({} if output.distillation is None else parts)}
 
 
 def chance_loss(model: MaskedAutoencoder, config: PretrainConfig) -> float | None:
@@ -101,8 +99,7 @@ def loss_of_zeros(model: MaskedAutoencoder, config: PretrainConfig) -> Callable[
         device = model.encoder.pos_embed.device
         pixels = torch.zeros(images, config.data.channels, *model.encoder.grid.image_size, device=device)
         with choose_precision(config.precision, device).autocast(device):
-            output = model(pixels, generator=torch.Generator().manual_seed(0), predict_visible=False)
-            return output.loss if output.distillation is None else output.loss + output.distillation
+            return model(pixels, generator=torch.Generator().manual_seed(0), predict_visible=False).total
 
     return loss
 
@@ -210,7 +207,7 @@ def announce(
         f"{hidden} of {grid.num_patches} patches hidden; target {config.target.kind}"
         + ("" if model.target.gives_pixels else ", whose tokenizer has no decoder: no pictures are drawn")
     )
-    if config.distill.teacher is not None and model.distillation is not None:
+    if model.distillation is not None:
         size = sum(p.numel() for p in model.distillation.teacher.parameters()) / 1e6
         say(
             f"teacher: {config.distill.teacher}, {size:.1f} M parameters, attention of the last {config.distill.blocks}"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mae_core.training.memory import available_memory
+from mae_core.weights.files import tensors_below
 
 ROOM = 0.5
 """Share of the free memory that a copy may take."""
@@ -65,11 +66,5 @@ def copied(value: Any) -> Any:
 
 def copy_fits(*values: Any) -> bool:
     """Whether there is room for a copy."""
-    return sum(map(_bytes, values)) < ROOM * available_memory(torch.device("cpu"))
-
-
-def _bytes(value: Any) -> int:
-    if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
-    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
-    return sum(map(_bytes, inner))
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors_below(values))
+    return needed < ROOM * available_memory(torch.device("cpu"))

@@ -10,7 +10,7 @@ import warnings
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -262,7 +262,7 @@ def _read_torch(path: Path, mapped: bool) -> WeightsFile:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
             if zipped and storage_bytes(content) > path.stat().st_size:
                 raise UserError(broken)
-            if zipped and not mapped and (record := damaged_record(path)):
+            if zipped and (record := damaged_record(path)):
                 raise UserError(f"{path} is damaged: {record} in it is not what was written; copy or download it again")
     except UserError:
         raise
@@ -316,20 +316,23 @@ def unwrapped(path: Path, content: Any) -> WeightsFile:
     return WeightsFile(path, state, metadata, notes, tuple(map(str, beside)), arguments, branches)
 
 
-def storage_bytes(content: Any) -> int:
-    """Bytes of all tensors below ``content``, shared storages once."""
-    found: dict[int, int] = {}
+def tensors_below(content: Any) -> Iterator[Tensor]:
+    """All tensors in mappings, lists and tuples, however deep."""
     queue = [content]
     while queue:
         value = queue.pop()
         if isinstance(value, Tensor):
-            storage = value.untyped_storage()
-            found[storage._cdata] = storage.nbytes()
+            yield value
         elif isinstance(value, Mapping):
             queue += value.values()
         elif isinstance(value, list | tuple):
             queue += value
-    return sum(found.values())
+
+
+def storage_bytes(content: Any) -> int:
+    """Bytes of all tensors below ``content``, shared storages once."""
+    storages = {storage._cdata: storage for storage in (each.untyped_storage() for each in tensors_below(content))}
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 class _Arrays(pickle.Unpickler):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import mae_core
+from benchmarks.encoders import IBOT_HEAD, MOCO_HEAD, behind, dino, ibot, moco
 from mae_core.cli.main import app
 from mae_core.config.load import load_config
 from mae_core.errors import UserError
@@ -63,54 +64,14 @@ def tokens_of(model: VisionTransformer, size: tuple[int, int]) -> Tensor:
     return model.forward_features(images(size))
 
 
-def behind(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {f"{prefix}{name}": tensor for name, tensor in state.items()}
-
-
-HEAD = {
-    "head.0.weight": torch.ones(3, 128),
-    "head.1.running_mean": torch.ones(3),
-    "head.7.num_batches_tracked": torch.tensor(2),
-}
-DINO_HEAD = {"head.mlp.0.weight": torch.ones(4, 128), "head.last_layer.weight_g": torch.ones(3, 1)}
-IBOT_HEAD = {**DINO_HEAD, "head.last_layer2.weight_v": torch.ones(3, 4), "head.last_norm.running_mean": torch.ones(3)}
-
-
-def moco(wanted: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Any]:
-    return {
-        "epoch": 300,
-        "arch": "vit_base",
-        "state_dict": {
-            **behind("module.base_encoder.", {**other, **HEAD}),
-            **behind("module.momentum_encoder.", {**wanted, **HEAD}),
-            "module.predictor.0.weight": torch.ones(2, 3),
-        },
-        "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}},
-    }
-
-
-def dino(wanted: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Any]:
-    return {
-        "student": behind("module.", {**behind("backbone.", other), **DINO_HEAD}),
-        "teacher": {**behind("backbone.", wanted), **DINO_HEAD},
-        "epoch": 100,
-        "dino_loss": {"center": torch.zeros(1, 3)},
-    }
-
-
-def ibot(wanted: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Any]:
-    mask = {"backbone.masked_embed": torch.ones(1, 128)}
-    return {
-        "student": behind("module.", {**behind("backbone.", other), **mask, **IBOT_HEAD}),
-        "teacher": {**behind("backbone.", wanted), **mask, **IBOT_HEAD},
-        "ibot_loss": {"center": torch.zeros(1, 3), "center2": torch.zeros(1, 1, 3)},
-    }
-
-
 SEVERAL: dict[str, tuple[Callable[..., dict[str, Any]], str, str]] = {
-    "moco": (moco, "momentum_encoder", "base_encoder"),
-    "dino": (dino, "teacher", "student"),
-    "ibot": (ibot, "teacher", "student"),
+    "moco": (
+        lambda a, b: {**moco(a, b), "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}}},
+        "momentum_encoder",
+        "base_encoder",
+    ),
+    "dino": (lambda a, b: {**dino(a, b), "dino_loss": {"center": torch.zeros(1, 3)}}, "teacher", "student"),
+    "ibot": (lambda a, b: {**ibot(a, b), "ibot_loss": {"center": torch.zeros(1, 3)}}, "teacher", "student"),
     "deit": (lambda a, b: {"model": b, "model_ema": a, "optimizer": {}}, "model_ema", "model"),
     "timm": (lambda a, b: {"state_dict": b, "state_dict_ema": a}, "state_dict_ema", "state_dict"),
     "deepspeed": (lambda a, b: {"module": b, "ema": {"module": a}}, "ema", "module"),
@@ -169,7 +130,7 @@ def test_all_of_a_chosen_branch_is_accounted_for(tmp_path):
     torch.save(moco(state, state), tmp_path / "moco.pth")
     assert beside(tmp_path / "moco.pth", "base_encoder") == {
         "module.predictor.0.weight": "of the pre-training alone",
-        **dict.fromkeys(HEAD, "a projection head of the pre-training, not the encoder"),
+        **dict.fromkeys(MOCO_HEAD, "a projection head of the pre-training, not the encoder"),
     }
     torch.save(ibot(state, state), tmp_path / "ibot.pth")
     assert beside(tmp_path / "ibot.pth", "student").keys() == {*IBOT_HEAD, "backbone.masked_embed"}

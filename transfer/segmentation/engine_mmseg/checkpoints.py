@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import re
 import time
 import zipfile
 import zlib
@@ -18,7 +17,7 @@ from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader, Runner
 from mmseg.registry import HOOKS
 
-from mae_core.errors import UserError, first_line
+from mae_core.errors import UserError, first_line, what_it_asks_for
 from mae_core.training.checkpoints import model_fault
 from mae_core.training.signals import Signals
 from mae_core.weights.files import HARMLESS_BESIDE_TENSORS, damaged_record
@@ -71,11 +70,9 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
         with torch.serialization.safe_globals(SAFE_GLOBALS):
             checkpoint: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:
-        # torch's own message is a page about weights_only=False
-        asked = re.search(r"(?:GLOBAL|attribute) (\S+)", str(error))
         raise UserError(
             f"checkpoint {path} is refused: it is broken, or holds more than tensors and plain values "
-            f"({asked[0] if asked else first_line(error)[:200]}); use one that this toolkit wrote"
+            f"({what_it_asks_for(error) or first_line(error)[:200]}); use one that this toolkit wrote"
         ) from None
     return checkpoint
 
