@@ -34,9 +34,9 @@ import torch
 
 from mae_core.atomic import atomic_path, write_json, write_text
 from mae_core.config.schema import leaf_names
+from mae_core.counting import clock
 from mae_core.errors import UserError, user_errors
 from mae_core.training.frozen_config import KnnConfig, LinprobeConfig
-from mae_core.training.progress import clock
 from mae_core.training.run import commit, environment
 from transfer.compare.config import CompareConfig
 from transfer.compare.kinds import KINDS

@@ -24,7 +24,7 @@ CODE = sorted({*SOURCES, *OTHERS, ROOT / "setup.py"})
 SCRIPT_FOLDERS = ("mae_core/cli", "transfer", "transfer/detection", "transfer/segmentation")
 
 LAYERS = (
-    ("errors", "atomic", "seeds", "layout", "texts", "resuming", "dialects", "templates"),
+    ("errors", "atomic", "seeds", "layout", "texts", "resuming", "dialects", "templates", "counting"),
     ("patches", "pos_embed", "masking", "tokenizers", "targets"),
     ("models",),
     ("config",),

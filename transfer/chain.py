@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mae_core.counting import clock
 from mae_core.errors import UserError
 from mae_core.layout import ENCODER, ENVIRONMENT, LOADING, LOG, METRICS, PICTURES, complete_checkpoints
-from mae_core.training.progress import clock
 from transfer.report import Curve, Picture, Report, TaskResult, write_report
 from transfer.segmentation.segmenter_file import LAST_CHECKPOINT
 from transfer.warm_processes import AVAILABLE, run_warm

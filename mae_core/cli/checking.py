@@ -85,9 +85,9 @@ def data_stats(
     """
     with user_errors():
         from mae_core.atomic import write_json
+        from mae_core.counting import Counter
         from mae_core.data.sources import open_places
         from mae_core.data.survey import describe, describe_unreadable, survey
-        from mae_core.training.progress import Counter
 
         images = open_places(paths, None, kind=known_source(source), split=split)
         if json_file is not None and json_file.exists():
@@ -118,9 +118,9 @@ def check_images(
     Example: mae check images photos
     """
     with user_errors():
+        from mae_core.counting import Counter
         from mae_core.data.check import conclude
         from mae_core.data.survey import check_images as run
-        from mae_core.training.progress import Counter
 
         asked: dict[str, Any] = {"source": known_source(source), "split": split, "expected": _expected(weights, branch)}
         conclude(
@@ -146,9 +146,9 @@ def check_folders(
     Example: mae check folders labelled
     """
     with user_errors():
+        from mae_core.counting import Counter
         from mae_core.data.check import conclude
         from mae_core.data.survey import check_folders as run
-        from mae_core.training.progress import Counter
 
         progress = Counter("reading images")
         reading = reading_asked(channels, pages, max_pixels)

@@ -35,9 +35,9 @@ def shrink(
     Example: mae shrink photos photos_256 --shortest 256
     """
     with user_errors():
+        from mae_core.counting import Counter
         from mae_core.data.shrink import shrink as run
         from mae_core.data.sources import open_places
-        from mae_core.training.progress import Counter
 
         if len(places) < 2:
             raise UserError("mae shrink needs a set of images and a new folder: mae shrink FOLDER OUT")

@@ -118,8 +118,8 @@ def digits(
 ) -> None:
     """Write the embedded data set (scenes of real handwritten digits) as ImageFolder, COCO and label maps."""
     with user_errors():
+        from mae_core.counting import Counter
         from mae_core.data.digits import write_digits
-        from mae_core.training.progress import Counter
 
         write_digits(
             out,

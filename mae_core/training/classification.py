@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from mae_core.atomic import write_json
+from mae_core.counting import Counter
 from mae_core.data.config import FinetuneData, ImagesConfig, LabelledData
 from mae_core.data.images import ImageFiles, Statistics, check_all, describe_passed_over, read_some
 from mae_core.data.labelled import (
@@ -27,7 +28,6 @@ from mae_core.models.timm_trunk import Encoder
 from mae_core.patches import as_pair
 from mae_core.training import distributed
 from mae_core.training.predictions import evaluate_classifier, evaluate_multi_label
-from mae_core.training.progress import Counter
 from mae_core.training.run import Run
 from mae_core.training.same_data import Data
 from mae_core.weights.encoder_file import EncoderInfo

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mae_core.counting import Counter
 from mae_core.data.images import refuse_unreadable, statistics_of
 from mae_core.data.loading import StepSampler, make_loader
 from mae_core.data.rates import processes
@@ -19,7 +20,6 @@ from mae_core.data.unlabelled import UnlabelledImages, collate
 from mae_core.errors import UserError
 from mae_core.patches import PatchGrid, patchify
 from mae_core.training.pretrain_config import PretrainConfig
-from mae_core.training.progress import Counter
 from mae_core.training.statistics import with_statistics
 from mae_core.training.target_files import PCA_FORMAT
 from mae_core.training.warm_start import started_from, weights_facts

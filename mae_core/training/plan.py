@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mae_core.config.load import config_differences
 from mae_core.config.sections import ScheduleConfig
+from mae_core.counting import clock
 from mae_core.data.images import statistics_of
 from mae_core.data.loading import check_repeats, share_of
 from mae_core.data.rates import processes
@@ -34,7 +35,6 @@ from mae_core.training.memory import BYTES_PER_PARAMETER, GIB, available_memory,
 from mae_core.training.micro_batch import with_micro_batch
 from mae_core.training.pretrain import announce, build_pretrain_model, loss_of_zeros, pretrain_loss, pretrain_optimizer
 from mae_core.training.pretrain_config import PretrainConfig
-from mae_core.training.progress import clock
 from mae_core.training.run import Run
 from mae_core.training.statistics import with_statistics
 from mae_core.training.warm_start import load_start, started_from, weights_facts

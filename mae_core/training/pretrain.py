@@ -9,6 +9,7 @@ import torch
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
+from mae_core.counting import Counter
 from mae_core.data.images import check_all, refuse_unreadable, statistics_of
 from mae_core.data.jpeg import describe_decoder
 from mae_core.data.loading import check_repeats, share_of, steps_for
@@ -29,7 +30,6 @@ from mae_core.training.micro_batch import with_micro_batch
 from mae_core.training.pictures import fixed_mask, reconstruction_strip
 from mae_core.training.precision import check_compiler, choose_precision
 from mae_core.training.pretrain_config import PretrainConfig
-from mae_core.training.progress import Counter
 from mae_core.training.run import check_output, open_run, will_resume
 from mae_core.training.same_data import Data
 from mae_core.training.sharding import shard_if_asked

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from mae_core.counting import Counter
 from mae_core.data.images import Statistics, check_all, refuse_unreadable, statistics_of
 from mae_core.data.loading import check_repeats
 from mae_core.data.sources import damaged_parts, open_source
@@ -20,7 +21,6 @@ from mae_core.tokenizers import DiscreteVAE
 from mae_core.training import distributed
 from mae_core.training.loop import FitResult, FitSettings, fit, seed_everything
 from mae_core.training.pictures import Display, Strip, tile
-from mae_core.training.progress import Counter
 from mae_core.training.run import check_output, open_run
 from mae_core.training.same_data import Data
 from mae_core.training.statistics import with_statistics

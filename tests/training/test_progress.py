@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from mae_core.counting import speed_in_words
 from mae_core.training import progress as module
-from mae_core.training.progress import Progress, speed_in_words
+from mae_core.training.progress import Progress
 
 
 class Listener:

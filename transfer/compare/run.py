@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from mae_core.counting import clock
 from mae_core.errors import UserError
 from mae_core.layout import LOADING, LOG, PICTURES
-from mae_core.training.progress import clock
 from mae_core.training.run import commit, environment
 from transfer.chain import loading_line, read_log
 from transfer.compare.config import CompareConfig, file_name

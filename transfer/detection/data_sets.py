@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from mae_core.counting import Counter
 from mae_core.data.images import ImageFiles, UnreadableImage, check_all, refuse_unreadable
 from mae_core.errors import UserError
-from mae_core.training.progress import Counter
 from transfer.detection.coco import CocoSet, Part, check_same_categories, read_coco
 from transfer.detection.config import DetectionConfig, DetectionData
 from transfer.detection.headers import header_of

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mae_core.atomic import atomic_folder, check_new_folder, write_text
+from mae_core.counting import Counter as ProgressCounter
 from mae_core.data.decoding import Unreadable, UnreadableImage
 from mae_core.data.given import named_images
 from mae_core.data.reading import Reading
@@ -31,7 +32,6 @@ from mae_core.data.windows import open_windows, tiles_of
 from mae_core.errors import UserError, user_errors
 from mae_core.layout import PICTURES
 from mae_core.training import distributed
-from mae_core.training.progress import Counter as ProgressCounter
 from transfer.detection.annotations import Instance, categories_of, instance_of, read_json, typed_image
 from transfer.detection.coco import CocoImage, CocoSet, check_same_categories
 from transfer.detection.config import InferenceConfig

@@ -11,11 +11,11 @@ from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
+from mae_core.counting import clock
 from mae_core.training.distributed import world_size
 from mae_core.training.memory import GIB, available_memory, fixed_bytes, kept_storages
 from mae_core.training.plan import devices_in_words
 from mae_core.training.precision import choose_precision
-from mae_core.training.progress import clock
 
 TIMED_STEPS = 2
 
