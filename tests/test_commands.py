@@ -138,9 +138,12 @@ def test_a_corrupt_image_refuses_the_run_where_asked_to(tmp_path, write_classes,
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (["data.path={root}/missing"], "image folder {root}/missing does not exist; name a folder of images"),
+        (
+            ["data.path={root}/missing"],
+            "image folder {root}/missing does not exist; name a folder of images, or one image file",
+        ),
         (["data.path={root}/empty"], "no images below {root}/empty"),
-        (["data.path={root}/images/000.png"], "is a file; name a folder of images"),
+        (["data.path={root}/notes.md"], "is a file, and .md is not an image's ending; name a folder of images"),
         (["masking.ration=0.5"], "command line: unknown key 'masking.ration'; did you mean 'masking.ratio'?"),
         (["data.image_size=36"], "image size 36x36 does not split into 8x8 patches; use 40x40"),
         (["masking.ratio=1.5"], "masking.ratio: input should be less than 1"),
@@ -156,6 +159,7 @@ def test_a_corrupt_image_refuses_the_run_where_asked_to(tmp_path, write_classes,
 )
 def test_wrong_input_to_pretrain(tmp_path, pretrain_mae, overrides, message):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.md").write_text("")
     before = contents(tmp_path)
     result = pretrain_mae(*(override.format(root=tmp_path) for override in overrides))
     assert message.format(root=tmp_path) in error_of(result)
@@ -318,7 +322,7 @@ def test_a_command_line_out_of_shape_is_refused(arguments):
 def test_the_real_process_answers_the_same(tmp_path, run_forked):
     result = run_forked(["-m", "mae_core.cli.main", "pretrain", "data.path=missing", f"output={tmp_path / 'run'}"])
     assert result.returncode == 2
-    assert result.stderr == "error: image folder missing does not exist; name a folder of images\n"
+    assert result.stderr == "error: image folder missing does not exist; name a folder of images, or one image file\n"
     assert not result.stdout and not (tmp_path / "run").exists()
 
 

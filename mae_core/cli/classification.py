@@ -63,8 +63,8 @@ def knn(arguments: ConfigAndOverrides = None) -> None:
 
 
 def features(arguments: ConfigAndOverrides = None) -> None:
-    """Embed all images below data.path with a frozen encoder. Writes features.npz (features, files, folders) and a
-    picture of them in the plane (picture=pca, tsne or none).
+    """Embed all images of data.path (a folder, a list of files, or one image) with a frozen encoder. Writes
+    features.npz (features, files, folders) and a picture of them in the plane (picture=pca, tsne or none).
 
     Example: mae features weights=runs/mine data.path=images output=runs/features
     """

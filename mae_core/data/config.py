@@ -17,7 +17,7 @@ Workers = Annotated[int, Field(ge=0)] | Literal["auto"]
 class ImagesConfig(Schema):
     """How images are read, in every task."""
 
-    path: Path | None = Field(None, description="the folder; see each command for the layout it expects")
+    path: Path | None = Field(None, description="the folder, or what else the command takes; see there")
     image_size: Size = Field(224, description="side, or [height, width], of what the network sees, in pixels")
     channels: Annotated[int, Field(ge=1, le=16)] = Field(
         3, description="1 reads images as greyscale, 3 as RGB, any other number as stored (TIFF, .npy)"
@@ -76,7 +76,8 @@ class PretrainData(ImagesConfig):
     or several of them; and what is done to them (paper, Table 1e)."""
 
     path: Path | tuple[Path, ...] | None = Field(  # type: ignore[assignment]  # several, where no labels must agree
-        None, description="a folder, a .txt list of files, .tar shards, a data set on disk; or a list of these: [A, B]"
+        None,
+        description="a folder, an image, a .txt list of files, .tar shards, a data set on disk; or several: [A, B]",
     )
     source: Literal["auto", "files", "list", "shards", "huggingface"] = Field(
         "auto", description="how to read path: a row of mae_core.data.sources.SOURCES; auto looks at what is there"

@@ -83,20 +83,31 @@ class ImageFiles:
 
 
 def relative_names(paths: Iterable[Path], root: Path | None) -> list[str]:
-    """Paths as names that stay the same when ``root`` moves; those outside of it as they are."""
-    return [(p.relative_to(root) if root and p.is_relative_to(root) else p).as_posix() for p in paths]
+    """Paths as names that stay the same when ``root`` moves; those outside of it as they are. A ``root`` that is an
+    image itself is called by its file name."""
+    return [
+        p.name if p == root else (p.relative_to(root) if root and p.is_relative_to(root) else p).as_posix()
+        for p in paths
+    ]
 
 
 def list_images(folder: Path | None, passed_over: Counter[str] | None = None) -> list[Path]:
-    """All image files below ``folder``, sorted, hidden ones left out; linked folders are looked into.
+    """All image files below ``folder``, sorted, hidden ones left out; linked folders are looked into. One image file
+    counts as a folder that holds it alone.
 
     ``passed_over`` counts the other files by ending. Raises ``UserError`` where the folder is missing or holds none.
     """
     if folder is None:
         raise UserError("no image folder given; set data.path=FOLDER")
+    if folder.is_file() and folder.suffix.lower() in IMAGE_SUFFIXES:
+        return [folder]
     if not folder.is_dir():
-        found = "is a file" if folder.exists() else "does not exist"
-        raise UserError(f"image folder {folder} {found}; name a folder of images")
+        found = (
+            f"is a file, and {folder.suffix or 'its name'} is not an image's ending"
+            if folder.exists()
+            else ("does not exist")
+        )
+        raise UserError(f"image folder {folder} {found}; name a folder of images, or one image file")
     others: Counter[str] = Counter()
     paths = sorted(files_below(folder, passed_over=others))
     if not paths:

@@ -313,6 +313,17 @@ def open_places(paths: Sequence[Path], read_as: ReadAs, *, kind: str = "auto", s
     return sources[0] if len(sources) == 1 else JoinedSources(sources)
 
 
+def open_files(path: Path | None, read_as: ReadAs) -> ImageFiles:
+    """The image files of a folder, of a list of files, or one image file, for what asks a file's place, size and time.
+
+    Raises ``UserError`` as ``open_places`` does, and for images that lie inside other files.
+    """
+    source = open_places([path], read_as) if path else ImageFiles(list_images(path), read_as)
+    if not isinstance(source, ImageFiles):
+        raise UserError(f"{path} holds images inside other files; name a folder of image files, a list, or one image")
+    return source
+
+
 def require(package: str) -> Any:
     """Import an optional package. Raises ``UserError`` with the line that installs it."""
     try:

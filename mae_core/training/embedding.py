@@ -13,8 +13,9 @@ from torch import Tensor
 from mae_core.atomic import atomic_path
 from mae_core.data.config import EvaluationData
 from mae_core.data.given import AnyImage, as_list
-from mae_core.data.images import ImageFiles, list_images, statistics_of
+from mae_core.data.images import statistics_of
 from mae_core.data.labelled import LabelledPaths
+from mae_core.data.sources import open_files
 from mae_core.errors import UserError
 from mae_core.layout import FEATURES, PICTURES
 from mae_core.measures.knn import check_neighbours, knn_scores
@@ -119,8 +120,9 @@ def pooled(encoder: Encoder, pixels: Tensor, pooling: Pooling) -> Tensor:
 
 
 def write_features(config: FeaturesConfig) -> Path:
-    """Embed every image below ``data.path``; returns the file with their ``features`` (N, D), ``files`` (relative to
-    data.path) and ``folders``, which ``numpy.load`` reads. Draws them in the plane.
+    """Embed every image of ``data.path``: a folder, a list of files, or one image. Returns the file with their
+    ``features`` (N, D), ``files`` (relative to data.path) and ``folders``, which ``numpy.load`` reads. Draws them in
+    the plane.
 
     Raises ``UserError`` for what a user can get wrong.
     """
@@ -128,24 +130,23 @@ def write_features(config: FeaturesConfig) -> Path:
     config = with_file(source, config, frozen=True)
     check_output(config, resume=False)
     check_cache(config.cache)
-    paths = list_images(config.data.path)
+    images = open_files(config.data.path, config.data.reading)
     if config.picture == "tsne":
-        check_tsne(len(paths))
+        check_tsne(len(images))
     trunk, report = frozen_trunk(source, config.data, config.model.pooling, config.evaluation_batch)
 
-    images = ImageFiles(paths, config.data.reading, config.data.path)
     check_all_if_asked(images, config.data)
     run = open_run(config, resume=False, data=Data(images.names, images.content))
     tell_of_weights(run, report)
     trunk.model.to(run.device)
-    found = features_of(paths, trunk, run, cache=config.cache)
+    found = features_of(images.paths, trunk, run, cache=config.cache)
     file = run.folder / FEATURES
     if run.is_main:
         names = [images.names[index] for index in found.indices.tolist()]
         folders = [Path(name).parent.name for name in names]
         with atomic_path(file) as temporary:
             np.savez(temporary, features=found.values.numpy(), files=np.array(names), folders=np.array(folders))
-        run.say(f"{len(names)} embeddings of {found.values.shape[1]} numbers in {file}")
+        run.say(f"{len(names)} embedding{'s' * (len(names) != 1)} of {found.values.shape[1]} numbers in {file}")
         if config.picture != "none":
             draw_features(config, found, folders, run.folder / PICTURES / f"{config.picture}.png")
             run.say(f"drew the picture {run.folder / PICTURES / f'{config.picture}.png'}")

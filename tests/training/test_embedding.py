@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 from mae_core.config.load import load_config
 from mae_core.data.images import statistics_of
 from mae_core.data.labelled import TestImages, read_image_folder
+from mae_core.data.sources import open_files
 from mae_core.errors import UserError
 from mae_core.training.embedding import knn, pca, write_features
 from mae_core.training.frozen_config import FeaturesConfig, KnnConfig
@@ -72,6 +74,29 @@ def test_features_come_with_their_files_and_a_picture(tmp_path, data, pretrained
     np.testing.assert_allclose(features, bank, atol=1e-5)
     image = Image.open(tmp_path / "run" / "pictures" / f"{picture}.png").convert("RGB")
     assert min(image.size) > 400 and len(image.getcolors(maxcolors=2**20)) > 10
+
+
+@pytest.mark.parametrize("given, names", [("000.png", ["000.png"]), ("two.txt", ["001.png", "000.png"])])
+def test_one_image_and_a_list_have_the_features_of_their_folder(tmp_path, write_images, pretrained, given, names):
+    folder = tmp_path / "images"
+    write_images(folder, 3)
+    (folder / "two.txt").write_text("001.png\n000.png\n")
+    found = {}
+    for path in (folder, folder / given):
+        options = [*OPTIONS, f"weights={pretrained}", f"data.path={path}", f"output={tmp_path / f'run_{path.name}'}"]
+        with np.load(write_features(load_config(FeaturesConfig, None, options))) as held:
+            found[path] = dict(zip(held["files"].tolist(), held["features"], strict=True))
+    assert list(found[folder / given]) == names
+    for name in names:
+        np.testing.assert_allclose(found[folder / given][name], found[folder][name], atol=1e-5)
+
+
+def test_images_inside_other_files_have_no_places(tmp_path):
+    with tarfile.open(tmp_path / "shard.tar", "w") as shard:
+        Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+        shard.add(tmp_path / "0.png", "0.png")
+    with pytest.raises(UserError, match="inside other files; name a folder of image files, a list, or one image"):
+        open_files(tmp_path / "shard.tar", 3)
 
 
 def test_principal_components_are_scikit_learns():
