@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from mae_core.cli.arguments import ConfigAndOverrides, Configured, Resume, read_arguments
+from mae_core.cli.arguments import ConfigAndOverrides, Configured, DryRun, Resume, read_arguments
 from mae_core.cli.checking import check_folders
 from mae_core.cli.weights import export
 from mae_core.errors import user_errors
@@ -17,7 +17,7 @@ Device = Literal["auto", "cpu", "cuda"]
 OnError = Literal["skip", "raise"]
 
 
-def finetune(arguments: ConfigAndOverrides = None, resume: Resume = "no") -> None:
+def finetune(arguments: ConfigAndOverrides = None, resume: Resume = "no", dry_run: DryRun = False) -> None:
     """Fine-tune an encoder on train/<class>/* and evaluate on val/<class>/*. Writes classifier.safetensors,
     metrics.json.
 
@@ -27,12 +27,17 @@ def finetune(arguments: ConfigAndOverrides = None, resume: Resume = "no") -> Non
         from mae_core.training.finetune_config import FinetuneConfig
 
         config = read_arguments(FinetuneConfig, arguments)
+        if dry_run:
+            from mae_core.training.classification_plan import print_finetune_plan
+
+            print_finetune_plan(config)
+            return
         from mae_core.training.finetune import finetune as run
 
         run(config, resume=meaning(resume))
 
 
-def linprobe(arguments: ConfigAndOverrides = None, resume: Resume = "no") -> None:
+def linprobe(arguments: ConfigAndOverrides = None, resume: Resume = "no", dry_run: DryRun = False) -> None:
     """Train one linear layer on a frozen encoder, on train/<class>/*, and measure it on val/<class>/*. Writes
     classifier.safetensors, metrics.json.
 
@@ -42,6 +47,11 @@ def linprobe(arguments: ConfigAndOverrides = None, resume: Resume = "no") -> Non
         from mae_core.training.frozen_config import LinprobeConfig
 
         config = read_arguments(LinprobeConfig, arguments)
+        if dry_run:
+            from mae_core.training.classification_plan import print_probe_plan
+
+            print_probe_plan(config)
+            return
         from mae_core.training.linprobe import linprobe as run
 
         run(config, resume=meaning(resume))

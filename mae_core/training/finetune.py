@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.data import Mixup
@@ -24,6 +24,7 @@ from mae_core.resuming import Resume
 from mae_core.training import distributed
 from mae_core.training.averaging import attach_average, steps_averaged
 from mae_core.training.classification import (
+    Splits,
     classifier_metadata,
     conclude,
     evaluation_loader,
@@ -166,11 +167,20 @@ def check_pairs(config: FinetuneConfig) -> None:
         )
 
 
-def finetune(config: FinetuneConfig, *, resume: Resume = False) -> dict[str, Any]:
-    """Fine-tune and evaluate; returns what metrics.json holds. Raises ``UserError`` for what a user can get wrong."""
-    source = None if config.weights is None else read_encoder(config.weights, **stated_in(config))
-    config = config if source is None else with_file(source, config)
-    resume = check_output(config, resume=resume)
+class Prepared(NamedTuple):
+    """All that a fine-tuning has before anything of it is written; ``config`` says what was found out by then."""
+
+    config: FinetuneConfig
+    splits: Splits
+    model: Encoder
+    report: LoadReport | None
+    statistics: Statistics
+    settings: FitSettings
+    images: TrainImages
+
+
+def prepare(config: FinetuneConfig, source: EncoderFile | None, *, resume: bool) -> Prepared:
+    """Read the data and build the model. Raises ``UserError`` for what a user can get wrong."""
     splits = read_splits(config.data)
     check_pairs(config)
     weights = None if source is None else source.metadata
@@ -181,10 +191,31 @@ def finetune(config: FinetuneConfig, *, resume: Resume = False) -> dict[str, Any
     checkpoint_blocks(model, on=config.model.checkpointing)
     mixes = bool(config.data.mixup or config.data.cutmix)
     config = with_micro_batch(config, model, logits_of_zeros(model, config), resume=resume, even=mixes)
-    if config.model.compile:
-        check_compiler(distributed.join(config.device, config.rank_timeout).device)
     settings = FitSettings.of(config.optim, len(splits.train.paths))
     images = TrainImages(splits.train, config.data, as_pair(config.data.image_size), statistics, config.seed)
+    return Prepared(config, splits, model, report, statistics, settings, images)
+
+
+def weights_for(config: FinetuneConfig) -> tuple[FinetuneConfig, EncoderFile | None]:
+    """The file of the weights, read once, None from scratch; and the configuration with what it states."""
+    source = None if config.weights is None else read_encoder(config.weights, **stated_in(config))
+    return (config if source is None else with_file(source, config)), source
+
+
+def finetune_optimizer(model: Encoder, config: FinetuneConfig, lr: float) -> torch.optim.Optimizer:
+    """AdamW, with rates and decay by layer."""
+    optim = config.optim
+    groups = layer_decay_groups(model, model, layer_decay=optim.layer_decay, weight_decay=optim.weight_decay)
+    return torch.optim.AdamW(groups, lr=lr, betas=optim.betas, fused=True)
+
+
+def finetune(config: FinetuneConfig, *, resume: Resume = False) -> dict[str, Any]:
+    """Fine-tune and evaluate; returns what metrics.json holds. Raises ``UserError`` for what a user can get wrong."""
+    config, source = weights_for(config)
+    resume = check_output(config, resume=resume)
+    config, splits, model, report, statistics, settings, images = prepare(config, source, resume=resume)
+    if config.model.compile:
+        check_compiler(distributed.join(config.device, config.rank_timeout).device)
 
     run = open_run(config, resume=resume, data=splits.data)
     tell_of_weights(run, report)
@@ -194,10 +225,7 @@ def finetune(config: FinetuneConfig, *, resume: Resume = False) -> dict[str, Any
         run.say(advice)
     model.to(run.device)
     shard_if_asked(model, config.distributed)
-    groups = layer_decay_groups(
-        model, model, layer_decay=config.optim.layer_decay, weight_decay=config.optim.weight_decay
-    )
-    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=config.optim.betas, fused=True)
+    optimizer = finetune_optimizer(model, config, settings.lr)
     average = None if config.ema is None else attach_average(optimizer, model, config.ema)
     start = run.restore(model, optimizer)
     if config.model.compile:

@@ -10,7 +10,7 @@ from timm.optim import Lars
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from mae_core.data.images import statistics_of
+from mae_core.data.images import Statistics, statistics_of
 from mae_core.data.labelled import (
     AugmentedImages,
     LabelledBatch,
@@ -46,7 +46,9 @@ from mae_core.training.frozen_trunk import trunk_from, weights_of
 from mae_core.training.loop import FitSettings, fit, seed_everything
 from mae_core.training.predictions import predict, total_of
 from mae_core.training.run import Run, check_output, open_run
+from mae_core.weights.encoder_file import EncoderFile
 from mae_core.weights.load import with_file
+from mae_core.weights.report import LoadReport
 
 ROWS_AT_ONCE = 4096
 """Cached features in a batch of the evaluation."""
@@ -162,11 +164,16 @@ class ProbeData(NamedTuple):
     test_batches: DataLoader[Any]
 
 
+def augmented_images(config: LinprobeConfig, splits: Splits, statistics: Statistics) -> AugmentedImages:
+    """The training images through the probe's random view."""
+    view = probe_view(config.data.crop_scale, config.data.hflip, as_pair(config.data.image_size), statistics)
+    return AugmentedImages(splits.train, view, config.data.channels, config.seed)
+
+
 def probe_data(config: LinprobeConfig, splits: Splits, frozen: Viewer, run: Run) -> ProbeData:
     """Augmented images, or with ``cache`` their features as rows, computed once."""
     if config.cache is None:
-        view = probe_view(config.data.crop_scale, config.data.hflip, as_pair(config.data.image_size), frozen.statistics)
-        images = AugmentedImages(splits.train, view, config.data.channels, config.seed)
+        images = augmented_images(config, splits, frozen.statistics)
         batches = evaluation_loader(splits.val, config.data, frozen.statistics, config.evaluation_batch, run)
         return ProbeData(images, len(images), batches)
     train, val = (
@@ -188,6 +195,34 @@ def check_batches(optim: ProbeOptim) -> None:
         )
 
 
+class Prepared(NamedTuple):
+    """All that a probe has before anything of it is written."""
+
+    splits: Splits
+    trunk: Encoder
+    probe: Probe
+    report: LoadReport
+    statistics: Statistics
+
+
+def prepare(config: LinprobeConfig, source: EncoderFile) -> Prepared:
+    """Read the data and build the probe on its trunk. Raises ``UserError`` for what a user can get wrong."""
+    check_cache(config.cache)
+    if config.probe.batch_norm:
+        check_batches(config.optim)
+    splits = read_splits(config.data)
+    attentive = config.probe.kind == "attentive"
+    pooling = None if attentive else config.model.pooling
+    trunk, report = trunk_from(source, pooling=pooling, image_size=config.data.image_size)
+    seed_everything(config.seed)
+    on, heads = trunk if config.cache is None else None, len(rates_of(config.optim))
+    probe = build_probe(config.probe, on, trunk.num_features, len(splits.classes), heads=heads, prefix=trunk.prefix)
+    if config.cache is not None and attentive:
+        images = len(splits.train.paths) + len(splits.val.paths)
+        check_tokens_fit(images, trunk, config.cache, torch.device("cpu"))
+    return Prepared(splits, trunk, probe, report, statistics_of(config.data, source.metadata))
+
+
 def linprobe(config: LinprobeConfig, *, resume: Resume = False) -> dict[str, Any]:
     """Train and measure; returns what metrics.json holds: the best head's numbers, and every learning rate's.
 
@@ -198,23 +233,8 @@ def linprobe(config: LinprobeConfig, *, resume: Resume = False) -> dict[str, Any
     source = weights_of(config)
     config = with_file(source, config, frozen=True)
     resume = check_output(config, resume=resume)
-    check_cache(config.cache)
-    if config.probe.batch_norm:
-        check_batches(config.optim)
-    splits = read_splits(config.data)
-    statistics = statistics_of(config.data, source.metadata)
-    attentive = config.probe.kind == "attentive"
-    pooling = None if attentive else config.model.pooling
-    trunk, report = trunk_from(source, pooling=pooling, image_size=config.data.image_size)
-    seed_everything(config.seed)
-    rates, cached = rates_of(config.optim), config.cache is not None
-    on = None if cached else trunk
-    probe = build_probe(
-        config.probe, on, trunk.num_features, len(splits.classes), heads=len(rates), prefix=trunk.prefix
-    )
-    if config.cache is not None and attentive:
-        images = len(splits.train.paths) + len(splits.val.paths)
-        check_tokens_fit(images, trunk, config.cache, torch.device("cpu"))
+    splits, trunk, probe, report, statistics = prepare(config, source)
+    rates, cached, attentive = rates_of(config.optim), config.cache is not None, config.probe.kind == "attentive"
 
     run = open_run(config, resume=resume, data=splits.data)
     tell_of_weights(run, report)

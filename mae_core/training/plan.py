@@ -1,17 +1,17 @@
 """The plan of a run: ``mae pretrain --dry-run`` says what a run will be and take, with a few of its steps measured, and
-writes nothing. The lines about batch, rate and steps are those of the detectors' dry run too."""
+writes nothing. The lines about batch, rate, steps, memory and time are those of the other dry runs too."""
 
 from __future__ import annotations
 
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -109,7 +109,8 @@ def print_plan(config: PretrainConfig, say: Callable[[str], None] = print) -> No
             run.say(f"time: not measured, one image needs {needed / GIB:.1f} GiB and {there / GIB:.1f} GiB are free")
         else:
             speed = measure_speed(model, images, config, run, micro)
-            for line in time_lines(speed, config, settings, run.world):
+            workers, batch = processes(config.data.workers), config.optim.batch_size
+            for line in time_lines(speed, workers, batch, settings.total_steps, run.world):
                 run.say(line)
         for line in differences_from_paper(config):
             run.say(line)
@@ -195,15 +196,19 @@ def parameter_lines(model: MaskedAutoencoder) -> list[str]:
 
 
 def cost_of(model: MaskedAutoencoder, config: PretrainConfig, precision: torch.dtype, device_type: str = "cpu") -> Cost:
-    """Of one image, on the CPU: torch's counter, attention as plain matrix products, whatever kernel the run uses;
-    the bytes are those of the kernels of a device of ``device_type``. The model stays on the CPU."""
-    model.cpu()
+    """Of one image of a pre-training, see ``cost_of_loss``."""
 
     def loss(images: int) -> Tensor:
         pixels = torch.zeros(images, config.data.channels, *model.encoder.grid.image_size)
         with torch.autocast("cpu", precision, enabled=precision != torch.float32):
             return model(pixels, generator=torch.Generator().manual_seed(0), predict_visible=False).loss
 
+    return cost_of_loss(model.cpu(), loss, device_type)
+
+
+def cost_of_loss(model: nn.Module, loss: Callable[[int], Tensor], device_type: str) -> Cost:
+    """Of one image of what ``loss`` computes of so many with ``model`` on the CPU: torch's counter, attention as plain
+    matrix products, whatever kernel the run uses; the bytes are those of the kernels of a device of ``device_type``."""
     forward, whole = FlopCounterMode(display=False), FlopCounterMode(display=False)
     with sdpa_kernel(SDPBackend.MATH), whole:
         with forward:
@@ -215,7 +220,7 @@ def cost_of(model: MaskedAutoencoder, config: PretrainConfig, precision: torch.d
     return Cost(forward.get_total_flops(), whole.get_total_flops(), kept)
 
 
-def cost_lines(cost: Cost, model: MaskedAutoencoder, batch_size: int, micro: int) -> list[str]:
+def cost_lines(cost: Cost, model: nn.Module, batch_size: int, micro: int) -> list[str]:
     """FLOPs and memory."""
     fixed = fixed_bytes(model)
     return [
@@ -231,8 +236,7 @@ def measure_speed(
     model: MaskedAutoencoder, images: UnlabelledImages, config: PretrainConfig, run: Run, micro: int
 ) -> Speed:
     """Time reading and a few optimizer steps of the model, which is changed by them."""
-    count = min(IMAGES_READ, max(len(images), 2))
-    chosen = [index * len(images) // count for index in range(count)]
+    chosen = spread_over(len(images))
     before = time.perf_counter()
     samples = images.__getitems__([(repeat, index) for index in chosen for repeat in range(config.data.repeats)])
     reading = (time.perf_counter() - before) / len(samples)
@@ -241,44 +245,71 @@ def measure_speed(
     optimizer = pretrain_optimizer(model, config)
     precision = run.autocast()
 
-    def step(at_once: int) -> float:
+    def step(at_once: int) -> None:
         chosen = [index % len(batch) for index in range(at_once)]
         mask = PatchMask.cat([batch.mask.samples(index, index + 1) for index in chosen])
         part: Any = replace(batch, pixels=batch.pixels[chosen], mask=mask)
-        if run.device.type == "cuda":
-            torch.cuda.synchronize()
-        started = time.perf_counter()
         backward(model, part, pretrain_loss, run.device, precision, None)
-        if run.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
 
-    step(1)  # the first one is slower
-    at_once = 1
-    while at_once < micro and step(at_once) * GROWTH < SECONDS_A_STEP:
-        at_once = min(micro, at_once * GROWTH)
-    computing = min(step(at_once) for _ in range(TIMED_STEPS)) / at_once
-    started = time.perf_counter()
-    optimizer.step()
-    update = time.perf_counter() - started
+    computing, at_once = seconds_an_image(step, micro, run.device)
+    update = seconds_of(optimizer.step, run.device)
     return Speed(reading, computing + update * run.world / config.optim.batch_size, at_once)
 
 
-def time_lines(speed: Speed, config: PretrainConfig, settings: FitSettings, world: int) -> list[str]:
-    """How long the run will take, and what it waits for."""
-    workers = processes(config.data.workers)
-    share = config.optim.batch_size / world
-    reading, computing = speed.reading * share / max(workers, 1), speed.computing * share
-    seconds = max(reading, computing) if workers else reading + computing
-    whole = settings.total_steps * seconds
+def spread_over(length: int) -> list[int]:
+    """Places of the images that are read to time it, some twice where there are fewer than two."""
+    count = min(IMAGES_READ, max(length, 2))
+    return [index * length // count for index in range(count)]
+
+
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """How long ``work`` takes on ``device``."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def seconds_an_image(work: Callable[[int], object], most: int, device: torch.device) -> tuple[float, int]:
+    """How long ``work`` takes for an image of as many at once as a step of ``most`` allows, and how many those are."""
+
+    def timed(images: int) -> float:
+        return seconds_of(lambda: work(images), device)
+
+    timed(1)  # the first one is slower
+    at_once = 1
+    while at_once < most and timed(at_once) * GROWTH < SECONDS_A_STEP:
+        at_once = min(most, at_once * GROWTH)
+    return min(timed(at_once) for _ in range(TIMED_STEPS)) / at_once, at_once
+
+
+def paired(reading: float, computing: float, workers: int) -> float:
+    """Seconds for images that one process reads, and a device computes, in so many: at once with ``workers``."""
+    return max(reading / workers, computing) if workers else reading + computing
+
+
+def time_lines(
+    speed: Speed, workers: int, batch_size: int, steps: int, world: int, beside: Mapping[str, float] | None = None
+) -> list[str]:
+    """How long a run of ``steps`` will take, and what it waits for. ``beside``: seconds of what else is in the run,
+    by what it is; without any the run is that of its steps."""
+    share = batch_size / world
+    seconds = paired(speed.reading * share, speed.computing * share, workers)
+    whole = steps * seconds + sum((beside or {}).values())
     days = f" ({whole / 86400:.1f} days)" if whole > 2 * 86400 else ""
+    known = "".join(f", {clock(value)} of it {what}" for what, value in (beside or {}).items())
+    left_out = "checkpoints" if beside else "pictures, checkpoints and measurements"
     lines = [
         f"time, from {TIMED_STEPS} measured steps of {speed.at_once} images on "
         f"{'each of ' if world > 1 else ''}{devices_in_words(world)}: "
-        f"{seconds:.3g} s per step, {clock(whole)}{days} for the run; without pictures, checkpoints and measurements",
-        f"  computing {1 / speed.computing:.4g} images/s per device, reading {1 / speed.reading:.4g} per process",
+        f"{seconds:.3g} s per step, {clock(whole)}{days} for the run{known}; without {left_out}",
+        f"  computing {1 / speed.computing:.4g} images/s per device"
+        + (f", reading {1 / speed.reading:.4g} per process" if speed.reading else ""),
     ]
-    if workers and reading > computing:
+    if workers and speed.reading / workers > speed.computing:
         lines.append(f"  reading with {workers} workers is the bottleneck; raise data.workers")
     return lines
 

@@ -1,5 +1,6 @@
-"""mae pretrain --dry-run: its numbers against numbers worked out here, and that it leaves nothing behind."""
+"""--dry-run of pre-training and classifiers: its numbers against numbers worked out here; it leaves nothing behind."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,19 @@ from mae_core.config.load import load_config
 from mae_core.data.images import statistics_of
 from mae_core.errors import UserError
 from mae_core.models.sizes import SIZES
+from mae_core.training.classification_plan import print_finetune_plan
+from mae_core.training.finetune_config import FinetuneConfig
 from mae_core.training.loop import FitSettings
 from mae_core.training.memory import LIMITS, available_memory, fixed_bytes
-from mae_core.training.plan import batch_line, cost_of, differences_from_paper, plan, print_plan
+from mae_core.training.plan import (
+    Speed,
+    batch_line,
+    cost_of,
+    differences_from_paper,
+    plan,
+    print_plan,
+    time_lines,
+)
 from mae_core.training.pretrain import build_pretrain_model
 from mae_core.training.pretrain_config import PretrainConfig
 
@@ -125,6 +136,76 @@ def test_a_run_that_does_not_fit_is_not_started(pretrain_options, tmp_path, writ
     monkeypatch.setattr("builtins.print", lambda *words, **_: said.append(" ".join(map(str, words))))
     print_plan(configured(pretrain_options, f"data.path={tmp_path}"))
     assert any("time: not measured" in line for line in said)
+
+
+CLASSIFIED = (
+    "device=cpu",
+    "data.workers=0",
+    "optim.warmup_epochs=0",
+    "evaluation_batch=5",
+    "optim.batch_size=6",
+    "data.image_size=32",
+)
+
+
+@pytest.mark.parametrize(
+    "command, options, expected",
+    [
+        (
+            "classify train",
+            ["optim.epochs=4", "evaluate_every=2", "ema=null"],
+            ["per block x 0.65", "steps: 8 = 4 epochs of 2 steps", "in 2 evaluations of 9 images; without checkpoints"],
+        ),
+        ("finetune", ["optim.epochs=4", "data.mixup=0.8"], ["in 1 evaluation of 9 images"]),
+        (
+            "linprobe",
+            ["optim.epochs=30", "optim.sweep=[0.3]"],
+            ["LARS, momentum 0.9, 2 rates in the same pass", "steps: 60", "parameters: 774 learn", "in 3 evaluations"],
+        ),
+        ("linprobe", ["optim.epochs=2", "cache=kept"], ["for the features of 21 images, computed once"]),
+        ("linprobe", ["optim.epochs=2", "cache=kept", "probe.kind=attentive"], ["for the features of 21 images"]),
+    ],
+)
+def test_a_classifiers_dry_run_says_all_and_writes_nothing(
+    tmp_path, write_classes, pretrained, monkeypatch, command, options, expected
+):
+    write_classes(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    given = [*CLASSIFIED, f"weights={pretrained}", "data.path=data", "output=run", *options]
+    result = CliRunner().invoke(app, [*command.split(), *given, "--dry-run"])
+    assert result.exit_code == 0, result.output
+    for text in (
+        "data: 12 training and 9 validation images of 3 classes, 4 training images each",
+        "classes: ash, birch, cedar\n",
+        "batch: 6 images per step: 1 device x 6",
+        "memory, estimated",
+        "for the run",
+        "dry run: nothing was written",
+        *expected,
+    ):
+        assert text in result.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
+
+
+def test_a_classifiers_flops_are_those_of_the_matrix_products(tmp_path, write_classes, pretrained, capsys):
+    options = [*CLASSIFIED, f"weights={pretrained}", f"data.path={write_classes(tmp_path)}"]
+    print_finetune_plan(load_config(FinetuneConfig, None, options))
+    forward = float(re.search(r"\(([0-9.e+]+) forward\)", capsys.readouterr().out)[1])
+    size = SIZES["nano"]
+    expected = 2 * 16 * size.width * 192 + size.depth * block_flops(17, size.width)
+    assert forward == pytest.approx(expected, rel=0.01)
+
+
+def test_the_time_of_a_run_is_its_steps_and_what_is_beside_them():
+    speed = Speed(reading=0.2, computing=0.3, at_once=4)
+    line, rates = time_lines(speed, 0, 10, 6, 1, {"in 2 evaluations of 9 images": 12.0})
+    assert "5 s per step, 0:42 for the run, 0:12 of it in 2 evaluations of 9 images; without checkpoints" in line
+    assert rates == "  computing 3.333 images/s per device, reading 5 per process"
+    line, _ = time_lines(speed, 2, 10, 6, 1)  # two processes read faster than the device computes
+    assert "3 s per step, 0:18 for the run; without pictures, checkpoints and measurements" in line
+    *_, advice = time_lines(speed._replace(reading=0.9), 2, 10, 6, 1)
+    assert advice == "  reading with 2 workers is the bottleneck; raise data.workers"
+    assert "reading" not in time_lines(speed._replace(reading=0.0), 0, 10, 6, 1)[1]
 
 
 def test_it_refuses_what_the_run_would_refuse(pretrain_options, tmp_path):
