@@ -60,6 +60,8 @@ DETECTION = ["pycocotools>=2.0.8"]
 SEGMENTATION = ["onedl-mmcv>=2.3.6", "onedl-mmengine>=0.10.12", "onedl-mmsegmentation>=1.4.2"]
 # Tar shards and Hugging Face data sets; folders and file lists need neither.
 DATA = ["webdataset>=1.0", "datasets>=3.0"]
+# Tar shards at an address: data.path=https://... or s3://...
+REMOTE = ["fsspec[http]>=2024.2", "s3fs>=2024.2"]
 # JPEG straight from libjpeg-turbo: a third less time than Pillow for the same pixels.
 FAST = ["simplejpeg>=1.7"]
 # TIFF and JPEG 2000 that neither Pillow nor tifffile decodes alone: LZW of 16-bit colours, 12 bits, predictors.
@@ -79,6 +81,7 @@ DEV = [
     "pytest-xdist>=3.6",
     "hypothesis>=6.100",
     "websocket-client>=1.7",
+    "fsspec[http]>=2024.2",
     "transformers>=5.0",
     "fvcore>=0.1.5.post20221221",
     "ruff>=0.14",
@@ -126,6 +129,7 @@ setup(
         "detection": DETECTION,
         "segmentation": SEGMENTATION,
         "data": DATA,
+        "remote": [*DATA, *REMOTE],
         "fast": FAST,
         "tiff": TIFF,
         "lora": LORA,

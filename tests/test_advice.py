@@ -71,6 +71,7 @@ PRINTED_BY: dict[str, tuple[str, ...]] = {
     "mae_core/config/": ("pretrain", "finetune", "detect"),
     "mae_core/data/loading.py": ("pretrain",),
     "mae_core/data/rates.py": ("bench-data",),
+    "mae_core/data/remote.py": ("pretrain",),
     "mae_core/data/check.py": ("check-images", "check-folders", "check-coco", "check-labels"),
     "mae_core/data/contact_sheet.py": ("check-images", "check-folders", "check-coco", "check-labels"),
     "mae_core/data/survey.py": ("check-images", "data-stats"),

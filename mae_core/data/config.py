@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from mae_core.config.schema import Count, CropScale, Fraction, Schema, Size
-from mae_core.data.reading import MAX_PIXELS, TIMEOUT, Pages, Reading
+from mae_core.data.reading import MAX_PIXELS, TIMEOUT, Pages, Reading, ShardCache
 
 Workers = Annotated[int, Field(ge=0)] | Literal["auto"]
 """A number of processes, or to measure which is best."""
@@ -77,12 +77,19 @@ class PretrainData(ImagesConfig):
 
     path: Path | tuple[Path, ...] | None = Field(  # type: ignore[assignment]  # several, where no labels must agree
         None,
-        description="a folder, an image, a .txt list of files, .tar shards, a data set on disk; or several: [A, B]",
+        description="a folder, an image, a .txt list of files, .tar shards here or at an address (https://, s3://), a "
+        "data set on disk; or several: [A, B]",
     )
     source: Literal["auto", "files", "list", "shards", "huggingface"] = Field(
         "auto", description="how to read path: a row of mae_core.data.sources.SOURCES; auto looks at what is there"
     )
     split: str | None = Field(None, description="of a Hugging Face data set; train, or the first, when empty")
+    cache: Path | None = Field(
+        None, description="folder that keeps shards from an address; ~/.cache/mae-transfer/shards when empty"
+    )
+    cache_gb: Annotated[float, Field(ge=0)] = Field(
+        50, description="gigabytes that it may hold; of shards beyond, each image is read from the address every time"
+    )
     augmentation: Augmentation = Field(
         "random_crop", description="the crop: none is the centre, without flips; fixed_crop; random_crop (bicubic)"
     )
@@ -110,6 +117,11 @@ class PretrainData(ImagesConfig):
     def reading(self) -> Reading:
         """How the files become pixels: tensors all."""
         return super().reading._replace(tensors=True)
+
+    @property
+    def shard_cache(self) -> ShardCache:
+        """Where shards from an address are kept."""
+        return ShardCache(self.cache, int(self.cache_gb * 1e9))
 
     @property
     def flip_probability(self) -> float:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
 
 Pages = Literal["auto", "bands", "first"]
@@ -39,6 +40,13 @@ class Reading(NamedTuple):
                 f"it has {width} x {height} pixels of {channels} channels, more than data.max_pixels allows; "
                 f"set data.max_pixels={pixels} to read it, or cut it into tiles"
             )
+
+
+class ShardCache(NamedTuple):
+    """Where remote shards are kept, and at most how many bytes of them."""
+
+    folder: Path | None = None
+    limit: int = 50_000_000_000
 
 
 ReadAs: TypeAlias = "Reading | int | None"

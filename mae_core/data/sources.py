@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import tarfile
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -15,102 +13,14 @@ from mae_core.data.config import PretrainData
 from mae_core.data.decoding import Pixels, Unreadable, UnreadableImage, decode_bytes, read_content, read_image
 from mae_core.data.images import IMAGE_SUFFIXES, ImageFiles, ImageSource, list_images, passed_over_in
 from mae_core.data.reading import ReadAs
+from mae_core.data.remote import ShardCache, address_of, remote_shards
+from mae_core.data.shards import LocalShard, TarShards, require
 from mae_core.errors import UserError
 from mae_core.texts import find_named, read_lines
 
-EXTRA = "data"
 LIST_SUFFIXES = (".txt", ".lst")
 SAVED_DATASET = ("dataset_info.json", "dataset_dict.json", "state.json")
 COLUMNAR_SUFFIXES = (".parquet", ".arrow")
-
-
-class Member(NamedTuple):
-    """An image inside a tar file: where its bytes are."""
-
-    shard: int
-    name: str
-    offset: int
-    size: int
-
-
-class TarShards:
-    """Images in tar files of the webdataset layout, read at random: only places are kept, found in one pass.
-
-    ``damaged`` names the shards that end too early; the images before the end are used. ``passed_over`` counts the
-    members, by ending, of samples that have no image.
-    """
-
-    def __init__(self, shards: Sequence[Path], read_as: ReadAs) -> None:
-        self.shards, self.read_as = list(shards), read_as
-        self.members: list[Member] = []
-        self.damaged: list[Unreadable] = []
-        self.passed_over: Counter[str] = Counter()
-        for number, shard in enumerate(self.shards):
-            self._index(number, shard)
-        if not self.members:
-            reason = f": {self.damaged[0].reason}" if self.damaged else ""
-            raise UserError(f"no images in {self.shards[0]} and {len(self.shards) - 1} other shards{reason}")
-
-    def _index(self, number: int, shard: Path) -> None:
-        """Note every member that is an image; its suffix, in webdataset's sense, is all after the first dot."""
-        size = shard.stat().st_size if shard.is_file() else 0
-        split_name = require("webdataset").tariterators.base_plus_ext
-        with_image: set[str] = set()
-        others: list[tuple[str, str]] = []
-        try:
-            with tarfile.open(shard, "r:") as archive:
-                for member in archive:
-                    if member.offset_data + member.size > size:
-                        raise tarfile.ReadError(f"it ends inside {member.name}")
-                    key, extension = split_name(member.name)
-                    suffix = f".{(extension or '').rpartition('.')[2].lower()}"
-                    if not member.isfile():
-                        continue
-                    if suffix not in IMAGE_SUFFIXES:
-                        others.append((key or member.name, suffix))
-                        continue
-                    with_image.add(key)
-                    self.members.append(Member(number, member.name, member.offset_data, member.size))
-                if not _ends_at(shard, archive.offset):
-                    raise tarfile.ReadError(f"it is cut or damaged at byte {archive.offset}, what follows is not read")
-        except (OSError, tarfile.TarError) as error:
-            known = any(member.shard == number for member in self.members)
-            hint = "" if known else "; a shard is a tar file without compression"
-            self.damaged.append(Unreadable(str(shard), f"{error}{hint}"))
-        self.passed_over.update(suffix for key, suffix in others if key not in with_image)
-
-    @property
-    def names(self) -> list[str]:
-        """shard/member."""
-        return [f"{self.shards[member.shard].name}/{member.name}" for member in self.members]
-
-    def __len__(self) -> int:
-        return len(self.members)
-
-    def read(self, index: int) -> Pixels:
-        """See ``read_image``."""
-        return decode_bytes(self.content(index), self._label(index), self.read_as)
-
-    def content(self, index: int) -> bytes:
-        """The bytes of a member. Raises ``UnreadableImage``."""
-        member = self.members[index]
-        try:
-            with self.shards[member.shard].open("rb") as file:
-                file.seek(member.offset)
-                return file.read(member.size)
-        except OSError as error:
-            raise UnreadableImage(self._label(index), str(error)) from None
-
-    def _label(self, index: int) -> str:
-        return f"{self.shards[self.members[index].shard]}/{self.members[index].name}"
-
-
-def _ends_at(shard: Path, offset: int) -> bool:
-    """Whether the mark of a tar file's end, a block of zeros, is at ``offset``: tarfile stops silently at any header
-    that is cut or damaged, other than the first."""
-    with shard.open("rb") as file:
-        file.seek(offset)
-        return file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
 
 
 class HuggingFaceImages:
@@ -237,22 +147,32 @@ def damaged_parts(source: ImageSource) -> list[Unreadable]:
     return list(getattr(source, "damaged", []))
 
 
-def _files(path: Path, read_as: ReadAs, split: str | None) -> ImageSource:
+class Wanted(NamedTuple):
+    """How a place is read. ``read_as=None``: as it is stored; ``split``: of a data set; ``cache``: of remote shards."""
+
+    read_as: ReadAs
+    split: str | None = None
+    cache: ShardCache = ShardCache()
+
+
+def _files(path: Path, wanted: Wanted) -> ImageSource:
     passed_over: Counter[str] = Counter()
-    return ImageFiles(list_images(path, passed_over), read_as, path, passed_over)
+    return ImageFiles(list_images(path, passed_over), wanted.read_as, path, passed_over)
 
 
-def _list(path: Path, read_as: ReadAs, split: str | None) -> ImageSource:
+def _list(path: Path, wanted: Wanted) -> ImageSource:
     """A line a file, relative to the list's folder; empty lines and those that start with # are passed over. A file
     that is missing is unreadable later."""
     lines = [line.strip() for line in read_lines(path)]
     paths = [find_named(path.parent, line) or path.parent / line for line in lines if line and line[0] != "#"]
     if not paths:
         raise UserError(f"file list {path} names no files; write one path per line")
-    return ImageFiles(paths, read_as, path.parent)
+    return ImageFiles(paths, wanted.read_as, path.parent)
 
 
-def _shards(path: Path, read_as: ReadAs, split: str | None) -> ImageSource:
+def _shards(path: Path, wanted: Wanted) -> ImageSource:
+    if (address := address_of(path)) is not None:
+        return TarShards(remote_shards(address, wanted.cache), wanted.read_as)
     if path.is_dir():
         shards = sorted(path.rglob("*.tar"))
     else:
@@ -261,23 +181,23 @@ def _shards(path: Path, read_as: ReadAs, split: str | None) -> ImageSource:
     if not shards or missing:
         lost = missing[0] if missing else path / "*.tar"
         raise UserError(f"shard {lost} does not exist; name tar files, or a folder of them")
-    return TarShards(shards, read_as)
+    return TarShards([LocalShard(shard) for shard in shards], wanted.read_as)
 
 
-def _huggingface(path: Path, read_as: ReadAs, split: str | None) -> ImageSource:
+def _huggingface(path: Path, wanted: Wanted) -> ImageSource:
     if not path.is_dir():
         raise UserError(f"data set {path} is not a folder; name one that was saved or downloaded before")
-    return HuggingFaceImages(path, read_as, split)
+    return HuggingFaceImages(path, wanted.read_as, wanted.split)
 
 
-SOURCES: dict[str, Callable[[Path, ReadAs, str | None], ImageSource]] = {
+SOURCES: dict[str, Callable[[Path, Wanted], ImageSource]] = {
     "files": _files,
     "list": _list,
     "shards": _shards,
     "huggingface": _huggingface,
 }
-"""Name in a config -> (path, how to read, None for as stored, split) -> images. To add one: a function, and a row;
-``kind_of`` may recognise it."""
+"""Name in a config -> (path, how it is read) -> images. To add one: a function, and a row; ``kind_of`` may recognise
+it."""
 
 
 def kind_of(path: Path) -> str:
@@ -285,7 +205,7 @@ def kind_of(path: Path) -> str:
     image files."""
     if path.suffix in LIST_SUFFIXES and not path.is_dir():
         return "list"
-    if path.suffix == ".tar":
+    if path.suffix == ".tar" or address_of(path) is not None:
         return "shards"
     if not path.is_dir():
         return "files"
@@ -301,15 +221,23 @@ def open_source(data: PretrainData) -> ImageSource:
     if data.path is None:
         list_images(None)
     paths: tuple[Path, ...] = data.path if isinstance(data.path, tuple) else (data.path or Path(),)
-    return open_places(paths, data.reading, kind=data.source, split=data.split)
+    return open_places(paths, data.reading, kind=data.source, split=data.split, cache=data.shard_cache)
 
 
-def open_places(paths: Sequence[Path], read_as: ReadAs, *, kind: str = "auto", split: str | None = None) -> ImageSource:
-    """The images of several places, one after the other. ``read_as=None`` reads them as they are stored.
+def open_places(
+    paths: Sequence[Path],
+    read_as: ReadAs,
+    *,
+    kind: str = "auto",
+    split: str | None = None,
+    cache: ShardCache = ShardCache(),
+) -> ImageSource:
+    """The images of several places, one after the other. ``read_as``, ``split``, ``cache``: see ``Wanted``.
 
     Raises ``UserError`` where one of the places holds none.
     """
-    sources = [SOURCES[kind_of(path) if kind == "auto" else kind](path, read_as, split) for path in paths]
+    wanted = Wanted(read_as, split, cache)
+    sources = [SOURCES[kind_of(path) if kind == "auto" else kind](path, wanted) for path in paths]
     return sources[0] if len(sources) == 1 else JoinedSources(sources)
 
 
@@ -322,13 +250,3 @@ def open_files(path: Path | None, read_as: ReadAs) -> ImageFiles:
     if not isinstance(source, ImageFiles):
         raise UserError(f"{path} holds images inside other files; name a folder of image files, a list, or one image")
     return source
-
-
-def require(package: str) -> Any:
-    """Import an optional package. Raises ``UserError`` with the line that installs it."""
-    try:
-        return importlib.import_module(package)
-    except ImportError:
-        raise UserError(
-            f"this needs {package}, which is not installed; run: pip install 'mae-transfer[{EXTRA}]'"
-        ) from None

@@ -46,6 +46,7 @@ ALSO_IN_PAPER = {"optim.epochs": ("800.0", "1600.0"), "target.kind": ("pixels", 
 COMPARED = ("model.", "decoder.", "masking.", "target.", "optim.", "data.", "watch.share", "weights", "adapt.")
 NOT_A_RECIPE = (
     *("data.path", "data.source", "data.split", "data.workers", "data.on_error", "data.max_pixels"),
+    *("data.cache", "data.cache_gb"),
     *("optim.micro_batch", "model.checkpointing", "model.compile"),
     "data.statistics",  # the mean and std themselves are compared
 )

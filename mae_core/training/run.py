@@ -70,6 +70,8 @@ MAY_CHANGE = (
     "rank_timeout",
     "output",
     "data.path",
+    "data.cache",
+    "data.cache_gb",
     "data.max_pixels",
     "data.statistics",
     "model.checkpointing",

@@ -72,7 +72,7 @@ def split_images(config: PretrainConfig, source: ImageSource) -> Watched:
             )
         training, held_out = Part(source, sorted(order[count:])), Part(source, sorted(order[:count]))
     elif watch.path is not None:
-        held_out = open_places([watch.path], config.data.reading)
+        held_out = open_places([watch.path], config.data.reading, cache=config.data.shard_cache)
     if held_out is not None and len(held_out) > watch.most_images:
         held_out = Part(held_out, spread_indices(len(held_out), watch.most_images))
     labelled = None
