@@ -93,7 +93,7 @@ def slurm(
     """
     with user_errors():
         from mae_core.config.recipes import name_of
-        from mae_core.training.slurm import batch_file, job_of
+        from mae_core.training.slurm import batch_file, job_of, stops_in_time
 
         given, overrides = split_arguments(arguments)
         path = locate(given, command)
@@ -103,7 +103,8 @@ def slurm(
         config = None if kind == "segment" else read_arguments(schema_of(kind), [str(path), *overrides])
         job = job_of(path.stem, config, nodes, gpus, cpus, time, grace, option or [])
         recipe = given if given is not None and Path(given).is_file() else name_of(path)
-        typer.echo(batch_file(job, ["mae", *TRAINS[kind], recipe, *overrides, "--resume", "auto"]), nl=False)
+        words = [*overrides, *stops_in_time(kind, job, overrides)]
+        typer.echo(batch_file(job, ["mae", *TRAINS[kind], recipe, *words, "--resume", "auto"]), nl=False)
 
 
 def report(

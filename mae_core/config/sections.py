@@ -142,6 +142,9 @@ class LogConfig(Schema):
     pictures_every: Count = Field(1000, description="reconstruction strips, or drawn predictions")
     checkpoint_every: Count = Field(1000, description="a checkpoint, from which --resume continues")
     checkpoint_minutes: Annotated[float, Field(gt=0)] = Field(10, description="save too when the last is older")
+    stop_seconds: Annotated[float, Field(ge=0)] = Field(
+        0, description="from a signal on, in which a training must have saved; then it ends without; 0: no limit"
+    )
     keep_checkpoints: Count = Field(2, description="the last ones; older ones are deleted")
     keep_every: Count | None = Field(None, description="those of every so many steps are never deleted")
     to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(

@@ -157,7 +157,7 @@ def fit(
         clip_grad=settings.clip_grad,
     )
     saved = time.monotonic()
-    with Signals() as signals, machine_faults(smaller_runs(run.config)), saved_to_the_end(run):
+    with Signals(log.stop_seconds) as signals, machine_faults(smaller_runs(run.config)), saved_to_the_end(run):
         stream = iter(batches)
         model.train()
         for step in range(start_step, settings.total_steps):

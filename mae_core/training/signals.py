@@ -29,10 +29,14 @@ class Signals:
     """While it is entered, the first signal of ``SIGNALS`` is noted in ``received``, and a second ends at once.
 
     In other threads than the main one nothing changes, for Python takes signals in that one alone.
+
+    limit  seconds from the first signal after which the process ends, saved or not; 0: none
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limit: float = 0) -> None:
+        self.limit = limit
         self.received: signal.Signals | None = None
+        self._timer: threading.Timer | None = None
         self._at = 0.0
         self._flags: OnItsWay | None = None
         self._before: dict[signal.Signals, Any] = {}
@@ -45,10 +49,16 @@ class Signals:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._timer is not None:
+            self._timer.cancel()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
             self.received, self._at = signal.Signals(number), time.monotonic()
+            if self.limit:
+                self._timer = threading.Timer(self.limit, self._give_up)
+                self._timer.daemon = True
+                self._timer.start()
         elif time.monotonic() - self._at > TOGETHER:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -74,4 +84,17 @@ class Signals:
 
     def stopped(self) -> Stopped:
         """The exception that ends the command, on a rank that got no signal itself as on the others."""
-        return Stopped(EXIT_INTERRUPTED if self.received == signal.SIGINT else EXIT_PREEMPTED)
+        return Stopped(self._code())
+
+    def _code(self) -> int:
+        return EXIT_INTERRUPTED if self.received == signal.SIGINT else EXIT_PREEMPTED
+
+    def _give_up(self) -> None:
+        """End while there is still time to say so; files are written whole or not at all."""
+        name = self.received.name if self.received else "a signal"
+        print(
+            f"{name}: not saved within the {self.limit:g} s of stop_seconds; the same command with --resume continues "
+            "from the last whole checkpoint",
+            flush=True,
+        )
+        os._exit(self._code())

@@ -13,6 +13,10 @@ from mae_core.errors import EXIT_PREEMPTED, UserError
 
 NAMES = {"SLURM_PROCID": "RANK", "SLURM_NTASKS": "WORLD_SIZE", "SLURM_LOCALID": "LOCAL_RANK"}
 """What Slurm calls the things that torch reads."""
+STOP_SECONDS = {"segment": "default_hooks.checkpoint.stop_seconds"}
+"""Options of ``mae slurm``'s commands other than ``log.stop_seconds`` that end a save which takes too long."""
+MARGIN = 30
+"""Seconds before the limit in which a run that could not save is still queued again."""
 DEFAULT_WORKERS = 7
 """Loading processes of a training whose configuration does not say how many."""
 FIRST_PORT, PORTS = 15000, 10000
@@ -114,6 +118,14 @@ def job_of(
     if config is not None:
         check_repeats(config.optim.batch_size, job.ranks, getattr(config.data, "repeats", 1))
     return job
+
+
+def stops_in_time(command: str, job: Job, given: Sequence[str]) -> list[str]:
+    """The option that ends a save in time for the job to be queued again, unless it is ``given``."""
+    option = STOP_SECONDS.get(command, "log.stop_seconds")
+    if any(word.startswith(f"{option}=") for word in given):
+        return []
+    return [f"{option}={max(job.grace - MARGIN, job.grace // 2)}"]
 
 
 def batch_file(job: Job, command: Sequence[str]) -> str:

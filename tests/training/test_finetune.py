@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from mae_core.training.finetune import build_model, finetune, unfit_recipe
 from mae_core.training.finetune_config import FinetuneConfig
 from mae_core.training.predictions import evaluate_classifier
 from mae_core.training.run import open_run
+from mae_core.training.signals import Stopped
 from mae_core.weights.files import read_weights
 from mae_core.weights.load import load_encoder
 
@@ -86,6 +89,19 @@ def test_from_scratch_and_resumed(tmp_path, data):
     entries = [json.loads(line) for line in (cut / "log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in entries if "loss" in entry] == list(range(1, 10))
     assert [entry["step"] for entry in entries if "top1" in entry] == [3, 6, 9]
+
+    def signalled(*parts, **more):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate_classifier(*parts, **more)
+
+    asked = tmp_path / "asked"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped) as stopped:
+        patch.setattr("mae_core.training.classification.evaluate_classifier", signalled)
+        finetune(configuration(*options, f"output={asked}"))
+    assert stopped.value.code == 75
+    assert [p.name for p in complete_checkpoints(asked)] == ["step_00000004"], "the evaluation ends, and the next step"
+    assert finetune(configuration(*options, f"output={asked}"), resume=True) == metrics
+    assert (asked / "classifier.safetensors").read_bytes() == (whole / "classifier.safetensors").read_bytes()
 
 
 class _Second:

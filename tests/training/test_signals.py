@@ -83,6 +83,25 @@ with Signals() as signals:
 """
 
 
+SLOW_SAVE = """
+import os, signal, sys, time
+from mae_core.cli.main import main
+from mae_core.training import pretrain, run
+save, loss, steps = run.save_checkpoint, pretrain.pretrain_loss, []
+def slow(*parts, **more):
+    time.sleep(9 if len(steps) > 2 else 0)
+    return save(*parts, **more)
+def signalled(*parts, **more):
+    steps.append(1)
+    if len(steps) == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return loss(*parts, **more)
+run.save_checkpoint, pretrain.pretrain_loss = slow, signalled
+sys.argv[0] = "mae"
+main()
+"""
+
+
 def test_a_second_signal_ends_at_once_and_handlers_come_back(run_forked):
     before = signal.getsignal(signal.SIGTERM)
     with Signals():
@@ -90,6 +109,25 @@ def test_a_second_signal_ends_at_once_and_handlers_come_back(run_forked):
     assert signal.getsignal(signal.SIGTERM) == before
     result = run_forked(["-c", PROGRAM])
     assert result.returncode == -signal.SIGTERM and result.stdout.count("noted") == 2
+
+
+def test_a_save_that_takes_too_long_is_given_up_and_the_one_before_continues(
+    tmp_path, write_images, pretrain_options, run_forked, capsys
+):
+    """``log.stop_seconds``: what ends the wait leaves every file whole."""
+    write_images(tmp_path / "images", 8)
+    options = [*pretrain_options, f"data.path={tmp_path / 'images'}", "optim.epochs=3", "log.checkpoint_every=2"]
+    command = ["pretrain", *options, "log.stop_seconds=0.5", f"output={tmp_path / 'run'}"]
+    result = run_forked(["-c", SLOW_SAVE, *command])
+    assert result.returncode == 75, result.stderr
+    assert (
+        "SIGTERM: not saved within the 0.5 s of stop_seconds; the same command with --resume continues" in result.stdout
+    )
+    assert [folder.name for folder in complete_checkpoints(tmp_path / "run")] == ["step_00000002"]
+    for name, resume in (("whole", False), ("run", True)):
+        pretrain(load_config(PretrainConfig, None, [*options, f"output={tmp_path / name}"]), resume=resume)
+    one, other = ((tmp_path / name / "encoder.safetensors").read_bytes() for name in ("whole", "run"))
+    assert one == other
 
 
 def test_checkpoints_come_by_time_too(tmp_path, write_images, pretrain_options):

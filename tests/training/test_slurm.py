@@ -125,6 +125,7 @@ def test_the_batch_file_runs_and_requeues_the_recipe(recipe, command, stop_after
     assert line is not None and line[1].startswith(command + " ")
     words = shlex.split(line[1])
     assert words[-2:] == ["--resume", "auto"] and "data.path=my images" in words
+    assert words[-3].endswith("stop_seconds=90")
     check_mae(words[1:])
 
 
@@ -165,7 +166,7 @@ def test_what_could_not_run_is_refused(words, told):
 def test_a_recipe_of_ones_own_is_for_the_command_of_its_base(tmp_path):
     mine = tmp_path / "mine.yaml"
     mine.write_text("base: configs/finetune/base_table9.yaml\nweights: a\noutput: b\ndata: {path: c}\n")
-    assert f"mae finetune {mine} --resume auto" in slurm(str(mine))
+    assert f"mae finetune {mine} log.stop_seconds=270 --resume auto" in slurm(str(mine))
     mine.write_text("output: b\n")
     result = CliRunner().invoke(app, ["slurm", str(mine)])
     assert result.exit_code == 2 and "say which command" in result.stderr

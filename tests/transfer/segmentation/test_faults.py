@@ -88,6 +88,29 @@ def test_a_signal_saves_and_a_resumed_run_ends_in_the_same_weights(interrupted, 
     assert [line.get("loss") for line in lines[0]] == [line.get("loss") for line in lines[1]]
 
 
+def test_a_signal_in_an_evaluation_saves_after_the_next_step(tmp_path, tiny, monkeypatch, capsys):
+    from mmengine.runner import ValLoop
+
+    options = {**tiny, "iterations": 4, "train_cfg.val_interval": 2, "default_hooks.checkpoint.stop_seconds": 90}
+    train_segmenter(DIGITS, work_dir=tmp_path / "whole", cfg_options=options)
+    real, limits = ValLoop.run, []
+
+    def signalled(loop: ValLoop) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        hooks = [hook for hook in loop.runner.hooks if hasattr(hook, "signals")]
+        limits.append([(hook.signals.limit, hook.signals._timer is not None) for hook in hooks])
+        return real(loop)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped) as stopped:
+        patch.setattr(ValLoop, "run", signalled)
+        train_segmenter(DIGITS, work_dir=tmp_path / "run", cfg_options=options)
+    assert stopped.value.code == 75 and "SIGTERM: stopped after step 3 of 4" in capsys.readouterr().out
+    assert limits == [[(90, True)]]
+    train_segmenter(DIGITS, work_dir=tmp_path / "run", cfg_options=options, resume="auto")
+    whole, resumed = (load_file(tmp_path / name / "segmenter.safetensors") for name in ("whole", "run"))
+    assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
+
+
 def test_damaged_checkpoints_are_passed_over_and_the_rate_may_fall(interrupted, capsys):
     run, options = interrupted
     content = bytearray((run / "iter_3.pth").read_bytes())

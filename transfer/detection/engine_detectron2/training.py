@@ -44,7 +44,7 @@ def fit(model: nn.Module, job: Job) -> Fitted:
     batches = Batches(job.batches(start, plain_pixels(config.data.channels)), run, start)
     trainer = Trainer(parallel, batches, optimizer)  # AMPTrainer refuses CPUs
     trainer.smaller = smaller_runs(config)
-    log, signals = config.log, Signals()
+    log, signals = config.log, Signals(config.log.stop_seconds)
     writers = [Lines(run, log.every, settings.total_steps)]
     if run.is_main:
         writers.append(CommonMetricPrinter(settings.total_steps))

@@ -117,16 +117,20 @@ def read_whole(checkpoint: Path) -> dict[str, Any]:
     return content
 
 
+OURS = {"CheckpointHook": "WholeCheckpoints"}
+"""Types in a config that stand for another, which takes all that they take."""
+
+
 @HOOKS.register_module()
 class WholeCheckpoints(CheckpointHook):
-    """mmengine's checkpoints, and also one every ``minutes``, and one before a signal ends the training; older ones are
-    deleted after the new one is whole."""
+    """mmengine's checkpoints, and also one every ``minutes``, and one before a signal ends the training, for which
+    there are ``stop_seconds`` (0: no limit); older ones are deleted after the new one is whole."""
 
     max_keep_ckpts: int
 
-    def __init__(self, *args: Any, minutes: float = 10.0, **options: Any) -> None:
+    def __init__(self, *args: Any, minutes: float = 10.0, stop_seconds: float = 0, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.minutes, self.saved = minutes, time.monotonic()
+        self.minutes, self.saved, self.stop_seconds = minutes, time.monotonic(), stop_seconds
         self.signals = Signals()
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:

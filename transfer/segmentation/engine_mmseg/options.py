@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from mae_core.errors import UserError, explained, first_line
 from transfer.segmentation import config as configs
+from transfer.segmentation.engine_mmseg.checkpoints import OURS
 
 CONFIG_ONLY_KEYS = {
     "activation_checkpointing",
@@ -93,7 +94,8 @@ def accepted_keys(place: str, node: Mapping[str, Any]) -> set[str]:
     if place.endswith("_dataloader"):
         return set(inspect.signature(DataLoader.__init__).parameters) - {"self"}
     keys = {"_delete_"}
-    for found in registered(node.get("type")):
+    kind = node.get("type")
+    for found in registered(OURS.get(kind, kind) if isinstance(kind, str) else kind):
         for parent in inspect.getmro(found) if inspect.isclass(found) else [found]:
             if parent is object:
                 continue

@@ -20,7 +20,7 @@ from mae_core.errors import UserError
 from mae_core.training.checkpoints import model_fault, optimizer_fault
 from mae_core.training.distributed import on_main, refuse_unused
 from mae_core.training.run import ROOM
-from transfer.segmentation.engine_mmseg.checkpoints import load_safely
+from transfer.segmentation.engine_mmseg.checkpoints import OURS, load_safely
 from transfer.segmentation.engine_mmseg.exact import placed
 
 WRITING = ".writing_"
@@ -53,8 +53,8 @@ class SegmentationRunner(Runner):
 
     def register_hook(self, hook: Any, priority: Any = None) -> None:
         """mmengine's; its checkpoints are ours, which are written by time and before a signal ends the run too."""
-        if isinstance(hook, dict) and hook.get("type") == "CheckpointHook":
-            hook = {**hook, "type": "WholeCheckpoints"}
+        if isinstance(hook, dict) and hook.get("type") in OURS:
+            hook = {**hook, "type": OURS[hook["type"]]}
         super().register_hook(hook, priority)
 
     def build_train_loop(self, loop: Any) -> Any:

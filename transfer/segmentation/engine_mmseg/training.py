@@ -156,7 +156,7 @@ def train(
         with worker_errors(), Signals() as signals, machine_faults(smaller, loader):
             for hook in runner.hooks:
                 if isinstance(hook, WholeCheckpoints):
-                    hook.signals = signals
+                    hook.signals, signals.limit = signals, hook.stop_seconds
             done = configs.all_steps_done(checkpoint, view)
             runner.train()
             if done:  # it was ended before its results were whole
