@@ -37,7 +37,7 @@ from mae_core.training.classification import (
 )
 from mae_core.training.finetune_config import FinetuneConfig, scratch_differences
 from mae_core.training.groups import layer_decay_groups
-from mae_core.training.loop import FitSettings, LossOf, fit, seed_everything
+from mae_core.training.loop import FitSettings, Hook, LossOf, fit, forward_share, seed_everything
 from mae_core.training.micro_batch import with_micro_batch
 from mae_core.training.precision import check_compiler, choose_precision
 from mae_core.training.run import Run, check_output, open_run
@@ -234,6 +234,7 @@ def finetune(config: FinetuneConfig, *, resume: Resume = False) -> dict[str, Any
     test_batches = evaluation_loader(splits.val, config.data, statistics, config.evaluation_batch, run)
     announce(config, run, model, settings, len(images), len(splits.val.paths), len(splits.classes))
     metrics: dict[str, Any] = {}
+    measuring = len(splits.val.paths) * (1 if average is None else 2) * forward_share(model)
 
     def measured(classifier: nn.Module) -> dict[str, Any]:
         return measure(classifier, test_batches, run, splits.classes, multi_label=config.data.multi_label)
@@ -255,7 +256,7 @@ def finetune(config: FinetuneConfig, *, resume: Resume = False) -> dict[str, Any
         run=run,
         settings=settings,
         start_step=start,
-        hooks=[(steps_between(config.evaluate_every, len(images), config.optim.batch_size), evaluate)],
+        hooks=[Hook(steps_between(config.evaluate_every, len(images), config.optim.batch_size), evaluate, measuring)],
         metadata=metadata,
         chance_loss=math.log(2 if config.data.multi_label else len(splits.classes)),
     )

@@ -43,7 +43,7 @@ from mae_core.training.classification import (
 from mae_core.training.features import Rows, Viewer, check_cache, check_tokens_fit, features_of
 from mae_core.training.frozen_config import LinprobeConfig, ProbeConfig, ProbeOptim
 from mae_core.training.frozen_trunk import trunk_from, weights_of
-from mae_core.training.loop import FitSettings, fit, seed_everything
+from mae_core.training.loop import FitSettings, Hook, fit, forward_share, seed_everything
 from mae_core.training.predictions import predict, total_of
 from mae_core.training.run import Run, check_output, open_run
 from mae_core.weights.encoder_file import EncoderFile
@@ -254,6 +254,7 @@ def linprobe(config: LinprobeConfig, *, resume: Resume = False) -> dict[str, Any
         f"{', the loss is their sum' if len(rates) > 1 else ''}; writing to {run.folder}"
     )
     metrics: dict[str, Any] = {}
+    measuring = len(splits.val.paths) * (forward_share(probe) if cached else 1.0)  # a frozen trunk has no backward pass
 
     def evaluate(step: int) -> None:
         distributed.share_buffers(probe)  # all ranks measure the probe that is saved
@@ -271,7 +272,9 @@ def linprobe(config: LinprobeConfig, *, resume: Resume = False) -> dict[str, Any
         run=run,
         settings=settings,
         start_step=start,
-        hooks=[(steps_between(config.evaluate_every, data.num_images, config.optim.batch_size), evaluate)],
+        hooks=[
+            Hook(steps_between(config.evaluate_every, data.num_images, config.optim.batch_size), evaluate, measuring)
+        ],
         metadata=metadata,
     )
     if not metrics:

@@ -32,15 +32,22 @@ from mae_core.training.deciding import Decisions
 from mae_core.training.distributed import gather, mean_over_ranks, refuse_unused, world_size
 from mae_core.training.finite import SkippedSteps, bad_samples, gradient_norm, non_finite
 from mae_core.training.machine_faults import machine_faults, smaller_runs
-from mae_core.training.progress import Progress
+from mae_core.training.progress import Beside, Progress
 from mae_core.training.run import Run
 from mae_core.training.sharding import is_sharded, unsharded, whole
 from mae_core.training.signals import Signals
 
 LossOf = Callable[[nn.Module, Any], dict[str, Tensor]]
 """(model, batch) -> named scalars; "loss" is what is minimised, the mean over the batch."""
-Hook = tuple[int, Callable[[int], None]]
-"""(every so many steps, what to do then); also called after the last step."""
+
+
+class Hook(NamedTuple):
+    """What to ``call`` with the number of steps, after ``every`` so many and after the last one. ``worth``: how many
+    images of a training step take as long, as a guess until it was measured."""
+
+    every: int
+    call: Callable[[int], None]
+    worth: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,13 @@ class FitResult(NamedTuple):
     loss: float
     seconds: float
     images_per_second: float
+
+
+def forward_share(model: nn.Module) -> float:
+    """How much of a training step is its forward pass: a third where all learns, all where nothing does."""
+    numbers = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    learning = sum(number for number, learns in numbers if learns) / max(1, sum(number for number, _ in numbers))
+    return 1 / (1 + 2 * learning)
 
 
 def cosine_schedule(optimizer: torch.optim.Optimizer, settings: FitSettings) -> CosineLRScheduler:
@@ -128,10 +142,12 @@ def fit(
     changes: Mapping[int, Callable[[], None]] | None = None,
     metadata: dict[str, Any] | None = None,
     chance_loss: float | None = None,
+    after: float = 0.0,
 ) -> FitResult:
     """Train from ``start_step`` to ``settings.total_steps``; ``batches`` yields one batch (this rank's share) per step.
 
-    ``chance_loss`` is that of a prediction which does not depend on the image: staying there is said.
+    ``chance_loss`` is that of a prediction which does not depend on the image: staying there is said. ``after``: what
+    the command does after the last step, as ``Hook.worth``, for the time left.
     Logs, checkpoints and calls the hooks as the run's configuration says. A step whose loss or gradient is not finite
     on any rank is skipped on all and recorded; too many of them end the run with a ``UserError``.
     """
@@ -139,7 +155,10 @@ def fit(
     schedule: Scheduler = (step_schedule if settings.milestones else cosine_schedule)(optimizer, settings)
     parallel = over_ranks(model, run)
     precision = run.autocast()
-    progress = Progress(run, start_step, settings.total_steps, log.every, chance_loss)
+    between = [Beside(hook.every, hook.worth) for hook in hooks]
+    saving, ending_work = Beside(log.checkpoint_every), Beside(settings.total_steps, after)
+    besides = [*between, saving, ending_work]
+    progress = Progress(run, start_step, settings.total_steps, log.every, chance_loss, besides)
     skipped = SkippedSteps(run.record, run.say)
 
     def ending(batch: Batch, step: int) -> str:
@@ -185,18 +204,18 @@ def fit(
             late = late or run.saving.error is not None  # all ranks save again, and wait
             stop, due = signals.agreed(late, run.device, deferred=decisions.deferred)
             due = due or done % log.checkpoint_every == 0
-            if stop or due or last or any(done % every == 0 for every, _ in hooks):
+            if stop or due or last or any(done % hook.every == 0 for hook in hooks):
                 decisions.settle()
             if stop and not last:  # before pictures and evaluations, for which there may be no time
                 run.checkpoint(done, model, optimizer, metadata or {})
-            for every, hook in hooks:
-                if done % every == 0 or last:
+            for hook, beside in zip(hooks, between, strict=True):
+                if done % hook.every == 0 or last:
                     run.saving.join()  # a hook may start processes, which should not be copies of a writing one
-                    with progress.paused(), unsharded(model):
-                        hook(done)
+                    with progress.paused(beside), unsharded(model):
+                        hook.call(done)
                     model.train()
             if last or (due and not stop) or run.best_so_far(done):
-                with progress.paused():
+                with progress.paused(saving):
                     run.checkpoint(done, model, optimizer, metadata or {}, wait=last)
                 saved = time.monotonic()
             if stop and not last:

@@ -25,7 +25,7 @@ from mae_core.resuming import Resume
 from mae_core.training import distributed
 from mae_core.training.adapting import Adapted
 from mae_core.training.classification import tell_of_weights
-from mae_core.training.loop import FitResult, FitSettings, fit, seed_everything
+from mae_core.training.loop import FitResult, FitSettings, Hook, fit, seed_everything
 from mae_core.training.micro_batch import with_micro_batch
 from mae_core.training.pictures import fixed_mask, reconstruction_strip
 from mae_core.training.precision import check_compiler, choose_precision
@@ -175,7 +175,7 @@ def pretrain(config: PretrainConfig, *, resume: Resume = False) -> FitResult:
         run=run,
         settings=settings,
         start_step=first_step,
-        hooks=[(config.log.pictures_every, draw), (look_every, look)],
+        hooks=[Hook(config.log.pictures_every, draw, len(views)), Hook(look_every, look, watched.worth)],
         changes={frozen_steps: lambda: adapted.set_frozen(False)} if frozen_steps else {},
         metadata=metadata,
         chance_loss=chance_loss(model, config),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from mae_core.counting import clock, speed_in_words
-from mae_core.training.run import Run
 
 SLOW_DATA_SHARE = 0.3
 SILENCE = 10.0
@@ -19,21 +20,62 @@ NEAR_CHANCE = 0.01
 STEPS_TO_LEARN = 200
 
 
+class Listener(Protocol):
+    """What a progress tells: a run, or who stands in for one."""
+
+    def say(self, text: str) -> None:
+        """Show a line."""
+
+    def record(self, event: dict[str, Any]) -> None:
+        """Keep an entry of the log."""
+
+    def share_unreadable(self) -> None:
+        """Bring together what the ranks could not read."""
+
+
+@dataclass
+class Beside:
+    """Work between the steps of a run, or after the last one, that is no step: an evaluation, pictures, checkpoints.
+
+    every   it comes after each so many steps, and after the last one
+    worth   how many images of a training step take as long as it, for as long as none of it was measured
+    """
+
+    every: int
+    worth: float = 0.0
+    times: int = 0
+    seconds: float = 0.0
+
+    def left(self, done: int, total: int, seconds_an_image: float) -> float:
+        """Seconds of those that are due from the end of step ``done`` on, its own included."""
+        due = total // self.every - (done - 1) // self.every + (total % self.every > 0)
+        return due * (self.seconds / self.times if self.times else self.worth * seconds_an_image)
+
+
 class Progress:
     """Counts steps, images and waiting time; logs every ``every`` steps. ``chance_loss``: the loss of a prediction that
-    does not depend on the image, at which a training that does not work stays."""
+    does not depend on the image, at which a training that does not work stays. ``besides``: what the time that is left
+    holds beside the steps."""
 
     def __init__(
-        self, run: Run, start_step: int, total_steps: int, every: int, chance_loss: float | None = None
+        self,
+        run: Listener,
+        start_step: int,
+        total_steps: int,
+        every: int,
+        chance_loss: float | None = None,
+        besides: Sequence[Beside] = (),
     ) -> None:
         self.run, self.total, self.every, self.chance_loss = run, total_steps, every, chance_loss
+        self.besides = list(besides)
         self.first = self.done = start_step
         self.loss = float("nan")
         self.seconds = self.images_per_second = 0.0
         self._images = 0
         self._started = time.perf_counter()
         self._interval = self._told = self._started
-        self._waited = self._paused = 0.0
+        self._waited = self._paused = self._all_paused = self._first_step = 0.0
+        self._step_images = 0
         self._interval_images = 0
         self._interval_steps: int | Tensor = 0
         self._sums: dict[str, float | Tensor] = {}
@@ -44,19 +86,32 @@ class Progress:
         """Around the wait for the next batch."""
         before = time.perf_counter()
         yield
-        self._waited += time.perf_counter() - before
+        self.waited(time.perf_counter() - before)
+
+    def waited(self, seconds: float) -> None:
+        """Count seconds of the wait for the next batch, where ``waiting`` cannot be around it."""
+        self._waited += seconds
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Around work that is not training: pictures, evaluation, checkpoints."""
+    def paused(self, beside: Beside | None = None) -> Iterator[None]:
+        """Around work that is not training: pictures, evaluation, checkpoints; ``beside`` learns what it takes."""
         before = time.perf_counter()
         yield
-        self._paused += time.perf_counter() - before
+        self.took(time.perf_counter() - before, beside)
+
+    def took(self, seconds: float, beside: Beside | None = None) -> None:
+        """Count seconds of such work, where ``paused`` cannot be around it."""
+        self._paused += seconds
+        self._all_paused += seconds
+        if beside is not None:
+            beside.times, beside.seconds = beside.times + 1, beside.seconds + seconds
 
     def step(self, done: int, images: int, losses: Mapping[str, Tensor], lr: float, counted: int | Tensor = 1) -> None:
         """Count a step; log if it is time to. ``counted``: 1, or 0 where its losses are none to average (a tensor stays
         on its device until then)."""
-        self.done = done
+        self.done, self._step_images = done, images
+        if done == self.first + 1:
+            self._first_step = self._worked()
         self._interval_images += images
         if losses:
             self._interval_steps = self._interval_steps + counted
@@ -70,17 +125,27 @@ class Progress:
         if silent > SILENCE or (done == self.first + 1 and until_told > SILENCE):
             self._tell(lr)
 
+    def _worked(self) -> float:
+        return time.perf_counter() - self._started - self._all_paused
+
+    def left(self) -> float:
+        """Seconds to the end, by what steps took so far and what else is due. The first step, in which processes and
+        libraries start, counts while it is the only one."""
+        steps = self.done - self.first
+        pace = (self._worked() - self._first_step) / (steps - 1) if steps > 1 else self._first_step
+        rest = sum(beside.left(self.done, self.total, pace / max(self._step_images, 1)) for beside in self.besides)
+        return (self.total - self.done) * pace + rest
+
     def _tell(self, lr: float) -> None:
         """A line on the screen alone, between those of the log: slow steps are seen to go on."""
         seconds = max(time.perf_counter() - self._interval - self._paused, 1e-9)
         loss = float(self._sums.get("loss", float("nan"))) / max(self._interval_steps, 1)
-        self._say(loss, lr, self._interval_images / seconds, self._waited / seconds, self.seconds + seconds)
+        self._say(loss, lr, self._interval_images / seconds, self._waited / seconds)
 
-    def _say(self, loss: float, lr: float, rate: float, waiting: float, seconds: float) -> None:
-        left = (self.total - self.done) * seconds / max(self.done - self.first, 1)
+    def _say(self, loss: float, lr: float, rate: float, waiting: float) -> None:
         self.run.say(
             f"step {self.done}/{self.total}  loss {loss:.4f}  lr {lr:.2e}  {speed_in_words(rate)} images/s  "
-            f"waiting for data {waiting:.0%}  {clock(left)} left"
+            f"waiting for data {waiting:.0%}  {clock(self.left())} left"
         )
         self._told = time.perf_counter()
 
@@ -98,7 +163,7 @@ class Progress:
         self.run.record(
             {"step": self.done, **means, "lr": lr, "images_per_second": round(rate, 2), "data_wait": round(waiting, 4)}
         )
-        self._say(self.loss, lr, rate, waiting, self.seconds)
+        self._say(self.loss, lr, rate, waiting)
         if waiting > SLOW_DATA_SHARE and not self._warned and self.done - self.first >= 2 * self.every:
             self._warned = True
             self.run.say(

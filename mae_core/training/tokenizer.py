@@ -19,7 +19,7 @@ from mae_core.layout import TOKENIZER
 from mae_core.resuming import Resume
 from mae_core.tokenizers import DiscreteVAE
 from mae_core.training import distributed
-from mae_core.training.loop import FitResult, FitSettings, fit, seed_everything
+from mae_core.training.loop import FitResult, FitSettings, Hook, fit, seed_everything
 from mae_core.training.pictures import Display, Strip, tile
 from mae_core.training.run import check_output, open_run
 from mae_core.training.same_data import Data
@@ -109,7 +109,7 @@ def train_tokenizer(config: TokenizerConfig, *, resume: Resume = False) -> FitRe
     cool(start)
     steps = {"total_steps": settings.total_steps, "start_step": start}
     loader = run.training_loader(dataset, collate, repeats=config.data.repeats, **steps)
-    hooks = [(1, cool), (config.log.pictures_every, draw)]
+    hooks = [Hook(1, cool), Hook(config.log.pictures_every, draw)]
     parts = (training, loader, tokenizer_loss, optimizer)
     result = fit(*parts, run=run, settings=settings, start_step=start, hooks=hooks, metadata=metadata)
     run.write_weights(TOKENIZER, tokenizer.state_dict(), metadata)

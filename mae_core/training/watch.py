@@ -53,6 +53,13 @@ class Watched(NamedTuple):
         held_out = [] if self.held_out is None else [self.held_out]
         return [*held_out, *(ImageFiles(files.paths, read_as) for files in self.labelled or ())]
 
+    @property
+    def worth(self) -> float:
+        """How many images of a training step take about as long as a measurement, for ``Hook``: one that is kept out is
+        a step's forward pass, a third; a labelled one shows the encoder all patches, four times those of a step."""
+        held_out = 0 if self.held_out is None else len(self.held_out)
+        return held_out / 3 + sum(len(files.paths) for files in self.labelled or ())
+
 
 def split_images(config: PretrainConfig, source: ImageSource) -> Watched:
     """Divide ``source`` as the configuration says; equal seed and images, equal parts.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mae_core.config.load import load_config
 from mae_core.config.sections import OptimConfig
 from mae_core.errors import UserError
-from mae_core.training.loop import FitSettings, cosine_schedule, fit, step_schedule
+from mae_core.training.loop import FitSettings, Hook, cosine_schedule, fit, step_schedule
 from mae_core.training.pretrain_config import PretrainConfig
 from mae_core.training.progress import Progress
 from mae_core.training.run import Run, open_run
@@ -152,7 +152,7 @@ def test_hooks_come_when_due_and_after_the_last_step(tmp_path):
         seen.append(("third", step, model.training))
         model.eval()  # as an evaluation would leave it
 
-    hooks = [(3, third), (100, lambda step: seen.append(("rare", step, model.training)))]
+    hooks = [Hook(3, third), Hook(100, lambda step: seen.append(("rare", step, model.training)))]
     settings = FitSettings(total_steps=7, warmup_steps=0, lr=0.1)
     fit(model, batches_of(7, 2), squares, torch.optim.SGD(model.parameters()), run=run, settings=settings, hooks=hooks)
     assert seen == [("third", 3, True), ("third", 6, True), ("third", 7, True), ("rare", 7, True)]

@@ -9,7 +9,7 @@ import torch
 
 from mae_core.counting import speed_in_words
 from mae_core.training import progress as module
-from mae_core.training.progress import Progress
+from mae_core.training.progress import Beside, Progress
 
 
 class Listener:
@@ -60,6 +60,34 @@ def test_the_time_left_is_known_after_the_first_step(monkeypatch):
     said, _ = steps_told(monkeypatch, 30.0, total=11, every=20)
     assert said[0].split()[:2] == ["step", "1/11"]
     assert "0.13 images/s" in said[0] and said[0].endswith("5:00 left")
+
+
+def seconds_left(line: str) -> int:
+    *hours, minutes, seconds = map(int, line.split()[-2].split(":"))
+    return 3600 * sum(hours) + 60 * minutes + seconds
+
+
+@pytest.mark.parametrize("total, every", [(100, 25), (40, 100)])
+def test_the_time_left_counts_evaluations_checkpoints_and_the_end(total, every, monkeypatch):
+    """From a tenth on it is right to 15 %: a slow first step, and work between and after the steps that takes
+    half as long again as its guess, or has none."""
+    listener, takes = Listener(monkeypatch), {"evaluation": 15.0, "checkpoint": 0.5, "scoring": 12.0}
+    evaluation, checkpoint, scoring = Beside(every, worth=40), Beside(5), Beside(total, worth=40)
+    counted = Progress(listener, 0, total, 1, besides=[evaluation, checkpoint, scoring])
+    shown: list[tuple[int, float, int]] = []
+    for done in range(1, total + 1):
+        listener.now += 20.0 if done == 1 else 1.0
+        counted.step(done, 4, {"loss": torch.tensor(1.0)}, 0.1)
+        shown.append((done, listener.now, seconds_left(listener.said[-1])))
+        for name, beside in (("evaluation", evaluation), ("checkpoint", checkpoint)):
+            if done % beside.every == 0 or done == total:
+                with counted.paused(beside):
+                    listener.now += takes[name]
+    end = listener.now + takes["scoring"]
+    errors = [(at + left - end) / end for done, at, left in shown if done >= total / 10]
+    assert max(map(abs, errors)) < 0.15
+    assert shown[-1][2] >= 20  # after the last step, the evaluation and the scoring are still to come
+    assert counted.seconds == pytest.approx(20 + total - 1)  # training alone
 
 
 @pytest.mark.parametrize("rate, words", [(0.134, "0.13"), (9.96, "10"), (3.0, "3"), (123.4, "123")])

@@ -21,6 +21,7 @@ from typing import Literal
 from PIL import Image
 
 from mae_core.atomic import atomic_path, check_new_folder, write_text
+from mae_core.counting import Counter
 from mae_core.data.given import named_images
 from mae_core.data.windows import tiles_of
 from mae_core.errors import UserError, user_errors
@@ -73,7 +74,8 @@ def predict(
                 found = segmenter.predict(path)
             else:
                 mapped.parent.mkdir(parents=True, exist_ok=True)
-                found = segmenter.predict_in_tiles(path, str(path), tile, overlap, mapped=mapped)
+                counter = Counter("labelling windows")
+                found = segmenter.predict_in_tiles(path, str(path), tile, overlap, mapped=mapped, on_progress=counter)
         except UserError as error:
             mapped.unlink(missing_ok=True)
             if on_error == "raise" or (len(names) == 1):

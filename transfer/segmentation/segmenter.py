@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -98,7 +98,14 @@ class Segmenter:
         return Segmented(indices, self.classes, self.values, self.palette, image)
 
     def predict_in_tiles(
-        self, image: AnyImage, name: str, tile: int, overlap: float = OVERLAP, *, mapped: Path | None = None
+        self,
+        image: AnyImage,
+        name: str,
+        tile: int,
+        overlap: float = OVERLAP,
+        *,
+        mapped: Path | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
     ) -> Segmented:
         """The label map of an image of any size, at its own size: that of mmseg's sliding inference on the whole image.
 
@@ -106,8 +113,8 @@ class Segmenter:
         one that sees images whole slides a window of ``tile`` pixels, of which neighbours share ``overlap``. One that
         sees images resized sees such tiles as images of their own, and their scores are averaged.
 
-        ``mapped``: a new file for the label map, which is in memory otherwise. Raises ``UserError`` for an image that
-        cannot be read, and for several views.
+        ``mapped``: a new file for the label map, which is in memory otherwise; ``on_progress`` gets the windows done
+        and all of them. Raises ``UserError`` for an image that cannot be read, and for several views.
         """
         tiles_of(1, 1, tile, overlap)
         if self._predictor.several:
@@ -121,7 +128,8 @@ class Segmenter:
                 np.lib.format.open_memmap(mapped, mode="w+", dtype=np.uint16, shape=size).flush()
             one = self._predictor
             scores_of = one.scores_of_own if layout.own else one.scores_in(layout.window_in(source))
-            for window, scores in seamless(source, scores_of, layout, one.model.decode_head.out_channels):
+            classes = one.model.decode_head.out_channels
+            for window, scores in seamless(source, scores_of, layout, classes, on_progress=on_progress):
                 if mapped is not None:  # mapped anew, so that no page of it stays in memory
                     indices = np.load(mapped, mmap_mode="r+")
                 indices[window.top : window.bottom, window.left : window.right] = one.decide(scores)

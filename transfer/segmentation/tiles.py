@@ -7,6 +7,7 @@ stripe of the image at a time, so that memory depends on the windows and not on 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,18 +69,33 @@ def seamless(
     classes: int,
     *,
     most: int = MOST_SUMS,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[Window, np.ndarray]]:
     """(window of the image, (K, height, width) float32: the mean of the class scores of all windows over each pixel).
 
     ``scores_of``: pixels -> (K, height, width) scores of ``classes`` K, before a softmax. The results cover the image
-    once, from top to bottom, a stripe after another.
+    once, from top to bottom, a stripe after another. ``on_progress`` gets the windows done and all of them.
     """
     rows, cols = (steps_over(*sides) for sides in zip(layout.padded(source), layout.window, layout.stride, strict=True))
     size = layout.window
     width = max(size[1], most // (4 * (classes + 1) * 2 * size[0]))
-    for left in range(0, source.width, width):
-        stripe = Window(0, left, source.height, min(width, source.width - left))
-        yield from _stripe(source, scores_of, classes, rows, cols, size, stripe)
+    stripes = [Window(0, x, source.height, min(width, source.width - x)) for x in range(0, source.width, width)]
+    total = len(rows) * sum(len(touching(cols, size[1], stripe)) for stripe in stripes)
+    done = count(1)
+
+    def counted(pixels: Pixels) -> np.ndarray:
+        scores = scores_of(pixels)
+        if on_progress is not None:
+            on_progress(next(done), total)
+        return scores
+
+    for stripe in stripes:
+        yield from _stripe(source, counted, classes, rows, cols, size, stripe)
+
+
+def touching(cols: Sequence[int], width: int, stripe: Window) -> list[int]:
+    """Where the windows of ``width`` begin that share pixels with a stripe."""
+    return [col for col in cols if col < stripe.right and col + width > stripe.left]
 
 
 def _stripe(
@@ -92,13 +108,12 @@ def _stripe(
     stripe: Window,
 ) -> Iterator[tuple[Window, np.ndarray]]:
     """The results of a stripe from the top to the bottom of the image."""
-    touching = [col for col in cols if col < stripe.right and col + size[1] > stripe.left]
     sums: np.ndarray = np.zeros((classes + 1, 0, stripe.width), np.float32)  # the last one counts the windows
     for row, following in zip(rows, [*rows[1:], source.height], strict=True):
         bottom = min(row + size[0], source.height)
         new = bottom - row - sums.shape[1]
         sums = np.concatenate([sums, np.zeros((classes + 1, max(0, new), stripe.width), np.float32)], axis=1)
-        for col in touching:
+        for col in touching(cols, size[1], stripe):
             window = Window(row, col, bottom - row, min(size[1], source.width - col))
             scores = scores_of(source.read(window))
             start, stop = max(col, stripe.left), min(window.right, stripe.right)

@@ -425,11 +425,14 @@ def test_windows_of_a_large_image_average_to_the_sliding_inference_on_the_whole(
     found, covered = np.zeros_like(whole), np.zeros(whole.shape[1:], int)
     source = open_windows(mosaic, 3, "mosaic")
     scores_of, classes = predictor.scores_in(layout.window_in(source)), len(whole)
-    for window, scores in seamless(source, scores_of, layout, classes, most=most):
+    told: list[tuple[int, int]] = []
+    counted = {"most": most, "on_progress": lambda *done: told.append(done)}
+    for window, scores in seamless(source, scores_of, layout, classes, **counted):
         part = (slice(window.top, window.bottom), slice(window.left, window.right))
         found[(slice(None), *part)] = scores
         covered[part] += 1
     assert (covered == 1).all()
+    assert told == [(number, len(told)) for number in range(1, len(told) + 1)] and len(told) >= 4
     np.testing.assert_allclose(found, whole, atol=1e-5)
 
 

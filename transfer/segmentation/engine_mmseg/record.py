@@ -4,27 +4,45 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mmengine.dist import is_main_process
-from mmengine.hooks import Hook
+from mmengine.dist import get_world_size, is_main_process
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.runner import Runner
 from mmseg.registry import HOOKS
 from torch.utils.data import DataLoader
 
 from mae_core import layout
 from mae_core.atomic import write_json, write_text
+from mae_core.training.progress import Beside, Progress
 from mae_core.training.run import logged_by
 from transfer.segmentation.drawing import Example, draw_examples
 from transfer.segmentation.engine_mmseg.runner import bare_model
 from transfer.segmentation.pixels import picture_of
 
 
+class Screen:
+    """Where the progress of a training is shown; the log is written beside it."""
+
+    def say(self, text: str) -> None:
+        """A line, on rank 0."""
+        if is_main_process():
+            print(text, flush=True)
+
+    def record(self, event: dict[str, Any]) -> None:
+        """Nothing: the log has its own entry."""
+
+    def share_unreadable(self) -> None:
+        """Nothing: unreadable images are named where they are met."""
+
+
 @HOOKS.register_module()
 class RunRecord(Hook):
-    """Writes log.jsonl, pictures of predictions beside the truth and, before the first step, the loading report.
+    """Writes log.jsonl, pictures of predictions beside the truth and, before the first step, the loading report; shows
+    the progress that every training of the toolkit shows.
 
     interval  training steps between two lines; num_pictures: validation images drawn, evenly spaced
     """
@@ -36,9 +54,20 @@ class RunRecord(Hook):
         self.num_pictures = num_pictures
         self.examples: list[Example] = []
         self.metrics: dict[str, Any] = {}
+        self.progress: Progress | None = None
+        self.validation, self.saving = Beside(1), Beside(1)
+        self.ended = self.began = self.saved = 0.0
 
     def before_train(self, runner: Runner) -> None:
         """Write the loading report; of a resumed run's log, drop the steps that will be done again."""
+        saves = [hook.interval for hook in runner.hooks if isinstance(hook, CheckpointHook)]
+        images = len(runner.val_loop.dataloader.dataset) if runner.val_loop is not None else 0
+        # an image is tested whole, and its scores at its own size: about as long as a step of a crop (CamVid, CPU)
+        self.validation = Beside(runner.train_loop.val_interval, worth=images)
+        self.saving = Beside(max([1, *saves]))
+        besides = [self.validation, self.saving]
+        self.progress = Progress(Screen(), runner.iter, runner.max_iters, self.interval, besides=besides)
+        self.ended = time.perf_counter()
         if not is_main_process():
             return
         loading = getattr(getattr(bare_model(runner.model), "backbone", None), "loading", None)
@@ -49,8 +78,36 @@ class RunRecord(Hook):
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
             write_text(log, "".join(f"{line}\n" for line in lines if logged_by(line, runner.iter)))
 
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        """Count how long the batch was waited for, and what was saved before."""
+        if self.progress is None:
+            return
+        so_far = getattr(runner, "seconds_saving", 0.0)  # mmengine's own runner does not count them
+        saving, self.saved = so_far - self.saved, so_far
+        if saving:
+            self.progress.took(saving, self.saving)
+        self.progress.waited(max(0.0, time.perf_counter() - self.ended - saving))
+
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        """A line of losses, learning rate and seconds."""
+        """A line of losses, learning rate and seconds in the log, and the progress."""
+        self._log_step(runner)
+        if self.progress is not None:
+            images = len(data_batch["inputs"]) * get_world_size()
+            rate = max(runner.optim_wrapper.get_lr()["lr"])
+            self.progress.step(runner.iter + 1, images, {"loss": outputs["loss"]}, rate)
+            self.ended = time.perf_counter()
+
+    def before_val(self, runner: Runner) -> None:
+        """Note when it began."""
+        self.began = time.perf_counter()
+
+    def after_val(self, runner: Runner) -> None:
+        """Count what it took, which is no training."""
+        if self.progress is not None:
+            self.progress.took(time.perf_counter() - self.began, self.validation)
+            self.ended = time.perf_counter()
+
+    def _log_step(self, runner: Runner) -> None:
         if not (self.every_n_train_iters(runner, self.interval) or runner.iter + 1 == runner.max_iters):
             return
         scalars = runner.message_hub.log_scalars

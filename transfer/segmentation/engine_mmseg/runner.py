@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +43,8 @@ class SegmentationRunner(Runner):
     """mmengine's runner; dumps of many lines (environment, config, hooks) go to its log file alone."""
 
     _train_dataloader: Any
+    seconds_saving = 0.0
+    """Of all checkpoints so far."""
 
     def build_logger(self, *args: Any, **options: Any) -> MMLogger:
         """The run's logger, with a filter on what it shows on the screen."""
@@ -80,7 +83,9 @@ class SegmentationRunner(Runner):
             finally:
                 temporary.unlink(missing_ok=True)
 
+        began = time.perf_counter()
         on_main(write, is_main=self.rank == 0)
+        self.seconds_saving += time.perf_counter() - began
 
     def resume(self, filename: str, *args: Any, **more: Any) -> None:
         """mmengine's, of a checkpoint that fits the model and the optimizer; a lower rate of the config is honoured.
@@ -123,11 +128,12 @@ def lower_rates(optimizer: torch.optim.Optimizer, schedulers: Any, rates: list[f
 
 
 def is_news(record: logging.LogRecord) -> bool:
-    """Whether a message of mmengine's belongs on the screen: progress, metrics, checkpoints and most warnings."""
+    """Whether a message of mmengine's belongs on the screen: metrics, checkpoints and most warnings. The progress of a
+    training is shown by ``RunRecord``."""
     message = record.getMessage()
     if record.levelno >= logging.WARNING:
         return not re.search(r"deprecated|The prefix is not set", message)
-    return bool(re.match(r"Iter\(|Epoch\(|Saving checkpoint|resumed|Advance dataloader", message))
+    return bool(re.match(r"Iter\((?!train)|Epoch\(|Saving checkpoint|resumed|Advance dataloader", message))
 
 
 @contextmanager
