@@ -296,6 +296,9 @@ def test_two_ranks_of_torchrun_train_as_one(tmp_path, tiny, monkeypatch, write_e
     options = {**tiny, "iterations": 3, "custom_hooks.0.interval": 1, "batch_size": 2}
     options["model.backbone.taps"] = [0, 1, 2, 3]  # of six blocks: the others would get no gradient, which DDP refuses
     options.pop("visualizer.vis_backends")
+    for part in ("neck", "decode_head", "auxiliary_head"):  # what else looks at a rank's own images, or draws for them
+        options |= {f"model.{part}.norm_cfg.type": "GN", f"model.{part}.norm_cfg.num_groups": 8}
+    options |= {f"model.{head}_head.dropout_ratio": 0.0 for head in ("decode", "auxiliary")}
     settings = [f"{key}={value}".replace(" ", "") for key, value in options.items()]
     command = [str(DIGITS), "--weights", str(weights), "--work-dir", str(tmp_path / "run"), "--launcher", "pytorch"]
     program = [("transfer.segmentation.train_net:main", [*command, "--cfg-options", *settings], free_port())]
@@ -303,8 +306,11 @@ def test_two_ranks_of_torchrun_train_as_one(tmp_path, tiny, monkeypatch, write_e
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("ranks: 2") == done.stdout.count("percent)") == 1
     assert done.stdout.count('opens [{"encoder.safetensors": 1}]') == 2, "each rank opens the weights once"
-    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert steps == [1, 2, 3, 3]
+    train_segmenter(DIGITS, weights=weights, work_dir=tmp_path / "one", cfg_options={**options, "batch_size": 4})
+    logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("run", "one")]
+    two, one = ([json.loads(line) for line in log] for log in logs)
+    assert [line["step"] for line in two] == [1, 2, 3, 3]
+    assert [line.get("loss") for line in two[:3]] == pytest.approx([line.get("loss") for line in one[:3]], rel=1e-5)
 
 
 def test_mmseg_alone_runs_the_config(scenes, tmp_path, monkeypatch, write_encoder):

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.dist import get_world_size, is_main_process
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.runner import Runner
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from mae_core import layout
 from mae_core.atomic import write_json, write_text
+from mae_core.training.distributed import mean_over_ranks
 from mae_core.training.progress import Beside, Progress
 from mae_core.training.run import logged_by
 from transfer.segmentation.drawing import Example, draw_examples
@@ -112,6 +114,9 @@ class RunRecord(Hook):
             return
         scalars = runner.message_hub.log_scalars
         losses = {key[6:]: scalars[key].mean(self.interval) for key in scalars if re.match(r"train/.*(loss|acc)", key)}
+        device = next(runner.model.parameters()).device
+        means = mean_over_ranks(torch.tensor([*losses.values()], dtype=torch.float64, device=device))
+        losses = dict(zip(losses, means.tolist(), strict=True))
         rest = {key: scalars[f"train/{key}"].current() for key in ("lr", "time", "data_time")}
         self._record(runner, {"step": runner.iter + 1, **losses, **rest})
 
