@@ -156,7 +156,11 @@ def test_one_tile_gives_the_answer_of_the_image(run, detection_root):
 def test_a_large_file_is_searched_by_windows_and_written(run, mosaic, tmp_path, monkeypatch):
     command = ["--weights", str(run), str(mosaic), "--out", str(tmp_path / "out"), "--tile", "64", "--overlap", "0.25"]
     monkeypatch.setattr("mae_core.data.windows.read_image", lambda *given: pytest.fail("the file is read whole"))
-    main([*command, "--score", "0", "device=cpu", "data.workers=0"])
+    counted: list[tuple[int, int]] = []
+    monkeypatch.setattr("transfer.detection.predict.ProgressCounter", lambda what: lambda *done: counted.append(done))
+    main([*command, "--score", "0", "device=cpu", "data.workers=0", "test.test_batch=3"])
+    tiles = len(tiles_of(96, 192, 64, 0.25))
+    assert counted == [(min(done + 3, tiles), tiles) for done in range(0, tiles, 3)]  # after each batch
     results = json.loads((tmp_path / "out" / "predictions.json").read_text())
     images = json.loads((tmp_path / "out" / "images.json").read_text())["images"]
     assert [(image["height"], image["width"]) for image in images] == [(96, 192)]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
 import numpy as np
 from PIL import Image
+from torch import nn
 
 from mae_core.config.load import load_config
 from mae_core.data.decoding import Pixels, Unreadable, UnreadableImage, size_of, to_picture
@@ -214,15 +216,31 @@ class Detector:
         records = [CocoImage(number, Path("tile"), t.height, t.width, ()) for number, t in enumerate(tiles, start=1)]
         images = TileImages(self.set_of(records), self.config.data, self.statistics, source, tiles)
         parts: list[Part] = []
-        for found, unreadable in self.detect(images, TILES_AT_ONCE):
-            for entry in unreadable:
-                raise UnreadableImage(*entry)
-            for detections in found:
-                parts += parts_of(detections, tiles[detections.image_index], size)
-            if on_progress is not None and found:
-                on_progress(found[-1].image_index + 1, len(tiles))
+        with self._batches_told(len(tiles), on_progress):
+            for found, unreadable in self.detect(images, TILES_AT_ONCE):
+                for entry in unreadable:
+                    raise UnreadableImage(*entry)
+                for detections in found:
+                    parts += parts_of(detections, tiles[detections.image_index], size)
         objects = merge(parts, tiles, self.config.test.nms_threshold)
         return as_detections(objects, size, image_index, masks="masks" in self.head.outputs)
+
+    @contextmanager
+    def _batches_told(self, total: int, on_progress: Callable[[int, int], None] | None) -> Iterator[None]:
+        """Inside, ``on_progress`` gets after each batch how many images of ``total`` the network has seen."""
+        done = 0
+
+        def note(network: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            nonlocal done
+            done += len(inputs[0])
+            if on_progress is not None:
+                on_progress(done, total)
+
+        handle = self.model.register_forward_hook(note)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def _in_tiles(self, image: AnyImage, name: str, tile: int, overlap: float) -> Detected:
         try:
