@@ -121,7 +121,7 @@ class PretrainData(ImagesConfig):
     @property
     def shard_cache(self) -> ShardCache:
         """Where shards from an address are kept."""
-        return ShardCache(self.cache, int(self.cache_gb * 1e9))
+        return ShardCache(self.cache, round(self.cache_gb * 1e9))
 
     @property
     def flip_probability(self) -> float:

@@ -10,8 +10,9 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from http import HTTPStatus
 from io import BufferedReader, RawIOBase
@@ -33,6 +34,8 @@ SCHEME = re.compile(r"^([a-z][a-z0-9+.-]+):/+(?=[^/])")
 QUERY = re.compile(r"\?[^\s'\"]+")
 WAITS = (1.0, 5.0, 20.0)
 """Seconds before each new try where a request fails."""
+REQUESTS = 16
+"""Sizes asked for at once."""
 BLOCK, PIECE = 4 << 20, 32 << 20
 """Bytes a request, of what is passed over and of what is kept."""
 WRITABLE = "free disk space, or keep shards elsewhere with data.cache=FOLDER, or XDG_CACHE_HOME=FOLDER"
@@ -60,11 +63,12 @@ class Facts(NamedTuple):
 
 @dataclass(frozen=True)
 class RemoteShard:
-    """A tar file at an address, or its copy in ``folder`` while there is one: another run may remove it."""
+    """A tar file at an address, or where ``kept`` its copy in ``folder``, which another run may remove."""
 
     address: str
     facts: Facts
     folder: Path
+    kept: bool = False
 
     @property
     def name(self) -> str:
@@ -92,10 +96,10 @@ class RemoteShard:
 
     def part(self, offset: int, size: int) -> bytes:
         """See ``Shard``."""
-        try:
-            return LocalShard(self.copy).part(offset, size)
-        except OSError:
-            return self.fetched(offset, size)
+        if self.kept:
+            with suppress(OSError):
+                return LocalShard(self.copy).part(offset, size)
+        return self.fetched(offset, size)
 
     def fetched(self, offset: int, size: int) -> bytes:
         """``part``, from its address. Raises ``OSError`` where that fails in spite of some patience."""
@@ -135,10 +139,7 @@ class RemoteShard:
         return False
 
     def fetch(self, report: Callable[[int], None]) -> None:
-        """Make the copy. ``report(bytes)`` is called as it grows. Raises ``UserError`` where it cannot be
-        read."""
-        for left in self.folder.glob(f".{Path(self.name).stem}-*"):
-            left.unlink()  # of a process that was killed
+        """Make the copy; ``report(bytes)`` as it grows. Raises ``UserError`` where the shard cannot be read."""
         with atomic_path(self.copy) as temporary:
             with temporary.open("wb") as file:
                 for start in range(0, self.size, PIECE):
@@ -195,41 +196,53 @@ def remote_shards(address: str, cache: ShardCache) -> list[Shard]:
     addresses = list(require("webdataset").shardlists.expand_urls(address))
     if not name_of(addresses[0]).endswith(".tar"):
         addresses = _listed(address)
-    shards = [RemoteShard(each, _facts(each), root / _key(each)) for each in addresses]
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        facts = [*pool.map(_facts, addresses)]
+    shards = [RemoteShard(each, known, root / _key(each)) for each, known in zip(addresses, facts, strict=True)]
     fetch = f"fetching shards of {without_query(addresses[0]).rpartition('/')[0]} to {root}, MiB"
     report, total, before = Counter(fetch, seconds_between=10), sum(shard.size for shard in shards), 0
+    found: list[Shard] = []
     for shard in shards:
-        _keep(shard, shards, cache.limit, lambda done, before=before: report((before + done) >> 20, total >> 20))  # type: ignore[misc]
+        kept = _keep(shard, shards, cache.limit, lambda done, before=before: report((before + done) >> 20, total >> 20))  # type: ignore[misc]
+        found.append(replace(shard, kept=kept))
         before += shard.size
-    return [*shards]
+    return found
 
 
-def _keep(shard: RemoteShard, wanted: Sequence[RemoteShard], limit: int, report: Callable[[int], None]) -> None:
-    """Fetch ``shard`` if it is not there and there is room; one process at a time, so that the ranks of a machine fetch
-    each once."""
-    if shard.size > limit or shard.is_whole():
-        return
+def _keep(shard: RemoteShard, wanted: Sequence[RemoteShard], limit: int, report: Callable[[int], None]) -> bool:
+    """Fetch ``shard`` if it is not there and there is room, one process at a time, so that the ranks of a machine fetch
+    each once -> whether it is there."""
+    if shard.size > limit:
+        return False
+    if shard.is_whole():
+        return True
     with said_plainly(shard.folder, WRITABLE), _alone(shard.folder.parent):
         there = _read(shard.marker).get("facts") == [*shard.facts]  # another process fetched it meanwhile
         if not there and _make_room(shard, wanted, limit):
             shard.fetch(report)
+            there = True
+    return there
 
 
 def _make_room(shard: RemoteShard, wanted: Sequence[RemoteShard], limit: int) -> bool:
     """Whether ``shard`` fits beside what is kept, after shards that this run does not want are removed, those used
     longest ago first."""
-    kept = sorted(shard.folder.parent.glob(f"*/{shard.marker.name}"), key=lambda marker: marker.stat().st_mtime)
-    sizes = {marker.parent: sum(file.stat().st_size for file in marker.parent.glob("*.tar")) for marker in kept}
-    others = [folder for folder in sizes if folder not in {each.folder for each in wanted}]
-    used = sum(sizes.values())
-    while used + shard.size > limit:
-        if not others:
-            return False
-        folder = others.pop(0)
-        for file in (folder / shard.marker.name, *folder.glob("*.tar")):
-            file.unlink(missing_ok=True)
-        used -= sizes[folder]
-    return True
+    wanted_folders = {each.folder for each in wanted}
+    used, others = 0, []
+    for file in shard.folder.parent.glob("*/*.tar"):  # those that a killed process did not finish too
+        size, finished = file.stat().st_size, file.name[0] != "."
+        used += size
+        if file.parent not in wanted_folders or not finished:
+            marker = file.parent / shard.marker.name
+            others.append(((marker if marker.is_file() and finished else file).stat().st_mtime, size, file))
+    for _, size, file in sorted(others):
+        if used + shard.size <= limit:
+            break
+        if file.name[0] != ".":
+            (file.parent / shard.marker.name).unlink(missing_ok=True)
+        file.unlink()
+        used -= size
+    return used + shard.size <= limit
 
 
 @contextmanager

@@ -143,6 +143,15 @@ def test_another_run_takes_the_room_of_shards_that_it_does_not_want(server, read
     check_same(first, shards[:1])  # its copy is gone, its address is not
 
 
+def test_what_a_killed_process_left_counts_and_goes_first(read, shards, tmp_path):
+    limit = sum(shard.stat().st_size for shard in shards)
+    read("part-0000.tar")
+    left = next((tmp_path / "kept").glob("*/part-0000.tar")).with_name(".part-0000-abc.tar")
+    left.write_bytes(bytes(2048))
+    check_same(read(limit=limit), shards)
+    assert not left.exists() and kept_bytes(tmp_path) == limit
+
+
 def test_a_damaged_copy_is_fetched_again(server, read, shards, tmp_path, capsys):
     read()
     copy = next((tmp_path / "kept").glob("*/part-0001.tar"))
@@ -158,6 +167,7 @@ def test_a_damaged_copy_is_fetched_again(server, read, shards, tmp_path, capsys)
 def test_shards_that_changed_at_their_address_are_fetched_again(server, read, shards):
     read()
     shutil.copy(shards[0], shards[1])
+    check_same(read(limit=0), shards)  # the copy is of another file
     check_same(read(), shards)
 
 
