@@ -38,13 +38,12 @@ from mae_core.training.linprobe import prepare as prepare_probe
 from mae_core.training.loop import FitSettings
 from mae_core.training.memory import GIB, available_memory, fixed_bytes
 from mae_core.training.plan import (
-    Speed,
     batch_line,
     cost_lines,
     cost_of_loss,
+    measured,
     paired,
     rate_line,
-    seconds_an_image,
     seconds_of,
     spread_over,
     steps_line,
@@ -206,7 +205,7 @@ def passing(views: TestImages, count: int, loss: Callable[[int], Tensor], config
         with torch.no_grad():
             return loss(images)
 
-    computing, _ = seconds_an_image(forward, config.evaluation_batch, run.device)
+    computing = measured(forward, config.evaluation_batch, run.device).computing
     reading = seconds_to_read(views, spread_over(len(views)))
     return count / run.world * paired(reading, computing, processes(config.data.workers))
 
@@ -223,11 +222,11 @@ def cost_and_time(config: Any, settings: FitSettings, training: Training, length
         needs = f"one image needs {needed / GIB:.1f} GiB and {there / GIB:.1f} GiB are free"
         return [*lines, f"time: not measured, {needs}"]
     training.whole.to(run.device)
-    computing, at_once = seconds_an_image(lambda number: training.loss(number).backward(), micro, run.device)
+    speed = measured(lambda number: training.loss(number).backward(), micro, run.device)
     update = seconds_of(training.optimizer.step, run.device) * run.world / optim.batch_size
     reading, workers = 0.0, 0
     if images is not None:
         reading = seconds_to_read(images, [(0, index) for index in spread_over(length)])
         workers = processes(config.data.workers)
-    speed = Speed(reading, computing + update, at_once)
+    speed = speed._replace(reading=reading, computing=speed.computing + update)
     return [*lines, *time_lines(speed, workers, optim.batch_size, settings.total_steps, run.world, training.beside())]

@@ -66,11 +66,13 @@ class Cost(NamedTuple):
 
 
 class Speed(NamedTuple):
-    """Measured: seconds an image to read it in one process, and to compute it; how many were computed at once."""
+    """Measured: seconds an image to read it in one process, and to compute it; how many were computed at once, and how
+    often."""
 
     reading: float
     computing: float
     at_once: int
+    steps: int = TIMED_STEPS
 
 
 def print_plan(config: PretrainConfig, say: Callable[[str], None] = print) -> None:
@@ -252,9 +254,9 @@ def measure_speed(
         part: Any = replace(batch, pixels=batch.pixels[chosen], mask=mask)
         backward(model, part, pretrain_loss, run.device, precision, None)
 
-    computing, at_once = seconds_an_image(step, micro, run.device)
-    update = seconds_of(optimizer.step, run.device)
-    return Speed(reading, computing + update * run.world / config.optim.batch_size, at_once)
+    speed = measured(step, micro, run.device)
+    update = seconds_of(optimizer.step, run.device) * run.world / config.optim.batch_size
+    return speed._replace(reading=reading, computing=speed.computing + update)
 
 
 def spread_over(length: int) -> list[int]:
@@ -274,17 +276,18 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def seconds_an_image(work: Callable[[int], object], most: int, device: torch.device) -> tuple[float, int]:
-    """How long ``work`` takes for an image of as many at once as a step of ``most`` allows, and how many those are."""
+def measured(work: Callable[[int], object], most: int, device: torch.device) -> Speed:
+    """How long ``work`` takes for an image of as many at once as a step of ``most`` allows; a slow one is done once."""
 
     def timed(images: int) -> float:
         return seconds_of(lambda: work(images), device)
 
-    timed(1)  # the first one is slower
-    at_once = 1
+    first, at_once = timed(1), 1  # it is slower than the others
+    if first > 2 * SECONDS_A_STEP:
+        return Speed(0.0, first, 1, 1)
     while at_once < most and timed(at_once) * GROWTH < SECONDS_A_STEP:
         at_once = min(most, at_once * GROWTH)
-    return min(timed(at_once) for _ in range(TIMED_STEPS)) / at_once, at_once
+    return Speed(0.0, min(timed(at_once) for _ in range(TIMED_STEPS)) / at_once, at_once, TIMED_STEPS)
 
 
 def paired(reading: float, computing: float, workers: int) -> float:
@@ -304,7 +307,7 @@ def time_lines(
     known = "".join(f", {clock(value)} of it {what}" for what, value in (beside or {}).items())
     left_out = "checkpoints" if beside else "pictures, checkpoints and measurements"
     lines = [
-        f"time, from {TIMED_STEPS} measured steps of {speed.at_once} images on "
+        f"time, from {speed.steps} measured step{'s' * (speed.steps > 1)} of {speed.at_once} images on "
         f"{'each of ' if world > 1 else ''}{devices_in_words(world)}: "
         f"{seconds:.3g} s per step, {clock(whole)}{days} for the run{known}; without {left_out}",
         f"  computing {1 / speed.computing:.4g} images/s per device"

@@ -53,6 +53,7 @@ def test_a_dry_run_says_the_plan_and_writes_nothing(configure_detection, detecti
     assert "steps: 5 = 5 epochs of 1 steps" in text  # 4 images, 2 devices with 2 each
     assert "learning rate: 0.64 x 4 / 256 = 0.01 at its peak, warm-up 2 steps, a tenth from step 2 on" in text
     assert re.search(r"memory, estimated: \d+\.\d GiB at the peak of a step of 2 images at once", text)
+    assert re.search(r"s per step, .* for the run, .* of it for scoring \d+ images; without checkpoints", text)
     assert said[-1] == "dry run: nothing was written" and not (tmp_path / "run").exists()
     with pytest.raises(UserError, match="does not exist"):
         print_plan(configure_detection("data.path=missing"), 1, said.append)

@@ -1,20 +1,30 @@
-"""``train_net.py --dry-run``: what a run will be and take; no image is read through and nothing is written."""
+"""``train_net.py --dry-run``: what a run will be and take, with a few of its steps measured; nothing is written."""
 
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from mae_core.data.loading import share_of
+from mae_core.data.rates import processes
 from mae_core.models.block import kernels_as_on
 from mae_core.models.classifier import learning_line
 from mae_core.patches import as_pair
 from mae_core.training import distributed
-from mae_core.training.memory import GIB, StepMemory, step_memory
-from mae_core.training.plan import batch_line, rate_line, steps_line
+from mae_core.training.memory import GIB, StepMemory, available_memory, step_memory
+from mae_core.training.plan import (
+    batch_line,
+    measured,
+    paired,
+    rate_line,
+    spread_over,
+    steps_line,
+    time_lines,
+)
 from mae_core.training.run import Run
 from mae_core.weights.load import read_encoder, stated_in, with_file
 from transfer.detection.config import DetectionConfig
@@ -22,6 +32,7 @@ from transfer.detection.data_sets import read_data, shared_files
 from transfer.detection.engine import build_network, load_engine
 from transfer.detection.heads import HEADS
 from transfer.detection.run import settings_of, zoo_detector
+from transfer.detection.samples import TrainingSamples, collate
 
 MEASURED = "torchvision"
 """The engine whose network the memory is measured on."""
@@ -46,13 +57,11 @@ def print_plan(config: DetectionConfig, devices: int, say: Callable[[str], None]
     micro = min(optim.micro_batch or share, share)
     objects = [len(image.instances) for image in train_set.images]
     height, width = as_pair(config.data.image_size)
+    planned = config
     if MEASURED in HEADS[config.model.head].builders:
-        measured = {"engine": MEASURED, "model": config.model.model_copy(update={"cascade": False})}
-        trunk, model, _ = build_network(
-            config.model_copy(update=measured), load_engine(MEASURED), len(train_set.categories), source
-        )
-    else:
-        trunk, model, _ = build_network(config, engine, len(train_set.categories), source)
+        plain = {"engine": MEASURED, "model": config.model.model_copy(update={"cascade": False})}
+        planned = config.model_copy(update=plain)
+    trunk, model, _ = build_network(planned, load_engine(planned.engine), len(train_set.categories), source)
     if config.model.cascade:
         add_cascade(model)
     numbers = sum(p.numel() for p in model.parameters())
@@ -84,7 +93,43 @@ def print_plan(config: DetectionConfig, devices: int, say: Callable[[str], None]
         f"{needed.fixed / GIB:.1f} GiB of it parameters, gradients and moments; a GPU's own libraries take about 1 GiB "
         "more"
     )
+    one, free = needed.fixed + (needed.peak - needed.fixed) // micro, available_memory(run.device)
+    if one > free:
+        say(f"time: not measured, one image needs {one / GIB:.1f} GiB and {free / GIB:.1f} GiB are free")
+    else:
+        _, model, statistics = build_network(planned, load_engine(planned.engine), len(train_set.categories), source)
+        masks = HEADS[config.model.head].learns_masks
+        samples = TrainingSamples(train_set, config.data, statistics, config.seed, masks=masks)
+        for line in time_of(model, config, samples, len(val_set.images), run, (micro, settings.total_steps, devices)):
+            say(line)
     say("dry run: nothing was written")
+
+
+def time_of(
+    model: nn.Module,
+    config: DetectionConfig,
+    samples: TrainingSamples,
+    scored: int,
+    run: Run,
+    size: tuple[int, int, int],
+) -> list[str]:
+    """How long a run on so many images at once, steps and devices (``size``) takes, by steps of the torchvision
+    engine's network on real images; ``scored`` images are scored at the end, each in about the time of a step's."""
+    micro, steps, devices = size
+    began = time.perf_counter()
+    read = [samples[(0, index)] for index in spread_over(len(samples))]
+    reading = (time.perf_counter() - began) / len(read)
+    model.to(run.device).train()
+
+    def step(images: int) -> None:
+        batch = collate([read[index % len(read)] for index in range(images)])
+        with run.autocast():
+            losses = model(batch.pixels.to(run.device), batch.sizes, batch.targets)
+        torch.stack(list(losses.values())).sum().backward()
+
+    speed, workers = measured(step, micro, run.device)._replace(reading=reading), processes(config.data.workers)
+    beside = {f"for scoring {scored} images": scored / devices * paired(reading, speed.computing, workers)}
+    return time_lines(speed, workers, config.optim.batch_size, steps, devices, beside)
 
 
 def memory_of(model: nn.Module, config: DetectionConfig, images: int, precision: torch.dtype) -> StepMemory:
