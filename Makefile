@@ -1,7 +1,7 @@
 # `make demo` and `make test` do all the set-up they need: Python >= 3.10 and make are enough.
 #   make demo DEMO_ARGS="--help"     options of the demo
 #   make test PYTEST_ARGS="-k mask"  a part of the tests
-#   make quick                       lint, and the tests that take a minute and a half together
+#   make quick                       lint, and the quick part of the tests: 3 minutes of CPU time
 #   make test WORKERS=0              the tests in one process, such as for a debugger; as many as cores by default
 #   make venv PYTHON=python3.12      choose the interpreter
 
@@ -32,7 +32,7 @@ PYTEST := $(PY) -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorde
 help:
 	@echo "make demo    pre-train, classify, detect, segment; writes runs/demo/report.html"
 	@echo "make test    lint, then all tests"
-	@echo "make quick   lint, then the tests that take a minute and a half together"
+	@echo "make quick   lint, then the quick part of the tests, 3 minutes of CPU time"
 	@echo "make lint    ruff and mypy"
 	@echo "make docs    the site of the pages and the API in build/docs"
 	@echo "make wheel   build the wheel, install it into a new environment, use it in an empty folder"

@@ -192,6 +192,19 @@ def apart(drawn: Map, most: int = SHOWN) -> list[tuple[int, float]]:
     return [(place, float(drawn.similarity[place, 0])) for place in order]
 
 
+def usual_similarity(features: Tensor) -> float:
+    """The mean cosine similarity of two images of (N, D) features: what other similarities are read against, since the
+    features of an encoder have much in common."""
+    unit, number = functional.normalize(features.double(), dim=1), len(features)
+    return float((unit.sum(dim=0).square().sum() - number) / (number * (number - 1)))
+
+
+def _share_of_pairs(sizes: Sequence[int]) -> float:
+    """How often two images lie in the same of folders of these sizes."""
+    number = sum(sizes)
+    return sum(size * (size - 1) for size in sizes) / (number * (number - 1))
+
+
 def _places(points: Tensor, side: float) -> list[tuple[float, float]]:
     """Points (N, 2) -> the upper left corners of pictures of ``side`` within ``PLANE``, both axes in one scale."""
     low, span = points.amin(dim=0), (points.amax(dim=0) - points.amin(dim=0)).clamp(min=1e-9)
@@ -226,6 +239,8 @@ def page(found: Embedded, drawn: Map, *, title: str, encoder: str) -> str:
         sizes=[len(mine) for mine in drawn.central],
         held=[_counted([folders[place] for place in mine]) for mine in drawn.central],
         agreement=sum(same) / len(same) if len(set(folders)) > 1 else None,
+        by_chance=_share_of_pairs(list(Counter(folders).values())),
+        usual=usual_similarity(found.features),
         pairs=alike(drawn),
         loners=apart(drawn),
         neighbours=[

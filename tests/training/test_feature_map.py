@@ -20,6 +20,7 @@ from mae_core.errors import UserError
 from mae_core.training.feature_map import alike, apart, lay_out, write_map
 
 sklearn = pytest.importorskip("sklearn.neighbors", reason="k-means, and the independent reference")
+sklearn_pairwise = pytest.importorskip("sklearn.metrics.pairwise")
 
 
 class Balanced(HTMLParser):
@@ -66,6 +67,12 @@ def test_the_page_holds_every_image_once_and_what_is_near_to_it(tmp_path, photos
     features = embed(load_encoder(pretrained), paths).numpy()
     reference = sklearn.NearestNeighbors(n_neighbors=4, metric="cosine").fit(features)
     distances, _ = reference.kneighbors(features)
+    pairs = np.triu_indices(16, k=1)
+    usual = sklearn_pairwise.cosine_similarity(features)[pairs].mean()
+    assert f"two images of this set at {usual:.3f} on average" in text
+    folders = np.array([path.parent.name for path in paths])
+    by_chance = 100 * np.mean(folders[pairs[0]] == folders[pairs[1]])
+    assert f"an image drawn at random does for {by_chance:.0f} %" in text
     shown = re.findall(r'<section class="near" id="n(\d+)">(.*?)</section>', text, flags=re.DOTALL)
     assert len(shown) == 16
     for number, block in shown:
