@@ -123,7 +123,8 @@ def find_checkpoints(work_dir: Path, *, resume: Resume) -> list[Path]:
     if not resume:
         if work_dir.exists() and (not work_dir.is_dir() or any(work_dir.iterdir())):
             raise UserError(
-                f"{work_dir} is not empty; give another --work-dir, or --resume auto to continue the run in it"
+                f"{work_dir} is not empty; give another --work-dir (mae segment calls it output), or --resume auto "
+                "to continue the run in it"
             )
         return []
     found = steps_saved(work_dir)

@@ -158,7 +158,7 @@ def stopped(tmp_path_factory, tiny_options, write_scenes) -> tuple[Path, dict]:
 
 def test_resume_goes_on_from_the_last_checkpoint(tmp_path, stopped):
     run, options = shutil.copytree(stopped[0], tmp_path / "run"), stopped[1]
-    with pytest.raises(UserError, match=r"is not empty; give another --work-dir, or --resume"):
+    with pytest.raises(UserError, match=r"give another --work-dir \(mae segment calls it output\), or --resume"):
         train_segmenter(DIGITS, work_dir=run, cfg_options=options)
     with pytest.raises(UserError, match=r"has done all 2 steps"):
         train_segmenter(DIGITS, work_dir=run, cfg_options={**options, "train_cfg.max_iters": 2}, resume=True)

@@ -17,7 +17,7 @@ from mae_core.training.finite import RunningStatistics, SkippedSteps, gradient_n
 
 ADVICE = (
     "continue from the last checkpoint with --resume and a lower optim_wrapper.optimizer.lr; if that does not help, "
-    "start again with a lower one, in another --work-dir"
+    "start again with a lower one, in another --work-dir (mae segment calls it output)"
 )
 
 
