@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mae_core.atomic import write_json
-from mae_core.training.run import environment
+from mae_core.training.run import commit, environment
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MATMUL = "matmul"
@@ -220,7 +220,7 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
 
 def new_results(given: argparse.Namespace) -> dict[str, Any]:
     """Results to which a comparison adds, a row of ``measured`` at a time."""
-    return {"machine": machine_of(torch.device(given.device)), "measured": []}
+    return {"machine": {"commit": commit(), **machine_of(torch.device(given.device))}, "measured": []}
 
 
 def add_common_options(parser: argparse.ArgumentParser, *, minutes: float) -> None:

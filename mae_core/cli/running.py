@@ -103,7 +103,7 @@ def slurm(
         config = None if kind == "segment" else read_arguments(schema_of(kind), [str(path), *overrides])
         job = job_of(path.stem, config, nodes, gpus, cpus, time, grace, option or [])
         recipe = given if given is not None and Path(given).is_file() else name_of(path)
-        words = [*overrides, *stops_in_time(kind, job, overrides)]
+        words = [*overrides, *stops_in_time(kind, job, overrides, config)]
         typer.echo(batch_file(job, ["mae", *TRAINS[kind], recipe, *words, "--resume", "auto"]), nl=False)
 
 

@@ -85,7 +85,8 @@ def is_path(schema: type[BaseModel], name: str) -> bool:
 def takes_paths(schema: type[BaseModel], name: str) -> bool:
     """Whether the option ``name`` of ``schema`` may be several paths."""
     annotation = schema.model_fields[name].annotation
-    return any(Path in get_args(kind) for kind in (annotation, *get_args(annotation)) if get_origin(kind) is tuple)
+    lists = [get_args(kind) for kind in (annotation, *get_args(annotation)) if get_origin(kind) is tuple]
+    return any(Path in (item, *get_args(item)) for items in lists for item in items)
 
 
 def row_of(table: Mapping[str, Any]) -> AfterValidator:

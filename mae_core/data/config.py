@@ -17,7 +17,7 @@ Workers = Annotated[int, Field(ge=0)] | Literal["auto"]
 class ImagesConfig(Schema):
     """How images are read, in every task."""
 
-    path: Path | None = Field(None, description="the folder, or what else the command takes; see there")
+    path: Path | None = Field(None, description="the folder of images; each command's page says what else it takes")
     image_size: Size = Field(224, description="side, or [height, width], of what the network sees, in pixels")
     channels: Annotated[int, Field(ge=1, le=16)] = Field(
         3, description="1 reads images as greyscale, 3 as RGB, any other number as stored (TIFF, .npy)"
@@ -67,6 +67,8 @@ class ImagesConfig(Schema):
         return values * channels
 
 
+Address = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9+.-]+://")]
+"""Where a program of the network finds files; as a path it would lose slashes."""
 Augmentation = Literal["none", "fixed_crop", "random_crop"]
 """Rows of mae_core.data.augmentation.AUGMENTATIONS, which needs torchvision."""
 
@@ -75,7 +77,7 @@ class PretrainData(ImagesConfig):
     """Unlabelled images, from a folder (nested as it likes), a list of files, tar shards or a Hugging Face data set,
     or several of them; and what is done to them (paper, Table 1e)."""
 
-    path: Path | tuple[Path, ...] | None = Field(  # type: ignore[assignment]  # several, where no labels must agree
+    path: Address | Path | tuple[Address | Path, ...] | None = Field(  # type: ignore[assignment]  # several, where no labels must agree
         None,
         description="a folder, an image, a .txt list of files, .tar shards here or at an address (https://, s3://), a "
         "data set on disk; or several: [A, B]",

@@ -102,11 +102,9 @@ def list_images(folder: Path | None, passed_over: Counter[str] | None = None) ->
     if folder.is_file() and folder.suffix.lower() in IMAGE_SUFFIXES:
         return [folder]
     if not folder.is_dir():
-        found = (
-            f"is a file, and {folder.suffix or 'its name'} is not an image's ending"
-            if folder.exists()
-            else ("does not exist")
-        )
+        found = "does not exist"
+        if folder.exists():
+            found = f"is a file, and {folder.suffix or 'its name'} is not an image's ending"
         raise UserError(f"image folder {folder} {found}; name a folder of images, or one image file")
     others: Counter[str] = Counter()
     paths = sorted(files_below(folder, passed_over=others))

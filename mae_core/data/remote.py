@@ -8,10 +8,11 @@ import hashlib
 import json
 import os
 import re
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from http import HTTPStatus
@@ -29,24 +30,30 @@ from mae_core.errors import UserError, first_line
 Result = TypeVar("Result")
 
 EXTRA = "remote"
-SCHEME = re.compile(r"^([a-z][a-z0-9+.-]+):/+(?=[^/])")
-"""How an address begins; a path of this machine has made one slash of two."""
+SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):/")
+"""How an address begins; where it came as a path, one slash is left of two."""
 QUERY = re.compile(r"\?[^\s'\"]+")
 WAITS = (1.0, 5.0, 20.0)
 """Seconds before each new try where a request fails."""
 REQUESTS = 16
 """Sizes asked for at once."""
+LATER = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS)
+"""Refusals that may end by themselves."""
+MARKER, USED = "kept.json", ".used-"
 BLOCK, PIECE = 4 << 20, 32 << 20
 """Bytes a request, of what is passed over and of what is kept."""
 WRITABLE = "free disk space, or keep shards elsewhere with data.cache=FOLDER, or XDG_CACHE_HOME=FOLDER"
-TAGS = ("ETag", "etag", "Content-MD5", "Last-Modified", "LastModified", "mtime", "updated", "content_settings")
+TAGS = ("ETag", "etag", "Content-MD5", "Last-Modified", "LastModified", "mtime", "updated", "blob_id")
 """Names under which stores say that a file is another than it was."""
 
 
-def address_of(path: Path | str) -> str | None:
-    """``https:/host/x``, as a path has it, -> ``https://host/x``; None for what is on this machine."""
-    found = SCHEME.match(str(path))
-    return None if found is None else f"{found[1]}://{str(path)[found.end() :]}"
+def address_of(place: Path | str) -> str | None:
+    """``https://host/x``, also of ``https:/host/x``, as a path has it; None for what is on this machine."""
+    found = SCHEME.match(str(place))
+    if found is None:
+        return None
+    rest = str(place)[found.end() :]
+    return f"{found[1].lower()}://{rest if isinstance(place, Path) else rest.removeprefix('/')}"
 
 
 def default_folder() -> Path:
@@ -87,8 +94,8 @@ class RemoteShard:
 
     @property
     def marker(self) -> Path:
-        """Says that the copy is whole, and of what."""
-        return self.folder / "kept.json"
+        """Says that the copy is whole."""
+        return self.folder / MARKER
 
     def open(self) -> IO[bytes]:
         """See ``Shard``."""
@@ -102,55 +109,72 @@ class RemoteShard:
         return self.fetched(offset, size)
 
     def fetched(self, offset: int, size: int) -> bytes:
-        """``part``, from its address. Raises ``OSError`` where that fails in spite of some patience."""
-        if not size:
-            return b""
+        """``part``, from its address. Raises ``OSError`` where that fails in spite of some patience, and ``UserError``
+        where the server cannot send a part."""
+        found = self._asked(offset, size) if size else b""
+        if len(found) == size:
+            return found
+        if len(found) == self.size:
+            raise UserError(
+                f"shard {self} is not kept, and its server sends no parts of files; raise data.cache_gb so that all "
+                "shards can be kept"
+            )
+        raise OSError(f"{len(found)} bytes came where {size} were asked for")
+
+    def _asked(self, offset: int, size: int) -> bytes:
+        """What the server sends when it is asked for a part: that, or all."""
         found: bytes = _patiently(lambda: _files_at(self.address).cat_file(self.address, offset, offset + size))
-        if len(found) == self.size:  # a server that does not know parts sends all
-            return found[offset : offset + size]
-        if len(found) != size:
-            raise OSError(f"{len(found)} bytes came where {size} were asked for")
         return found
 
     def contents(self) -> Contents:
-        """See ``Shard``; kept too, because the pass takes much of the file."""
-        file = self.folder / "contents.json"
-        known = _read(file)
-        if known.get("facts") == [*self.facts] and {*Contents._fields} <= known.keys():
-            return Contents([Entry(*entry) for entry in known["entries"]], known["passed_over"], known["damage"])
-        found = contents_of(self)
-        with said_plainly(self.folder, WRITABLE):
-            write_json(file, {"facts": self.facts, **found._asdict()})
-        return found
+        """See ``Shard``; written down, because the pass takes much of the file."""
+        known = self._known_contents()
+        if known is not None:
+            return known
+        with said_plainly(self.folder, WRITABLE), nullcontext() if self.kept else alone(self.folder.parent):
+            found = self._known_contents()  # another process passed over it meanwhile
+            if found is None:
+                found = contents_of(self)
+                write_json(self.folder / "contents.json", found._asdict())
+            return found
+
+    def _known_contents(self) -> Contents | None:
+        known = _read(self.folder / "contents.json")
+        if not {*Contents._fields} <= known.keys():
+            return None
+        return Contents([Entry(*entry) for entry in known["entries"]], known["passed_over"], known["damage"])
 
     def is_whole(self) -> bool:
         """Whether the copy is there and undamaged."""
         known = _read(self.marker)
-        if known.get("facts") != [*self.facts]:
+        if "checksum" not in known or not self.copy.is_file() or checksum(self.copy) != known["checksum"]:
             return False
-        try:
-            if checksum(self.copy) == known["checksum"]:
-                os.utime(self.marker)
-                return True
-        except OSError:
-            return False
-        print(f"the copy {self.copy} is damaged and fetched again", flush=True)
+        with suppress(OSError):  # another user's
+            os.utime(self.marker)
+        return True
+
+    def remove(self) -> None:
+        """Remove the copy, and say so where it was damaged."""
+        if self.marker.is_file():
+            print(f"the copy {self.copy} is damaged and fetched again", flush=True)
         self.marker.unlink(missing_ok=True)
-        return False
+        self.copy.unlink(missing_ok=True)
 
     def fetch(self, report: Callable[[int], None]) -> None:
         """Make the copy; ``report(bytes)`` as it grows. Raises ``UserError`` where the shard cannot be read."""
         with atomic_path(self.copy) as temporary:
             with temporary.open("wb") as file:
-                for start in range(0, self.size, PIECE):
+                while (start := file.tell()) < self.size:
                     try:
-                        piece = self.fetched(start, min(PIECE, self.size - start))
+                        piece = self._asked(start, min(PIECE, self.size - start))
                     except OSError as error:
                         raise _unreadable(self.address, error) from None
-                    file.write(piece)
-                    report(start + len(piece))
+                    file.write(piece[start:] if len(piece) == self.size else piece)
+                    report(file.tell())
+            if temporary.stat().st_size != self.size:
+                raise _unreadable(self.address, OSError("its server sent more than the file"))
             found = checksum(temporary)
-        write_json(self.marker, {"facts": self.facts, "checksum": found, "address": str(self)})
+        write_json(self.marker, {"checksum": found, "address": str(self)})
 
     def __str__(self) -> str:
         return without_query(self.address)
@@ -198,15 +222,33 @@ def remote_shards(address: str, cache: ShardCache) -> list[Shard]:
         addresses = _listed(address)
     with ThreadPoolExecutor(REQUESTS) as pool:
         facts = [*pool.map(_facts, addresses)]
-    shards = [RemoteShard(each, known, root / _key(each)) for each, known in zip(addresses, facts, strict=True)]
-    fetch = f"fetching shards of {without_query(addresses[0]).rpartition('/')[0]} to {root}, MiB"
-    report, total, before = Counter(fetch, seconds_between=10), sum(shard.size for shard in shards), 0
-    found: list[Shard] = []
+    plain = [*map(without_query, addresses)]
+    keys = plain if len({*plain}) == len(plain) else addresses  # a signature changes, what names a file does not
+    shards = [
+        RemoteShard(each, known, root / hashlib.sha256(repr((key, *known)).encode()).hexdigest()[:16])
+        for each, key, known in zip(addresses, keys, facts, strict=True)
+    ]
+    if cache.limit:
+        with said_plainly(root, WRITABLE):
+            _in_use.append(used_by_this_process(root, shards))
+    progress = Counter(f"shards of {plain[0].rpartition('/')[0]} in {root}, MiB", seconds_between=10)
+    total, before = (sum(shard.size for shard in shards) >> 20) + 1, 0
+    found: list[RemoteShard] = []
     for shard in shards:
-        kept = _keep(shard, shards, cache.limit, lambda done, before=before: report((before + done) >> 20, total >> 20))  # type: ignore[misc]
-        found.append(replace(shard, kept=kept))
+
+        def report(done: int, before: int = before) -> None:
+            progress((before + done) >> 20, total)
+
+        found.append(replace(shard, kept=_keep(shard, shards, cache.limit, report)))
         before += shard.size
-    return found
+        report(0, before)
+    if left := [shard for shard in found if not shard.kept]:
+        print(
+            f"{len(left)} of {len(found)} shards are not kept, for want of room within data.cache_gb: they are passed "
+            "over once, and each image is a request",
+            flush=True,
+        )
+    return [*found]
 
 
 def _keep(shard: RemoteShard, wanted: Sequence[RemoteShard], limit: int, report: Callable[[int], None]) -> bool:
@@ -216,37 +258,71 @@ def _keep(shard: RemoteShard, wanted: Sequence[RemoteShard], limit: int, report:
         return False
     if shard.is_whole():
         return True
-    with said_plainly(shard.folder, WRITABLE), _alone(shard.folder.parent):
-        there = _read(shard.marker).get("facts") == [*shard.facts]  # another process fetched it meanwhile
-        if not there and _make_room(shard, wanted, limit):
-            shard.fetch(report)
-            there = True
-    return there
+    with said_plainly(shard.folder, WRITABLE), alone(shard.folder.parent):
+        if shard.is_whole():  # another process fetched it meanwhile
+            return True
+        shard.remove()
+        if not _make_room(shard, wanted, limit):
+            return False
+        print(f"fetching {shard} to {shard.folder}, {shard.size / 1e6:.1f} MB", flush=True)
+        shard.fetch(report)
+        return True
 
 
 def _make_room(shard: RemoteShard, wanted: Sequence[RemoteShard], limit: int) -> bool:
-    """Whether ``shard`` fits beside what is kept, after shards that this run does not want are removed, those used
-    longest ago first."""
-    wanted_folders = {each.folder for each in wanted}
+    """Whether ``shard`` fits beside what is kept, after shards are removed that neither this run nor another uses,
+    those used longest ago first."""
+    root = shard.folder.parent
+    busy = {each.folder.name for each in wanted} | used_by_others(root)
     used, others = 0, []
-    for file in shard.folder.parent.glob("*/*.tar"):  # those that a killed process did not finish too
-        size, finished = file.stat().st_size, file.name[0] != "."
+    for file in root.glob("*/*.tar"):
+        size, finished = file.stat().st_size, file.name[0] != "."  # or left by a process that was killed
         used += size
-        if file.parent not in wanted_folders or not finished:
-            marker = file.parent / shard.marker.name
+        if file.parent.name not in busy or not finished:
+            marker = file.parent / MARKER
             others.append(((marker if marker.is_file() and finished else file).stat().st_mtime, size, file))
     for _, size, file in sorted(others):
         if used + shard.size <= limit:
             break
         if file.name[0] != ".":
-            (file.parent / shard.marker.name).unlink(missing_ok=True)
+            (file.parent / MARKER).unlink(missing_ok=True)
         file.unlink()
         used -= size
     return used + shard.size <= limit
 
 
+_in_use: list[IO[str]] = []
+"""Open files that say which shards this process uses: they are locked for as long as it lives."""
+
+
+def used_by_this_process(root: Path, shards: Sequence[RemoteShard]) -> IO[str]:
+    """A file that names the folders of ``shards``, locked until it is closed."""
+    root.mkdir(parents=True, exist_ok=True)
+    with alone(root):  # or another process takes it for a dead one's before it is locked
+        descriptor, _ = tempfile.mkstemp(prefix=USED, dir=root)
+        file = os.fdopen(descriptor, "w")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write("\n".join(shard.folder.name for shard in shards))
+        file.flush()
+    return file
+
+
+def used_by_others(root: Path) -> set[str]:
+    """Names of the folders that a living process uses; what dead ones left is removed."""
+    found: set[str] = set()
+    for path in root.glob(f"{USED}*"):
+        with path.open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                found |= {*file.read().split()}
+            else:
+                path.unlink(missing_ok=True)
+    return found
+
+
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path) -> Iterator[None]:
     """No other process is between here and there."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
@@ -297,10 +373,11 @@ def _patiently(request: Callable[[], Result]) -> Result:
                 cause if isinstance(cause, Exception) else failure
             )  # fsspec calls whatever befalls an http address a missing file
             status = getattr(error, "status", None) or 0
+            said = QUERY.sub("", first_line(error))
             if isinstance(error, FileNotFoundError) or status == HTTPStatus.NOT_FOUND:
-                raise FileNotFoundError(first_line(error)) from None
-            if wait is None or 400 <= status < 500:
-                raise ConnectionError(f"{type(error).__name__}: {QUERY.sub('', first_line(error))}") from None
+                raise FileNotFoundError(said) from None
+            if wait is None or (400 <= status < 500 and status not in LATER):
+                raise ConnectionError(f"{type(error).__name__}: {said}") from None
             time.sleep(wait)
     raise AssertionError
 
@@ -334,10 +411,6 @@ def name_of(address: str) -> str:
 def without_query(address: str) -> str:
     """An address without what is secret in one that is signed."""
     return address.partition("?")[0]
-
-
-def _key(address: str) -> str:
-    return hashlib.sha256(without_query(address).encode()).hexdigest()[:16]
 
 
 def _read(file: Path) -> dict[str, Any]:

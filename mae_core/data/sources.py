@@ -13,7 +13,7 @@ from mae_core.data.config import PretrainData
 from mae_core.data.decoding import Pixels, Unreadable, UnreadableImage, decode_bytes, read_content, read_image
 from mae_core.data.images import IMAGE_SUFFIXES, ImageFiles, ImageSource, list_images, passed_over_in
 from mae_core.data.reading import ReadAs
-from mae_core.data.remote import ShardCache, address_of, remote_shards
+from mae_core.data.remote import ShardCache, address_of, remote_shards, without_query
 from mae_core.data.shards import LocalShard, TarShards, require
 from mae_core.errors import UserError
 from mae_core.texts import find_named, read_lines
@@ -171,8 +171,6 @@ def _list(path: Path, wanted: Wanted) -> ImageSource:
 
 
 def _shards(path: Path, wanted: Wanted) -> ImageSource:
-    if (address := address_of(path)) is not None:
-        return TarShards(remote_shards(address, wanted.cache), wanted.read_as)
     if path.is_dir():
         shards = sorted(path.rglob("*.tar"))
     else:
@@ -220,12 +218,12 @@ def open_source(data: PretrainData) -> ImageSource:
     """The images that a configuration names. Raises ``UserError`` where one of the paths holds none."""
     if data.path is None:
         list_images(None)
-    paths: tuple[Path, ...] = data.path if isinstance(data.path, tuple) else (data.path or Path(),)
+    paths: tuple[Path | str, ...] = data.path if isinstance(data.path, tuple) else (data.path or Path(),)
     return open_places(paths, data.reading, kind=data.source, split=data.split, cache=data.shard_cache)
 
 
 def open_places(
-    paths: Sequence[Path],
+    paths: Sequence[Path | str],
     read_as: ReadAs,
     *,
     kind: str = "auto",
@@ -237,8 +235,18 @@ def open_places(
     Raises ``UserError`` where one of the places holds none.
     """
     wanted = Wanted(read_as, split, cache)
-    sources = [SOURCES[kind_of(path) if kind == "auto" else kind](path, wanted) for path in paths]
+    sources = [_open(path, wanted, kind) for path in paths]
     return sources[0] if len(sources) == 1 else JoinedSources(sources)
+
+
+def _open(place: Path | str, wanted: Wanted, kind: str) -> ImageSource:
+    address = address_of(place)
+    if address is None:
+        path = Path(place)
+        return SOURCES[kind_of(path) if kind == "auto" else kind](path, wanted)
+    if kind not in ("auto", "shards"):
+        raise UserError(f"{without_query(address)} is read as tar shards, and not as source={kind}; leave source out")
+    return TarShards(remote_shards(address, wanted.cache), wanted.read_as)
 
 
 def open_files(path: Path | None, read_as: ReadAs) -> ImageFiles:
@@ -246,7 +254,13 @@ def open_files(path: Path | None, read_as: ReadAs) -> ImageFiles:
 
     Raises ``UserError`` as ``open_places`` does, and for images that lie inside other files.
     """
-    source = open_places([path], read_as) if path else ImageFiles(list_images(path), read_as)
-    if not isinstance(source, ImageFiles):
-        raise UserError(f"{path} holds images inside other files; name a folder of image files, a list, or one image")
+    if path is None:
+        return ImageFiles(list_images(path), read_as)
+    if (kind := kind_of(path)) not in ("files", "list"):
+        raise UserError(
+            f"{address_of(path) or path} holds images inside other files; name a folder of image files, a list, or one "
+            "image"
+        )
+    source = SOURCES[kind](path, Wanted(read_as))
+    assert isinstance(source, ImageFiles)
     return source

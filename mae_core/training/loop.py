@@ -207,7 +207,8 @@ def fit(
             if stop or due or last or any(done % hook.every == 0 for hook in hooks):
                 decisions.settle()
             if stop and not last:  # before pictures and evaluations, for which there may be no time
-                run.checkpoint(done, model, optimizer, metadata or {})
+                run.checkpoint(done, model, optimizer, metadata or {}, wait=True)
+                signals.saved = True
             for hook, beside in zip(hooks, between, strict=True):
                 if done % hook.every == 0 or last:
                     run.saving.join()  # a hook may start processes, which should not be copies of a writing one

@@ -36,6 +36,8 @@ class Signals:
     def __init__(self, limit: float = 0) -> None:
         self.limit = limit
         self.received: signal.Signals | None = None
+        self.saved = False
+        """Whether the training is saved, so that what comes after the limit loses nothing."""
         self._timer: threading.Timer | None = None
         self._at = 0.0
         self._flags: OnItsWay | None = None
@@ -92,8 +94,9 @@ class Signals:
     def _give_up(self) -> None:
         """End while there is still time to say so; files are written whole or not at all."""
         name = self.received.name if self.received else "a signal"
+        what = "saved, but not ended" if self.saved else "not saved"
         print(
-            f"{name}: not saved within the {self.limit:g} s of stop_seconds; the same command with --resume continues "
+            f"{name}: {what} within the {self.limit:g} s of stop_seconds; the same command with --resume auto goes on "
             "from the last whole checkpoint",
             flush=True,
         )

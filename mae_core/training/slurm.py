@@ -120,10 +120,10 @@ def job_of(
     return job
 
 
-def stops_in_time(command: str, job: Job, given: Sequence[str]) -> list[str]:
-    """The option that ends a save in time for the job to be queued again, unless it is ``given``."""
+def stops_in_time(command: str, job: Job, given: Sequence[str], config: Any) -> list[str]:
+    """The option that ends a save in time for the job to be queued again, unless it is ``given``, or in ``config``."""
     option = STOP_SECONDS.get(command, "log.stop_seconds")
-    if any(word.startswith(f"{option}=") for word in given):
+    if any(word.startswith(f"{option}=") for word in given) or (config is not None and config.log.stop_seconds):
         return []
     return [f"{option}={max(job.grace - MARGIN, job.grace // 2)}"]
 

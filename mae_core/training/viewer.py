@@ -13,7 +13,7 @@ from mae_core.atomic import atomic_path
 from mae_core.config.schema import hint
 from mae_core.data.augmentation import centre_view
 from mae_core.data.decoding import UnreadableImage, usable
-from mae_core.data.images import DEFAULT_STATISTICS, Statistics
+from mae_core.data.images import DEFAULT_STATISTICS, ImageFiles, ImageSource, Statistics
 from mae_core.data.sources import kind_of, open_places
 from mae_core.errors import UserError
 from mae_core.masking import MASKERS, Masker, build_masker, describe_masker
@@ -154,7 +154,8 @@ def read_views(images: Sequence[Path], model: MaskedAutoencoder, statistics: Sta
     for path in images:
         if not path.exists() and kind_of(path) == "files":
             raise UserError(f"image {path} does not exist; give image files or folders of them")
-        source = open_places([path], channels)
+        alone = path.is_file() and kind_of(path) == "files"  # whatever its ending
+        source: ImageSource = ImageFiles([path], channels) if alone else open_places([path], channels)
         for index in range(min(len(source), most - len(views))):
             try:
                 views.append(usable(view(source.read(index)), path))

@@ -62,11 +62,11 @@ class RunRecord(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Write the loading report; of a resumed run's log, drop the steps that will be done again."""
-        saves = [hook.interval for hook in runner.hooks if isinstance(hook, CheckpointHook)]
+        saves = [hook.interval for hook in runner.hooks if isinstance(hook, CheckpointHook) and hook.interval > 0]
         images = len(runner.val_loop.dataloader.dataset) if runner.val_loop is not None else 0
         # an image is tested whole, and its scores at its own size: about as long as a step of a crop (CamVid, CPU)
         self.validation = Beside(runner.train_loop.val_interval, worth=images)
-        self.saving = Beside(max([1, *saves]))
+        self.saving = Beside(max(saves, default=runner.max_iters))
         besides = [self.validation, self.saving]
         self.progress = Progress(Screen(), runner.iter, runner.max_iters, self.interval, besides=besides)
         self.ended = time.perf_counter()
@@ -96,7 +96,7 @@ class RunRecord(Hook):
         if self.progress is not None:
             images = len(data_batch["inputs"]) * get_world_size()
             rate = max(runner.optim_wrapper.get_lr()["lr"])
-            self.progress.step(runner.iter + 1, images, {"loss": outputs["loss"]}, rate)
+            self.progress.step(runner.iter + 1, images, {"loss": outputs["loss"].detach()}, rate)
             self.ended = time.perf_counter()
 
     def before_val(self, runner: Runner) -> None:
