@@ -312,8 +312,11 @@ def test_the_report_shows_pictures_curves_and_labels(tmp_path):
     page = write_results(results([*few, *cells]), tmp_path).read_text()
     assert page.count("data:image/png") == 1 + 2 and page.count('<svg role="img"') == 2 + 1
     assert "photos, 50% of the labels" in page and "Apache-2.0" in page
-    assert "| a | " in (tmp_path / "report.md").read_text()
     numbers = json.loads((tmp_path / "report.json").read_text())
+    text = (tmp_path / "report.md").read_text()
+    assert "| a | " in text and "the same grid of rates and decays" in text and "the same grid of rates" in page
+    write_results(results(few), tmp_path)
+    assert "nothing was searched" in (tmp_path / "report.md").read_text()
     assert numbers["results"][0]["share"] == 0.5 and numbers["results"][2]["range"] == 2.0
 
 

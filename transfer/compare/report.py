@@ -119,6 +119,17 @@ def headline(results: Results) -> str:
     return " ".join(sentences)
 
 
+def budget_meaning(results: Results) -> str:
+    """What all encoders had alike."""
+    if not any(cell.grid for cell in results.cells):
+        return "Every encoder has the same steps, rate and layer decay: nothing was searched."
+    return (
+        "Every encoder has the same steps and the same grid of rates and decays, of which the best was chosen on "
+        f"{100 * results.holdout:.0f} % of the training labels, which were held out; the validation set was read by "
+        "the final trainings alone."
+    )
+
+
 def write_results(results: Results, folder: Path) -> Path:
     """Write ``report.html``, ``report.md`` and ``report.json`` into ``folder`` -> the path of the first."""
     values = {
@@ -131,6 +142,7 @@ def write_results(results: Results, folder: Path) -> Path:
         "commands": {cell.column: cell.command for cell in results.cells if cell.scores},
         "loading_text": "\n".join(f"{cell.encoder}: {cell.loading}" for cell in results.cells if cell.loading),
         "spread_meaning": SPREAD_MEANING,
+        "budget_meaning": budget_meaning(results),
     }
     page, text, numbers = render(f"{NAME}.html", **values), render(f"{NAME}.md", **values), numbers_of(results)
     json.dumps(numbers, allow_nan=False)
