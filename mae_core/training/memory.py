@@ -8,6 +8,7 @@ work, without an N x N matrix. What a GPU's libraries and kernels take besides i
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -155,6 +156,13 @@ class _FusedAttention(torch.autograd.Function):
 def _fused_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Tensor:
     attended: Tensor = _FusedAttention.apply(query, key, value, attn_mask)
     return attended
+
+
+def memory_held() -> int:
+    """Bytes that were held at most so far: of its GPU by torch, and without one of the machine by the process."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_reserved()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
 def available_memory(device: torch.device) -> int:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from mae_core.counting import clock, speed_in_words
+from mae_core.training.memory import memory_held
 
 SLOW_DATA_SHARE = 0.3
 SILENCE = 10.0
@@ -21,7 +22,9 @@ STEPS_TO_LEARN = 200
 
 
 class Listener(Protocol):
-    """What a progress tells: a run, or who stands in for one."""
+    """What a progress tells: a run, or who stands in for one. ``held_out``: the last loss on images kept out."""
+
+    held_out: float | None
 
     def say(self, text: str) -> None:
         """Show a line."""
@@ -143,9 +146,10 @@ class Progress:
         self._say(loss, lr, self._interval_images / seconds, self._waited / seconds)
 
     def _say(self, loss: float, lr: float, rate: float, waiting: float) -> None:
+        held_out = "" if self.run.held_out is None else f" (kept out {self.run.held_out:.4f})"
         self.run.say(
-            f"step {self.done}/{self.total}  loss {loss:.4f}  lr {lr:.2e}  {speed_in_words(rate)} images/s  "
-            f"waiting for data {waiting:.0%}  {clock(self.left())} left"
+            f"step {self.done}/{self.total}  loss {loss:.4f}{held_out}  lr {lr:.2e}  {speed_in_words(rate)} images/s  "
+            f"{memory_held() / 2**30:.1f} GiB  waiting for data {waiting:.0%}  {clock(self.left())} left"
         )
         self._told = time.perf_counter()
 

@@ -195,6 +195,8 @@ class Run:
         self._untold: list[Unreadable] = []
         self._board: Boards | None = None
         self.saving = Beside()
+        self.held_out: float | None = None
+        """The last loss on images kept out that was recorded."""
         self._measured: dict[int, dict[str, float]] = {}
         self._best_at: int | None = None
         self._restored: int | None = None
@@ -216,6 +218,7 @@ class Run:
 
     def record(self, entry: Mapping[str, Any]) -> None:
         """Append a line to log.jsonl, and numbers that have a step to the boards of ``log.to``."""
+        self.held_out = entry.get("held_out_loss", self.held_out)
         if not self.is_main:
             return
         with said_plainly(self.folder, ROOM):

@@ -18,7 +18,7 @@ class Listener:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.said: list[str] = []
         self.recorded: list[dict[str, Any]] = []
-        self.now = 0.0
+        self.now, self.held_out = 0.0, None
         monkeypatch.setattr(module.time, "perf_counter", lambda: self.now)
 
     def say(self, line: str) -> None:

@@ -1,6 +1,7 @@
 """The loss on images kept out and the k-NN accuracy: reproducible, without a trace in the training."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -43,16 +44,23 @@ def test_parts_are_disjoint_complete_and_the_same_every_time(options):
     assert kept != set(other.held_out.names)
 
 
-def test_a_run_measures_every_so_often_and_what_it_measures_can_be_measured_again(options, tmp_path, write_classes):
+def test_a_run_measures_every_so_often_and_what_it_measures_can_be_measured_again(
+    options, tmp_path, write_classes, capsys
+):
     labelled = write_classes(tmp_path / "labelled")
     (tmp_path / "images" / "000.png").write_bytes(b"broken")
     config = configured(
         options, "watch.share=0.4", f"watch.labelled={labelled}", "watch.neighbours=2", f"output={tmp_path / 'run'}"
     )
     pretrain(config)
+    lines = re.findall(
+        r"^step (\d)/4  loss \S+( \(kept out \S+\))?  lr .*  \d\.\d GiB  ", capsys.readouterr().out, re.M
+    )
     config = load_config(PretrainConfig, tmp_path / "run" / "config.yaml")  # with the mean and std that it measured
     entries = [entry for entry in log_of(tmp_path / "run") if "held_out_loss" in entry]
     assert [entry["step"] for entry in entries] == [2, 4] and all("knn_top1" in entry for entry in entries)
+    assert [(int(step), bool(text)) for step, text in lines] == [(1, False), (2, False), (3, True), (4, True)]
+    assert f"(kept out {entries[0]['held_out_loss']:.4f})" in lines[2][1]
 
     run = Run(config, distributed.Place(1, 1, torch.device("cpu")))  # writes nothing, and says nothing
     run.rank = 0

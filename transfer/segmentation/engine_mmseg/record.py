@@ -29,6 +29,8 @@ from transfer.segmentation.pixels import picture_of
 class Screen:
     """Where the progress of a training is shown; the log is written beside it."""
 
+    held_out: float | None = None
+
     def say(self, text: str) -> None:
         """A line, on rank 0."""
         if is_main_process():
