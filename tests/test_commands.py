@@ -88,7 +88,7 @@ def test_pretrain_writes_an_encoder_that_the_other_commands_take(tmp_path, image
     result = pretrain_mae()
     assert result.exit_code == 0, result.output
     assert "6 images, 32x32x3" in result.stdout and "12 of 16 patches hidden" in result.stdout
-    assert re.search(r"step 2/2 +loss \d\.\d+ .*images/s +waiting for data \d+% +0:00 left", result.stdout)
+    assert re.search(r"step 2/2 +loss \d\.\d+ .*images/s +\d+\.\d GiB +waiting for data \d+% +0:00 left", result.stdout)
     assert not result.stderr
 
     described = mae("inspect", tmp_path / "run")

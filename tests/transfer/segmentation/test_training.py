@@ -77,7 +77,8 @@ def test_training_writes_a_whole_run_directory_twice_in_one_process(tmp_path, ca
     first = train_segmenter(DIGITS, weights=weights, work_dir=tmp_path / "first", cfg_options=frozen)
     printed = capsys.readouterr().out
     assert "100.0% of the model's" in printed and "3x3 -> 4x4" in printed and "replaces" in printed
-    steps = re.findall(r"^step (\d)/4  loss .* images/s  waiting for data .*% .* left$", printed, flags=re.MULTILINE)
+    line = r"^step (\d)/4  loss .* images/s  .* GiB  waiting for data .*% .* left$"
+    steps = re.findall(line, printed, flags=re.MULTILINE)
     assert steps == ["2", "4"] and "Iter(train)" not in printed  # the line of every training, not mmengine's
 
     run = tmp_path / "first"
