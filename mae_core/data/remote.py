@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import os
 import re
 import tempfile
@@ -21,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
-from mae_core.atomic import atomic_path, checksum, said_plainly, write_json
+from mae_core.atomic import atomic_path, checksum, read_json, said_plainly, write_json
 from mae_core.counting import Counter
 from mae_core.data.reading import ShardCache
 from mae_core.data.shards import Contents, Entry, LocalShard, Shard, contents_of, require
@@ -139,14 +138,14 @@ class RemoteShard:
             return found
 
     def _known_contents(self) -> Contents | None:
-        known = _read(self.folder / "contents.json")
+        known = read_json(self.folder / "contents.json") or {}
         if not {*Contents._fields} <= known.keys():
             return None
         return Contents([Entry(*entry) for entry in known["entries"]], known["passed_over"], known["damage"])
 
     def is_whole(self) -> bool:
         """Whether the copy is there and undamaged."""
-        known = _read(self.marker)
+        known = read_json(self.marker) or {}
         if "checksum" not in known or not self.copy.is_file() or checksum(self.copy) != known["checksum"]:
             return False
         with suppress(OSError):  # another user's
@@ -368,10 +367,8 @@ def _patiently(request: Callable[[], Result]) -> Result:
         except (UserError, PermissionError):
             raise
         except Exception as failure:  # each store's library has errors of its own
-            cause = failure.__cause__
-            error = (
-                cause if isinstance(cause, Exception) else failure
-            )  # fsspec calls whatever befalls an http address a missing file
+            cause = failure.__cause__  # fsspec calls whatever befalls an http address a missing file
+            error = cause if isinstance(cause, Exception) else failure
             status = getattr(error, "status", None) or 0
             said = QUERY.sub("", first_line(error))
             if isinstance(error, FileNotFoundError) or status == HTTPStatus.NOT_FOUND:
@@ -411,12 +408,3 @@ def name_of(address: str) -> str:
 def without_query(address: str) -> str:
     """An address without what is secret in one that is signed."""
     return address.partition("?")[0]
-
-
-def _read(file: Path) -> dict[str, Any]:
-    """A small JSON file; empty where it is missing or damaged."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from mae_core.data.config import PretrainData
 from mae_core.data.decoding import Pixels, Unreadable, UnreadableImage, decode_bytes, read_content, read_image
 from mae_core.data.images import IMAGE_SUFFIXES, ImageFiles, ImageSource, list_images, passed_over_in
-from mae_core.data.reading import ReadAs
-from mae_core.data.remote import ShardCache, address_of, remote_shards, without_query
+from mae_core.data.reading import ReadAs, ShardCache
+from mae_core.data.remote import address_of, remote_shards, without_query
 from mae_core.data.shards import LocalShard, TarShards, require
 from mae_core.errors import UserError
 from mae_core.texts import find_named, read_lines

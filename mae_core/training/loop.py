@@ -32,7 +32,7 @@ from mae_core.training.deciding import Decisions
 from mae_core.training.distributed import gather, mean_over_ranks, refuse_unused, world_size
 from mae_core.training.finite import SkippedSteps, bad_samples, gradient_norm, non_finite
 from mae_core.training.machine_faults import machine_faults, smaller_runs
-from mae_core.training.progress import Beside, Progress
+from mae_core.training.progress import OtherWork, Progress
 from mae_core.training.run import Run
 from mae_core.training.sharding import is_sharded, unsharded, whole
 from mae_core.training.signals import Signals
@@ -155,8 +155,8 @@ def fit(
     schedule: Scheduler = (step_schedule if settings.milestones else cosine_schedule)(optimizer, settings)
     parallel = over_ranks(model, run)
     precision = run.autocast()
-    between = [Beside(hook.every, hook.worth) for hook in hooks]
-    saving, ending_work = Beside(log.checkpoint_every), Beside(settings.total_steps, after)
+    between = [OtherWork(hook.every, hook.worth) for hook in hooks]
+    saving, ending_work = OtherWork(log.checkpoint_every), OtherWork(settings.total_steps, after)
     besides = [*between, saving, ending_work]
     progress = Progress(run, start_step, settings.total_steps, log.every, chance_loss, besides)
     skipped = SkippedSteps(run.record, run.say)

@@ -37,7 +37,7 @@ class Listener(Protocol):
 
 
 @dataclass
-class Beside:
+class OtherWork:
     """Work between the steps of a run, or after the last one, that is no step: an evaluation, pictures, checkpoints.
 
     every   it comes after each so many steps, and after the last one
@@ -67,7 +67,7 @@ class Progress:
         total_steps: int,
         every: int,
         chance_loss: float | None = None,
-        besides: Sequence[Beside] = (),
+        besides: Sequence[OtherWork] = (),
     ) -> None:
         self.run, self.total, self.every, self.chance_loss = run, total_steps, every, chance_loss
         self.besides = list(besides)
@@ -96,13 +96,13 @@ class Progress:
         self._waited += seconds
 
     @contextmanager
-    def paused(self, beside: Beside | None = None) -> Iterator[None]:
+    def paused(self, beside: OtherWork | None = None) -> Iterator[None]:
         """Around work that is not training: pictures, evaluation, checkpoints; ``beside`` learns what it takes."""
         before = time.perf_counter()
         yield
         self.took(time.perf_counter() - before, beside)
 
-    def took(self, seconds: float, beside: Beside | None = None) -> None:
+    def took(self, seconds: float, beside: OtherWork | None = None) -> None:
         """Count seconds of such work, where ``paused`` cannot be around it."""
         self._paused += seconds
         self._all_paused += seconds

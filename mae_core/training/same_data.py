@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mae_core.atomic import read_json
 from mae_core.data.decoding import UnreadableImage
 from mae_core.data.images import spread_indices
 from mae_core.errors import UserError
@@ -68,11 +68,8 @@ def check_data(
     """Refuse a resume on other data than the run in ``folder`` started on, as its data.json describes it. What an older
     version of that file does not have is not compared."""
     file = folder / DATA
-    try:
-        started = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        started = None
-    if not isinstance(started, dict) or not {"images", "sha256"} <= started.keys():
+    started = read_json(file)
+    if started is None or not {"images", "sha256"} <= started.keys():
         print(f"{file} is missing or damaged: the run may have started on other images, which cannot be checked")
         return
     if any(started[key] != found[key] for key in ("images", "sha256")):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from timm.layers import get_act_layer
 from torch import Tensor
 
+from mae_core.atomic import read_json
 from mae_core.errors import UserError, naming
 from mae_core.layout import EXPORT_CONFIG, PREPROCESSOR_CONFIG
 from mae_core.models.encoder import ViTEncoder
@@ -322,11 +322,7 @@ class EncoderFile:
 
 def read_json_beside(path: Path, name: str) -> Mapping[str, Any] | None:
     """The JSON object ``name`` beside a weights file; None where there is none."""
-    try:
-        content = json.loads((path.parent / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return content if isinstance(content, Mapping) else None
+    return read_json(path.parent / name)
 
 
 def info_beside(path: Path) -> EncoderInfo:

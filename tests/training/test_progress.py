@@ -9,7 +9,7 @@ import torch
 
 from mae_core.counting import speed_in_words
 from mae_core.training import progress as module
-from mae_core.training.progress import Beside, Progress
+from mae_core.training.progress import OtherWork, Progress
 
 
 class Listener:
@@ -72,7 +72,7 @@ def test_the_time_left_counts_evaluations_checkpoints_and_the_end(total, every, 
     """From a tenth on it is right to 15 %: a slow first step, and work between and after the steps that takes
     half as long again as its guess, or has none."""
     listener, takes = Listener(monkeypatch), {"evaluation": 15.0, "checkpoint": 0.5, "scoring": 12.0}
-    evaluation, checkpoint, scoring = Beside(every, worth=40), Beside(5), Beside(total, worth=40)
+    evaluation, checkpoint, scoring = OtherWork(every, worth=40), OtherWork(5), OtherWork(total, worth=40)
     counted = Progress(listener, 0, total, 1, besides=[evaluation, checkpoint, scoring])
     shown: list[tuple[int, float, int]] = []
     for done in range(1, total + 1):

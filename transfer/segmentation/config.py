@@ -27,6 +27,7 @@ from mae_core.weights.load import settled
 from transfer.segmentation.segmenter_file import step_of
 
 RECIPES = "segmentation"
+WORK_DIR = "--work-dir (mae segment calls it output)"
 """Folder of ``configs/`` that holds the recipes."""
 BACKBONE = "MAECoreViT"
 CPU_MIXED = "MAECoreCPUMixed"

@@ -27,7 +27,7 @@ from mae_core.errors import UserError, user_errors
 from mae_core.resuming import AUTO, HELP, Resume, meaning, one_word
 from mae_core.training.distributed import Place, leave
 from transfer.engines import require
-from transfer.segmentation.config import RECIPES, check_config_exists
+from transfer.segmentation.config import RECIPES, WORK_DIR, check_config_exists
 from transfer.segmentation.launching import LAUNCHERS, join_launched
 from transfer.segmentation.quiet import quietly
 from transfer.segmentation.segmenter_file import SEGMENTER, steps_saved
@@ -123,8 +123,7 @@ def find_checkpoints(work_dir: Path, *, resume: Resume) -> list[Path]:
     if not resume:
         if work_dir.exists() and (not work_dir.is_dir() or any(work_dir.iterdir())):
             raise UserError(
-                f"{work_dir} is not empty; give another --work-dir (mae segment calls it output), or --resume auto "
-                "to continue the run in it"
+                f"{work_dir} is not empty; give another {WORK_DIR}, or --resume auto to continue the run in it"
             )
         return []
     found = steps_saved(work_dir)

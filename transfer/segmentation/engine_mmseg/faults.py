@@ -14,10 +14,11 @@ from mmengine.runner import Runner
 
 from mae_core import layout
 from mae_core.training.finite import RunningStatistics, SkippedSteps, gradient_norm, refuse_non_finite
+from transfer.segmentation.config import WORK_DIR
 
 ADVICE = (
     "continue from the last checkpoint with --resume and a lower optim_wrapper.optimizer.lr; if that does not help, "
-    "start again with a lower one, in another --work-dir (mae segment calls it output)"
+    f"start again with a lower one, in another {WORK_DIR}"
 )
 
 

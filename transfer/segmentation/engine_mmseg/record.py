@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from mae_core import layout
 from mae_core.atomic import write_json, write_text
 from mae_core.training.distributed import mean_over_ranks
-from mae_core.training.progress import Beside, Progress
+from mae_core.training.progress import OtherWork, Progress
 from mae_core.training.run import logged_by
 from transfer.segmentation.drawing import Example, draw_examples
 from transfer.segmentation.engine_mmseg.runner import bare_model
@@ -59,7 +59,7 @@ class RunRecord(Hook):
         self.examples: list[Example] = []
         self.metrics: dict[str, Any] = {}
         self.progress: Progress | None = None
-        self.validation, self.saving = Beside(1), Beside(1)
+        self.validation, self.saving = OtherWork(1), OtherWork(1)
         self.ended = self.began = self.saved = 0.0
 
     def before_train(self, runner: Runner) -> None:
@@ -67,8 +67,8 @@ class RunRecord(Hook):
         saves = [hook.interval for hook in runner.hooks if isinstance(hook, CheckpointHook) and hook.interval > 0]
         images = len(runner.val_loop.dataloader.dataset) if runner.val_loop is not None else 0
         # an image is tested whole, and its scores at its own size: about as long as a step of a crop (CamVid, CPU)
-        self.validation = Beside(runner.train_loop.val_interval, worth=images)
-        self.saving = Beside(max(saves, default=runner.max_iters))
+        self.validation = OtherWork(runner.train_loop.val_interval, worth=images)
+        self.saving = OtherWork(max(saves, default=runner.max_iters))
         besides = [self.validation, self.saving]
         self.progress = Progress(Screen(), runner.iter, runner.max_iters, self.interval, besides=besides)
         self.ended = time.perf_counter()

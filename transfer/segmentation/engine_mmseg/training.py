@@ -126,7 +126,7 @@ def train(
         check_same_data(
             work_dir,
             known,
-            "set data_root to the same files, or start a new run in another --work-dir (mae segment calls it output)",
+            f"set data_root to the same files, or start a new run in another {configs.WORK_DIR}",
         )
     notes += [f"{part}: {found}" for part, found in check_data(view).items()]
     notes += configs.fit_statistics(view, None if source is None else source.metadata, partial(measured, view))
@@ -209,7 +209,7 @@ def claimed(work_dir: Path, *, resumed: bool) -> Iterator[None]:
     checkpoint. Raises ``UserError`` where another process has it."""
 
     def take() -> None:
-        with said_plainly(work_dir, "choose another with --work-dir (mae segment calls it output), or free disk space"):
+        with said_plainly(work_dir, f"choose another with {configs.WORK_DIR}, or free disk space"):
             work_dir.mkdir(parents=True, exist_ok=True)
             claim(work_dir)
             for leftover in work_dir.glob(f"{WRITING}*"):
@@ -218,8 +218,7 @@ def claimed(work_dir: Path, *, resumed: bool) -> Iterator[None]:
                 if (work_dir / SEGMENTER).exists() or steps_saved(work_dir):
                     release(work_dir)
                     raise UserError(
-                        f"{work_dir} holds a run of another process by now; give another --work-dir "
-                        "(mae segment calls it output)"
+                        f"{work_dir} holds a run of another process by now; give another {configs.WORK_DIR}"
                     )
                 (work_dir / layout.LOG).unlink(missing_ok=True)
                 for name in (layout.PICTURES, "tensorboard"):
