@@ -207,7 +207,7 @@ def write_results(
 ) -> Path:
     """label_efficiency_<task>.{json,md,png} -> the path of the table."""
     stem = f"label_efficiency_{name}"
-    facts = {**environment(torch.device("cpu")), "commit": commit()}
+    facts = {**environment(torch.device("cuda" if torch.cuda.is_available() else "cpu")), "commit": commit()}
     metric = KINDS[TASKS[name]].metric
     settings = {name: getattr(config, name) for name in ("steps", "seeds", "rates", "layer_decays", "holdout")}
     content = {"command": command, "metric": metric, "settings": settings, "environment": facts}
@@ -219,7 +219,8 @@ def write_results(
         f"on {config.holdout:.0%} of the labels of seed 0, kept out for that; all of them are in the JSON. The larger "
         "range is that between the best and the worst seed, of the arm or of scratch."
     )
-    machine = f"Commit {facts['commit']}; {facts['processor']}, {facts['threads']} thread; torch {facts['torch']}."
+    where = facts["processor"] if facts["gpu"] == "none" else f"{facts['gpu']}, {config.jobs} trainings at once"
+    machine = f"Commit {facts['commit']}; {where}, {facts['threads']} thread; torch {facts['torch']}."
     write_text(
         results / f"{stem}.md",
         f"# Label efficiency: {name}\n\n```console\n$ {command}\n```\n\n{told}\n\n{table_of(records, metric)}\n"
