@@ -58,8 +58,12 @@ def test_a_verb_is_its_script_in_other_words(typed, handed_on, words):
 
 def test_a_run_brings_its_recipe_to_its_evaluation(tmp_path, words):
     (tmp_path / "config.yaml").write_text("{}")
-    assert run("detect", "evaluate", f"weights={tmp_path}", "output=o").exit_code == 0
-    assert words == [["--config-file", f"{tmp_path}/config.yaml", f"weights={tmp_path}", "output=o", "--eval-only"]]
+    given = [f"weights={tmp_path}", "output=o"]
+    assert run("detect", "evaluate", *given).exit_code == 0
+    assert words.pop() == [*given, "--eval-only"]  # not a detector's run: its configuration is of another kind
+    (tmp_path / "detector.safetensors").touch()
+    assert run("detect", "evaluate", *given).exit_code == 0
+    assert words == [["--config-file", f"{tmp_path}/config.yaml", *given, "--eval-only"]]
     refused = run("detect", "evaluate", f"weights={tmp_path}")
     assert refused.exit_code == 2 and "output=DIR" in refused.stderr
 

@@ -17,6 +17,7 @@ from transfer.detection.data_sets import with_objects
 from transfer.detection.headers import header_of
 from transfer.detection.heads import Detections
 from transfer.detection.masks import encode_masks
+from transfer.detection.plan import print_plan
 from transfer.detection.results import average_precision, coco_results
 from transfer.detection.samples import (
     TrainingSamples,
@@ -163,6 +164,29 @@ WRONG = {
     },
     "no classes": (lambda c: c.update(categories=[]), "empty list of categories"),
     "nameless class": (lambda c: c["categories"][0].pop("name") and None, "category without"),
+    "class called null": (lambda c: c["categories"][0].update(name=None), "category without a whole-number id and a"),
+    "class called nothing": (lambda c: c["categories"][0].update(name=" "), "category without"),
+    "class id of a half": (lambda c: c["categories"][0].update(id=20.5), "category without a whole-number id"),
+    "class id true": (lambda c: c["categories"][0].update(id=True), "category without a whole-number id"),
+    "width of a half": (lambda c: c["images"][0].update(width=64.5), "image 5 has width 64.5"),
+    "image id true": (lambda c: c["images"][0].update(id=True), "image id True is not a number"),
+    "box of true": (lambda c: first(c).update(bbox=[True, 2, 3, 4]), "annotation 1 has bbox"),
+    "negative area": (lambda c: first(c).update(area=-5), "annotation 1 has area -5"),
+    "runs of halves": (
+        lambda c: first(c).update(segmentation={"size": [48, 64], "counts": [3070.5, 1.5]}),
+        "annotation 1 has run-length counts that are broken",
+    ),
+    "image id as a string": (
+        lambda c: first(c).update(image_id="5"),
+        r"annotation 1 has image_id '5', which is not among the images \(5, 15, 25, ...\)",
+    ),
+    **{
+        f"file name {name[:5]!r}": (
+            lambda c, name=name: c["images"][0].update(file_name=name),
+            f"image 5 has file_name {told}",
+        )
+        for name, told in [("", "''"), (".", r"'\.'"), ("a\0.png", r"'a\\x00\.png'"), ("a" * 999, "'a{39}.*1001 char")]
+    },
 }
 
 
@@ -402,10 +426,22 @@ def test_nothing_found_scores_zero(coco):
     assert average_precision(coco, [])["segm"]["AP"] == 0.0
 
 
-def test_a_set_without_annotations_is_refused(edited):
-    coco = read_coco(edited(lambda content: content.update(annotations=[])))
-    with pytest.raises(UserError, match="has no annotations"):
-        average_precision(coco, [])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda content: content.update(annotations=[]), "has no annotations; there is nothing to score"),
+        (lambda content: [a.update(iscrowd=1) for a in content["annotations"]] and None, "every object as a crowd; "),
+    ],
+    ids=["no annotations", "crowds alone"],
+)
+def test_a_set_with_nothing_to_score_against_is_refused_before_a_training_and_by_its_dry_run(
+    edited, change, message, configure_detection
+):
+    part = edited(change)
+    config = configure_detection(f"data.val_annotations={part.annotations}", f"data.val_images={part.images}")
+    for refusing in (lambda: average_precision(read_coco(part), []), lambda: print_plan(config, 1)):
+        with pytest.raises(UserError, match=message):
+            refusing()
 
 
 def test_scores_equal_pycocotools_called_by_hand(coco, tmp_path, capsys):

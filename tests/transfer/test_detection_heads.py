@@ -156,7 +156,8 @@ def test_a_toy_head_trains_scores_and_predicts_by_the_command(
     assert "memory: not estimated for model.head=one_box" in capsys.readouterr().out and not run.exists()
     main([*options, f"output={run}"])
     assert json.loads((run / "metrics.json").read_text())["training"]["steps"] == 1
-    main(["--eval-only", f"engine={engine}", f"weights={run}", f"data.path={boxes_alone}", f"output={tmp_path / 'b'}"])
+    recipe = run / "config.yaml"  # which says from_scratch: true
+    main(["--eval-only", "--config-file", str(recipe), f"weights={run}", f"output={tmp_path / 'b'}"])
     scores = [json.loads((path / "metrics.json").read_text())["bbox"] for path in (run, tmp_path / "b")]
     assert scores[0] == scores[1]
     assert len(predict(run, [boxes_alone / "val" / "000.png"], tmp_path / "c", overrides=["device=cpu"]).found) == 1

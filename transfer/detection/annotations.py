@@ -16,6 +16,8 @@ from transfer.detection.masks import Shape, mask_coder, pixels_of
 
 LARGEST = 2**31
 """Sides, coordinates and runs stay below this."""
+LONGEST_NAME = 255
+"""Bytes in the name of a file, on every usual file system."""
 
 
 class NoMask(UserError):
@@ -81,7 +83,7 @@ def checked_coco(path: Path, content: Any) -> dict[str, Any]:
 def categories_of(path: Path, entries: list[dict[str, Any]]) -> tuple[Category, ...]:
     """The categories by ascending id. Raises ``UserError`` for a missing id or name, and for duplicate ids."""
     try:
-        categories = sorted(Category(int(as_whole_number(entry["id"])), str(entry["name"])) for entry in entries)
+        categories = sorted(Category(_whole(as_whole_number(entry["id"])), _name(entry["name"])) for entry in entries)
     except (KeyError, TypeError, ValueError, OverflowError):
         raise UserError(f"{path}: a category without a whole-number id and a name; COCO categories need both") from None
     ids = [category.id for category in categories]
@@ -96,13 +98,34 @@ def as_whole_number(value: Any) -> Any:
     return int(value) if isinstance(value, str) and value.strip().isdecimal() else value
 
 
+def _whole(value: Any) -> int:
+    """``value`` as a whole number, which 3.0 and "3" are. Raises ``ValueError`` for 3.5 and for true."""
+    number = int(value)
+    if isinstance(value, bool) or (isinstance(value, float) and number != value):
+        raise ValueError(value)
+    return number
+
+
+def _name(value: Any) -> str:
+    """The name of a category. Raises ``ValueError`` for an empty one and for null."""
+    if value is None or not str(value).strip():
+        raise ValueError(value)
+    return str(value)
+
+
 def _is_number(value: Any) -> bool:
     """Whether ``value`` is a finite number of a size that occurs in images."""
-    return isinstance(value, int | float) and abs(value) < LARGEST
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
+
+
+def _is_file_name(given: Any) -> bool:
+    """Whether a file can have this name, which may begin with folders."""
+    name = Path(given).name if isinstance(given, str) and "\0" not in given else ""
+    return 0 < len(name.encode(errors="surrogateescape")) <= LONGEST_NAME
 
 
 def _check_id(path: Path, kind: str, identity: Any) -> None:
-    if not isinstance(identity, int | float | str):
+    if not isinstance(identity, int | float | str) or isinstance(identity, bool):
         raise UserError(f"{path}: {kind} id {identity!r} is not a number; give every {kind} a unique whole number")
 
 
@@ -114,11 +137,13 @@ def typed_image(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"{path}: image {identity} has no {', '.join(missing)}; COCO images need them")
     _check_id(path, "image", record["id"])
     where, sides = f"{path}: image {record['id']}", {}
-    if not isinstance(record["file_name"], str):
-        raise UserError(f"{where} has file_name {record['file_name']!r}; it must be a string, the name of a file")
+    if not _is_file_name(record["file_name"]):
+        given = repr(record["file_name"])
+        given = given if len(given) <= LONGEST_NAME else f"{given[:40]}..., {len(given)} characters"
+        raise UserError(f"{where} has file_name {given}; it must be a string, the name of a file")
     for name in ("height", "width"):
         try:
-            sides[name] = int(record[name])
+            sides[name] = _whole(record[name])
         except (TypeError, ValueError, OverflowError):
             sides[name] = 0
         if not 0 < sides[name] < LARGEST:
@@ -154,7 +179,8 @@ def instance_of(
         )
     if isinstance(annotation["image_id"], list | dict) or annotation["image_id"] not in records:
         raise UserError(
-            f"{where} has image_id {annotation['image_id']!r}, which is not among the images; correct or remove it"
+            f"{where} has image_id {annotation['image_id']!r}, which is not among the images "
+            f"({shortened(list(map(repr, records)), 3)}); correct or remove it"
         )
     record = records[annotation["image_id"]]
     box = annotation["bbox"]
@@ -164,7 +190,7 @@ def instance_of(
     segmentation = annotation.get("segmentation")
     shape = _shape(where, segmentation, record["height"], record["width"]) if masks or segmentation else None
     area, crowd = annotation.get("area"), annotation.get("iscrowd", 0)
-    if area is not None and not _is_number(area):
+    if area is not None and not (_is_number(area) and area >= 0):
         raise UserError(f"{where} has area {area!r}; it must be a number of pixels, or absent")
     if crowd not in (0, 1, None):
         raise UserError(f"{where} has iscrowd {crowd!r}; it must be 0 or 1")
@@ -211,7 +237,7 @@ def _shape(where: str, segmentation: Any, height: int, width: int) -> tuple[np.n
         )
     counts = segmentation["counts"]
     total: int | None = None
-    if isinstance(counts, list) and all(_is_number(run) and run >= 0 for run in counts):
+    if isinstance(counts, list) and all(_is_number(run) and run >= 0 and run == int(run) for run in counts):
         total = sum(counts)
     elif isinstance(counts, str):
         total = pixels_of(counts)

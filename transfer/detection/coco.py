@@ -66,6 +66,13 @@ class CocoSet:
         """Class names, in the order of labels 1..K."""
         return [category.name for category in self.categories]
 
+    def check_scorable(self) -> None:
+        """Raise ``UserError`` where no detection could be right or wrong: without an object, or with crowds alone."""
+        instances = [instance for image in self.images for instance in image.instances]
+        if all(instance.crowd for instance in instances):
+            found = "marks every object as a crowd" if instances else "has no annotations"
+            raise UserError(f"{self.path} {found}; there is nothing to score against")
+
     def category_id(self, label: int) -> int:
         """The json's id of label 1..K."""
         return self.categories[label - 1].id

@@ -19,8 +19,11 @@ def _script_words(arguments: list[str] | None, *, recipe_of_run: bool = False) -
     ``weights=`` names stands in for one that is not given."""
     recipe, overrides = split_arguments(arguments)
     if recipe is None and recipe_of_run:
+        from transfer.detection.detector_file import DETECTOR
+
         runs = [Path(word.partition("=")[2]) for word in overrides if word.startswith("weights=")]
-        recipe = next((str(run / CONFIG) for run in runs if (run / CONFIG).is_file()), None)
+        named = (run / CONFIG for run in runs if (run / DETECTOR).is_file())
+        recipe = next((str(config) for config in named if config.is_file()), None)
         if recipe is not None and not any(word.startswith("output=") for word in overrides):
             raise UserError(f"say where the results go: output=DIR, another folder than {runs[0]}")
     return [*(["--config-file", recipe] if recipe else []), *overrides]

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from mae_core.config.schema import Count, Fraction, Schema, Size, row_of
+from mae_core.config.schema import Beta, Count, Fraction, Schema, Size, row_of
 from mae_core.config.sections import (
     OF_OUR_VIT,
     OWN_ALONE,
@@ -156,7 +156,7 @@ class DetectionOptim(OptimConfig):
     batch_size: Count = 64
     base_lr: Positive = 3.2e-4
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="per block; 1 is none")
     milestones: tuple[Share, ...] = Field(
         (), description="shares of the run after which the learning rate drops to a tenth (ViTDet); empty: half-cosine"

@@ -112,6 +112,7 @@ def read_data(config: DetectionConfig) -> tuple[CocoSet, CocoSet]:
     masks = HEADS[config.model.head].learns_masks
     train, val = read_halves(config, HALVES, masks=masks)
     check_same_categories(train.categories, train.path, val.categories, val.path)
+    val.check_scorable()
     if config.data.filter_empty:
         train = with_objects(train)
     check_images(config.data, train, val)

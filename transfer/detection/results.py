@@ -18,7 +18,6 @@ from rich.table import Table
 from mae_core.atomic import atomic_path, write_json, write_text
 from mae_core.data.decoding import to_picture
 from mae_core.data.images import Unreadable, UnreadableImage, spread_indices
-from mae_core.errors import UserError
 from mae_core.layout import METRICS, PICTURES
 from mae_core.training.run import Run
 from transfer.detection.coco import CocoSet
@@ -71,15 +70,13 @@ def average_precision(
 
     ``kinds``: bbox, segm. COCO's definition, values in 0..1; ``detections`` is how many of an image count, of which AR1
     and AR10 count 1 and 10 at most. A value without any truth (no large object, a class that does not occur) is None.
-    Raises ``UserError`` where the set has no
-    annotation at all.
+    Raises ``UserError`` where there is nothing to score against.
     """
     mask_coder()
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    if not any(image.instances for image in coco.images):
-        raise UserError(f"{coco.path} has no annotations; there is nothing to score against")
+    coco.check_scorable()
     scores: dict[str, Any] = {}
     with contextlib.redirect_stdout(io.StringIO()):
         for kind in kinds:

@@ -56,8 +56,6 @@ def train_detector(config: DetectionConfig, *, resume: Resume = False) -> dict[s
     if resume and all((config.output / name).is_file() for name in (DETECTOR, METRICS)):
         return leave_finished(config)
     train_set, val_set = read_data(config)
-    if not any(image.instances for image in val_set.images):
-        raise UserError(f"{val_set.path} has no annotations; there is nothing to score against")
     settings = settings_of(config, len(train_set.images))
     said = {} if whole is not None else None if source is None else source.metadata
     training = ImageFiles([image.path for image in train_set.images], config.data.reading)
@@ -152,6 +150,7 @@ def evaluate_detector(config: DetectionConfig) -> dict[str, Any]:
     check_output(config, resume=False)
     file = read_detector(config.weights)
     (val_set,) = read_halves(config, ("val",), masks=head_of(file, config).learns_masks)
+    val_set.check_scorable()
     model, categories, statistics, config = trained_detector(file, config, engine, val_set.categories)
     check_same_categories(categories, config.weights or Path(), val_set.categories, val_set.path)
     check_images(config.data, val_set)

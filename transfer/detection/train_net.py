@@ -109,7 +109,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if given.config_file is not None and given.config_file.suffix == ".py":
             run_own_config(given)
             return
-        config = load_config(DetectionConfig, given.config_file, given.overrides)
+        overrides = given.overrides
+        if given.eval_only and any(word.startswith("weights=") for word in overrides):
+            overrides = ["from_scratch=false", *overrides]  # the recipe of a run may say how its training began
+        config = load_config(DetectionConfig, given.config_file, overrides)
         if given.dry_run:
             print_plan(config, max(given.num_gpus, 1) * given.num_machines * distributed.world_size())
         else:
