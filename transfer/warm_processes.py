@@ -19,8 +19,9 @@ AVAILABLE = "forkserver" in multiprocessing.get_all_start_methods()
 PRELOADED = [
     *("torch", "torchvision", "timm", "mae_core.cli.main", "mae_core.training.finetune", "mae_core.training.linprobe"),
     *("mae_core.training.embedding", "mae_core.training.pretrain", "transfer.warm_processes"),
+    *("transfer.detection.train_net", "transfer.detection.engine_torchvision"),
 ]
-"""What the process that is forked has imported; no framework of a task is among it."""
+"""What the process that is forked has imported, where it is installed; no large framework of a task is among it."""
 
 
 def run_warm(words: Sequence[str], place: Path, surroundings: Mapping[str, str], read: Callable[[str], None]) -> int:

@@ -17,8 +17,7 @@ from transfer.chain import Job, Task, run_chain, set_aside
 
 DATA_SIZES = "--image-size 48 --clutter 0.5 --unlabelled 4000 --train 1000 --test 300 --workers 2"
 PRETRAIN = "mae pretrain configs/pretrain/digits.yaml"
-DETECT = "transfer/detection/train_net.py --config-file configs/detection/digits.yaml"
-SEGMENT = "transfer/segmentation/train_net.py configs/segmentation/digits.py"
+COMMON = "data.path={data} output={output} seed={seed}"
 SAME = "one configuration for both arms"
 
 
@@ -30,7 +29,7 @@ def digit_tasks(data: Path) -> tuple[Task, ...]:
             metric="top-1 accuracy (%)",
             metric_path=("top1",),
             data=data / "classification",
-            command="mae finetune configs/finetune/digits.yaml data.path={data} output={output} seed={seed}",
+            command=f"mae finetune configs/finetune/digits.yaml {COMMON}",
             from_scratch="from_scratch=true",
             from_encoder="weights={encoder}",
             note="1000 labelled scenes, 14 epochs; " + SAME,
@@ -40,7 +39,7 @@ def digit_tasks(data: Path) -> tuple[Task, ...]:
             metric="COCO box AP",
             metric_path=("bbox", "AP"),
             data=data / "detection",
-            command=f"python {DETECT} data.path={{data}} output={{output}} seed={{seed}}",
+            command=f"mae detect train configs/detection/digits.yaml {COMMON}",
             from_scratch="from_scratch=true",
             from_encoder="weights={encoder}",
             note="200 steps of 8 scenes; " + SAME,
@@ -50,9 +49,9 @@ def digit_tasks(data: Path) -> tuple[Task, ...]:
             metric="mIoU (%)",
             metric_path=("mIoU",),
             data=data / "segmentation",
-            command=f"python {SEGMENT} --work-dir {{output}} --cfg-options data_root={{data}} randomness.seed={{seed}}",
-            from_scratch="",
-            from_encoder="--weights {encoder}",
+            command=f"mae segment train configs/segmentation/digits.py {COMMON}",
+            from_scratch="from_scratch=true",
+            from_encoder="weights={encoder}",
             note="300 steps of 8 scenes; " + SAME,
         ),
     )
@@ -69,13 +68,12 @@ OWN_DATA_COMMANDS = (
     ),
     (
         "Own data: detect, from train/, val/ and annotations/instances_{train,val}.json",
-        "python transfer/detection/train_net.py --config-file configs/detection/small_data.yaml "
-        "weights=runs/mine data.path=COCO output=runs/detector",
+        "mae detect train configs/detection/small_data.yaml weights=runs/mine data.path=COCO output=runs/detector",
     ),
     (
         "Own data: segment, from images/{training,validation} and annotations/{training,validation}",
-        "python transfer/segmentation/train_net.py configs/segmentation/small_data.py "
-        "--weights runs/mine --work-dir runs/segmenter --cfg-options data_root=LABELMAPS num_classes=N",
+        "mae segment train configs/segmentation/small_data.py weights=runs/mine data.path=LABELMAPS num_classes=N "
+        "output=runs/segmenter",
     ),
 )
 
