@@ -98,14 +98,16 @@ def atomic_folder(final: Path | str) -> Iterator[Path]:
 
 def check_new_folder(out: Path) -> None:
     """Raise ``UserError`` where ``out`` is not empty, or cannot be made: before the work whose results it is for."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; give a folder with --out")
+    if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty; give another --out")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent):
+            pass  # permissions do not tell that a disk is read-only, or that a file system makes no folders
     except OSError as error:
         raise UserError(f"cannot write to {out.parent}: {error.strerror}; give another --out") from None
-    if not os.access(out.parent, os.W_OK):
-        raise UserError(f"cannot write to {out.parent}: it is read-only; give another --out")
 
 
 def write_text(path: Path | str, text: str) -> None:

@@ -133,7 +133,7 @@ def resolve_weights(path: Path | str, *, decoder: bool = False) -> Path:
     path = Path(path)
     if not path.is_dir():
         if not path.exists():
-            raise UserError(f"weights file {path} does not exist")
+            raise UserError(f"weights file {path} does not exist; give a weights file, or the folder of a run")
         _refuse_other_networks(path, [path])
         return path
     if not any((path / name).is_file() for name in (EXPORT_CONFIG, ENCODER, CLASSIFIER)):
@@ -157,7 +157,11 @@ def resolve_weights(path: Path | str, *, decoder: bool = False) -> Path:
             f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {path} whole.pth"
         )
     if checkpoint is None:
-        raise UserError(f"{path} holds no weights and no complete checkpoint; give a run directory or a weights file")
+        others = [file for suffix in ("safetensors", "pth", "pt") for file in sorted(path.glob(f"*.{suffix}"))]
+        lacks, way = "weights", "give a run directory or a weights file"
+        if others:
+            lacks, way = f"{ENCODER}, no {CLASSIFIER}", f"give {others[0]}, which lies in it"
+        raise UserError(f"{path} holds no {lacks} and no complete checkpoint; {way}")
     return checkpoint / MODEL
 
 

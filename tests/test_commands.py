@@ -220,6 +220,7 @@ def other_architecture(path: Path) -> None:
         (["weights={root}/other.safetensors", "model.size=base"], "another architecture: size base was asked for"),
         (["weights={root}/other.safetensors", "data.image_size=33"], "33x33 does not split into 4x4 patches"),
         (["weights={root}/classes"], "holds no weights and no complete checkpoint"),
+        (["weights={root}"], "and no complete checkpoint; give {root}/cut.safetensors, which lies in it"),
         (["weights={root}/a", "from_scratch=true"], "give either weights=FILE or from_scratch=true"),
         ([], "give either weights=FILE or from_scratch=true"),
         ([*SCRATCH, "data.path={root}/none"], "{root}/none has no train/ folder (the folder does not exist)"),

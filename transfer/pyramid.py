@@ -67,6 +67,17 @@ def check_patch(patch: int) -> None:
         )
 
 
+def check_canvas(kind: str, canvas: tuple[int, int], patch: int) -> None:
+    """Raise ``UserError`` where a ``canvas`` of (height, width) leaves the coarsest map of a pyramid without two cells:
+    a norm of one is not defined."""
+    coarsest = strides_of(patch)[-1]
+    if kind != "single" and (canvas[0] // coarsest) * (canvas[1] // coarsest) < 2:
+        raise UserError(
+            f"data.image_size is {canvas[0]}x{canvas[1]}, too small for patches of {patch}: the coarsest map of "
+            f"model.pyramid={kind} has cells of {coarsest} pixels; set data.image_size={2 * coarsest} or more"
+        )
+
+
 def strides_of(patch: int) -> tuple[int, int, int, int]:
     """The strides of the four maps of a pyramid, in pixels."""
     return patch // 4, patch // 2, patch, 2 * patch

@@ -90,6 +90,36 @@ def test_advice_about_images_without_objects_is_followed(configure_detection, wr
     assert train_detector(configure_detection(f"data.path={root}", "optim.epochs=1", "data.filter_empty=false"))
 
 
+def test_a_path_that_is_no_folder_is_named_and_the_way_to_name_one_json_works(configure_detection, detection_root):
+    lines: list[str] = []
+    for path, message in (
+        ("nowhere", "data.path=nowhere does not exist; set it to the folder"),
+        ("{json}", "is a file"),
+    ):
+        json_file = detection_root / "annotations" / "instances_train.json"
+        with pytest.raises(UserError, match=message) as error:
+            print_plan(configure_detection(f"data.path={path.format(json=json_file)}"), 1, lines.append)
+    options = re.findall(r"data\.[a-z_]+=\S+(?=,| |$)", str(error.value).partition("set ")[2].replace(",", ""))
+    assert len(options) == 2
+    options.append(f"data.train_images={detection_root / 'train'}")
+    print_plan(configure_detection(f"data.path={detection_root}", *options), 1, lines.append)
+    assert any("3 training images" in line and "1 validation images" in line for line in lines)
+
+
+@pytest.mark.parametrize("pyramid", ["four_stage", "simple"])
+def test_a_canvas_without_a_cell_of_the_coarsest_map_is_refused_with_the_least_that_has_one(
+    configure_detection, pyramid
+):
+    def plan(size: int) -> None:
+        options = [f"data.image_size={size}", "model.patch_size=16", "optim.batch_size=1", f"model.pyramid={pyramid}"]
+        print_plan(configure_detection(*options), 1, lambda _: None)
+
+    for size in (16, 32):
+        with pytest.raises(UserError, match=rf"data\.image_size is {size}x{size}, .*; set data\.image_size=64 or more"):
+            plan(size)
+    plan(64)
+
+
 def test_a_recipe_from_scratch_is_the_same_recipe():
     folder = Path(__file__).parents[2] / "configs" / "detection"
     for path in folder.glob("*.yaml"):

@@ -51,7 +51,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """The content of a COCO instances file, with its three lists of records. Raises ``UserError`` for another file."""
     if not path.is_file():
         raise UserError(
-            f"annotation file {path} does not exist; set data.path, or data.train_annotations and data.val_annotations"
+            f"annotation file {path} does not exist; give a COCO json, which a training finds by data.path, or by "
+            "data.train_annotations and data.val_annotations"
         )
     raw = path.read_bytes()
     try:

@@ -31,6 +31,7 @@ def locate(data: DetectionData, name: Half) -> Part:
     }
     images, annotations = named[name]
     if data.path is not None and (images is None or annotations is None):
+        _check_folder(data.path)
         found = whole_in(data.path) if data.val_share is not None else half_in(data.path, name)
         images, annotations = images or found.images, annotations or found.annotations
     if images is None or annotations is None:
@@ -39,6 +40,19 @@ def locate(data: DetectionData, name: Half) -> Part:
             f"or data.{name}_images and data.{name}_annotations"
         )
     return Part(images, annotations)
+
+
+def _check_folder(path: Path) -> None:
+    """Raise ``UserError`` where ``data.path`` is no folder."""
+    if path.is_dir():
+        return
+    if path.suffix == ".json" and path.is_file():
+        raise UserError(
+            f"data.path={path} is a file; for one json set data.train_annotations={path}, data.train_images to the "
+            "folder of its images, and data.val_share=0.15"
+        )
+    found = "is a file" if path.is_file() else "does not exist"
+    raise UserError(f"data.path={path} {found}; set it to the folder that holds train/, val/ and annotations/")
 
 
 def half_in(folder: Path, name: str) -> Part:

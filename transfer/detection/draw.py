@@ -19,6 +19,8 @@ COLOURS = (
 )  # fmt: skip
 LEAST_SIDE = 320
 """A small image is enlarged to at least this many pixels, so that lines and letters are seen."""
+LARGEST_SIDE = 4096
+"""To which a small image is enlarged at most: a strip of a few pixels would become gigabytes."""
 MASK_OPACITY = 0.45
 MOST_NAMES = 12
 
@@ -118,7 +120,7 @@ def _draw(
 
     One colour a class; in a set of ``one_class``, one colour an object, and no names where there are many.
     """
-    scale = max(1, math.ceil(LEAST_SIDE / min(pixels.size)))
+    scale = max(1, min(math.ceil(LEAST_SIDE / min(pixels.size)), LARGEST_SIDE // max(pixels.size)))
     colours = [COLOURS[(n if one_class else label - 1) % len(COLOURS)] for n, label in enumerate(labels)]
     tinted = np.asarray(pixels.convert("RGB")).astype(np.float32)
     for code, colour in zip(codes or [], colours, strict=codes is not None):

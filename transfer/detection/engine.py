@@ -24,7 +24,7 @@ from transfer.detection.config import DetectionConfig, DetectorConfig, Inference
 from transfer.detection.heads import HEADS, BuildNetwork, Detections
 from transfer.detection.samples import TrainingSamples, WholeImages, collate
 from transfer.engines import DETECTION, require
-from transfer.pyramid import PYRAMIDS, PyramidBackbone
+from transfer.pyramid import PYRAMIDS, PyramidBackbone, check_canvas
 from transfer.timm_backbone import Dense
 from transfer.trunk import Trunk, build_trunk, parameter_groups
 
@@ -186,6 +186,7 @@ def build_network(
     """
     seed_everything(config.seed)
     trunk = trunk_of(config, source)
+    check_canvas(config.model.pyramid, as_pair(config.data.image_size), trunk.vit.grid.patch)
     statistics = statistics_of(config.data, None if source is None else source.metadata)
     network = config.model
     if network.norm == "sync_bn" and config.device == "cpu":  # SyncBN exists on GPUs only, and there may be some

@@ -25,6 +25,9 @@ def _script_words(arguments: list[str] | None) -> list[str]:
     if recipe is None:
         raise UserError("name a recipe, such as small_data, or an mmseg config; mae config recipes lists them")
     given = dict(word.split("=", 1) for word in overrides)
+    for name in FLAGS.keys() & given.keys():
+        if given[name] in ("", "null"):
+            raise UserError(f"{name}= has no value; give one, or leave {name} out")
     flags = [word for name, flag in FLAGS.items() if name in given for word in (flag, given.pop(name))]
     if (device := given.pop("device", "auto")) == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -50,7 +53,10 @@ def train(arguments: ConfigAndOverrides = None, resume: Resume = "no", dry_run: 
     with user_errors():
         scratch = [word for word in arguments or [] if word.startswith("from_scratch=")]
         rest = [word for word in arguments or [] if word not in scratch]
-        from_scratch = scratch[-1:] == ["from_scratch=true"]
+        said = scratch[-1].partition("=")[2].lower() if scratch else "false"
+        if said not in ("true", "false"):
+            raise UserError(f"{scratch[-1]} is not known; write from_scratch=true, or leave it out")
+        from_scratch = said == "true"
         if from_scratch == any(word.startswith("weights=") for word in rest) and resume == "no":
             raise UserError("give either weights=FILE or from_scratch=true")
         words = _script_words(rest)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -27,14 +28,24 @@ from mae_core.weights.load import settled
 from transfer.segmentation.segmenter_file import step_of
 
 RECIPES = "segmentation"
-WORK_DIR = "--work-dir (mae segment calls it output)"
 """Folder of ``configs/`` that holds the recipes."""
+WORK_DIR = "--work-dir (mae segment calls it output)"
+DATA_ROOT = "data_root (mae segment calls it data.path)"
 BACKBONE = "MAECoreViT"
 CPU_MIXED = "MAECoreCPUMixed"
 """The optimizer wrapper for bfloat16 on a CPU: mmengine's own wants a GPU."""
 SCALE = 255
 """mmseg's means and deviations are of pixels in 0..255, those of weights files in 0..1."""
 BASES = "_base_"
+LEAST = {
+    **dict.fromkeys(("num_classes", "crop_size", "batch_size", "iterations", "warmup", "patch_size"), 1),
+    **dict.fromkeys(("width", "head_width"), 1),
+    "workers": 0,
+}
+"""Variables of the recipes that are counts, and the least that each may be."""
+RATE = "lr"
+LARGEST_SEED = 2**32 - 1
+"""NumPy's, which mmengine seeds too."""
 READERS = ("LoadImageFromFile", "NamedImage")
 LABEL_READERS = ("LoadAnnotations", "NamedLabels")
 COLOUR_STEPS = ("PhotoMetricDistortion", "EightBitDistortion", "RGB2Gray", "CLAHE", "AdjustGamma")
@@ -131,11 +142,26 @@ def check_key(
 
 
 def check_kind(key: str, stated: Any, given: Any) -> None:
-    """Raise ``UserError`` where an option gives a text for what the config has as a number or as a section."""
+    """Raise ``UserError`` where an option gives a text for what the config has as a number or as a section, or a number
+    that is none."""
     if isinstance(stated, int | float) and isinstance(given, str):
-        raise UserError(f"config option {key}={given}: the config has {stated} there; give a number, not a text")
+        wanted = "True or False" if isinstance(stated, bool) else "a number, not a text"
+        raise UserError(f"config option {key}={given}: the config has {stated} there; give {wanted}")
+    if isinstance(given, float) and not math.isfinite(given):
+        raise UserError(f"config option {key}={given}: give a finite number")
     if stated and isinstance(stated, Mapping) and isinstance(given, str):
         raise UserError(f"config option {key}={given}: {key} is a section; set its keys, such as {key}.{min(stated)}")
+
+
+def check_variable(name: str, stated: Any, given: Any) -> None:
+    """``check_kind`` of a variable of a config. Raises ``UserError`` too for a count that is no whole number or too
+    small, where the config has a count, and for a rate that trains nothing."""
+    check_kind(name, stated, given)
+    counts = name in LEAST and isinstance(stated, int)
+    if counts and (not isinstance(given, int) or isinstance(given, bool) or given < LEAST[name]):
+        raise UserError(f"config option {name}={given}: give a whole number, {LEAST[name]} or more")
+    if name == RATE and isinstance(stated, int | float) and not (isinstance(given, int | float) and given > 0):
+        raise UserError(f"config option {name}={given}: give a number above 0")
 
 
 def fit_to_trunk(config: MutableMapping[str, Any], options: Collection[str]) -> list[str]:
@@ -357,7 +383,15 @@ def check_widths(config: Mapping[str, Any]) -> None:
 
 
 def check_schedule(config: Mapping[str, Any]) -> None:
-    """Raise ``UserError`` for a learning-rate phase without steps, which mmengine meets only when its run has begun."""
+    """Raise ``UserError`` for a seed that is none, for no steps, or a learning-rate phase without any, which mmengine
+    meets only when its run has begun, or not at all."""
+    seed = (config.get("randomness") or {}).get("seed")
+    if seed is not None and not (isinstance(seed, int) and 0 <= seed <= LARGEST_SEED):
+        raise UserError(f"randomness.seed is {seed}; give a whole number from 0 to {LARGEST_SEED}")
+    for name in ("max_iters", "val_interval"):
+        number = config["train_cfg"].get(name, 1)
+        if not isinstance(number, int) or number < 1:
+            raise UserError(f"train_cfg.{name} is {number}; give a whole number of steps, 1 or more")
     phases = config.get("param_scheduler") or []
     for phase in [phases] if isinstance(phases, Mapping) else phases:
         begin, end = phase.get("begin", 0), phase.get("end")
@@ -365,6 +399,17 @@ def check_schedule(config: Mapping[str, Any]) -> None:
             raise UserError(
                 f"the {phase['type']} phase of param_scheduler runs from step {begin} to {end}; train for more steps"
             )
+
+
+def check_test_mode(config: Mapping[str, Any]) -> None:
+    """Raise ``UserError`` for a ``model.test_cfg`` that mmseg cannot test with, which it meets in the evaluation."""
+    test = config["model"].get("test_cfg") or {}
+    mode, window = test.get("mode", "whole"), ("crop_size", "stride")
+    if mode not in ("whole", "slide"):
+        raise UserError(f"model.test_cfg.mode is {mode!r}; set it to whole or slide")
+    if mode == "slide" and (lacking := [name for name in window if not test.get(name)]):
+        named = " and ".join(f"model.test_cfg.{name}=[rows,columns]" for name in lacking)
+        raise UserError(f"model.test_cfg.mode=slide needs {named}; set them, or mode=whole")
 
 
 def heads_of(config: Mapping[str, Any]) -> list[Any]:

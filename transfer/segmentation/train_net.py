@@ -98,7 +98,7 @@ def evaluate_segmenter(
     engine = prepare(config_path, launcher)
     find_checkpoints(Path(work_dir), resume=False)
     if not Path(checkpoint).exists():
-        raise UserError(f"--eval-only {checkpoint} does not exist; give a run directory or its segmenter.safetensors")
+        raise UserError(f"segmenter {checkpoint} does not exist; give a run directory or its segmenter.safetensors")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=ENGINE_MODULES)
         options = cfg_options if isinstance(cfg_options, Mapping) else engine.parse_options(cfg_options or ())
@@ -121,7 +121,9 @@ def find_checkpoints(work_dir: Path, *, resume: Resume) -> list[Path]:
     Raises ``UserError`` where a new run meets a folder in use, or a resumed one finds no checkpoint.
     """
     if not resume:
-        if work_dir.exists() and (not work_dir.is_dir() or any(work_dir.iterdir())):
+        if work_dir.exists() and not work_dir.is_dir():
+            raise UserError(f"{work_dir} is a file; give a folder with {WORK_DIR}")
+        if work_dir.exists() and any(work_dir.iterdir()):
             raise UserError(
                 f"{work_dir} is not empty; give another {WORK_DIR}, or --resume auto to continue the run in it"
             )

@@ -1,6 +1,8 @@
 # ruff: noqa: E402 (most imports need mmseg, which may be absent)
 """The configs, the options of the command line, precision and launchers."""
 
+import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -157,11 +159,62 @@ def test_a_base_of_a_package_is_refused(tmp_path):
         ("model.test_cfg={'mode':'slide','stride':[32,32]}", "cannot be read .*; write lists as"),
         ("model.test_cfg={'mode':'whole'}", "model.test_cfg is a section; set its keys, such as model.test_cfg.mode"),
         ("optim_wrapper.optimizer.weight_decay=much", "the config has 0.05 there; give a number, not a text"),
+        ("reduce_zero_label=maybe", "the config has False there; give True or False"),
+        ("crop_size=0", "crop_size=0: give a whole number, 1 or more"),
+        ("crop_size=[32,32]", "crop_size=[32, 32]: give a whole number, 1 or more"),
+        ("batch_size=2.5", "batch_size=2.5: give a whole number, 1 or more"),
+        ("head_width=0", "head_width=0: give a whole number, 1 or more"),
+        ("iterations=x", "iterations=x: the config has .* there; give a number, not a text"),
+        ("workers=-1", "workers=-1: give a whole number, 0 or more"),
+        ("lr=nan", "lr=nan: give a finite number"),
+        ("lr=0", "lr=0: give a number above 0"),
+        ("data_root=", "data_root= has no value; give a path"),
+        ("data_root=~nobody-here/x", "there is no such home folder"),
+        ("resume=True", "the option resume is written --resume"),
+        ("work_dir=x", "the option work_dir is written --work-dir DIR"),
+        ("load_from=x", "the option load_from is written --weights FILE"),
     ],
 )
 def test_an_option_that_nothing_reads_is_refused(option, message):
     with pytest.raises(UserError, match=message.replace("[", r"\[")):
         read_config(DIGITS, parse_options([option]))
+
+
+@pytest.mark.parametrize("name", ["two words", "a,b", "2024", "[a]", "~/x"])
+def test_a_path_is_what_was_typed(name, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    wanted = name.replace("~", "/home/me")
+    config = read_config(DIGITS, parse_options([f"data_root={name}", "label_values=[0, 1]"]))
+    assert config.train_dataloader.dataset.data_root == wanted and config.label_values == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"randomness": {"seed": -1}}, "randomness.seed is -1; give a whole number from 0"),
+        ({"randomness": {"seed": 1.5}}, "randomness.seed is 1.5"),
+        ({"randomness": {"seed": 2**40}}, "randomness.seed is 1099511627776"),
+        ({"train_cfg": {"max_iters": 0}}, "train_cfg.max_iters is 0; give a whole number of steps, 1 or more"),
+        ({"train_cfg": {"max_iters": 9, "val_interval": 0}}, "train_cfg.val_interval is 0"),
+        ({"model": {"test_cfg": {"mode": "tiles"}}}, "model.test_cfg.mode is 'tiles'; set it to whole or slide"),
+        (
+            {"model": {"test_cfg": {"mode": "slide", "stride": (8, 8)}}},
+            "model.test_cfg.mode=slide needs model.test_cfg.crop_size=[rows,columns]; set them, or mode=whole",
+        ),
+    ],
+)
+def test_what_mmengine_meets_when_a_run_has_begun_is_refused_before(change, message):
+    sound = {"randomness": {}, "train_cfg": {"max_iters": 9}, "model": {"test_cfg": {"mode": "whole"}}}
+    for config in (sound, {**sound, **change}):
+        with pytest.raises(UserError, match=re.escape(message)) if config is not sound else nullcontext():
+            configs.check_schedule(config)
+            configs.check_test_mode(config)
+
+
+def test_an_import_that_fails_in_a_config_is_named(tmp_path):
+    (tmp_path / "mine.py").write_text("import nowhere_to_be_found\n")
+    with pytest.raises(UserError, match=r"config .*mine\.py cannot be read: .*nowhere_to_be_found"):
+        read_config(tmp_path / "mine.py", {})
 
 
 def test_options_that_a_type_takes_are_accepted():

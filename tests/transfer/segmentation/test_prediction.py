@@ -227,6 +227,8 @@ def test_predict_refuses_in_one_sentence(trained, tmp_path, capsys, write_encode
         ("does not exist; give image files or folders", run, tmp_path / "nowhere", "--out", out),
         ("cannot be read", run, tmp_path / "text.png", "--out", out),
         ("is not empty; give another --out", run, images, "--out", tmp_path / "taken"),
+        ("text.png is a file; give a folder with --out", run, images, "--out", tmp_path / "text.png"),
+        ("cannot write to /proc: ", run, images, "--out", "/proc/mae"),
         ("would both be written as 1.png", run, images / "1.png", scenes / "images/training/1.png", "--out", out),
         ("--opacity is 3.0", run, images, "--out", out, "--opacity", "3"),
         ("leave gaps", run, images, "--out", out, "--mode", "slide", "--stride", "999"),
@@ -276,6 +278,11 @@ def test_evaluation_refuses(trained, tmp_path, capsys):
     (scenes / "four.txt").write_text("0\tground\n1\tbox\n2\tdisc\n3\tmore\n")
     more = {f"{part}_dataloader.dataset.classes_file": "four.txt" for part in ("train", "val")}
     refused(run, r"was trained on other classes than the data has \(3 against 4\)", num_classes=4, **more)
+    refused(run, r"num_classes=2 was asked for, but .* have 3 classes; set num_classes=3", num_classes=2)
+    (tmp_path / "file").touch()
+    for place, message in (("file", r"file is a file; give a folder with --work-dir"), ("file/x", "cannot write to")):
+        with pytest.raises(UserError, match=message):
+            train_net.evaluate_segmenter(DIGITS, run, work_dir=tmp_path / place, cfg_options=options)
     for flag in ("--resume", "--amp", "--weights=x"):
         with pytest.raises(SystemExit):
             train_net.main([str(DIGITS), "--eval-only", str(run), flag])

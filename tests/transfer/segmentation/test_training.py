@@ -496,9 +496,9 @@ def test_batch_of_one(refused):
     [
         ({"lr": "abc"}, "lr=abc: the config has 0.0012 there; give a number"),
         ({"train_cfg.max_iters": "abc"}, "train_cfg.max_iters=abc: the config has 3 there; give a number"),
-        ({"lr": -1}, "optim_wrapper cannot be built: ValueError: Invalid learning rate: -1"),
-        ({"workers": -1}, "train_dataloader.num_workers is -1; set it to 0 or more"),
-        ({"batch_size": 0}, "train_dataloader.batch_size is 0; set it to 1 or more"),
+        ({"optim_wrapper.optimizer.lr": -1}, "optim_wrapper cannot be built: ValueError: Invalid learning rate: -1"),
+        ({"train_dataloader.num_workers": -1}, "train_dataloader.num_workers is -1; set it to 0 or more"),
+        ({"train_dataloader.batch_size": 0}, "train_dataloader.batch_size is 0; set it to 1 or more"),
         (
             {"model.backbone.taps": [1, 3, 5]},
             "the backbone's taps [1, 3, 5] do not match the 4 maps that the neck takes",

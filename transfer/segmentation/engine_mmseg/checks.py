@@ -127,7 +127,9 @@ def labelled_images(section: Mapping[str, Any]) -> tuple[list[LabelledImage], li
     for folder in (section.get("data_prefix") or {}).values():
         path = Path(section.get("data_root") or "", folder)
         if not path.is_dir():
-            raise UserError(f"data folder {path} does not exist; set data_root, which is {section.get('data_root')!r}")
+            raise UserError(
+                f"data folder {path} does not exist; set {configs.DATA_ROOT}, which is {section.get('data_root')!r}"
+            )
     with explained(f"the {section.get('type')} data set cannot be read"):
         dataset = DATASETS.build(section)
         records = [dataset.get_data_info(index) for index in range(len(dataset))]

@@ -28,6 +28,16 @@ CONFIG_ONLY_KEYS = {
     "model_wrapper_cfg",
 }
 """Top-level keys of a config that mmengine reads besides the arguments of its runner."""
+PATHS = {"data_root", "classes_file", "img_path", "seg_map_path"}
+"""Last words of options that are paths. mmengine's reader would drop their spaces, split them at commas, and take a
+folder called 2024 for a number."""
+WRITTEN = {
+    "work_dir": "--work-dir DIR (mae segment: output=DIR)",
+    "resume": "--resume",
+    "load_from": "--weights FILE (mae segment: weights=FILE), or --resume to continue a run",
+    "launcher": "--launcher",
+}
+"""Keys of a config that a training sets itself -> how the command line says what they mean."""
 
 
 def parse_options(items: Sequence[str]) -> dict[str, Any]:
@@ -35,15 +45,29 @@ def parse_options(items: Sequence[str]) -> dict[str, Any]:
     for item in items:
         if not re.match(r"[\w.]+=", item):
             raise UserError(f"{item!r} is not a config option; write key=value, such as train_cfg.max_iters=1000")
+    pairs = [item.split("=", 1) for item in items]
+    paths = {key: _as_path(key, text) for key, text in pairs if key.rpartition(".")[2] in PATHS}
+    rest = [item for item, (key, _) in zip(items, pairs, strict=True) if key not in paths]
     parser = argparse.ArgumentParser()
     parser.add_argument("--cfg-options", nargs="*", action=DictAction)
     try:
-        return parser.parse_args(["--cfg-options", *items]).cfg_options or {}
+        return {**(parser.parse_args(["--cfg-options", *rest]).cfg_options or {}), **paths}
     except (AssertionError, RecursionError, ValueError) as error:  # mmengine's reader of lists, at anything else
         raise UserError(
             f"config options {' '.join(items)} cannot be read ({first_line(error)}); write lists as [1,2], and "
             "the keys of a dict one by one, such as model.test_cfg.mode=slide"
         ) from None
+
+
+def _as_path(key: str, text: str) -> str | None:
+    """The value of an option that is a path, as it was typed; ``~`` is the home, None is none."""
+    text = text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
+    if not text:
+        raise UserError(f"{key}= has no value; give a path")
+    try:
+        return None if text == "None" else str(Path(text).expanduser())
+    except RuntimeError:
+        raise UserError(f"{key}={text}: there is no such home folder; give another path") from None
 
 
 def read_config(path: Path | str, options: Mapping[str, Any]) -> Config:
@@ -52,10 +76,14 @@ def read_config(path: Path | str, options: Mapping[str, Any]) -> Config:
     Raises ``UserError`` for a broken file and for an option that nothing would read.
     """
     path = Path(path)
+    for key in options.keys() & WRITTEN.keys():
+        raise UserError(f"the option {key} is written {WRITTEN[key]}")
+    plain, _ = evaluated(path, {})
+    for name in options.keys() & plain.keys() - runner_keys():
+        configs.check_variable(name, plain.get(name), options[name])
     config, chosen = evaluated(path, options)
     for name in chosen:
         without, _ = evaluated(path, {key: value for key, value in options.items() if key != name})
-        configs.check_kind(name, without.get(name), options[name])
         same = {**config.to_dict(), name: None} == {**without.to_dict(), name: None}
         if same and without.get(name) != options[name]:
             raise UserError(
@@ -79,7 +107,9 @@ def evaluated(path: Path, options: Mapping[str, Any]) -> tuple[Config, set[str]]
     with explained(f"config {path} cannot be read"), tempfile.TemporaryDirectory() as folder:  # a config is a program
         chosen = set(options) & (configs.variables_of(path) - runner_keys())
         values = {name: options[name] for name in chosen}
-        return Config.fromfile(configs.copy_with_variables(path.resolve(), values, Path(folder))), chosen
+        config = Config.fromfile(configs.copy_with_variables(path.resolve(), values, Path(folder)))
+        config.items()  # what it imports is looked for only now
+        return config, chosen
 
 
 def runner_keys() -> set[str]:

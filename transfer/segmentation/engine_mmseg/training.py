@@ -121,12 +121,13 @@ def train(
     notes += fit_to_machine(view, amp)
     configs.check_widths(view)
     configs.check_schedule(view)
+    configs.check_test_mode(view)
     known = fingerprint(training_data(view))
     if checkpoint is not None:
         check_same_data(
             work_dir,
             known,
-            f"set data_root to the same files, or start a new run in another {configs.WORK_DIR}",
+            f"set {configs.DATA_ROOT} to the same files, or start a new run in another {configs.WORK_DIR}",
         )
     notes += [f"{part}: {found}" for part, found in check_data(view).items()]
     notes += configs.fit_statistics(view, None if source is None else source.metadata, partial(measured, view))
@@ -204,13 +205,20 @@ def keep_seed(config: Config, checkpoint: Mapping[str, Any]) -> None:
 
 
 @contextmanager
+def made(work_dir: Path) -> Iterator[None]:
+    """Inside, ``work_dir`` exists. Raises ``UserError`` where the disk refuses it, or what is written there."""
+    with said_plainly(work_dir, f"choose another with {configs.WORK_DIR}, or free disk space"):
+        work_dir.mkdir(parents=True, exist_ok=True)
+        yield
+
+
+@contextmanager
 def claimed(work_dir: Path, *, resumed: bool) -> Iterator[None]:
     """Inside, this run alone writes ``work_dir``; one that starts removes what a killed run left before its first
     checkpoint. Raises ``UserError`` where another process has it."""
 
     def take() -> None:
-        with said_plainly(work_dir, f"choose another with {configs.WORK_DIR}, or free disk space"):
-            work_dir.mkdir(parents=True, exist_ok=True)
+        with made(work_dir):
             claim(work_dir)
             for leftover in work_dir.glob(f"{WRITING}*"):
                 leftover.unlink()
@@ -270,12 +278,18 @@ def evaluate(
         notes += configs.fit_to_run(view, config_in(read_checkpoint(checkpoint)), checkpoint, list(options))
         notes += configs.fit_statistics(view, {}, partial(measured, view))
     notes += configs.fit_channels(view)
+    configs.check_test_mode(view)
     fit_to_machine(view)
     _, classes, coding = labelled_images(view["val_dataloader"]["dataset"])
     if file is not None and file.classes != classes:
         wrong = next((pair for pair in zip(file.classes, classes, strict=False) if pair[0] != pair[1]), None)
         told = f"{wrong[0]!r} against {wrong[1]!r}" if wrong else f"{len(file.classes)} against {len(classes)}"
         raise UserError(f"{file.path} was trained on other classes than the data has ({told}); correct classes.txt")
+    if file is not None and options.get("num_classes", len(classes)) != len(classes):
+        raise UserError(
+            f"num_classes={options['num_classes']} was asked for, but {file.path} and the data have {len(classes)} "
+            f"classes; set num_classes={len(classes)}"
+        )
     notes += [f"{part}: {found}" for part, found in check_data(view, ("val",)).items()]
     fill_segmenter(check_model(view), state, str(checkpoint))
     if view.get("tta_model") and view.get("tta_pipeline"):
@@ -294,7 +308,8 @@ def evaluate(
     config.test_cfg = {"type": "TestLoop"}
     config.val_dataloader = config.val_evaluator = config.val_cfg = None
     barrier()  # every rank has found its input in order
-    runner = build_runner(config, Path(config_path).stem, Path(work_dir))
+    with made(Path(work_dir)):
+        runner = build_runner(config, Path(config_path).stem, Path(work_dir))
     fill_segmenter(trained_model(runner.model), state, str(checkpoint))
     with worker_errors():
         runner.test()
