@@ -44,13 +44,22 @@ def explained(what: str) -> Iterator[None]:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Around the body of a command: a ``UserError`` becomes ``error: ...`` on stderr and exit code 2, without a
-    traceback."""
+    """Around the body of a command: a ``UserError``, or memory that does not suffice, becomes ``error: ...`` on stderr
+    and exit code 2, without a traceback."""
     try:
         yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(EXIT_USER_ERROR) from None
+        told = str(error)
+    except (MemoryError, RuntimeError) as error:  # torch raises no MemoryError for that of the CPU
+        wanted = re.search(r"allocate (\d+) bytes", str(error))
+        if not isinstance(error, MemoryError) and "t allocate memory" not in str(error):
+            raise
+        size = f", {int(wanted[1]) / 2**30:.0f} GiB for one tensor" if wanted else ""
+        told = f"out of memory{size}; use smaller images, fewer of them at once, or a smaller model"
+    else:
+        return
+    print(f"error: {told}", file=sys.stderr, flush=True)
+    raise SystemExit(EXIT_USER_ERROR) from None
 
 
 def why_not_loaded(error: Exception) -> str:

@@ -23,6 +23,13 @@ DEEPEST, MOST_NODES, LONGEST = 30, 100_000, 1 << 20
 """What a YAML text may have: nested levels; values, those that aliases repeat counted each time; characters."""
 
 
+PLAIN = {
+    "tuple_type": "give a list, such as [1,2]",
+    "path_type": "give a path",
+    "missing": "a value is missing",
+}
+"""What pydantic says in terms of Python's types, by the type of its error."""
+
 Config = TypeVar("Config", bound=Schema)
 
 
@@ -55,9 +62,9 @@ def load_config(schema: type[Config], path: Path | str | None, overrides: Sequen
     try:
         return schema.model_validate(merged)
     except ValidationError as error:
-        problems = error.errors()
+        problems = _of_the_kind_given(schema, error.errors())
     in_file = _messages_of(schema, given) if path is not None else set()
-    lines = [_explain(schema, problem, layers, typed, in_file) for problem in problems]
+    lines = list(dict.fromkeys(_explain(schema, problem, layers, typed, in_file) for problem in problems))
     raise ConfigError("; ".join(lines) if len(lines) == 1 else "\n  ".join([f"{len(lines)} problems:", *lines]))
 
 
@@ -130,7 +137,13 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def read_overrides(schema: type[BaseModel], overrides: Sequence[str]) -> dict[str, Any]:
-    """``a.b=c`` texts as nested keys and values; paths stay as they were typed. Raises ``ConfigError``."""
+    """``a.b=c`` texts as nested keys and values; paths stay as they were typed. Raises ``ConfigError``, also where one
+    gives an option a value and another an option below it, of which one would be lost."""
+    keys = [override.partition("=")[0] for override in overrides]
+    for key in keys:
+        below = next((other for other in keys if other.startswith(f"{key}.")), None)
+        if below is not None and key:
+            raise ConfigError(f"{key} and {below} exclude each other: {key} is a section; leave {key}=... out")
     typed = _read_values([override for override in overrides if not _names_path(schema, override)])
     for override in overrides:
         if _names_path(schema, override):
@@ -243,6 +256,34 @@ def _messages_of(schema: type[BaseModel], given: Mapping[str, Any]) -> set[tuple
     return set()
 
 
+def _depth(schema: type[BaseModel], place: Sequence[Any]) -> tuple[type[BaseModel] | None, int]:
+    """How many of the names in the place of a problem are sections and options, and the section of the last, if it is
+    one; what follows is pydantic's name for one of several kinds of value."""
+    section: type[BaseModel] | None = schema
+    depth = 0
+    for part in place:
+        if section is None or part not in section.model_fields:
+            break
+        section, depth = section_of(section.model_fields[part].annotation), depth + 1
+    return section, depth
+
+
+def _of_the_kind_given(schema: type[BaseModel], problems: Sequence[Any]) -> list[Any]:
+    """``problems`` without those that say of a list that it is no number, or of a number that it is no list, where the
+    option takes either and another problem is about the kind that was given."""
+    kept = []
+    for problem in problems:
+        place = problem["loc"]
+        _, depth = _depth(schema, place)
+        rivals = [other for other in problems if other is not problem and other["loc"][:depth] == place[:depth]]
+        is_list = isinstance(problem["input"], list | tuple) and len(place) == depth + 1
+        about_list = problem["type"] in ("tuple_type", "too_long", "too_short", "missing")
+        of_other_kind = len(place) == depth + 1 and about_list != is_list
+        if not (rivals and of_other_kind):
+            kept.append(problem)
+    return kept or list(problems)
+
+
 def _explain(
     schema: type[BaseModel],
     problem: Any,
@@ -255,12 +296,7 @@ def _explain(
     A problem between options, which has no key of its own, comes from the command line where the file alone lacks it.
     """
     place = [str(part) for part in problem["loc"] if not isinstance(part, int)]  # a list's entries have one schema
-    section: type[BaseModel] | None = schema
-    depth = 0
-    for part in place:
-        if section is None or part not in section.model_fields:
-            break
-        section, depth = section_of(section.model_fields[part].annotation), depth + 1
+    section, depth = _depth(schema, place)
     key = ".".join(place[: max(depth, 1)]) if problem["type"] != "extra_forbidden" else ".".join(place)
     between = section is not None and problem["type"] == "value_error"
     if between:
@@ -279,9 +315,11 @@ def _explain(
             guess = difflib.get_close_matches(key, known + list(schema.model_fields), n=1)
         told = f"did you mean {guess[0]!r}?" if guess else f"known here: {', '.join(siblings or schema.model_fields)}"
         return f"{where}: unknown key {key!r}; {told}"
-    message = problem["msg"].removeprefix("Value error, ")
+    message = PLAIN.get(problem["type"], problem["msg"].removeprefix("Value error, "))
     message = message[:1].lower() + message[1:]
     value = problem["input"]
+    if problem["type"] in ("model_type", "model_attributes_type") and section is not None:
+        message = f"it is a section; set its options, such as {key}.{next(iter(section.model_fields))}"
     got = f" (got {value!r})" if not isinstance(value, Mapping) and "ratio" not in message else ""
     return f"{where}: {key or schema.__name__}: {message}{got}" if key else f"{where}: {message}"
 

@@ -77,13 +77,26 @@ def test_a_key_like_no_other_names_the_known_ones():
         (f"seed={2**63}", "seed: input should be less than"),
         ("optim.batch_size=0", "optim.batch_size: input should be greater than or equal to 1 (got 0)"),
         ("precision=fp8", "precision"),
-        ("log=3", "log"),
+        ("log=3", "log: it is a section; set its options, such as log.every"),
+        ("data.image_size=0", "data.image_size: input should be greater than or equal to 1 (got 0)"),
+        ("data.image_size=[224]", "data.image_size: a value is missing (got [224])"),
+        ("data.image_size=[224,224,3]", "data.image_size: tuple should have at most 2 items"),
+        ("data.image_size=224x224", "data.image_size: input should be a valid integer"),
+        ("data.std=[0,0,0]", "data.std: input should be greater than 0 (got 0)"),
+        ("data.mean=0.5", "data.mean: give a list, such as [1,2] (got 0.5)"),
+        ("output=", "output: give a path (got None)"),
     ],
 )
 def test_a_bad_value_is_named_with_its_place(given, message):
     text = refusal(PretrainConfig, None, [given])
     assert message in text
     assert "\n" not in text
+
+
+@pytest.mark.parametrize("given", [["data=photos", "data.path=x"], ["data.path=x", "data.hflip=0", "data=photos"]])
+def test_a_value_for_a_section_does_not_take_the_place_of_its_options(given):
+    text = refusal(PretrainConfig, None, given)
+    assert text == "data and data.path exclude each other: data is a section; leave data=... out"
 
 
 def test_the_patch_of_the_size_is_the_one_that_must_fit():
@@ -277,8 +290,8 @@ def test_what_is_typed_wins_over_table_11_and_a_file_is_taken_as_it_is(tmp_path)
     config = load_config(FinetuneConfig, file, ["data.random_erasing=0.5"])
     assert (config.optim.base_lr, config.optim.epochs, config.optim.weight_decay) == (1e-3, 100, 0.05)
     assert (config.ema, config.data.random_erasing) == (None, 0.5)
-    assert "optim: input should be a valid dictionary" in refusal(FinetuneConfig, file, ["optim=3"])
-    assert "optim: input should be a valid dictionary" in refusal(
+    assert "optim: it is a section; set its options, such as optim.epochs" in refusal(FinetuneConfig, file, ["optim=3"])
+    assert "optim: it is a section; set its options, such as optim.epochs" in refusal(
         FinetuneConfig, None, ["from_scratch=true", "optim=3"]
     )
 

@@ -14,7 +14,7 @@ import torch
 
 from mae_core.config.load import load_config
 from mae_core.data.loading import make_loader
-from mae_core.errors import UserError
+from mae_core.errors import UserError, user_errors
 from mae_core.layout import complete_checkpoints
 from mae_core.training import loop
 from mae_core.training.machine_faults import machine_faults, smaller_runs
@@ -168,3 +168,22 @@ def test_a_rank_that_is_killed_ends_the_others_with_the_cause(tmp_path):
         assert [rank.exitcode for rank in ranks] == [2, -signal.SIGKILL]
         assert time.monotonic() - began < 50
     assert "error: another rank is gone or hangs" in outputs[0].with_suffix(".err").read_text()
+
+
+@pytest.mark.parametrize(
+    "error, told",
+    [
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 80000000512 bytes."),
+            ", 75 GiB",
+        ),
+        (MemoryError(), ""),
+    ],
+)
+def test_memory_of_the_cpu_that_does_not_suffice_is_a_sentence(error, told, capsys):
+    with pytest.raises(SystemExit) as stopped, user_errors():
+        raise error
+    assert stopped.value.code == 2
+    assert f"error: out of memory{told}" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="another"), user_errors():
+        raise RuntimeError("another")

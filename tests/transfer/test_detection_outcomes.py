@@ -12,6 +12,7 @@ from mae_core.data.images import Statistics
 from mae_core.errors import UserError
 from transfer import engines
 from transfer.detection.coco import Part, decode_masks, read_coco
+from transfer.detection.draw import draw_detections
 from transfer.detection.heads import Detections
 from transfer.detection.masks import encode_masks
 from transfer.detection.results import average_precision, coco_results
@@ -98,6 +99,12 @@ def test_an_image_without_objects_is_learned_from_and_cannot_be_scored_alone(coc
     assert sample.pixels is not None and sample.target["boxes"].shape == (0, 4)
     with pytest.raises(UserError, match="has no annotations; there is nothing to score against"):
         average_precision(alone(coco, EMPTY), [])
+
+
+@pytest.mark.parametrize("size, drawn", [((1, 9000), (1, 9000)), ((30, 2000), (60, 4000)), ((64, 48), (448, 336))])
+def test_a_picture_is_enlarged_up_to_a_limit(size, drawn):
+    nothing = Detections(0, torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64), None)
+    assert draw_detections(["a"], nothing, Image.new("RGB", size), {"boxes"}).size == drawn
 
 
 def test_objects_of_one_pixel_are_learned_and_scored(coco, configure_detection):

@@ -202,6 +202,7 @@ def test_wrong_input_is_one_sentence_and_leaves_nothing(
             r"model\.size=base has no effect on the predictions of .*detector\.safetensors",
         ),
         ([image, "--weights", run, "ema=0.9"], r"ema=0\.9 has no effect"),
+        ([image, "--weights", run, "data.channels=1"], r"data\.channels=1 has no effect on the predictions"),
         ([image, "--weights", run, "--truth", image], "is not JSON"),
     ):
         refuse([*arguments, "--out", out], message, capsys)

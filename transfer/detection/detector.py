@@ -40,6 +40,12 @@ MOST_AT_ONCE, TILES_AT_ONCE = 64, 128
 OVERLAP = 0.2
 OF_TRAINING = ("optim", "log", "ema")
 """Sections of a recipe that have no effect on a finished detector."""
+OF_ITS_FILE = (
+    "model",
+    "weights",
+    *(f"data.{name}" for name in ("channels", "image_size", "mean", "std", "statistics")),
+)
+"""Sections and options that a detector's file decides."""
 
 
 @dataclass(frozen=True)
@@ -301,8 +307,8 @@ def load_detector(
 def inference_configuration(file: WeightsFile, recipe: Path | None, overrides: Sequence[str]) -> DetectionConfig:
     """The configuration of inference: the engine of a file that train_net.py wrote is the file's. Raises ``UserError``
     for a file that is no detector."""
-    without_effect = (*OF_TRAINING, "model") if is_detector(file) else OF_TRAINING
-    unread = [word for word in overrides if re.split("[.=]", word)[0] in without_effect]
+    without_effect = {*OF_TRAINING, *(OF_ITS_FILE if is_detector(file) else ())}
+    unread = [word for word in overrides if {re.split("[.=]", word)[0], word.partition("=")[0]} & without_effect]
     if unread:
         raise UserError(f"{unread[0]} has no effect on the predictions of {file.path}; leave it out")
     options = [f"weights={file.path}"]

@@ -51,8 +51,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     recipes = [word for word in known.overrides if "=" not in word]
     if recipes and known.config_file is None:
         parser.error(f"{recipes[0]} is no option; a recipe is given by --config-file {recipes[0]}")
-    if known.eval_only and known.resume:
-        parser.error("--eval-only and --resume exclude each other")
+    for flag in ("resume", "dry_run"):
+        if known.eval_only and getattr(known, flag):
+            parser.error(f"--eval-only and --{flag.replace('_', '-')} exclude each other")
     return known
 
 

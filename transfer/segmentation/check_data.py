@@ -200,7 +200,8 @@ def _asked(given: argparse.Namespace) -> list[LabelledFolders]:
     if places and places[0].is_dir():
         return folders_of_set(places[0], [*words, *given.cfg_options])
     if places and places[0].suffix != ".py" and (places[0].is_absolute() or len(places[0].parts) > 1 or rooted):
-        raise UserError(f"{places[0]} does not exist; give a folder with images/ and annotations/, or a recipe's name")
+        found = "is a file" if places[0].is_file() else "does not exist"
+        raise UserError(f"{places[0]} {found}; give a folder with images/ and annotations/, or a recipe's name")
     return folders_of_config(places[0], [*words, *given.cfg_options]) if places else [_as_typed(given)]
 
 

@@ -365,6 +365,10 @@ def _is_colour_step(step: Any) -> bool:
 def check_widths(config: Mapping[str, Any]) -> None:
     """Raise ``UserError`` where neck or heads do not take maps as wide as the encoder's, or disagree on the classes."""
     model = config["model"]
+    if any(head["num_classes"] < 2 for head in heads_of(config)):
+        raise UserError(
+            "num_classes is below 2: one class alone cannot be told from anything; count the background too"
+        )
     if model["backbone"]["type"] != BACKBONE:
         return
     size, trunk = model["backbone"].get("size", "base"), model["backbone"].get("trunk")
@@ -463,17 +467,18 @@ def inference_mode(
     Raises ``UserError`` for windows with gaps between them, and for a window asked of whole images.
     """
     stated = dict(config["model"].get("test_cfg") or {})
-    mode = mode or ("slide" if crop_size or stride else stated.get("mode", "whole"))
+    windows = crop_size is not None or stride is not None
+    mode = mode or ("slide" if windows else stated.get("mode", "whole"))
     if mode == "whole":
-        if crop_size or stride:
+        if windows:
             raise UserError("--crop-size and --stride apply only to --mode slide; leave them out, or give --mode slide")
         return {"mode": "whole"}
     preprocessor = config["model"].get("data_preprocessor") or config.get("data_preprocessor") or {}
-    crop = (crop_size, crop_size) if crop_size else stated.get("crop_size") or preprocessor.get("size")
+    crop = (crop_size, crop_size) if crop_size is not None else stated.get("crop_size") or preprocessor.get("size")
     if crop is None:
         raise UserError("the config names no crop; give --crop-size")
     given = stated.get("stride") if crop_size is None else None
-    step = (stride, stride) if stride else given or tuple(max(side * 2 // 3, 1) for side in crop)
+    step = (stride, stride) if stride is not None else given or tuple(max(side * 2 // 3, 1) for side in crop)
     if min(*crop, *step) < 1 or step[0] > crop[0] or step[1] > crop[1]:
         raise UserError(f"windows of {crop} every {step} pixels leave gaps; give a --stride from 1 to the crop size")
     return {"mode": "slide", "crop_size": tuple(crop), "stride": tuple(step)}

@@ -61,7 +61,7 @@ class LabelCoding:
             )
         first = 1 if reduce_zero_label else 0
         given = range(first, first + num_classes) if label_values is None else label_values
-        if isinstance(given, int | str):
+        if isinstance(given, int):
             raise UserError(f"label_values is {given!r}; give a list, such as label_values=[0,1]")
         classes = tuple(_integers("label_values", entry) for entry in given)
         if len(classes) != num_classes:

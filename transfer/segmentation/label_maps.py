@@ -125,6 +125,11 @@ def read_classes(
             continue
         if not value.strip().removeprefix("-").isdigit() or not name.strip() or int(value) in names:
             raise UserError(f"{path}, line {number}: {line!r} is not value<TAB>name with a unique value")
+        if name.strip() in names.values():
+            raise UserError(
+                f"{path}, line {number}: a second class {name.strip()!r}; give it another name, or join the values of "
+                "one class with label_values=[[0,1],2]"
+            )
         names[int(value)] = name.strip()
     if values is not None:
         if missing := [value for value in values if value not in names]:

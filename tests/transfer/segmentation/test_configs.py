@@ -211,6 +211,18 @@ def test_what_mmengine_meets_when_a_run_has_begun_is_refused_before(change, mess
             configs.check_test_mode(config)
 
 
+def test_one_class_alone_is_refused():
+    config = read_config(DIGITS, {"num_classes": 1})
+    with pytest.raises(UserError, match=r"num_classes is below 2: .*; count the background too"):
+        configs.check_widths(dict(config.items()))
+
+
+@pytest.mark.parametrize("given", [{"crop_size": 0}, {"stride": 0}, {"crop_size": -4, "stride": 2}])
+def test_windows_without_pixels_are_refused(given):
+    with pytest.raises(UserError, match="leave gaps; give a --stride from 1 to the crop size"):
+        configs.inference_mode(dict(read_config(DIGITS, {}).items()), mode="slide", **given)
+
+
 def test_an_import_that_fails_in_a_config_is_named(tmp_path):
     (tmp_path / "mine.py").write_text("import nowhere_to_be_found\n")
     with pytest.raises(UserError, match=r"config .*mine\.py cannot be read: .*nowhere_to_be_found"):

@@ -56,6 +56,12 @@ def test_zero_is_void_where_it_is_reduced(folder):
         check(folder, num_classes=1, reduce_zero_label=True)
 
 
+def test_two_classes_of_one_name_are_refused(tmp_path):
+    (tmp_path / "classes.txt").write_text("0\tsky\n1\ttree\n2\tsky\n")
+    with pytest.raises(UserError, match=r"line 3: a second class 'sky'; give it another name, or join the values"):
+        read_classes(tmp_path / "classes.txt")
+
+
 def test_a_class_that_never_occurs_is_named(folder):
     assert "never labelled: d" in check(folder, num_classes=4).describe(["a", "b", "c", "d"])
 
