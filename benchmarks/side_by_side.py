@@ -84,7 +84,10 @@ def matmul(dtype: torch.dtype, device: torch.device, side: int = SIDE) -> Prepar
 
 def serve(prepare: Callable[[], Prepared], device: torch.device) -> None:
     """A contestant's process: a step for each line that comes in and what it took as a line of JSON; its cost once
-    there are no more. Peak memory is that above what the process, or the GPU, held before ``prepare``."""
+    there are no more. Peak memory is that above what the process, or the GPU, held before ``prepare``. What libraries
+    print goes to the screen, not among these lines."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     on_gpu = device.type == "cuda"
     before = torch.cuda.memory_allocated(device) if on_gpu else resident()
     prepared = prepare()
@@ -93,12 +96,12 @@ def serve(prepare: Callable[[], Prepared], device: torch.device) -> None:
         prepared.step()
         wait_for(device)
         took = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - spent}
-        print(json.dumps(took), flush=True)
+        print(json.dumps(took), file=answers, flush=True)
     most = (
         torch.cuda.max_memory_allocated(device) if on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     )
     flops = None if prepared.flops is None else prepared.flops()
-    print(json.dumps({"peak_bytes": most - before, "flops": flops}), flush=True)
+    print(json.dumps({"peak_bytes": most - before, "flops": flops}), file=answers, flush=True)
 
 
 def ask(process: subprocess.Popen[str], *, last: bool = False) -> dict[str, Any]:

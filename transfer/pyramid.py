@@ -14,16 +14,16 @@ from functools import partial
 from math import gcd
 from typing import NamedTuple
 
+import timm.layers
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 
 from mae_core.errors import UserError
 from mae_core.models.sizes import ViTSize
 from mae_core.training.distributed import world_size
-from transfer.backbone import Level
+from transfer.backbone import Level, to_convolve
 from transfer.timm_backbone import Dense
 
 Norm = Callable[[int], nn.Module]
@@ -46,6 +46,14 @@ def sync_batch_norm(channels: int) -> nn.Module:
     """
     spread = world_size() > 1 and torch.cuda.is_available()
     return nn.SyncBatchNorm(channels) if spread else nn.BatchNorm2d(channels)
+
+
+class LayerNorm2d(timm.layers.LayerNorm2d):
+    """timm's norm over the channels of (B, C, H, W), which leaves them together in memory, as convolutions want it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> the same."""
+        return to_convolve(super().forward(x))
 
 
 NORMS: dict[str, Norm | None] = {
