@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 import time
 
 import pytest
 import torch
 
 from benchmarks import dense, page, scaling, table2
-from benchmarks.side_by_side import MATMUL, Contestant, compare, counted, table
+from benchmarks.side_by_side import MATMUL, Contestant, Prepared, compare, counted, serve, table
 
 CPU = torch.device("cpu")
 STEPS = (
@@ -39,6 +41,23 @@ def test_contestants_take_turns_and_one_that_ends_is_named():
     lines = table("a step", found, "ours")
     assert "| ours | 4 (4 to 4) | 2 | 2 | 1.00 | 0.00 | 50% |" in lines
     assert any(line.startswith("gone ended with exit code 7") for line in lines)
+
+
+def test_what_a_library_prints_is_no_answer():
+    (asked, questions), (answers, said) = os.pipe(), os.pipe()
+    if not (child := os.fork()):
+        os.dup2(said, 1)
+        sys.stdin, sys.stdout = os.fdopen(asked), os.fdopen(1, "w")
+        os.close(questions)
+        serve(lambda: Prepared(lambda: os.write(1, b"a greeting\n")), CPU)
+        os._exit(0)
+    os.close(said)
+    os.write(questions, b"step\n")
+    os.close(questions)
+    with os.fdopen(answers) as lines:
+        took, cost = (json.loads(line) for line in lines)
+    os.waitpid(child, 0)
+    assert took["seconds"] >= 0 and set(cost) == {"peak_bytes", "flops"}
 
 
 def test_no_round_begins_after_the_deadline():

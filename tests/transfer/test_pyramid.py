@@ -3,7 +3,7 @@ import torch
 
 from mae_core.errors import UserError
 from mae_core.models.sizes import SIZES
-from transfer.backbone import DenseViT, Level
+from transfer.backbone import DenseViT, Level, to_convolve
 from transfer.pyramid import (
     NORMS,
     PYRAMIDS,
@@ -103,6 +103,15 @@ def test_a_single_scale_has_one_level_with_anchors_of_all_sizes():
     assert backbone.levels == backbone.box_levels == (Level("p4", 16, 8),)
     assert backbone.anchor_strides == ((2, 4, 8, 16, 32),)
     assert backbone(torch.randn(1, 3, 40, 64))["p4"].shape == (1, 16, 5, 8)
+
+
+@pytest.mark.parametrize("width, together", [(192, True), (256, False), (768, False)])
+def test_wide_maps_are_laid_out_for_the_convolutions_of_a_cpu(width, together):
+    channels_together = torch.randn(2, 3, 5, width).permute(0, 3, 1, 2)
+    for x in (to_convolve(channels_together), NORMS["ln"](width)(channels_together)):
+        assert x.is_contiguous(memory_format=torch.channels_last) == together
+        assert x.is_contiguous() != together
+    assert torch.equal(to_convolve(channels_together), channels_together)
 
 
 def test_the_simple_pyramid_is_the_published_stack():
