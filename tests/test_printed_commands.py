@@ -70,9 +70,9 @@ def stop_after_parsing(monkeypatch):
         raise Parsed(real_intermixed(self, *args, **kwargs))
 
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(config_load, "load_config", load)
-    monkeypatch.setattr("transfer.detection.train_net.load_config", load)
+    monkeypatch.setattr("transfer.detection.train_net.load_config", load)  # imports it, so before the next but one
     monkeypatch.setattr("mae_core.config.describing.load_config", load)
+    monkeypatch.setattr(config_load, "load_config", load)
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
     monkeypatch.setattr(argparse.ArgumentParser, "parse_intermixed_args", parse_intermixed)
     yield

@@ -115,6 +115,7 @@ def test_a_wrong_word_is_answered_with_the_right_one(typed, told, tmp_path):
         (segmentation.main, "small_dta", "did you mean 'small_data'"),
         (segmentation.main, "small_data --resume=never", "write --resume, or --resume auto"),
         (detection.main, "--resume=never", "write --resume, or --resume auto"),
+        (detection.main, "--eval-only --dry-run weights=x", "--eval-only and --dry-run exclude each other"),
     ],
 )
 def test_a_script_answers_the_words_of_mae(main, typed, told, capsys):

@@ -120,6 +120,17 @@ def test_a_canvas_without_a_cell_of_the_coarsest_map_is_refused_with_the_least_t
     plan(64)
 
 
+def test_a_dry_run_says_whether_its_output_folder_is_taken(configure_detection, tmp_path):
+    (tmp_path / "run").mkdir()
+    for taken in (False, True):
+        lines: list[str] = []
+        print_plan(configure_detection(), 1, lines.append)
+        assert any("already holds a run (config.yaml); add" in line for line in lines) == taken
+        (tmp_path / "run" / "config.yaml").touch()
+    print_plan(configure_detection(), 1, lines.append, resume=True)
+    assert sum("already holds" in line for line in lines) == 1
+
+
 def test_a_recipe_from_scratch_is_the_same_recipe():
     folder = Path(__file__).parents[2] / "configs" / "detection"
     for path in folder.glob("*.yaml"):

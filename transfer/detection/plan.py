@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from mae_core.data.loading import share_of
 from mae_core.data.rates import processes
+from mae_core.errors import UserError
 from mae_core.models.block import kernels_as_on
 from mae_core.models.classifier import learning_line
 from mae_core.patches import as_pair
+from mae_core.resuming import Resume
 from mae_core.training import distributed
 from mae_core.training.memory import GIB, StepMemory, available_memory, step_memory
 from mae_core.training.plan import (
@@ -25,7 +27,7 @@ from mae_core.training.plan import (
     steps_line,
     time_lines,
 )
-from mae_core.training.run import Run
+from mae_core.training.run import Run, check_output
 from mae_core.weights.load import read_encoder, stated_in, with_file
 from transfer.detection.config import DetectionConfig
 from transfer.detection.data_sets import read_data, shared_files
@@ -41,8 +43,20 @@ POSITIVES = 4
 """One of so many sampled regions is an object, at most."""
 
 
-def print_plan(config: DetectionConfig, devices: int, say: Callable[[str], None] = print) -> None:
-    """Print the plan of a run on ``devices`` devices, and what a step of it takes.
+def output_note(config: DetectionConfig) -> str:
+    """A line where a run that starts would refuse its output folder; empty where it would not."""
+    try:
+        check_output(config, resume=False)
+    except UserError as error:
+        return f"note: {error}"
+    return ""
+
+
+def print_plan(
+    config: DetectionConfig, devices: int, say: Callable[[str], None] = print, *, resume: Resume = False
+) -> None:
+    """Print the plan of a run on ``devices`` devices, and what a step of it takes; without ``resume`` also whether its
+    output folder is taken.
 
     Raises ``UserError`` as the run would. The memory is that of the torchvision engine's network, whose tensors have
     the sizes of detectron2's; of heads of other kinds than Mask R-CNN's it is not estimated.
@@ -75,6 +89,7 @@ def print_plan(config: DetectionConfig, devices: int, say: Callable[[str], None]
         f"{height}x{width}, engine {config.engine}",
         learning_line(model, config.model.trainable_blocks),
         f"note: {note}" if (note := shared_files(train_set, val_set)) else "",
+        "" if resume else output_note(config),
     ):
         if line:
             say(line)

@@ -115,7 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             overrides = ["from_scratch=false", *overrides]  # the recipe of a run may say how its training began
         config = load_config(DetectionConfig, given.config_file, overrides)
         if given.dry_run:
-            print_plan(config, max(given.num_gpus, 1) * given.num_machines * distributed.world_size())
+            devices = max(given.num_gpus, 1) * given.num_machines * distributed.world_size()
+            print_plan(config, devices, resume=given.resume)
         else:
             start(config.engine, run_config, (config, given.eval_only, given.resume), given)
 

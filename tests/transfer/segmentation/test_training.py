@@ -157,8 +157,10 @@ def stopped(tmp_path_factory, tiny_options, write_scenes) -> tuple[Path, dict]:
     return root / "run", options
 
 
-def test_resume_goes_on_from_the_last_checkpoint(tmp_path, stopped):
+def test_resume_goes_on_from_the_last_checkpoint(tmp_path, stopped, capsys):
     run, options = shutil.copytree(stopped[0], tmp_path / "run"), stopped[1]
+    train_segmenter(DIGITS, work_dir=run, cfg_options=options, dry_run=True)
+    assert f"note: {run} is not empty; give another --work-dir" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"give another --work-dir \(mae segment calls it output\), or --resume"):
         train_segmenter(DIGITS, work_dir=run, cfg_options=options)
     with pytest.raises(UserError, match=r"has done all 2 steps"):
