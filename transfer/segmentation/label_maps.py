@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from mae_core.data.images import IMAGE_SUFFIXES
 from mae_core.data.orientation import UPRIGHT, orientation_in, orientation_of_page, upright
@@ -177,7 +177,8 @@ def read_label_map(path: Path) -> LabelMap:
     except UserError:
         raise
     except Exception as error:  # Pillow's and tifffile's decoders raise what they like
-        raise UserError(f"label map {path} cannot be read ({first_line(error)}); replace or remove it") from None
+        reason = "not an image" if isinstance(error, UnidentifiedImageError) else first_line(error)
+        raise UserError(f"label map {path} cannot be read ({reason}); replace or remove it") from None
     return LabelMap(_whole_numbers(path, values), palette)
 
 

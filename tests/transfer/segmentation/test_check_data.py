@@ -64,7 +64,7 @@ def test_every_mistake_is_listed_at_once(scenes, capsys):
         "unreadable images: 1",
         f"image {images / '2.png'} cannot be read (",
         "unreadable label maps: 2",
-        f"label map {maps / '3.png'} cannot be read",
+        f"label map {maps / '3.png'} cannot be read (not an image); replace",
         f"label map {maps / '6.png'} is a colour picture",
         "different sizes: 1",
         f"image {images / '4.png'} has 32x32 pixels and its label map {maps / '4.png'} 31x32",
