@@ -73,7 +73,11 @@ def test_training_writes_a_whole_run_directory_twice_in_one_process(tmp_path, ca
     mean, std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
     weights = write_encoder(tmp_path / "encoder.safetensors", image_size=24, mean=mean, std=std)
     options = {**tiny, "iterations": 4, "custom_hooks.0.interval": 2}
-    frozen = {**options, "lr": 0.0, "visualizer.vis_backends": [{"type": "TensorboardVisBackend"}]}
+    frozen = {
+        **options,
+        "optim_wrapper.optimizer.lr": 0.0,
+        "visualizer.vis_backends": [{"type": "TensorboardVisBackend"}],
+    }
     first = train_segmenter(DIGITS, weights=weights, work_dir=tmp_path / "first", cfg_options=frozen)
     printed = capsys.readouterr().out
     assert "100.0% of the model's" in printed and "3x3 -> 4x4" in printed and "replaces" in printed
@@ -184,7 +188,7 @@ def test_a_resume_on_other_images_or_label_maps_of_the_same_names_is_refused(tmp
 
 
 def test_weights_of_mmengine_are_not_dropped_silently(tmp_path, tiny):
-    with pytest.raises(UserError, match=r"load_from is not read here; start from an encoder with --weights FILE"):
+    with pytest.raises(UserError, match=r"the option load_from is written --weights FILE"):
         train_segmenter(DIGITS, work_dir=tmp_path / "run", cfg_options={**tiny, "load_from": "x.pth"})
     assert not (tmp_path / "run").exists()
 
@@ -348,7 +352,7 @@ def test_the_official_layout_trains_with_a_full_report(tmp_path, tiny, monkeypat
     decoder = {"mask_token": torch.zeros(1, 1, 64), "decoder_embed.weight": torch.zeros(64, 128)}
     decoder |= {"decoder_embed.bias": torch.zeros(64), "decoder_pos_embed": torch.zeros(1, 10, 64)}
     torch.save({"model": {**encoder.state_dict(), **decoder}, "epoch": 799}, tmp_path / "mae_pretrain.pth")
-    options = {**tiny, "iterations": 3, "lr": 0.0, "model.backbone.relative_positions": "table"}
+    options = {**tiny, "iterations": 3, "optim_wrapper.optimizer.lr": 0.0, "model.backbone.relative_positions": "table"}
     train_segmenter(DIGITS, weights=tmp_path / "mae_pretrain.pth", work_dir=tmp_path / "run", cfg_options=options)
     assert opened == [tmp_path / "mae_pretrain.pth"]
     report = json.loads((tmp_path / "run" / "loading.json").read_text())
