@@ -15,7 +15,8 @@ that is not given is pre-trained on the unlabelled images, by arm:
     frozen      the encoder of pretrained, whose trunk stays as it is (classification: the attentive probe)
     linear, knn of classification: as frozen, with the linear probe on the cls token, and its nearest neighbours
 
-What is finished stays finished: the same command continues, and more fractions, arms and seeds may be added.
+What is finished stays finished: the same command continues, and more fractions, arms and seeds may be added. Scratch
+has the size of the first encoder: trained before there was one, it is trained again once there is.
 """
 
 from __future__ import annotations
