@@ -26,19 +26,16 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
-
-import torch
 
 from mae_core.atomic import atomic_path, write_json, write_text
 from mae_core.config.schema import leaf_names
 from mae_core.counting import clock
 from mae_core.errors import UserError, user_errors
 from mae_core.training.frozen_config import KnnConfig, LinprobeConfig
-from mae_core.training.run import commit, environment
 from transfer.compare.config import CompareConfig
 from transfer.compare.kinds import KINDS
 from transfer.compare.run import compare
@@ -204,14 +201,18 @@ def draw(records: Sequence[dict[str, Any]], file: Path, metric: str, title: str)
 
 
 def write_results(
-    config: CompareConfig, records: Sequence[dict[str, Any]], name: str, results: Path, command: str
+    config: CompareConfig,
+    records: Sequence[dict[str, Any]],
+    facts: Mapping[str, str],
+    name: str,
+    results: Path,
+    command: str,
 ) -> Path:
-    """label_efficiency_<task>.{json,md,png} -> the path of the table."""
+    """label_efficiency_<task>.{json,md,png} -> the path of the table; ``facts``: the environment of the comparison."""
     stem = f"label_efficiency_{name}"
-    facts = {**environment(torch.device("cuda" if torch.cuda.is_available() else "cpu")), "commit": commit()}
     metric = KINDS[TASKS[name]].metric
     settings = {name: getattr(config, name) for name in ("steps", "seeds", "rates", "layer_decays", "holdout")}
-    content = {"command": command, "metric": metric, "settings": settings, "environment": facts}
+    content = {"command": command, "metric": metric, "settings": settings, "environment": dict(facts)}
     write_json(results / f"{stem}.json", {**content, "results": list(records)})
     draw(records, results / f"{stem}.png", metric, f"{name.capitalize()}, {config.steps} steps")
     told = (
@@ -237,7 +238,9 @@ def label_efficiency(given: argparse.Namespace, command: str) -> Path:
     report = compare(config, command=command)
     assert report is not None
     found = json.loads(report.with_name("report.json").read_text(encoding="utf-8"))
-    table = write_results(config, records_of(found["results"]), given.task, given.results, command)
+    table = write_results(
+        config, records_of(found["results"]), found["environment"], given.task, given.results, command
+    )
     print(f"done in {clock(time.perf_counter() - began)}; open {table}", flush=True)
     return table
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 EXIT_USER_ERROR = 2
@@ -40,6 +40,15 @@ def explained(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise UserError(f"{what}: {type(error).__name__}: {first_line(error)}") from None
+
+
+def refusal_note(check: Callable[[], object]) -> str:
+    """A line with what ``check`` refuses, for a dry run that goes on all the same; empty where it refuses nothing."""
+    try:
+        check()
+    except UserError as error:
+        return f"note: {error}"
+    return ""
 
 
 @contextmanager

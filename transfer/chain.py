@@ -45,8 +45,8 @@ class Task:
     metric_path: tuple[str, ...]
     data: Path
     command: str
-    from_scratch: str
-    from_encoder: str
+    from_scratch: str = "from_scratch=true"
+    from_encoder: str = "weights={encoder}"
     note: str = ""
 
     def command_line(self, *, encoder: Path | None, output: Path, seed: int) -> list[str]:

@@ -30,8 +30,6 @@ def digit_tasks(data: Path) -> tuple[Task, ...]:
             metric_path=("top1",),
             data=data / "classification",
             command=f"mae finetune configs/finetune/digits.yaml {COMMON}",
-            from_scratch="from_scratch=true",
-            from_encoder="weights={encoder}",
             note="1000 labelled scenes, 14 epochs; " + SAME,
         ),
         Task(
@@ -40,8 +38,6 @@ def digit_tasks(data: Path) -> tuple[Task, ...]:
             metric_path=("bbox", "AP"),
             data=data / "detection",
             command=f"mae detect train configs/detection/digits.yaml {COMMON}",
-            from_scratch="from_scratch=true",
-            from_encoder="weights={encoder}",
             note="200 steps of 8 scenes; " + SAME,
         ),
         Task(
@@ -50,8 +46,6 @@ def digit_tasks(data: Path) -> tuple[Task, ...]:
             metric_path=("mIoU",),
             data=data / "segmentation",
             command=f"mae segment train configs/segmentation/digits.py {COMMON}",
-            from_scratch="from_scratch=true",
-            from_encoder="weights={encoder}",
             note="300 steps of 8 scenes; " + SAME,
         ),
     )

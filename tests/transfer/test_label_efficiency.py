@@ -100,7 +100,9 @@ def test_the_table_and_the_curve_show_every_arm(benchmark, configured, tmp_path)
     ]
     records = benchmark.records_of(results)
     assert [(record["labels"], record["arm"]) for record in records[:2]] == [(12, "scratch"), (12, "pretrained")]
-    table = benchmark.write_results(config, records, "classification", tmp_path, "command")
+    facts = {"commit": "abc", "processor": "a CPU", "gpu": "a GPU", "threads": "1", "torch": "2"}
+    table = benchmark.write_results(config, records, facts, "classification", tmp_path, "command")
+    assert "Commit abc; a GPU, 1 trainings at once, 1 thread; torch 2." in table.read_text()
     assert "| 12 (50%) | pretrained | **51.0** | 1.4 | 50.0, 52.0 | +10.5 | 2.0 | 2 | 1 |" in table.read_text()
     assert json.loads(table.with_suffix(".json").read_text())["results"] == records
     assert min(Image.open(table.with_suffix(".png")).size) > 300

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mae_core.data.loading import share_of
 from mae_core.data.rates import processes
-from mae_core.errors import UserError
+from mae_core.errors import refusal_note
 from mae_core.models.block import kernels_as_on
 from mae_core.models.classifier import learning_line
 from mae_core.patches import as_pair
@@ -41,15 +41,6 @@ MEASURED = "torchvision"
 CASCADE_STAGES = 3
 POSITIVES = 4
 """One of so many sampled regions is an object, at most."""
-
-
-def output_note(config: DetectionConfig) -> str:
-    """A line where a run that starts would refuse its output folder; empty where it would not."""
-    try:
-        check_output(config, resume=False)
-    except UserError as error:
-        return f"note: {error}"
-    return ""
 
 
 def print_plan(
@@ -89,7 +80,7 @@ def print_plan(
         f"{height}x{width}, engine {config.engine}",
         learning_line(model, config.model.trainable_blocks),
         f"note: {note}" if (note := shared_files(train_set, val_set)) else "",
-        "" if resume else output_note(config),
+        "" if resume else refusal_note(lambda: check_output(config, resume=False)),
     ):
         if line:
             say(line)

@@ -23,7 +23,7 @@ from typing import Any
 
 from mae_core.config.recipes import find_recipe
 from mae_core.dialects import DialectParser
-from mae_core.errors import UserError, user_errors
+from mae_core.errors import UserError, refusal_note, user_errors
 from mae_core.resuming import AUTO, HELP, Resume, meaning, one_word
 from mae_core.training.distributed import Place, leave
 from transfer.engines import require
@@ -64,7 +64,11 @@ def train_segmenter(
     """
     config_path = find_recipe(config_path, RECIPES)
     engine = prepare(config_path, launcher)
-    checkpoints = _taken(Path(work_dir), resume) if dry_run else find_checkpoints(Path(work_dir), resume=resume)
+    checkpoints: list[Path] = []
+    if not dry_run:
+        checkpoints = find_checkpoints(Path(work_dir), resume=resume)
+    elif not resume and (note := refusal_note(lambda: find_checkpoints(Path(work_dir), resume=False))):
+        print(note, flush=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=ENGINE_MODULES)
         options = cfg_options if isinstance(cfg_options, Mapping) else engine.parse_options(cfg_options or ())
@@ -132,16 +136,6 @@ def find_checkpoints(work_dir: Path, *, resume: Resume) -> list[Path]:
     if found or (resume == AUTO and not (work_dir / SEGMENTER).exists()):
         return found
     raise UserError(f"{work_dir} holds no checkpoint to resume from; --resume auto starts a run there")
-
-
-def _taken(work_dir: Path, resume: Resume) -> list[Path]:
-    """Say where a new run would refuse its folder -> no checkpoints, which a dry run does not read."""
-    try:
-        if not resume:
-            find_checkpoints(work_dir, resume=False)
-    except UserError as error:
-        print(f"note: {error}", flush=True)
-    return []
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -81,9 +81,10 @@ def read_config(path: Path | str, options: Mapping[str, Any]) -> Config:
     plain, _ = evaluated(path, {})
     for name in options.keys() & plain.keys() - runner_keys():
         configs.check_variable(name, plain.get(name), options[name])
-    config, chosen = evaluated(path, options)
+    config, chosen = evaluated(path, options) if options else (plain, set())
     for name in chosen:
-        without, _ = evaluated(path, {key: value for key, value in options.items() if key != name})
+        others = {key: value for key, value in options.items() if key != name}
+        without = plain if chosen == {name} else evaluated(path, others)[0]
         same = {**config.to_dict(), name: None} == {**without.to_dict(), name: None}
         if same and without.get(name) != options[name]:
             raise UserError(
