@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import transfer
@@ -14,7 +15,7 @@ from mae_core.config.load import load_config
 from mae_core.errors import UserError
 from mae_core.weights.files import read_weights, write_weights
 from transfer.detection.config import DetectionConfig
-from transfer.detection.export import export
+from transfer.detection.export import _difference, export
 from transfer.detection.run import train_detector
 
 pytest.importorskip("pycocotools", reason="pip install mae-transfer[detection]")
@@ -91,3 +92,26 @@ def test_an_image_in_which_nothing_is_found_is_no_error(run, tmp_path):
     session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
     found = session.run(None, {"images": np.zeros((1, 3, 64, 64), np.float32)})
     assert [len(values) for values in found] == [0] * len(found)
+
+
+def test_objects_of_equal_scores_may_stand_in_another_order(tmp_path):
+    """As those of a detector that has hardly learned; another object, or one more, is still another."""
+    expected = (torch.tensor([[0.0, 0, 9, 9], [40, 40, 60, 60]]), torch.tensor([0.5, 0.5]), torch.tensor([1, 1]))
+
+    class Fixed(torch.nn.Module):
+        def __init__(self, values):
+            super().__init__()
+            self.values = values
+
+        def forward(self, images):
+            return tuple(values + 0 * images.sum().to(values.dtype) for values in self.values)
+
+    def difference(other):
+        path = tmp_path / "fixed.onnx"
+        torch.onnx.export(Fixed(other), (torch.zeros(1, 3, 8, 8),), str(path), dynamo=False, input_names=["images"])
+        return _difference(Fixed(expected), path, torch.zeros(1, 3, 8, 8))
+
+    assert difference(tuple(values.flip(0) for values in expected)) == 0
+    assert difference((expected[0], expected[1], torch.tensor([1, 2]))) == 1
+    assert difference((expected[0][[0, 0]], *expected[1:])) == 51
+    assert difference(tuple(values[:1] for values in expected)) == float("inf")

@@ -10,6 +10,7 @@ from PIL import Image
 from mae_core.config.load import load_config
 from mae_core.training.pretrain import pretrain
 from mae_core.training.pretrain_config import PretrainConfig
+from mae_core.weights.files import read_weights, write_weights
 from transfer.detection.coco import Part, read_coco
 from transfer.detection.config import DetectionConfig
 from transfer.detection.predict import main, predict
@@ -211,6 +212,20 @@ def test_wrong_input_is_one_sentence_and_leaves_nothing(
     monkeypatch.setenv("WORLD_SIZE", "2")
     refuse([image, "--weights", run, "--out", out], "runs in one process; start it without torchrun", capsys)
     assert not out.exists() and [p.name for p in full.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    "section, prefix, option, value",
+    [("detector", "model", "neck", "bifpn"), ("detector", "model", "norm", "rms"), ("test", "test", "soft", 1)],
+)
+def test_a_detector_of_a_newer_version_is_refused(
+    run, detection_root, tmp_path, capsys, section, prefix, option, value
+):
+    tensors, metadata = read_weights(run / "detector.safetensors")
+    newer = tmp_path / "newer.safetensors"
+    write_weights(newer, tensors, {**metadata, section: {**metadata[section], option: value}})
+    message = rf"newer\.safetensors was trained with {prefix}\.{option}={value}, which this version"
+    refuse([detection_root / "val" / "000.png", "--weights", newer, "--out", tmp_path / "out"], message, capsys)
 
 
 @pytest.mark.detectron2

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+from pydantic import ValidationError
 from torch import nn
 
+from mae_core.config.schema import Schema
 from mae_core.data.images import Statistics
 from mae_core.errors import UserError
 from mae_core.models.sizes import size_of
@@ -26,6 +28,7 @@ from transfer.trunk import dense_trunk
 
 DETECTOR = "detector.safetensors"
 DETECTOR_FORMAT = "mae_core_detector"
+Section = TypeVar("Section", bound=Schema)
 
 
 def describe_detector(
@@ -77,8 +80,10 @@ def is_detector(file: WeightsFile) -> bool:
 
 def head_of(file: WeightsFile, config: DetectionConfig) -> Head:
     """The head of a detector: what the file says, else, of a file without metadata, the configuration."""
-    name = DetectorConfig.model_validate(file.metadata["detector"]).head if is_detector(file) else config.model.head
-    return HEADS[name]
+    model = (
+        _stated(file.path, "model", DetectorConfig, file.metadata["detector"]) if is_detector(file) else config.model
+    )
+    return HEADS[model.head]
 
 
 def engines_note(file: WeightsFile, engine: str) -> str:
@@ -103,7 +108,7 @@ def trained_detector(
     metadata, state = file.metadata, file.state
     if not is_detector(file):
         raise UserError(f"{file.path} is not a detector of engine {config.engine}; give the {DETECTOR} of such a run")
-    config = settings_of_training(config, metadata)
+    config = settings_of_training(config, file)
     if metadata["engine"] != config.engine:
         state = translated(state, config.model, source=metadata["engine"], engine=config.engine, path=file.path)
     model = rebuilt_network(config, metadata, engine)
@@ -131,16 +136,31 @@ def rebuilt_network(config: DetectionConfig, metadata: dict[str, Any], engine: D
     return model
 
 
-def settings_of_training(config: DetectionConfig, metadata: dict[str, Any]) -> DetectionConfig:
+def settings_of_training(config: DetectionConfig, file: WeightsFile) -> DetectionConfig:
     """``config`` with the network, the channels and the canvas of a detector's file, and, in sampling and test, with
-    the file's values wherever ``config`` was not given one."""
+    the file's values wherever ``config`` was not given one. Raises ``UserError`` for a file of a newer version."""
+    metadata = file.metadata
     images = {"image_size": tuple(metadata["image_size"]), "channels": metadata["in_chans"]}
     update: dict[str, Any] = {
         "data": config.data.model_copy(update=images),
-        "model": DetectorConfig.model_validate(metadata["detector"]),
+        "model": _stated(file.path, "model", DetectorConfig, metadata["detector"]),
     }
     for name in ("sampling", "test"):
         section = getattr(config, name)
         given = section.model_dump(include=section.model_fields_set)
-        update[name] = type(section).model_validate({**metadata.get(name, {}), **given})
+        update[name] = _stated(file.path, name, type(section), {**metadata.get(name, {}), **given})
     return config.model_copy(update=update)
+
+
+def _stated(path: Path, prefix: str, section: type[Section], values: dict[str, Any]) -> Section:
+    """A section of the configuration from the metadata of ``path``. Raises ``UserError`` where a newer version wrote
+    them: it had options, or values of them, that this one has not."""
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        option = ".".join([prefix, *map(str, problem["loc"])])
+        raise UserError(
+            f"{path} was trained with {option}={problem['input']}, which this version of the toolkit does not know; "
+            "use the version that wrote the file, or a newer one"
+        ) from None
