@@ -154,7 +154,7 @@ def test_a_corrupt_image_refuses_the_run_where_asked_to(tmp_path, write_classes,
         (["nowhere.yaml"], "config file nowhere.yaml does not exist"),
         (["a.yaml", "b.yaml"], "one configuration file at a time, got a.yaml, b.yaml"),
         (["output={root}/images/000.png"], "000.png is a file; choose a folder with output=FOLDER"),
-        (["output={root}/images/000.png/run"], "000.png/run: Not a directory; choose another with output=FOLDER"),
+        (["output={root}/notes.md/run"], "notes.md/run: Not a directory; choose another with output=FOLDER"),
     ],
 )
 def test_wrong_input_to_pretrain(tmp_path, pretrain_mae, overrides, message):
@@ -192,6 +192,16 @@ def test_an_output_folder_that_holds_a_run_is_left_alone(tmp_path, pretrain_mae)
     message = error_of(pretrain_mae())
     assert f"output folder {tmp_path / 'run'} already holds a run" in message and "--resume" in message
     assert contents(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("place", ["images", "images/run", "link/run"])
+def test_an_output_folder_among_the_images_is_refused(tmp_path, images, pretrain_mae, place):
+    """Its pictures would be images of the next run."""
+    (tmp_path / "link").symlink_to(images)
+    before = contents(images)
+    message = error_of(pretrain_mae(f"output={tmp_path / place}"))
+    assert message.startswith(f"output folder {tmp_path / place} ") and "with output=FOLDER" in message
+    assert contents(images) == before
 
 
 def test_nothing_to_resume(tmp_path, pretrain_mae):
@@ -251,6 +261,8 @@ def test_finetune_prints_the_report_and_its_accuracy(tmp_path, classes, pretrain
     assert "newly initialised" in result.stdout and "of the model's" in result.stdout
     assert re.search(r"step 3: top-1 \d+\.\d\d %, top-5 100.00 % on 3 images", result.stdout)
     assert "already holds a run" in error_of(mae("finetune", *options))
+    for place in (classes, classes / "train" / "run", classes / "val"):
+        assert "with output=FOLDER" in error_of(mae("finetune", *options, f"output={place}"))
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def finetune(arguments: ConfigAndOverrides = None, resume: Resume = "no", dry_ru
         if dry_run:
             from mae_core.training.classification_plan import print_finetune_plan
 
-            print_finetune_plan(config)
+            print_finetune_plan(config, resume=meaning(resume))
             return
         from mae_core.training.finetune import finetune as run
 
@@ -50,7 +50,7 @@ def linprobe(arguments: ConfigAndOverrides = None, resume: Resume = "no", dry_ru
         if dry_run:
             from mae_core.training.classification_plan import print_probe_plan
 
-            print_probe_plan(config)
+            print_probe_plan(config, resume=meaning(resume))
             return
         from mae_core.training.linprobe import linprobe as run
 

@@ -65,7 +65,7 @@ def pretrain(
             return
         from mae_core.training.plan import print_plan
 
-        print_plan(config)
+        print_plan(config, resume=meaning(resume))
 
 
 @app.command("fit-pca")

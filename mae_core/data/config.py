@@ -56,6 +56,11 @@ class ImagesConfig(Schema):
         """How the files become pixels."""
         return Reading(self.channels, self.max_pixels, self.pages)
 
+    @property
+    def searched(self) -> tuple[Path, ...]:
+        """Folders of which every image is read, however deep it lies."""
+        return ()
+
     @field_validator("mean", "std")
     @classmethod
     def _one_per_channel(cls, values: tuple[float, ...] | None, info: ValidationInfo) -> tuple[float, ...] | None:
@@ -121,6 +126,12 @@ class PretrainData(ImagesConfig):
         return super().reading._replace(tensors=True)
 
     @property
+    def searched(self) -> tuple[Path, ...]:
+        """The folders among ``path``."""
+        given = self.path if isinstance(self.path, tuple) else (self.path,)
+        return tuple(path for path in given if isinstance(path, Path) and path.is_dir())
+
+    @property
     def shard_cache(self) -> ShardCache:
         """Where shards from an address are kept."""
         return ShardCache(self.cache, round(self.cache_gb * 1e9))
@@ -158,6 +169,11 @@ class EvaluationData(ImagesConfig):
 
 class LabelledData(EvaluationData):
     """``path/train/<class>/*`` and ``path/val/<class>/*`` (ImageFolder)."""
+
+    @property
+    def searched(self) -> tuple[Path, ...]:
+        """Both halves."""
+        return () if self.path is None else (self.path / "train", self.path / "val")
 
 
 class FinetuneData(LabelledData):

@@ -6,21 +6,19 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from mae_core.config.sections import JobConfig
 from mae_core.data.labelled import LabelledPaths, TestImages
 from mae_core.data.loading import share_of
 from mae_core.data.rates import processes
 from mae_core.models.classifier import learning_line
 from mae_core.patches import as_pair
-from mae_core.training import distributed
+from mae_core.resuming import Resume
 from mae_core.training.classification import Splits, steps_between
 from mae_core.training.finetune import (
     finetune_optimizer,
@@ -43,6 +41,7 @@ from mae_core.training.plan import (
     cost_of_loss,
     measured,
     paired,
+    planned,
     rate_line,
     seconds_of,
     spread_over,
@@ -74,7 +73,7 @@ class Training(NamedTuple):
     beside: Callable[[], dict[str, float]]
 
 
-def print_finetune_plan(config: FinetuneConfig) -> None:
+def print_finetune_plan(config: FinetuneConfig, *, resume: Resume = False) -> None:
     """Print the plan of a fine-tuning. Raises ``UserError`` as the run would."""
     config, source = weights_for(config)
     config, splits, model, report, statistics, settings, images = prepare(config, source, resume=False)
@@ -88,7 +87,7 @@ def print_finetune_plan(config: FinetuneConfig) -> None:
         seconds = number * models * passing(views, len(views), loss, config, run)
         return {evaluations_in_words(number, len(views)): seconds}
 
-    with planned(config) as run:
+    with planned(config, resume) as run:
         if report is not None and run.is_main:
             report.print()
         rate = f"{rate_line(optim, settings)}; per block x {optim.layer_decay:g}; weight decay {optim.weight_decay:g}"
@@ -100,7 +99,7 @@ def print_finetune_plan(config: FinetuneConfig) -> None:
         tell(run, cost_and_time(config, settings, training, length, run))
 
 
-def print_probe_plan(config: LinprobeConfig) -> None:
+def print_probe_plan(config: LinprobeConfig, *, resume: Resume = False) -> None:
     """Print the plan of a probe. Raises ``UserError`` as the run would."""
     source = weights_of(config)
     config = with_file(source, config, frozen=True)
@@ -130,7 +129,7 @@ def print_probe_plan(config: LinprobeConfig) -> None:
         seconds = passing(views, length + validation, loss_with(trunk, pixels), config, run)
         return {f"for the features of {length + validation} images, computed once": seconds}
 
-    with planned(config) as run:
+    with planned(config, resume) as run:
         if run.is_main:
             report.print()
         more = f", {len(rates)} rates in the same pass" if len(rates) > 1 else ""
@@ -145,17 +144,6 @@ def print_probe_plan(config: LinprobeConfig) -> None:
         else:
             training = Training(whole, loss_with(probe, features), optimizer, None, kept_features)
         tell(run, cost_and_time(config, settings, training, length, run))
-
-
-@contextmanager
-def planned(config: JobConfig) -> Iterator[Run]:
-    """A run that writes nothing, and the last line of its plan."""
-    try:
-        run = Run(config, distributed.join(config.device, config.rank_timeout))
-        yield run
-        run.say("dry run: nothing was written")
-    finally:
-        distributed.leave()
 
 
 def tell(run: Run, lines: Sequence[str]) -> None:

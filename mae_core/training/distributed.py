@@ -57,14 +57,19 @@ def check_device(device: str) -> None:
         raise UserError("device=cuda was asked for, but torch sees no GPU; use device=auto or device=cpu")
 
 
+def device_of(device: str = "auto") -> torch.device:
+    """The device that auto, cpu or cuda means for one process alone. Raises ``UserError`` as ``check_device``."""
+    check_device(device)
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
 def join(device: str, timeout: float = 1800) -> Place:
     """Join the process group that the launcher announces (NCCL on GPUs, gloo on CPUs), or stay alone.
 
     ``device``: auto, cpu or cuda. ``timeout``: seconds that ranks wait for one another. Raises ``UserError`` for cuda
     where there is none.
     """
-    check_device(device)
-    on_gpu = device != "cpu" and torch.cuda.is_available()
+    on_gpu = device_of(device).type == "cuda"
     world = world_size()
     local = _announced("LOCAL_RANK", 0)
     if on_gpu:

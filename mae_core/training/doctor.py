@@ -20,7 +20,7 @@ import torch.multiprocessing as multiprocessing
 from PIL import Image, features
 
 from mae_core.errors import UserError, first_line
-from mae_core.training.distributed import meet
+from mae_core.training.distributed import device_of, meet
 from mae_core.training.precision import choose_precision
 from mae_core.training.run import environment
 
@@ -44,7 +44,7 @@ class Finding(NamedTuple):
 
 def examine(folder: Path) -> Iterator[Finding]:
     """Look at everything in turn; ``folder`` is where runs would be written."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of()
     facts = environment(device)
     kept = ("mae_core", "python", "torch", "torchvision", "timm", "numpy")
     others = {name: found for name in OPTIONAL if name not in kept and (found := _version(name))}

@@ -6,7 +6,8 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -16,18 +17,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mae_core.config.load import config_differences
-from mae_core.config.sections import ScheduleConfig
+from mae_core.config.sections import JobConfig, ScheduleConfig
 from mae_core.counting import clock
 from mae_core.data.images import statistics_of
 from mae_core.data.loading import check_repeats, share_of
 from mae_core.data.rates import processes
 from mae_core.data.sources import damaged_parts, open_source
 from mae_core.data.unlabelled import UnlabelledImages, collate
+from mae_core.errors import refusal_note
 from mae_core.masking import PatchMask, SampleMasks
 from mae_core.models.block import kernels_as_on
 from mae_core.models.mae import MaskedAutoencoder
 from mae_core.models.sizes import SIZES
 from mae_core.models.timm_trunk import checkpoint_blocks
+from mae_core.resuming import Resume
 from mae_core.training import distributed
 from mae_core.training.adapting import Adapted
 from mae_core.training.loop import FitSettings, backward, seed_everything
@@ -35,7 +38,7 @@ from mae_core.training.memory import BYTES_PER_PARAMETER, GIB, available_memory,
 from mae_core.training.micro_batch import with_micro_batch
 from mae_core.training.pretrain import announce, build_pretrain_model, loss_of_zeros, pretrain_loss, pretrain_optimizer
 from mae_core.training.pretrain_config import PretrainConfig
-from mae_core.training.run import Run
+from mae_core.training.run import Run, check_output
 from mae_core.training.statistics import with_statistics
 from mae_core.training.warm_start import load_start, started_from, weights_facts
 from mae_core.training.watch import split_images
@@ -75,7 +78,25 @@ class Speed(NamedTuple):
     steps: int = TIMED_STEPS
 
 
-def print_plan(config: PretrainConfig, say: Callable[[str], None] = print) -> None:
+@contextmanager
+def planned(config: JobConfig, resume: Resume = False) -> Iterator[Run]:
+    """A run that writes nothing, and the last lines of its plan."""
+    try:
+        run = Run(config, distributed.join(config.device, config.rank_timeout))
+        yield run
+        if note := output_note(config, resume):
+            run.say(note)
+        run.say("dry run: nothing was written")
+    finally:
+        distributed.leave()
+
+
+def output_note(config: JobConfig, resume: Resume) -> str:
+    """A line with why a run is refused its output folder; empty where it is not, and with "auto", which takes any."""
+    return "" if resume == "auto" else refusal_note(lambda: check_output(config, resume=resume))
+
+
+def print_plan(config: PretrainConfig, say: Callable[[str], None] = print, *, resume: Resume = False) -> None:
     """Print the plan of a run, its cost, and what differs from the paper. Raises ``UserError`` as the run would."""
     config, start = started_from(config, resume=False)
     source = open_source(config.data)
@@ -95,9 +116,7 @@ def print_plan(config: PretrainConfig, say: Callable[[str], None] = print) -> No
     config = with_micro_batch(config, model, loss_of_zeros(model, config), resume=False)
     settings = FitSettings.of(config.optim, len(images))
     images.masks = SampleMasks(model.masker, model.encoder.grid)
-    place = distributed.join(config.device, config.rank_timeout)
-    try:
-        run = Run(config, place)
+    with planned(config, resume) as run:
         announce(run.say, config, model, len(images), settings)
         for line in plan(config, model, settings, len(images), run.world):
             run.say(line)
@@ -117,9 +136,6 @@ def print_plan(config: PretrainConfig, say: Callable[[str], None] = print) -> No
                 run.say(line)
         for line in differences_from_paper(config):
             run.say(line)
-        run.say("dry run: nothing was written")
-    finally:
-        distributed.leave()
 
 
 def plan(config: PretrainConfig, model: MaskedAutoencoder, settings: FitSettings, length: int, world: int) -> list[str]:

@@ -58,25 +58,38 @@ def choose_precision(wanted: str, device: torch.device) -> Precision:
 
 def cpu_flag(info: str | None = None) -> str | None:
     """The best of ``CPU_FLAGS`` in a text like /proc/cpuinfo, which is read when None; None where there is none."""
+    flags = _said_of_cpu("flags", info)
+    return next((flag for flag in CPU_FLAGS if flag in flags), None)
+
+
+def is_amd(info: str | None = None) -> bool:
+    """Whether a text like /proc/cpuinfo, which is read when None, is of a CPU of AMD's."""
+    return "AuthenticAMD" in _said_of_cpu("vendor_id", info)
+
+
+def _said_of_cpu(what: str, info: str | None) -> set[str]:
+    """The words of the lines that begin with ``what``; none on systems that do not tell."""
     if info is None:
         try:
             info = Path("/proc/cpuinfo").read_text()
         except OSError:
-            return None
-    flags = {flag for line in info.splitlines() if line.startswith("flags") for flag in line.split()}
-    return next((flag for flag in CPU_FLAGS if flag in flags), None)
+            return set()
+    return {word for line in info.splitlines() if line.startswith(what) for word in line.split()}
 
 
 def prepare_process(device: torch.device, wanted: str = "auto") -> None:
     """Set what makes this process fast on ``device`` and changes no result beyond the rounding of float32."""
     torch.set_float32_matmul_precision("high" if wanted == "tf32" and device.type == "cuda" else "highest")
     if device.type == "cpu":
-        _multiply_by_onednn()
+        if is_amd():
+            _multiply_by_onednn()
         keep_pages()
 
 
 def _multiply_by_onednn() -> None:
-    """float32 products by oneDNN where torch offers it: 1.2 to 1.7 times as fast on AMD's CPUs with AVX-512.
+    """float32 products by oneDNN where torch offers it: 1.2 to 1.7 times as fast on AMD's CPUs, where MKL is slow. On
+    Intel's MKL is ahead, up to twice in the gradients of a linear layer. Chosen by the maker and not by the clock, so
+    that a resumed run computes what the run did.
 
     What torch calls "medium" permits bfloat16 inside, but oneDNN makes use of that on AMX alone: one product shows it,
     and there it is taken back.

@@ -19,6 +19,7 @@ from mae_core.layout import CHECKPOINTS, MODEL
 from mae_core.masking import SampleMasks
 from mae_core.patches import as_pair
 from mae_core.training.culprit import Replay, read_dump, replay_step, same_number
+from mae_core.training.distributed import device_of
 from mae_core.training.loop import LossOf, backward, seed_everything
 from mae_core.training.precision import choose_precision, prepare_process
 from mae_core.weights.files import read_weights
@@ -89,7 +90,7 @@ def replay(path: Path, say: Callable[[str], None] = print) -> bool:
         ((n, rank) for n, rank in enumerate(dump["ranks"]) if rank.get("forward") or rank.get("backward")),
         (0, dump["ranks"][0]),
     )
-    device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    device = device_of("cpu" if config.device == "cpu" else "auto")  # what a GPU has dumped, where there is none too
     prepare_process(device, config.precision)
     scene.model.load_state_dict(read_weights(checkpoint)[0])
     scene.model.to(device).train()

@@ -20,6 +20,7 @@ from torch import Tensor
 from mae_core.config.load import dump_config
 from mae_core.errors import UserError
 from mae_core.layout import ENCODER, ENVIRONMENT, LOG
+from mae_core.training.distributed import device_of
 from mae_core.training.pretrain_config import PretrainConfig
 from mae_core.weights.files import read_weights
 
@@ -176,7 +177,7 @@ def verify_resume(
             raise UserError(f"{error}: {lines[-1] if lines else 'it said nothing'}") from None
         tensors, differing = differences(straight / ENCODER, killed / ENCODER)
         proof = Proof(moments, early, tensors, differing)
-        allowed = TOLERANCE["cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"]
+        allowed = TOLERANCE[device_of(config.device).type]
         _judge(proof, 0.0 if deterministic else allowed)
         return proof
 

@@ -122,6 +122,7 @@ def check_output(config: JobConfig, *, resume: Resume) -> bool:
                 f"output folder {folder} already holds a run ({', '.join(marks)}); "
                 f"{way}choose another with output=FOLDER"
             )
+        _check_apart(folder, getattr(config, "data", None))
         return False
     if not resumable:
         raise UserError(
@@ -130,6 +131,19 @@ def check_output(config: JobConfig, *, resume: Resume) -> bool:
         )
     check_configuration(config)
     return True
+
+
+def _check_apart(folder: Path, data: Any) -> None:
+    """Refuse an output ``folder`` that is the data set's, or lies where its pictures would be read as images."""
+    own, place = getattr(data, "path", None), folder.resolve()
+    if isinstance(own, Path) and own.is_dir() and own.resolve() == place:
+        raise UserError(f"output folder {folder} is that of the data (data.path); choose another with output=FOLDER")
+    for searched in getattr(data, "searched", ()):
+        if place.is_relative_to(searched.resolve()):
+            raise UserError(
+                f"output folder {folder} lies in {searched}, of which every image is read: the pictures of this run "
+                "would be images of the next; choose a folder outside with output=FOLDER"
+            )
 
 
 def _clear_unstarted(folder: Path) -> None:

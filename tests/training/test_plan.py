@@ -215,6 +215,27 @@ def test_it_refuses_what_the_run_would_refuse(pretrain_options, tmp_path):
         statistics_of(configured(pretrain_options, "data.channels=5").data)
 
 
+@pytest.mark.parametrize("command", ["pretrain", "classify train", "linprobe"])
+def test_it_says_whether_the_output_folder_is_taken(
+    pretrain_options, tmp_path, write_classes, pretrained, monkeypatch, command
+):
+    write_classes(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    options = pretrain_options if command == "pretrain" else [*CLASSIFIED, f"weights={pretrained}"]
+    given = [*command.split(), *options, "data.path=data", "output=run", "optim.epochs=1", "--dry-run"]
+
+    def note(*more: str) -> str:
+        result = CliRunner().invoke(app, [*given, *more])
+        assert result.exit_code == 0 and "dry run: nothing was written" in result.output, result.output
+        return next((line for line in result.output.splitlines() if line.startswith("note: ")), "")
+
+    assert not note() and "nothing to resume" in note("--resume")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.jsonl").touch()
+    assert "output folder run already holds a run (log.jsonl)" in note()
+    assert not note("--resume", "auto") and [path.name for path in (tmp_path / "run").iterdir()] == ["log.jsonl"]
+
+
 def test_memory_that_only_caches_files_is_available(tmp_path, monkeypatch):
     table = tmp_path / "meminfo"
     table.write_text("MemTotal: 9000 kB\nMemFree: 10 kB\nMemAvailable:    7000 kB\n", encoding="ascii")

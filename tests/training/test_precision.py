@@ -54,11 +54,21 @@ def test_auto_takes_what_the_gpu_has(monkeypatch, has_it):
     assert choose_precision("bf16", GPU).mixed
 
 
+@pytest.mark.parametrize("maker, amd", [("AuthenticAMD", True), ("GenuineIntel", False)])
+def test_the_maker_of_a_cpu(maker, amd):
+    assert precision.is_amd(f"processor\t: 0\nvendor_id\t: {maker}\nmodel name\t: AuthenticAMD's\n") == amd
+
+
 def test_products_stay_float32(monkeypatch):
-    """Whatever torch makes of "medium" on this CPU; and where it is bfloat16, it is taken back."""
+    """On Intel's CPUs by torch's own means; elsewhere whatever it makes of "medium" here, and where that is bfloat16,
+    it is taken back."""
     before = torch.get_float32_matmul_precision()
     a, b = torch.randn(2, 300, 300)
+    monkeypatch.setattr(precision, "is_amd", lambda: False)
     try:
+        prepare_process(CPU)
+        assert torch.get_float32_matmul_precision() == "highest"
+        monkeypatch.setattr(precision, "is_amd", lambda: True)
         prepare_process(CPU)
         exact = a.double() @ b.double()
         assert (a @ b - exact).norm() / exact.norm() < LARGEST_ERROR

@@ -127,6 +127,9 @@ def test_a_dry_run_says_whether_its_output_folder_is_taken(configure_detection, 
         print_plan(configure_detection(), 1, lines.append)
         assert any("already holds a run (config.yaml); add" in line for line in lines) == taken
         (tmp_path / "run" / "config.yaml").touch()
+    with pytest.raises(UserError, match=r"is that of the data \(data\.path\); choose another"):
+        data = configure_detection().data.path
+        train_detector(configure_detection(f"output={data}"))
     print_plan(configure_detection(), 1, lines.append, resume=True)
     assert sum("already holds" in line for line in lines) == 1
 

@@ -17,6 +17,7 @@ from mae_core.atomic import write_json
 from mae_core.config.load import load_config
 from mae_core.config.schema import Size
 from mae_core.patches import as_pair
+from mae_core.training.distributed import device_of
 from mae_core.training.finetune import build_model
 from mae_core.training.finetune_config import FinetuneConfig
 from mae_core.weights.encoder_file import HEADS
@@ -48,7 +49,7 @@ def cost_of(encoder: Encoder, image_size: Size | None, cache: Path) -> dict[str,
 @torch.inference_mode()
 def measured(model: nn.Module, channels: int, image_size: tuple[int, int]) -> dict[str, Any]:
     """Of a classifier without its head."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of()
     model.to(device)
     image = torch.zeros(1, channels, *image_size, device=device)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

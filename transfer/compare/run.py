@@ -14,6 +14,7 @@ import torch
 from mae_core.counting import clock
 from mae_core.errors import UserError
 from mae_core.layout import LOADING, LOG, PICTURES
+from mae_core.training.distributed import device_of
 from mae_core.training.run import commit, environment
 from transfer.chain import loading_line, read_log
 from transfer.compare.config import CompareConfig, file_name
@@ -206,7 +207,7 @@ def results_of(
 ) -> Results:
     """What is finished, for the report."""
     known = [entry["seconds"] or 0.0 for entry in trainings.results.values()]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of()
     return Results(
         title=config.title,
         encoders=rows,

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from mae_core.data.loading import share_of
 from mae_core.data.rates import processes
-from mae_core.errors import refusal_note
 from mae_core.models.block import kernels_as_on
 from mae_core.models.classifier import learning_line
 from mae_core.patches import as_pair
@@ -21,13 +20,14 @@ from mae_core.training.memory import GIB, StepMemory, available_memory, step_mem
 from mae_core.training.plan import (
     batch_line,
     measured,
+    output_note,
     paired,
     rate_line,
     spread_over,
     steps_line,
     time_lines,
 )
-from mae_core.training.run import Run, check_output
+from mae_core.training.run import Run
 from mae_core.weights.load import read_encoder, stated_in, with_file
 from transfer.detection.config import DetectionConfig
 from transfer.detection.data_sets import read_data, shared_files
@@ -46,8 +46,7 @@ POSITIVES = 4
 def print_plan(
     config: DetectionConfig, devices: int, say: Callable[[str], None] = print, *, resume: Resume = False
 ) -> None:
-    """Print the plan of a run on ``devices`` devices, and what a step of it takes; without ``resume`` also whether its
-    output folder is taken.
+    """Print the plan of a run on ``devices`` devices, what a step of it takes, and whether its output folder is taken.
 
     Raises ``UserError`` as the run would. The memory is that of the torchvision engine's network, whose tensors have
     the sizes of detectron2's; of heads of other kinds than Mask R-CNN's it is not estimated.
@@ -80,7 +79,7 @@ def print_plan(
         f"{height}x{width}, engine {config.engine}",
         learning_line(model, config.model.trainable_blocks),
         f"note: {note}" if (note := shared_files(train_set, val_set)) else "",
-        "" if resume else refusal_note(lambda: check_output(config, resume=False)),
+        output_note(config, resume),
     ):
         if line:
             say(line)

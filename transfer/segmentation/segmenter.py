@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 import numpy as np
-import torch
 from PIL import Image
 
 from mae_core.data.decoding import UnreadableImage
 from mae_core.data.given import AnyImage, as_list, name_of, refusal
 from mae_core.data.windows import WindowedImage, open_windows, overview, tiles_of
 from mae_core.errors import UserError
-from mae_core.training.distributed import check_device
+from mae_core.training.distributed import device_of
 from transfer.engines import require
 from transfer.segmentation.config import channels_of
 from transfer.segmentation.drawing import draw_overlay
@@ -156,8 +155,7 @@ def load_segmenter(
     Raises ``UserError`` where the file holds no segmenter, or mmseg is not installed.
     """
     require("mmseg")
-    check_device(device)
-    chosen = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    chosen = device_of(device).type
     file = read_segmenter(weights)
     with quietly():
         from transfer.segmentation.engine_mmseg.prediction import Predictor

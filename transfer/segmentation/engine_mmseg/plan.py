@@ -12,7 +12,7 @@ from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
 from mae_core.counting import clock
-from mae_core.training.distributed import world_size
+from mae_core.training.distributed import device_of, world_size
 from mae_core.training.memory import GIB, available_memory, fixed_bytes, kept_storages
 from mae_core.training.plan import devices_in_words
 from mae_core.training.precision import choose_precision
@@ -33,7 +33,7 @@ def plan_lines(view: Mapping[str, Any], model: nn.Module) -> Iterator[str]:
     rate = view["optim_wrapper"]["optimizer"]["lr"]
     yield f"network: {total / 1e6:.1f} M parameters, {learning / 1e6:.1f} M of them learn; crops of {crop[0]}x{crop[1]}"
     yield f"batch: {batch * ranks} images per step: {devices_in_words(ranks)} x {batch}; learning rate {rate:g}"
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of()
     chosen = choose_precision("auto", device)
     mixed = chosen.mixed and view["optim_wrapper"].get("type") != "OptimWrapper"
     model.to(device).train()

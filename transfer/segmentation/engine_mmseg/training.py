@@ -27,7 +27,7 @@ from mae_core.atomic import said_plainly, write_json
 from mae_core.data.decoding import UnreadableImage
 from mae_core.data.statistics import Measured, measure_statistics
 from mae_core.errors import UserError, first_line
-from mae_core.training.distributed import barrier, on_main, world_size
+from mae_core.training.distributed import barrier, device_of, on_main, world_size
 from mae_core.training.lock import claim, release
 from mae_core.training.machine_faults import LoaderOptions, machine_faults
 from mae_core.training.precision import choose_precision, prepare_process
@@ -243,7 +243,7 @@ def claimed(work_dir: Path, *, resumed: bool) -> Iterator[None]:
 
 def fit_to_machine(view: dict[str, Any], amp: bool | None = None) -> list[str]:
     """``config.fit_to_machine`` for this machine."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of()
     prepare_process(device)
     return configs.fit_to_machine(view, gpu=device.type == "cuda", bf16=choose_precision("auto", device).mixed, amp=amp)
 
