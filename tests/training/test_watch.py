@@ -101,8 +101,8 @@ def test_nearest_neighbours_of_classes_that_differ_are_found(options, tmp_path):
 
 @pytest.mark.parametrize("kind, of_cls, of_patches", [("linear", 100.0, 50.0), ("attentive", 50.0, 100.0)])
 def test_a_probe_learns_what_its_tokens_tell_and_the_same_every_time(options, kind, of_cls, of_patches):
-    """Two classes that differ in the cls token alone, or in one patch token alone."""
-    config = configured(options)
+    """Two classes that differ in the cls token alone, or in one patch token alone; learned to the end on any CPU."""
+    config = configured(options, "watch.probe_epochs=200")
     generator = torch.Generator().manual_seed(0)
     for place, expected in ((0, of_cls), (3, of_patches)):
         rows = 0.1 * torch.randn(80, 5, 16, generator=generator)
@@ -112,8 +112,7 @@ def test_a_probe_learns_what_its_tokens_tell_and_the_same_every_time(options, ki
         before = torch.random.get_rng_state()
         found = [probe_top1(kind, train, val, 2, config, torch.device("cpu")) for _ in range(2)]
         assert found[0] == found[1] and torch.equal(torch.random.get_rng_state(), before)
-        # an image of the 20 more or less: CPUs round differently
-        assert found[0] == pytest.approx(expected, abs=25 if expected < 100 else 5)
+        assert found[0] == pytest.approx(expected, abs=25 if expected < 100 else 0)
 
 
 @pytest.mark.parametrize("broken_off", [False, True])
